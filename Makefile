@@ -1,0 +1,53 @@
+# Works from a clone in any folder, one with spaces in its name too, and after a move: every path is relative, and tools
+# run as modules, because an installed script holds the absolute path of its interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --constraint requirements/constraints.txt
+INSTALLED := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test demo bench clean distclean
+
+help: ## list the targets
+	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## create .venv with pinned tools and this package, editable
+
+lint: setup ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+test: lint ## lint, then pytest $(ARGS)
+	$(RUN) -m pytest $(ARGS)
+
+demo: setup ## the embedded pipeline with and without acceleration; jitaccel demo $(ARGS)
+	$(RUN) -m jitaccel demo $(ARGS)
+
+bench: setup ## python -m benchmarks $(ARGS)
+	$(RUN) -m benchmarks $(ARGS)
+
+clean: ## remove builds and caches
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## and .venv
+	rm -rf $(VENV)
+
+# An environment that a set-up left unfinished is made anew: pip takes a half unpacked package for an installed one.
+# setuptools and torch come first, because the package is built against what is installed (--no-build-isolation).
+$(INSTALLED): pyproject.toml setup.py requirements/constraints.txt
+	@if [ -e $(UNFINISHED) ] || ! $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		command -v "$(PYTHON)" >/dev/null || \
+			{ echo "make: needs Python 3.11 or newer, found no $(PYTHON); try make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: needs Python 3.11 or newer, \
+	got %s at %s; try make PYTHON=python3.11" % (sys.version.split()[0], sys.executable))' || exit 1; \
+		rm -rf $(VENV) && mkdir $(VENV) && touch $(UNFINISHED) && "$(PYTHON)" -m venv $(VENV) || exit 1; \
+	fi
+	@touch $(UNFINISHED)
+	$(PIP) setuptools torch
+	$(PIP) --no-build-isolation --editable '.[dev,diffusers]'
+	@rm $(UNFINISHED) && touch $(INSTALLED)

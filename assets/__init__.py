@@ -1,0 +1,1 @@
+"""Package data: the embedded pipeline, in tiny-flux/. `importlib.resources.files("jitaccel.assets")` finds it."""

@@ -1,0 +1,64 @@
+"""Training-free spatial acceleration of flow-matching transformers (Just-in-Time, arXiv:2603.10744).
+
+    handle = jitaccel.apply(pipe, preset="7x")
+
+| paper | here | |
+|---|---|---|
+| t | `noise_level` = 1 - t | 1 is pure noise, 0 is data |
+| y | `state` | (B, N, D), every token of the grid |
+| u | `velocity` | what the network returns; dy / d(noise_level) |
+| Omega_k | `anchors` | the tokens that enter the network, (B, M) |
+| I_k, Phi_k | `lift` | from the anchors to every token |
+| I | `importance` | local variance of the velocity |
+| K .. 0 | `stage` 0, 1, .. | sparsest first |
+
+Importing this package imports neither torch nor diffusers; the names below load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import apply, embedded_model
+    from .config import PRESETS, JiTConfig
+    from .errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
+    from .handle import Handle
+    from .schedule import noise_levels
+    from .stats import Stats
+
+_HOMES = {
+    "apply": "api",
+    "embedded_model": "api",
+    "JiTConfig": "config",
+    "PRESETS": "config",
+    "ConfigError": "errors",
+    "NonFiniteVelocityError": "errors",
+    "UnsupportedModelError": "errors",
+    "Handle": "handle",
+    "noise_levels": "schedule",
+    "Stats": "stats",
+}
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "Handle",
+    "JiTConfig",
+    "NonFiniteVelocityError",
+    "Stats",
+    "UnsupportedModelError",
+    "apply",
+    "embedded_model",
+    "noise_levels",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
