@@ -1,0 +1,323 @@
+"""What to run: stages, schedule and variants of the method, as one frozen value."""
+
+import dataclasses
+import math
+import numbers
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, Literal, TypeGuard
+
+from .errors import ConfigError, nearest_match
+
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lifter": ("velocity", "clean"),
+        "micro_flow": ("exact", "released", "none"),
+        "noise": ("fresh", "own"),
+    }
+)
+_SCHEDULES = ("beta", "native")
+_MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class JiTConfig:
+    """A schedule of stages and the variants of the method (Just-in-Time, arXiv:2603.10744).
+
+    Lists and whole numbers are accepted where tuples and floats are declared, and stored as declared.
+
+    densities: share of the tokens that enter the network, per stage, sparsest first, last 1.0.
+    boundaries: share of the steps after which each stage ends, last 1.0.
+    steps: number of steps, or "caller" to take the number that the sampler asks for.
+    schedule: "beta" (levels from a Beta distribution), "native" (the sampler's own levels), or the noise
+        levels themselves, from the first down to 0.0.
+    alpha, beta: parameters of the Beta distribution. The paper's text says beta = 0.42; its code, 0.425.
+    lifter: what is interpolated to the other tokens: the velocity (paper) or the clean estimate.
+    micro_flow: how newly activated tokens move: all the way to the target ("exact", the paper's hitting
+        ODE), one blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
+    relax_steps: divisor of the released blend.
+    noise: noise of the target: "fresh" (paper) or the token's "own" initial noise.
+    importance_window: side of the window of the local variance, in tokens, odd.
+    blur_scale: the lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or
+        below sqrt(density), as in every preset, the width is 1 token whatever the scale.
+
+    Raises ConfigError with every problem found, one a line.
+    """
+
+    densities: tuple[float, ...]
+    boundaries: tuple[float, ...]
+    steps: int | Literal["caller"]
+    schedule: Literal["beta", "native"] | tuple[float, ...] = "beta"
+    alpha: float = 1.4
+    beta: float = 0.425
+    lifter: Literal["velocity", "clean"] = "velocity"
+    micro_flow: Literal["exact", "released", "none"] = "released"
+    relax_steps: int = 3
+    noise: Literal["fresh", "own"] = "fresh"
+    importance_window: int = 3
+    blur_scale: float = 0.4
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        densities = self._normalise("densities", problems)
+        boundaries = self._normalise("boundaries", problems)
+        if densities is not None:
+            problems += _stage_problems("densities", densities, "list the sparsest stage first")
+        if boundaries is not None:
+            problems += _stage_problems("boundaries", boundaries, "order the stages' ends")
+        if densities is not None and boundaries is not None and len(densities) != len(boundaries):
+            problems.append(
+                f"JiTConfig: boundaries must be as many as densities, got {len(boundaries)} boundaries and "
+                f"{len(densities)} densities; give each stage one of both"
+            )
+        problems += self._schedule_problems()
+        problems += self._scalar_problems()
+        if not problems and self.steps != "caller":
+            problems += self._empty_stage_problems(self.steps, "JiTConfig")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        for name, kind in (("alpha", float), ("beta", float), ("blur_scale", float), ("relax_steps", int)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        object.__setattr__(self, "importance_window", int(self.importance_window))
+
+    def _normalise(self, name: str, problems: list[str]) -> tuple[float, ...] | None:
+        """Stores the field as a tuple of floats and returns it, or notes the problem and returns None."""
+        value = getattr(self, name)
+        is_sequence = isinstance(value, (tuple, list)) and len(value) > 0
+        if not is_sequence or not all(_is_finite_number(item) for item in value):
+            example = '"beta" or (1.0, 0.5, 0.0)' if name == "schedule" else "(0.35, 0.62, 1.0)"
+            problems.append(
+                f"JiTConfig: {name} must be a non-empty tuple of finite numbers, got {value!r}; "
+                f"give for example {example}"
+            )
+            return None
+        items = tuple(float(item) for item in value)
+        object.__setattr__(self, name, items)
+        return items
+
+    def _schedule_problems(self) -> list[str]:
+        problems = []
+        steps = self.steps
+        steps_valid = steps == "caller" or _is_step_count(steps)
+        if not steps_valid:
+            problems.append(
+                f'JiTConfig: steps must be a whole number from 1 to {_MAX_STEPS} or "caller", '
+                f"got {steps!r}; give the number of denoising steps"
+            )
+        elif steps != "caller":
+            object.__setattr__(self, "steps", int(steps))
+        if isinstance(self.schedule, str):
+            return problems + _choice_problems("schedule", self.schedule, _SCHEDULES)
+        levels = self._normalise("schedule", problems)
+        if levels is None:
+            return problems
+        falls = all(after < before for before, after in pairwise(levels))
+        if len(levels) < 2 or not falls or not 0.0 < levels[0] <= 1.0 or levels[-1] != 0.0:
+            problems.append(
+                f"JiTConfig: schedule must fall strictly from a level in (0, 1] to 0.0, got {levels}; "
+                f"list the noise levels, the final 0.0 included"
+            )
+        if steps_valid and steps != len(levels) - 1:
+            problems.append(
+                f"JiTConfig: steps must equal the levels of schedule less one, got {steps!r} steps and "
+                f"{len(levels)} levels; use steps={len(levels) - 1}"
+            )
+        return problems
+
+    def _scalar_problems(self) -> list[str]:
+        problems = []
+        for name, choices in _CHOICES.items():
+            problems += _choice_problems(name, getattr(self, name), choices)
+        for name, usual in (("alpha", 1.4), ("beta", 0.425), ("blur_scale", 0.4)):
+            value = getattr(self, name)
+            if not _is_finite_number(value) or value <= 0:
+                problems.append(
+                    f"JiTConfig: {name} must be a finite number above 0, got {value!r}; try {usual}"
+                )
+        if not _is_whole(self.relax_steps) or self.relax_steps < 1:
+            problems.append(
+                f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
+                f"the released code's is 3"
+            )
+        window = self.importance_window
+        if not _is_whole(window) or window < 1 or window % 2 == 0:
+            problems.append(
+                f"JiTConfig: importance_window must be an odd whole number above 0, got {window!r}; "
+                f"the paper's is 3"
+            )
+        return problems
+
+    def _empty_stage_problems(self, steps: int, function: str) -> list[str]:
+        ends = self._ends(steps)
+        if not _has_empty_stage(ends):
+            return []
+        enough = next((n for n in range(steps, _MAX_STEPS + 1) if not _has_empty_stage(self._ends(n))), None)
+        remedy = "space the boundaries further apart" if enough is None else f"use {enough} steps"
+        return [
+            f"{function}: steps must give every stage at least one step, got {steps} "
+            f"(stages end after {', '.join(map(str, ends))}); {remedy}"
+        ]
+
+    def _ends(self, steps: int) -> tuple[int, ...]:
+        return tuple(_whole_part(boundary, steps) for boundary in self.boundaries)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.densities)
+
+    @property
+    def move_weight(self) -> float:
+        """How far newly activated tokens move to their target: exact 1, released 1 / relax_steps, none 0."""
+        return {"exact": 1.0, "released": 1.0 / self.relax_steps, "none": 0.0}[self.micro_flow]
+
+    def stage_ends(self, steps: int) -> tuple[int, ...]:
+        """Returns the number of steps done when each stage ends: the whole part of `steps * boundary`.
+
+        A product that floating point leaves a hair below a whole number counts as that number, so that
+        100 steps with boundary 0.29 end after 29 (the released code: 28). Departs from the released code
+        also in refusing a step count that skips a stage (3 steps of the presets: 1, 1, 3).
+
+        Raises ConfigError where a stage would get no step, naming the next step count that works.
+        """
+        if not _is_step_count(steps):
+            raise ConfigError(
+                f"stage_ends: steps must be a whole number from 1 to {_MAX_STEPS}, got {steps!r}; "
+                f"pass the number of steps of the sampler"
+            )
+        problems = self._empty_stage_problems(steps, "stage_ends")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return self._ends(steps)
+
+    def stage_of_step(self, step: int, steps: int) -> int:
+        """Returns the stage, 0 the sparsest, that runs step `step` (counted from 0) of `steps`."""
+        ends = self.stage_ends(steps)
+        if not _is_whole(step) or not 0 <= step < steps:
+            raise ConfigError(f"stage_of_step: step must be in 0..{steps - 1}, got {step!r}; count from 0")
+        return bisect_right(ends, step)
+
+    def token_counts(self, num_tokens: int) -> tuple[int, ...]:
+        """Returns the number of anchors of each stage: the whole part of `density * num_tokens`.
+
+        Two stages may get equal counts on a small grid: the later one then activates nothing, which is
+        harmless. Rounds as `stage_ends` does.
+
+        num_tokens: tokens of the grid. Raises ConfigError where a stage would get no token.
+        """
+        if not _is_whole(num_tokens) or num_tokens < 1:
+            raise ConfigError(
+                f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; "
+                f"pass grid_h * grid_w"
+            )
+        counts = tuple(_whole_part(density, num_tokens) for density in self.densities)
+        if counts[0] < 1:
+            raise ConfigError(
+                f"token_counts: num_tokens must give every stage a token, got {num_tokens} tokens at "
+                f"density {self.densities[0]}; use {math.ceil(1 / self.densities[0])} tokens or more"
+            )
+        return counts
+
+    def replace(self, **overrides: Any) -> "JiTConfig":
+        """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError."""
+        _check_names("replace", overrides)
+        return dataclasses.replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dict of numbers, strings and lists, ready for JSON."""
+        fields = {name: getattr(self, name) for name in _field_names()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "JiTConfig":
+        """Returns the configuration that `to_dict` wrote; fields with a default may be missing."""
+        _check_names("from_dict", fields)
+        missing = [name for name in ("densities", "boundaries", "steps") if name not in fields]
+        if missing:
+            raise ConfigError(
+                f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them"
+            )
+        return cls(**fields)
+
+
+def resolve(preset_or_config: "str | JiTConfig", **overrides: Any) -> JiTConfig:
+    """Returns the preset of that name, or the configuration itself, with the named fields changed."""
+    if isinstance(preset_or_config, JiTConfig):
+        config = preset_or_config
+    elif isinstance(preset_or_config, str) and preset_or_config in PRESETS:
+        config = PRESETS[preset_or_config]
+    else:
+        raise ConfigError(
+            f"resolve: preset must be one of {', '.join(PRESETS)} or a JiTConfig, got {preset_or_config!r}; "
+            f'did you mean "{nearest_match(preset_or_config, PRESETS)}"?'
+        )
+    return config.replace(**overrides) if overrides else config
+
+
+def _whole_part(fraction: float, count: int) -> int:
+    return int(fraction * count + 1e-9)
+
+
+def _has_empty_stage(ends: tuple[int, ...]) -> bool:
+    return any(end <= start for start, end in pairwise((0, *ends)))
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_step_count(value: object) -> TypeGuard[int]:
+    return _is_whole(value) and 1 <= value <= _MAX_STEPS
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _stage_problems(name: str, shares: tuple[float, ...], remedy: str) -> list[str]:
+    problems = []
+    if not all(0.0 < share <= 1.0 for share in shares):
+        problems.append(f"JiTConfig: {name} must lie in (0, 1], got {shares}; give shares, not counts")
+    if any(after <= before for before, after in pairwise(shares)):
+        problems.append(f"JiTConfig: {name} must rise strictly, got {shares}; {remedy}")
+    if shares[-1] != 1.0:
+        problems.append(f"JiTConfig: {name} must end in 1.0, got {shares}; set the last stage's to 1.0")
+    return problems
+
+
+def _choice_problems(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
+    if isinstance(value, str) and value in allowed:
+        return []
+    return [
+        f"JiTConfig: {name} must be one of {', '.join(allowed)}, got {value!r}; "
+        f'did you mean "{nearest_match(value, allowed)}"?'
+    ]
+
+
+def _field_names() -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(JiTConfig))
+
+
+def _check_names(function: str, names: Iterable[str]) -> None:
+    known = _field_names()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(
+            "\n".join(
+                f"{function}: {name} must be a field of JiTConfig, got an unknown name; "
+                f'did you mean "{nearest_match(name, known)}"?'
+                for name in unknown
+            )
+        )
+
+
+PRESETS: Mapping[str, JiTConfig] = MappingProxyType(
+    {
+        "4x": JiTConfig(densities=(0.35, 0.62, 1.0), boundaries=(0.4, 0.65, 1.0), steps=18),
+        "7x": JiTConfig(densities=(0.32, 0.60, 1.0), boundaries=(0.4, 0.65, 1.0), steps=11),
+        "dense": JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=50, schedule="native"),
+    }
+)

@@ -1,0 +1,26 @@
+"""Exceptions of the package, and the nearest match that their messages suggest.
+
+Message format: `<function>: <argument> must <rule>, got <value>; <what to do>`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every reason, one a line."""
+
+
+class UnsupportedModelError(RuntimeError):
+    """A model or pipeline that no patch covers."""
+
+
+class NonFiniteVelocityError(RuntimeError):
+    """A model returned NaN or infinity, so that tokens cannot be ranked by importance."""
+
+
+def nearest_match(name: object, allowed: Iterable[str]) -> str:
+    """Returns the allowed name most like `name`, ignoring case; an empty string when nothing is allowed."""
+    by_folded = {candidate.casefold(): candidate for candidate in allowed}
+    matches = difflib.get_close_matches(str(name).casefold(), by_folded, n=1, cutoff=0.0)
+    return by_folded[matches[0]] if matches else ""
