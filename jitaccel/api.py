@@ -1,0 +1,57 @@
+"""The one line: `jitaccel.apply(target, preset="7x")`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from .config import JiTConfig, resolve
+from .errors import ConfigError
+from .handle import Handle
+
+
+def apply(
+    target: Any,
+    preset: str | JiTConfig = "7x",
+    *,
+    noise_levels: Sequence[float] | None = None,
+    **overrides: Any,
+) -> Handle:
+    """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
+
+    Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
+    it back bit for bit. Applying to the same target again replaces what was applied before.
+
+    target: a diffusers `FluxPipeline` (the scheduler is followed, and the state moved in its `step`), or a bare
+        `FluxTransformer2DModel` in somebody's own Euler loop (the move rides on the returned velocity).
+    preset: "4x", "7x", "dense", or a JiTConfig.
+    noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
+        without them they are predicted from the preset's own, and corrected as they are seen.
+    overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
+
+    Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
+    """
+    from . import patches
+
+    config = resolve(preset, **overrides)
+    levels = None if noise_levels is None else _checked_levels(noise_levels)
+    return patches.find(target).apply(target, config, levels)
+
+
+def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(float(level) for level in levels)
+    falls = all(after < before for before, after in zip(values, values[1:], strict=False))
+    if len(values) < 2 or not falls or not 0.0 < values[0] <= 1.0 or values[-1] != 0.0:
+        raise ConfigError(
+            f"apply: noise_levels must fall strictly from a level in (0, 1] to 0.0, got {values}; "
+            f"give sigmas, not timesteps of 0 to 1000, and the final 0.0"
+        )
+    return values
+
+
+def embedded_model() -> Path:
+    """Returns the folder of the small FLUX pipeline that comes with this package, in diffusers format."""
+    with as_file(files("jitaccel.assets") / "tiny-flux") as folder:
+        return Path(folder)

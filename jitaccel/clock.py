@@ -1,0 +1,81 @@
+"""Which step a call of the network belongs to: its index, its stage, its noise level and the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import JiTConfig
+from .schedule import match_level, noise_levels, predict_next_level, stage_of_level, stage_starts_by_level
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the sampler, from `noise_level` to `next_level`.
+
+    `may_end_stage`: whether a new stage may be due after it, so that what activation needs must be kept.
+    `matched`: the last of the expected levels that this step or one before it matched; -1: none yet.
+    """
+
+    index: int
+    stage: int
+    noise_level: float
+    next_level: float
+    may_end_stage: bool
+    matched: int = -1
+
+
+class KnownLevels:
+    """The clock of a sampler whose levels are known; stages are shares of its steps."""
+
+    def __init__(self, config: JiTConfig, levels: Sequence[float]) -> None:
+        self.levels = tuple(levels)
+        self.num_steps = len(self.levels) - 1
+        self._ends = config.stage_ends(self.num_steps)
+
+    def step(self, index: int) -> Step:
+        """Returns the step of an index in 0 .. num_steps - 1."""
+        return Step(
+            index=index,
+            stage=sum(index >= end for end in self._ends),
+            noise_level=self.levels[index],
+            next_level=self.levels[index + 1],
+            may_end_stage=index + 1 in self._ends[:-1],
+        )
+
+    def follow(self, previous: Step | None, noise_level: float) -> Step | None:
+        """Returns the step after `previous`, or None where `noise_level` is not its level."""
+        index = 0 if previous is None else previous.index + 1
+        if index >= self.num_steps or match_level(noise_level, self.levels[index : index + 2]) != 0:
+            return None
+        return self.step(index)
+
+
+class PredictedLevels:
+    """The clock of a sampler nothing is known of: stages by noise level, the next level by prediction.
+
+    A stage starts at the level at which it starts on the configuration's own levels; a sampler that uses those
+    levels is predicted exactly.
+    """
+
+    def __init__(self, config: JiTConfig) -> None:
+        self._levels = noise_levels(config)
+        self._starts = stage_starts_by_level(config)
+        self._num_stages = config.num_stages
+
+    def follow(self, previous: Step | None, noise_level: float) -> Step:
+        """Returns the step that starts at `noise_level` after `previous`."""
+        after = -1 if previous is None else previous.matched
+        match = match_level(noise_level, self._levels, after)
+        level = noise_level if match is None else self._levels[match]
+        stage = max(stage_of_level(level, self._starts), 0 if previous is None else previous.stage)
+        return Step(
+            index=0 if previous is None else previous.index + 1,
+            stage=stage,
+            noise_level=level,
+            next_level=predict_next_level(
+                level, self._levels, None if previous is None else previous.noise_level, after
+            ),
+            may_end_stage=stage + 1 < self._num_stages,
+            matched=after if match is None else match,
+        )

@@ -1,0 +1,186 @@
+"""One generation's state: it wires anchors, lift, importance and micro-flow, and knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .anchors import activate, first_anchors, gather_tokens, merge_anchors, scatter_tokens
+from .clock import Step
+from .config import JiTConfig
+from .errors import ConfigError, NonFiniteVelocityError
+from .importance import importance
+from .lift import LiftPlan, lift_velocity, make_lift_plan
+from .microflow import clean_estimate, move, target_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Left:
+    """What the last step left for the next stage: its state, full velocity and level (`_p` in the method)."""
+
+    state: Tensor
+    velocity: Tensor
+    noise_level: float
+
+
+class Run:
+    """One generation: `enter` a step with the state, run the network at `anchors`, `leave` with its velocity.
+
+    All random choices of an image (extra first anchors, fresh noise) come from a generator seeded by the bits of
+    that image's first state, hence from the caller's own generator: the global one is neither read nor written,
+    and an image of a batch makes the choices that it makes alone. (The released code draws both from global
+    generators, once for the whole batch.)
+
+    state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation.
+
+    Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1.
+    """
+
+    def __init__(
+        self,
+        config: JiTConfig,
+        grid: tuple[int, int],
+        step: Step,
+        state: Tensor,
+        *,
+        anchors: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> None:
+        num_tokens = grid[0] * grid[1]
+        if state.ndim != 3 or state.shape[1] != num_tokens:
+            raise ValueError(
+                f"Run: state must be (B, {num_tokens}, D) for a grid of {grid[0]}x{grid[1]}, got "
+                f"{tuple(state.shape)}; pass position ids and tokens of the same picture"
+            )
+        if config.noise == "own" and config.num_stages > 1 and step.noise_level < 1.0:
+            raise ConfigError(
+                f'Run: noise must be "fresh" where the first level is below 1, got "own" at level '
+                f"{step.noise_level:g}; the state no longer is the noise it started from"
+            )
+        self.config, self.grid, self.stage = config, grid, step.stage
+        self._counts = config.token_counts(num_tokens)
+        self._generators = image_generators(state)
+        self._noise = state if noise is None and config.noise == "own" else noise
+        self._left: _Left | None = None
+        self._finite: list[tuple[int, Tensor]] = []
+        if anchors is None:
+            drawn = [first_anchors(grid, self._counts[self.stage], g) for g in self._generators]
+            anchors = torch.stack(drawn).to(state.device)
+        self._plan(anchors)
+
+    def _plan(self, anchors: Tensor) -> None:
+        """Makes all that depends on the anchors alone, once a stage."""
+        self.plan: LiftPlan = make_lift_plan(anchors, self.grid, self.config.blur_scale)
+        self.has_shared_anchors = bool((anchors == anchors[:1]).all())
+
+    @property
+    def anchors(self) -> Tensor:
+        """The tokens that enter the network, (B, M) int64, sorted."""
+        return self.plan.anchors
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token is an anchor."""
+        return self.plan.is_dense
+
+    @property
+    def num_active(self) -> int:
+        """M, the number of anchors of each image."""
+        return self.plan.anchors.shape[1]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Returns the anchors' tokens of `x` (B, N, ...), or `x` itself where every token is one."""
+        return x if self.is_dense else gather_tokens(x, self.anchors)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Returns the anchors' `values` in place among zeros, (B, N, ...), or `values` where every token is one."""
+        return values if self.is_dense else scatter_tokens(values, self.anchors, self.grid[0] * self.grid[1])
+
+    def enter(self, step: Step, state: Tensor) -> Tensor:
+        """Returns the state from which the network runs at `step`: `state`, moved where a stage begins.
+
+        Importance-guided activation and the deterministic micro-flow (arXiv:2603.10744). `state` is not written.
+        """
+        while self.stage < step.stage:
+            state = self._start_stage(step, state)
+        return state
+
+    def _start_stage(self, step: Step, state: Tensor) -> Tensor:
+        left = self._left
+        if left is None:
+            raise RuntimeError(f"Run.enter: a step must be left before stage {self.stage + 1} starts, got none")
+        self.check_finite()
+        self.stage += 1
+        old = self.plan
+        count = self._counts[self.stage] - self.num_active
+        scores = importance(left.velocity, self.grid, self.config.importance_window)
+        tokens = activate(scores, self.anchors, count)
+        self._plan(merge_anchors(self.anchors, tokens))
+        if self.config.move_weight == 0.0:
+            return state
+        state_, velocity = (gather_tokens(x, old.anchors) for x in (left.state, left.velocity))
+        clean = clean_estimate(state_, velocity, left.noise_level)
+        target = target_state(clean, old, self._target_noise(state), step.noise_level)
+        return move(state, target, tokens, self.config.move_weight)
+
+    def _target_noise(self, state: Tensor) -> Tensor:
+        if self._noise is None:
+            shape = state.shape[1:]
+            drawn = [torch.randn(shape, generator=generator) for generator in self._generators]
+            self._noise = torch.stack(drawn).to(state.device)
+        return self._noise
+
+    def leave(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
+        """Returns the velocity at every token, (B, N, D), from the network's `values` (B, M, D) at the anchors.
+
+        Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744). state: the one the network saw.
+        """
+        velocity = lift_velocity(values, state, step.noise_level, self.plan, self.config.lifter)
+        self.remember(step, state, velocity)
+        return velocity
+
+    def remember(self, step: Step, state: Tensor, velocity: Tensor) -> None:
+        """Keeps what the next stage needs: copies, since samplers may write in place."""
+        self._finite.append((step.index, torch.isfinite(velocity).all()))
+        if step.may_end_stage:
+            self._left = _Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.
+
+        Waits for the device, so it is asked only where a stage starts and at the end.
+        """
+        checked, self._finite = self._finite, []
+        if not checked:
+            return
+        flags = torch.stack([flag for _, flag in checked]).tolist()
+        for (index, _), is_finite in zip(checked, flags, strict=True):
+            if not is_finite:
+                raise NonFiniteVelocityError(
+                    f"Run: the velocity must be finite, got NaN or infinity at step {index}; "
+                    f"float16 overflows in some FLUX models, load it in bfloat16"
+                )
+
+
+def image_generators(state: Tensor) -> list[torch.Generator]:
+    """Returns one CPU generator for each image, seeded by the bits of its state (B, ...)."""
+    generators = []
+    for seed in state_seeds(state):
+        generators.append(torch.Generator().manual_seed(seed))
+    return generators
+
+
+def state_seeds(state: Tensor) -> list[int]:
+    """Returns a 63-bit number for each image (B, ...), the same for the same bits on every device.
+
+    A sum of all values' bits with odd weights that grow along the state, modulo 2^64. Waits for the device.
+    """
+    bits = state.detach().contiguous().flatten(1)
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
+    words = bits.view(kind).long()
+    position = torch.arange(words.shape[1], device=words.device)
+    weights = (2 * position + 1) * 0x1E3779B97F4A7C15
+    sums = (words * weights).sum(dim=1)
+    return [int(value) & (2**63 - 1) for value in sums.tolist()]

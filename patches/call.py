@@ -1,0 +1,27 @@
+"""One call of a network, in words that every codebase shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from jitaccel.run import Run
+from jitaccel.stats import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCall:
+    """What a patch tells of one call of its model.
+
+    state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state, (B, M, D).
+    grid, noise_level: read from the arguments, and checked; both may wait for the device.
+    """
+
+    state: Tensor
+    text_tokens: int
+    cost: Cost
+    grid: Callable[[], tuple[int, int]]
+    noise_level: Callable[[], float]
+    evaluate: Callable[[Run, Tensor], Tensor]

@@ -1,0 +1,258 @@
+"""Runs a pipeline whose scheduler can be reached: the state is moved in `scheduler.step`, exactly.
+
+The network returns its velocity at the anchors alone, zeros elsewhere. The pipeline combines guided and unguided
+branches of it, and `step` lifts the result, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jitaccel.clock import KnownLevels
+from jitaccel.config import JiTConfig
+from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.handle import Handle
+from jitaccel.run import Run
+from jitaccel.schedule import noise_levels
+from jitaccel.stats import Recorder, Stats
+
+from .call import ModelCall
+from .caller import calling_pipeline
+
+_log = logging.getLogger(__name__)
+_SCHEDULER_STATE = ("sigmas", "timesteps", "num_inference_steps", "_step_index", "_begin_index")
+
+
+class SchedulerRoute:
+    """The generations of one pipeline, one at a time. `codebase` names it in statistics."""
+
+    def __init__(self, pipeline: Any, config: JiTConfig, codebase: str) -> None:
+        self.config = config
+        self._pipeline = weakref.ref(pipeline)
+        self._scheduler = pipeline.scheduler
+        self._default_steps = _default_steps(pipeline)
+        self._codebase = codebase
+        self._clock: KnownLevels | None = None
+        self._run: Run | None = None
+        self._seen = -1
+        self._recorder: Recorder | None = None
+        self._notes: tuple[str, ...] = ()
+        self._generations = 0
+
+    def install(self, handle: Handle) -> None:
+        """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
+        for name in _SCHEDULER_STATE:
+            handle.restore_attribute_on_remove(self._scheduler, name)
+        for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
+            original = getattr(self._scheduler, name)
+            handle.set_attribute(self._scheduler, name, _wrap(original, wrapper))
+
+    def is_of(self, pipeline: Any) -> bool:
+        """Returns whether this route is that pipeline's."""
+        return self._pipeline() is pipeline
+
+    def accepts(self, caller: Any) -> bool:
+        """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
+        return self._clock is not None if caller is None else self.is_of(caller)
+
+    def reset(self) -> None:
+        """Forgets the generation; what it did stays in the statistics."""
+        self._clock, self._run, self._seen = None, None, -1
+
+    def stats(self) -> Stats:
+        """Returns what the last generation did."""
+        common: dict[str, Any] = {
+            "codebase": self._codebase,
+            "execution": "indexed",
+            "notes": self._notes,
+            "config": self.config,
+            "generations": self._generations,
+        }
+        r = self._recorder
+        if r is None:
+            return Stats(**common)
+        dense = r.batch * r.cost(r.grid[0] * r.grid[1], r.text_tokens)
+        return Stats(
+            **common,
+            batch=r.batch,
+            grid=r.grid,
+            text_tokens=r.text_tokens,
+            dense_step_flops=dense,
+            steps=r.steps(),
+            anchors=r.anchors(),
+        )
+
+    def forward(self, call: ModelCall) -> Tensor:
+        """Returns the velocity (B, N, D) at the anchors, zeros elsewhere."""
+        index = self._index()
+        if self._run is None or self._recorder is None:
+            self._begin(call, index)
+        assert self._run is not None and self._recorder is not None and self._clock is not None
+        step = self._clock.step(index)
+        if self._run.stage != step.stage or call.state.shape[1] != self._run.grid[0] * self._run.grid[1]:
+            raise RuntimeError(
+                f"jitaccel: step {index} must follow the scheduler's last one, with as many tokens, got stage "
+                f"{self._run.stage} and {call.state.shape[1]} tokens; start a generation with set_timesteps"
+            )
+        with self._recorder.network(step, self._run.anchors):
+            values = call.evaluate(self._run, call.state)
+        self._seen = index
+        with self._recorder.outside(index):
+            return self._run.scatter(values)
+
+    def _begin(self, call: ModelCall, index: int) -> None:
+        if self._clock is None:
+            raise RuntimeError(
+                "jitaccel: set_timesteps of the patched scheduler must be called before the transformer, got none; "
+                "the pipeline's scheduler was replaced after apply: apply again"
+            )
+        if index != 0:
+            raise UnsupportedModelError(
+                f"jitaccel: a generation must start at step 0, got step {index}; "
+                f"image-to-image is not accelerated yet: remove() the handle for it"
+            )
+        grid = call.grid()
+        self._recorder = Recorder(
+            cost=call.cost,
+            batch=call.state.shape[0],
+            grid=grid,
+            text_tokens=call.text_tokens,
+            device=call.state.device,
+        )
+        self._generations += 1
+        with self._recorder.outside(0):
+            self._run = Run(self.config, grid, self._clock.step(0), call.state)
+
+    def _step(self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._clock is None or not self.accepts(calling_pipeline()):
+            return original(model_output, timestep, sample, *args, **kwargs)
+        try:
+            return self._sparse_step(original, model_output, timestep, sample, *args, **kwargs)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _sparse_step(
+        self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        index, run, clock, recorder = self._index(), self._run, self._clock, self._recorder
+        if run is None or clock is None or recorder is None or self._seen != index:
+            raise RuntimeError(
+                f"jitaccel: the patched transformer must run before scheduler.step, got no call at step {index}; "
+                f"it was replaced, or its forward restored (offloading does), after apply: apply again"
+            )
+        with recorder.outside(index):
+            velocity = run.leave(clock.step(index), sample, run.gather(model_output))
+        output = original(velocity, timestep, sample, *args, **kwargs)
+        if index + 1 == clock.num_steps:
+            run.check_finite()
+            self.reset()
+            return output
+        with recorder.outside(index):
+            state = output[0]
+            moved = run.enter(clock.step(index + 1), state)
+        return output if moved is state else _with_state(output, moved)
+
+    def _index(self) -> int:
+        index = self._scheduler.step_index
+        return int(index if index is not None else self._scheduler.begin_index or 0)
+
+    def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (calling_pipeline() is None or self.is_of(calling_pipeline())):
+            return original(*args, **kwargs)
+        self.reset()
+        asked = inspect.signature(original).bind(*args, **kwargs).arguments
+        requested = _requested_steps(asked)
+        steps = requested if self.config.steps == "caller" else self.config.steps
+        self.config.stage_ends(steps)  # raises before anything is set
+        self._note_steps(requested, steps)
+        own_levels = self.config.schedule != "native"
+        if own_levels or steps != requested:
+            _refuse_custom_levels(asked, requested)
+        if not own_levels and steps != requested:
+            asked = _with_steps(asked, steps)
+        original(**asked)
+        if own_levels:
+            self._write_levels(noise_levels(self.config, steps))
+            levels = noise_levels(self.config, steps)
+        else:
+            levels = tuple(self._scheduler.sigmas.tolist())
+        self._clock = KnownLevels(self.config, levels)
+
+    def _note_steps(self, requested: int, steps: int) -> None:
+        self._notes = ()
+        if requested == steps:
+            return
+        note = f"the configuration decides on {steps} steps; the pipeline asked for {requested}"
+        self._notes = (f"{note} (steps='caller' keeps the pipeline's number)",)
+        _log.log(logging.INFO if requested == self._default_steps else logging.WARNING, "jitaccel: %s", self._notes[0])
+
+    def _write_levels(self, levels: tuple[float, ...]) -> None:
+        scheduler = self._scheduler
+        device = scheduler.sigmas.device
+        scheduler.sigmas = torch.tensor(levels, dtype=torch.float32, device=device)
+        scale = scheduler.config.num_train_timesteps
+        scheduler.timesteps = (scheduler.sigmas[:-1] * scale).to(scheduler.timesteps.device)
+        scheduler.num_inference_steps = len(levels) - 1
+
+
+def check_scheduler(scheduler: Any) -> list[str]:
+    """Returns why a scheduler is not first-order Euler on flow-matching levels; nothing where it is."""
+    kind = type(scheduler).__name__
+    if not any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
+        return [f"its scheduler must be a FlowMatchEulerDiscreteScheduler (first-order Euler), got {kind}"]
+    return [
+        f"its scheduler must have {name}=False, got True"
+        for name in ("stochastic_sampling", "invert_sigmas")
+        if scheduler.config.get(name, False)
+    ]
+
+
+def _wrap(original: Any, wrapper: Any) -> Any:
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    return method
+
+
+def _with_state(output: Any, state: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (state, *output[1:])
+    return type(output)(prev_sample=state)
+
+
+def _default_steps(pipeline: Any) -> Any:
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    return None if parameter is None else parameter.default
+
+
+def _requested_steps(asked: dict[str, Any]) -> int:
+    for name in ("sigmas", "timesteps"):
+        if asked.get(name) is not None:
+            return len(asked[name])
+    return int(asked["num_inference_steps"])
+
+
+def _refuse_custom_levels(asked: dict[str, Any], requested: int) -> None:
+    sigmas = asked.get("sigmas")
+    usual = np.linspace(1.0, 1.0 / requested, requested)
+    if asked.get("timesteps") is not None or (sigmas is not None and not np.allclose(sigmas, usual, atol=1e-6)):
+        raise ConfigError(
+            "jitaccel: levels must come from one place, got sigmas in the call beside those of the configuration; "
+            "use schedule='native', steps='caller' to keep the call's"
+        )
+
+
+def _with_steps(asked: dict[str, Any], steps: int) -> dict[str, Any]:
+    if asked.get("sigmas") is not None:
+        return {**asked, "sigmas": np.linspace(1.0, 1.0 / steps, steps)}
+    return {**asked, "num_inference_steps": steps}
