@@ -1,0 +1,47 @@
+"""Puts the trained parts together as one diffusers pipeline, in float16, with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+# FLUX.1-dev's own settings.
+_SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+def assemble(text: Path, vae: Path, transformer: Path) -> FluxPipeline:
+    """Returns the pipeline in float32; `text` holds both tokenizers and encoders, `transformer` a phase's `ema`."""
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
+        vae=AutoencoderKL.from_pretrained(vae),
+        text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder", dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(text / "tokenizer"),
+        text_encoder_2=T5EncoderModel.from_pretrained(text / "text_encoder_2", dtype=torch.float32),
+        tokenizer_2=T5Tokenizer.from_pretrained(text / "tokenizer_2"),
+        transformer=FluxTransformer2DModel.from_pretrained(transformer),
+    )
+    return pipeline
+
+
+def save(pipeline: FluxPipeline, out: Path) -> None:
+    """Saves the weights in float16, such that `FluxPipeline.from_pretrained(out)` loads all of them in float32.
+
+    transformers loads in the dtype that a configuration names, diffusers in float32: left alone, the text encoders
+    would come back in float16 beside a float32 transformer.
+    """
+    pipeline.to(dtype=torch.float16).save_pretrained(out)
+    for name in ("text_encoder", "text_encoder_2"):
+        path = out / name / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")

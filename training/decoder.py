@@ -1,0 +1,153 @@
+"""Trains the decoder of the embedded autoencoder on the closed-form latents of `patch_encoder`, and writes the whole.
+
+The encoder's weights are set, not trained: every residual branch is zero, the two strided convolutions carry out the
+linear analysis, and constant channels turn the last group norm and its activation into a fixed scale and offset.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jitaccel.scenes.draw import draw
+from jitaccel.scenes.scene import random_scene
+
+from .log import TrainingLog, warmup_cosine
+from .patch_encoder import encode, latent_statistics, patch_features, pictures_to_tensor
+
+CROP_PX = 64
+BATCH = 16
+NUM_PICTURES = 600
+_CHANNELS = (16, 32, 64)
+_FLOOR = 256.0  # size of the constant channels that make the encoder's last group norm a fixed scale
+_SILU_OFFSET = 16.0  # silu(x + 16) = x + 16 to one part in ten thousand for the latents that occur
+_LOG_VARIANCE = -20.0
+
+
+def new_autoencoder() -> AutoencoderKL:
+    shift, scale = latent_statistics()
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=_CHANNELS,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=2,
+        sample_size=256,
+        shift_factor=shift,
+        scaling_factor=scale,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+@torch.no_grad()
+def write_encoder(vae: AutoencoderKL) -> None:
+    """Sets the encoder's weights so that its mean is `patch_encoder.encode`, to rounding."""
+    encoder = vae.encoder
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.zero_()
+            module.bias.zero_()
+    colours, halves = 3, 12
+    encoder.conv_in.weight[range(colours), range(colours), 1, 1] = 1.0
+    first, second = (encoder.down_blocks[k].downsamplers[0].conv for k in (0, 1))
+    for k, (row, column) in enumerate((r, c) for r in (0, 1) for c in (0, 1)):
+        for colour in range(colours):
+            first.weight[k * colours + colour, colour, row, column] = 1.0
+    filters = patch_features()  # (8, 3, 4, 4): the coarse offset is the strided pixel, the fine one the channel
+    for k, (row, column) in enumerate((r, c) for r in (0, 1) for c in (0, 1)):
+        second.weight[:8, k * colours : (k + 1) * colours, :2, :2] = filters[:, :, row::2, column::2]
+    widen = [block.resnets[0].conv_shortcut for block in encoder.down_blocks[1:]]
+    widen[0].weight[range(halves), range(halves), 0, 0] = 1.0
+    _write_last_norm(encoder, widen[1])
+
+
+def _write_last_norm(encoder: nn.Module, shortcut: nn.Conv2d) -> None:
+    """Splits the eight features over both groups, fills the rest with constants, and undoes the norm and activation."""
+    half = _CHANNELS[-1] // 2
+    places = [0, 1, 2, 3, half, half + 1, half + 2, half + 3]
+    constant = [k for k in range(2 * half) if k not in places]
+    shortcut.weight[places, range(8), 0, 0] = 1.0
+    shortcut.bias[constant] = _FLOOR * (1.0 - 2.0 * (torch.arange(len(constant)) % 2))
+    deviation = _FLOOR * (len(constant) / (2 * half)) ** 0.5
+    encoder.conv_norm_out.weight.fill_(deviation)
+    encoder.conv_norm_out.bias.fill_(_SILU_OFFSET)
+    encoder.conv_out.weight[range(8), places, 1, 1] = 1.0
+    encoder.conv_out.bias[:8] = -_SILU_OFFSET
+    encoder.conv_out.bias[8:] = _LOG_VARIANCE
+
+
+@torch.no_grad()
+def _start_decoder(vae: AutoencoderKL, offset: float = 4.0) -> None:
+    """Gives the decoder zero residual branches and, in a quarter of its channels, constants that steady its norms.
+
+    A group norm over a smooth picture would throw its colour away, and differently on a crop than on the whole.
+    """
+    for module in vae.decoder.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.mul_(0.1)
+            module.conv2.bias.zero_()
+    stream = [vae.decoder.conv_in]
+    for block in vae.decoder.up_blocks:
+        stream += [resnet.conv_shortcut for resnet in block.resnets if resnet.conv_shortcut is not None]
+        stream += [up.conv for up in block.upsamplers or ()]
+    for conv in stream:
+        steady = range(3, conv.out_channels, 4)
+        conv.weight[steady] = 0.0
+        conv.bias[steady] = offset * (1.0 - 2.0 * (torch.arange(len(steady)) % 2))
+        if conv.in_channels > 8:
+            conv.weight[:, range(3, conv.in_channels, 4)] = 0.0
+
+
+def train_decoder(out: Path, updates: int, seed: int = 0) -> None:
+    """Trains the decoder on crops, to latents with a little noise, and saves the autoencoder."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    vae = new_autoencoder()
+    write_encoder(vae)
+    _start_decoder(vae)
+    decoder = vae.decoder.to(memory_format=torch.channels_last)
+    pictures = np.stack([draw(random_scene(rng)) for _ in range(NUM_PICTURES)])
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(40, updates))
+    log = TrainingLog(out.with_suffix(".jsonl"), every=20)
+    for update in range(updates):
+        x = _crops(pictures, rng)
+        z = encode(x)
+        y = decoder((z + 0.02 * torch.randn_like(z)).contiguous(memory_format=torch.channels_last))
+        loss = (y - x).abs().mean() + 0.5 * _edges(y - x)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        log.add(update, loss=loss.item(), psnr_db=_psnr_db(y, x))
+    vae.save_pretrained(out)
+    log.close()
+
+
+def _crops(pictures: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Returns crops whose corners lie on the patch grid."""
+    side = pictures.shape[1] - CROP_PX
+    rows, columns = 4 * rng.integers(0, side // 4 + 1, size=(2, BATCH))
+    chosen = zip(rng.integers(len(pictures), size=BATCH), rows, columns, strict=True)
+    crops = np.stack([pictures[k, r : r + CROP_PX, c : c + CROP_PX] for k, r, c in chosen])
+    return pictures_to_tensor(crops).contiguous()
+
+
+def _edges(difference: Tensor) -> Tensor:
+    return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+
+
+def _psnr_db(y: Tensor, x: Tensor) -> float:
+    return float(-10 * torch.log10(F.mse_loss(y.detach().clamp(-1, 1), x) / 4))

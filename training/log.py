@@ -1,0 +1,54 @@
+"""The record of a training run: one JSON line every few updates, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tqdm
+
+
+class TrainingLog:
+    """Averages what is added over `every` updates and appends it to a JSON-lines file with the seconds since start."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._every = path, every
+        self._start = time.monotonic()
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._bar = tqdm.tqdm(desc=path.stem, unit="update")
+
+    def add(self, update: int, **values: float) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        self._bar.update()
+        if (update + 1) % self._every == 0:
+            self._write(update + 1)
+
+    def _write(self, updates: int) -> None:
+        means = {name: round(total / self._count, 5) for name, total in self._sums.items()}
+        row = {"updates": updates, "seconds": round(time.monotonic() - self._start, 1), **means}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._bar.set_postfix(means)
+        self._sums, self._count = {}, 0
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def warmup_cosine(warmup: int, updates: int, floor: float = 0.02) -> Callable[[int], float]:
+    """Returns the learning-rate factor of an update: linear warm-up, then a cosine down to `floor`."""
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / warmup
+        done = min(1.0, (update - warmup) / max(1, updates - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
