@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def apply(
 
 def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(level) for level in levels)
-    falls = all(after < before for before, after in zip(values, values[1:], strict=False))
+    falls = all(after < before for before, after in pairwise(values))
     if len(values) < 2 or not falls or not 0.0 < values[0] <= 1.0 or values[-1] != 0.0:
         raise ConfigError(
             f"apply: noise_levels must fall strictly from a level in (0, 1] to 0.0, got {values}; "

@@ -62,7 +62,7 @@ class Run:
         self.config, self.grid, self.stage = config, grid, step.stage
         self._counts = config.token_counts(num_tokens)
         self._generators = image_generators(state)
-        self._noise = state if noise is None and config.noise == "own" else noise
+        self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: _Left | None = None
         self._finite: list[tuple[int, Tensor]] = []
         if anchors is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from jitaccel.run import Run
-from jitaccel.stats import Cost
+from jitaccel.stats import Cost, Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +25,13 @@ class ModelCall:
     grid: Callable[[], tuple[int, int]]
     noise_level: Callable[[], float]
     evaluate: Callable[[Run, Tensor], Tensor]
+
+    def recorder(self, grid: tuple[int, int]) -> Recorder:
+        """Returns an empty record of the generation that this call is the first of."""
+        return Recorder(
+            cost=self.cost,
+            batch=self.state.shape[0],
+            grid=grid,
+            text_tokens=self.text_tokens,
+            device=self.state.device,
+        )

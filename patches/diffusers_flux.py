@@ -144,7 +144,8 @@ def _check_pipeline(pipeline: Any) -> None:
     problems = []
     if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
         problems.append(
-            f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}, which is not accelerated yet"
+            f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}, "
+            f"which is not accelerated yet"
         )
     else:
         problems += [f"pipeline: {reason}" for reason in check_scheduler(pipeline.scheduler)]
@@ -219,7 +220,8 @@ def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
         ids = ids[0]
     if bool((ids[:, 0] != 0).any()):
         raise UnsupportedModelError(
-            "jitaccel: img_ids must start with 0 (generated tokens), got reference tokens; Kontext is not accelerated yet"
+            "jitaccel: img_ids must start with 0 (generated tokens), got reference tokens; "
+            "Kontext is not accelerated yet"
         )
     height, width = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

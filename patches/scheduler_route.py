@@ -22,7 +22,7 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.handle import Handle
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
-from jitaccel.stats import Recorder, Stats
+from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import ModelCall
 from .caller import calling_pipeline
@@ -69,25 +69,13 @@ class SchedulerRoute:
 
     def stats(self) -> Stats:
         """Returns what the last generation did."""
-        common: dict[str, Any] = {
-            "codebase": self._codebase,
-            "execution": "indexed",
-            "notes": self._notes,
-            "config": self.config,
-            "generations": self._generations,
-        }
-        r = self._recorder
-        if r is None:
-            return Stats(**common)
-        dense = r.batch * r.cost(r.grid[0] * r.grid[1], r.text_tokens)
-        return Stats(
-            **common,
-            batch=r.batch,
-            grid=r.grid,
-            text_tokens=r.text_tokens,
-            dense_step_flops=dense,
-            steps=r.steps(),
-            anchors=r.anchors(),
+        return summarize(
+            self._recorder,
+            codebase=self._codebase,
+            execution="indexed",
+            notes=self._notes,
+            config=self.config,
+            generations=self._generations,
         )
 
     def forward(self, call: ModelCall) -> Tensor:
@@ -120,18 +108,14 @@ class SchedulerRoute:
                 f"image-to-image is not accelerated yet: remove() the handle for it"
             )
         grid = call.grid()
-        self._recorder = Recorder(
-            cost=call.cost,
-            batch=call.state.shape[0],
-            grid=grid,
-            text_tokens=call.text_tokens,
-            device=call.state.device,
-        )
+        self._recorder = call.recorder(grid)
         self._generations += 1
         with self._recorder.outside(0):
             self._run = Run(self.config, grid, self._clock.step(0), call.state)
 
-    def _step(self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _step(
+        self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         if self._clock is None or not self.accepts(calling_pipeline()):
             return original(model_output, timestep, sample, *args, **kwargs)
         try:

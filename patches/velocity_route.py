@@ -17,7 +17,7 @@ from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError
 from jitaccel.run import Run, state_seeds
 from jitaccel.schedule import match_level
-from jitaccel.stats import Recorder, Stats
+from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import ModelCall
 
@@ -54,25 +54,14 @@ class VelocityRoute:
     def stats(self) -> Stats:
         """Returns what the last generation did."""
         known = isinstance(self._clock, KnownLevels)
-        common: dict[str, Any] = {
-            "codebase": self._codebase,
-            "execution": "indexed",
-            "notes": () if known else ("the loop's levels are predicted from the preset's; noise_levels= gives them",),
-            "config": self.config,
-            "generations": self._generations,
-        }
-        r = self._recorder
-        if r is None:
-            return Stats(**common)
-        dense = r.batch * r.cost(r.grid[0] * r.grid[1], r.text_tokens)
-        return Stats(
-            **common,
-            batch=r.batch,
-            grid=r.grid,
-            text_tokens=r.text_tokens,
-            dense_step_flops=dense,
-            steps=r.steps(),
-            anchors=r.anchors(),
+        notes = () if known else ("the loop's levels are predicted from the preset's; noise_levels= gives them",)
+        return summarize(
+            self._recorder,
+            codebase=self._codebase,
+            execution="indexed",
+            notes=notes,
+            config=self.config,
+            generations=self._generations,
         )
 
     def forward(self, call: ModelCall) -> Tensor:
@@ -121,13 +110,7 @@ class VelocityRoute:
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
         grid = call.grid()
-        self._recorder = Recorder(
-            cost=call.cost,
-            batch=call.state.shape[0],
-            grid=grid,
-            text_tokens=call.text_tokens,
-            device=call.state.device,
-        )
+        self._recorder = call.recorder(grid)
         self._generations += 1
         with self._recorder.outside(step.index):
             self._run = Run(self.config, grid, step, call.state)

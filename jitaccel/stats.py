@@ -1,0 +1,183 @@
+"""What a generation really did: tokens, operations and time of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .clock import Step
+from .config import JiTConfig
+from .stopwatch import Stopwatch
+
+Cost = Callable[[int, int], int]
+"""Operations of one forward for one image: (image tokens, text tokens) -> FLOPs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """One step. `calls`: forwards of the whole batch (2 with true CFG). `outside_s`: the method beside the network."""
+
+    index: int
+    stage: int
+    noise_level: float
+    next_level: float
+    tokens: int
+    calls: int
+    flops: int
+    network_s: float
+    outside_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The last generation. `flops` count every image of the batch; `dense_step_flops` is one dense step of it.
+
+    `anchors`: of each stage that ran, (B, M) raster indices, on the device that computed.
+    """
+
+    codebase: str
+    execution: str
+    notes: tuple[str, ...]
+    config: JiTConfig
+    generations: int
+    batch: int = 0
+    grid: tuple[int, int] = (0, 0)
+    text_tokens: int = 0
+    dense_step_flops: int = 0
+    steps: tuple[StepStats, ...] = ()
+    anchors: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def token_steps(self) -> int:
+        """Image tokens through the network, summed over the steps, of one image and one branch."""
+        return sum(step.tokens for step in self.steps)
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def dense_steps(self) -> float:
+        """The cost in dense steps of one branch: the number of them that costs the same."""
+        return self.flops / self.dense_step_flops if self.dense_step_flops else 0.0
+
+    @property
+    def network_s(self) -> float:
+        return sum(step.network_s for step in self.steps)
+
+    @property
+    def outside_s(self) -> float:
+        return sum(step.outside_s for step in self.steps)
+
+    @property
+    def stage_seconds(self) -> tuple[float, ...]:
+        """Seconds of each stage, network and method together."""
+        stages = range(max((step.stage for step in self.steps), default=-1) + 1)
+        return tuple(sum(s.network_s + s.outside_s for s in self.steps if s.stage == k) for k in stages)
+
+    def __str__(self) -> str:
+        lines = [f"{self.codebase}, {self.execution} execution, {self.generations} generations"]
+        lines += [f"note: {note}" for note in self.notes]
+        if not self.steps:
+            return "\n".join(lines)
+        height, width = self.grid
+        lines.append(
+            f"last: batch {self.batch}, grid {height}x{width}, {self.text_tokens} text tokens, "
+            f"{self.flops / 1e9:.1f} GFLOP = {self.dense_steps:.2f} dense steps, "
+            f"network {self.network_s:.3f} s, method {self.outside_s:.3f} s"
+        )
+        lines.append(" step stage   level    next  tokens  calls  network_ms  method_ms")
+        for s in self.steps:
+            lines.append(
+                f"{s.index:5d} {s.stage:5d} {s.noise_level:7.4f} {s.next_level:7.4f} {s.tokens:7d} {s.calls:6d} "
+                f"{1000 * s.network_s:11.2f} {1000 * s.outside_s:10.2f}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass
+class _Entry:
+    step: Step
+    tokens: int
+    calls: int = 0
+
+
+@dataclass
+class Recorder:
+    """Collects one generation's steps while it runs."""
+
+    cost: Cost
+    batch: int
+    grid: tuple[int, int]
+    text_tokens: int
+    device: torch.device
+    _entries: dict[int, _Entry] = field(default_factory=dict)
+    _anchors: dict[int, Tensor] = field(default_factory=dict)
+    _watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._watch = Stopwatch(self.device)
+
+    @contextmanager
+    def network(self, step: Step, anchors: Tensor) -> Iterator[None]:
+        """Counts and times one forward of the batch on its anchors (B, M)."""
+        entry = self._entries.setdefault(step.index, _Entry(step, anchors.shape[1]))
+        self._anchors[step.stage] = anchors
+        entry.calls += 1
+        with self._watch.span((step.index, "network")):
+            yield
+
+    @contextmanager
+    def outside(self, index: int) -> Iterator[None]:
+        """Times what the method does for a step beside the network."""
+        with self._watch.span((index, "outside")):
+            yield
+
+    def steps(self) -> tuple[StepStats, ...]:
+        return tuple(self._summary(entry) for _, entry in sorted(self._entries.items()))
+
+    def anchors(self) -> tuple[Tensor, ...]:
+        return tuple(anchors for _, anchors in sorted(self._anchors.items()))
+
+    def _summary(self, entry: _Entry) -> StepStats:
+        step = entry.step
+        return StepStats(
+            index=step.index,
+            stage=step.stage,
+            noise_level=step.noise_level,
+            next_level=step.next_level,
+            tokens=entry.tokens,
+            calls=entry.calls,
+            flops=entry.calls * self.batch * self.cost(entry.tokens, self.text_tokens),
+            network_s=self._watch.seconds((step.index, "network")),
+            outside_s=self._watch.seconds((step.index, "outside")),
+        )
+
+
+def summarize(
+    recorder: Recorder | None,
+    *,
+    codebase: str,
+    execution: str,
+    notes: tuple[str, ...],
+    config: JiTConfig,
+    generations: int,
+) -> Stats:
+    """Returns the statistics of what a recorder saw; without one, those of a patch that has not run."""
+    ran = Stats(codebase=codebase, execution=execution, notes=notes, config=config, generations=generations)
+    if recorder is None:
+        return ran
+    height, width = recorder.grid
+    return replace(
+        ran,
+        batch=recorder.batch,
+        grid=recorder.grid,
+        text_tokens=recorder.text_tokens,
+        dense_step_flops=recorder.batch * recorder.cost(height * width, recorder.text_tokens),
+        steps=recorder.steps(),
+        anchors=recorder.anchors(),
+    )
