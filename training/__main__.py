@@ -20,6 +20,7 @@ import torch
 from jitaccel import embedded_model
 
 from .assemble import assemble, save
+from .card import write_card
 from .decoder import train_decoder
 from .judge import train_judge
 from .text import train_text
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, outside the checkout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--updates", type=int, help="stop the transformer's phase after this many updates")
+    parser.add_argument("--start", type=Path, help="weights to start the phase from, such as the embedded transformer's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run: Path = options.run
@@ -47,10 +49,13 @@ def main() -> None:
     elif options.step == "judge":
         train_judge(run / "judge")
     elif options.step == "assemble":
-        save(assemble(run / "text", run / "vae", run / "large" / "ema"), embedded_model())
+        pipeline = assemble(run / "text", run / "vae", run / "large" / "ema")
+        save(pipeline, embedded_model())
+        logs = [run / "text" / "text.jsonl", run / "vae.jsonl"]
+        write_card(embedded_model(), pipeline.transformer, [run / "small", run / "large"], logs)
     else:
-        phase, start = (SMALL, None) if options.step == "small" else (LARGE, run / "small")
-        train_transformer(run / options.step, phase.stopping_after(options.updates), start)
+        phase, start = (SMALL, None) if options.step == "small" else (LARGE, run / "small" / "ema")
+        train_transformer(run / options.step, phase.stopping_after(options.updates), options.start or start)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import tqdm
 
 
 class TrainingLog:
-    """Averages what is added over `every` updates and appends it to a JSON-lines file with the seconds since start."""
+    """Averages what is added over `every` updates and appends it to a JSON-lines file with the seconds of training."""
 
     def __init__(self, path: Path, every: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._every = path, every
-        self._start = time.monotonic()
+        self._start = time.monotonic() - _seconds_so_far(path)
         self._sums: dict[str, float] = {}
         self._count = 0
         self._bar = tqdm.tqdm(desc=path.stem, unit="update")
@@ -40,6 +40,12 @@ class TrainingLog:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _seconds_so_far(path: Path) -> float:
+    """Returns the seconds that the runs before this one took, where it resumes."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
 def warmup_cosine(warmup: int, updates: int, floor: float = 0.02) -> Callable[[int], float]:

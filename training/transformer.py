@@ -88,12 +88,12 @@ class TextEncoders:
 def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> None:
     """Runs one phase and writes `last.pt` (to go on from) and `ema/` (to use) into `folder`.
 
-    Resumes from `folder/last.pt` where it exists; otherwise starts from the moving average in `start`, or afresh.
+    Resumes from `folder/last.pt` where it exists; otherwise starts from the weights in the folder `start`, or afresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "phase.json").write_text(json.dumps(asdict(phase), indent=1))
     torch.manual_seed(phase.seed)
-    model = new_transformer() if start is None else FluxTransformer2DModel.from_pretrained(start / "ema")
+    model = new_transformer() if start is None else FluxTransformer2DModel.from_pretrained(start)
     average = FluxTransformer2DModel.from_config(model.config)
     average.load_state_dict(model.state_dict())
     optimizers = _optimizers(model, phase)
