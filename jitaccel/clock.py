@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ class Step:
     """One step of the sampler, from `noise_level` to `next_level`.
 
     `may_end_stage`: whether a new stage may be due after it, so that what activation needs must be kept.
-    `matched`: the last of the expected levels that this step or one before it matched; -1: none yet.
+    `matched`: which of the expected levels this is; -1: none, so that the sampler's levels are its own.
     """
 
     index: int
@@ -48,6 +49,8 @@ class KnownLevels:
         index = 0 if previous is None else previous.index + 1
         if index >= self.num_steps or match_level(noise_level, self.levels[index : index + 2]) != 0:
             return None
+        if not _is_rounding_of(noise_level, self.levels[index]):
+            return None
         return self.step(index)
 
 
@@ -65,17 +68,44 @@ class PredictedLevels:
 
     def follow(self, previous: Step | None, noise_level: float) -> Step:
         """Returns the step that starts at `noise_level` after `previous`."""
-        after = -1 if previous is None else previous.matched
-        match = match_level(noise_level, self._levels, after)
+        match = self._match(previous, noise_level)
         level = noise_level if match is None else self._levels[match]
         stage = max(stage_of_level(level, self._starts), 0 if previous is None else previous.stage)
         return Step(
             index=0 if previous is None else previous.index + 1,
             stage=stage,
             noise_level=level,
-            next_level=predict_next_level(
-                level, self._levels, None if previous is None else previous.noise_level, after
-            ),
+            next_level=self._next_level(previous, level, match),
             may_end_stage=stage + 1 < self._num_stages,
-            matched=after if match is None else match,
+            matched=-1 if match is None else match,
         )
+
+    def _match(self, previous: Step | None, noise_level: float) -> int | None:
+        """Returns which of the expected levels this is, for a sampler that has followed them since its first step.
+
+        A single level near an expected one is chance: its step would be taken for one of another length.
+        """
+        after = -1 if previous is None else previous.matched
+        if previous is not None and after < 0:
+            return None
+        match = match_level(noise_level, self._levels, after)
+        if match is None or (previous is not None and match != after + 1):
+            return None
+        return match if _is_rounding_of(noise_level, self._levels[match]) else None
+
+    def _next_level(self, previous: Step | None, level: float, match: int | None) -> float:
+        if match is not None:
+            return self._levels[match + 1]
+        if previous is not None:
+            return predict_next_level(level, (), previous.noise_level)
+        return predict_next_level(level, self._levels)
+
+
+def _is_rounding_of(value: float, level: float) -> bool:
+    """Returns whether `value` may be `level` after the rounding that its own digits show: bfloat16, float16, or none.
+
+    In half precision a level is rounded twice (`match_level`), so that it may be off by one unit in the last place.
+    """
+    significand = math.frexp(value)[0]
+    tolerance = next((2.0 ** (1 - bits) for bits in (8, 11) if (significand * 2.0**bits).is_integer()), 1e-4)
+    return abs(value - level) <= tolerance * value

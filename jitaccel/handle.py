@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -26,15 +27,22 @@ class Handle:
     """What one `apply` changed. Use it as a context manager, or call `remove()`; removing twice is harmless."""
 
     def __init__(self, target: Any, route: Route) -> None:
-        self.target = target
-        self._route = route
+        # Weak: what is patched holds the handle, and must not keep a pipeline alive that its user has let go.
+        self._target = weakref.ref(target)
+        self._kind = type(target).__name__
+        self.route = route
         self._undo = ExitStack()
         self._changes: list[str] = []
 
     @property
+    def target(self) -> Any:
+        """The pipeline or model that was patched; None once it is gone."""
+        return self._target()
+
+    @property
     def config(self) -> JiTConfig:
         """What runs."""
-        return self._route.config
+        return self.route.config
 
     @property
     def is_active(self) -> bool:
@@ -59,15 +67,15 @@ class Handle:
 
     def stats(self) -> Stats:
         """Returns what the last generation did: tokens, operations and time of each step, and what ran and why."""
-        return self._route.stats()
+        return self.route.stats()
 
     def reset(self) -> None:
         """Forgets a generation that was left unfinished; a loop that knows no pipeline may call it before a new one."""
-        self._route.reset()
+        self.route.reset()
 
     def remove(self) -> None:
         """Takes every change back, the last first."""
-        self._route.reset()
+        self.route.reset()
         self._changes.clear()
         self._undo.close()
 
@@ -81,7 +89,7 @@ class Handle:
 
     def __repr__(self) -> str:
         changes = ", ".join(self._changes) if self._changes else "removed"
-        return f"<jitaccel.Handle of {type(self.target).__name__}: {changes}>"
+        return f"<jitaccel.Handle of {self._kind}: {changes}>"
 
 
 def _restore(attributes: dict[str, Any], name: str, value: Any) -> None:

@@ -19,9 +19,10 @@ from jitaccel.flops import flux_flops
 from jitaccel.handle import Handle
 from jitaccel.run import Run
 
+from . import is_instance_of
 from .call import ModelCall
 from .caller import calling_pipeline
-from .scheduler_route import SchedulerRoute, check_scheduler
+from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
 from .velocity_route import VelocityRoute
 
 _HOOK = "jitaccel"
@@ -41,17 +42,31 @@ def apply_to_pipeline(pipeline: Any, config: JiTConfig, levels: tuple[float, ...
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
     _check_pipeline(pipeline)
-    hook = _hook_of(pipeline.transformer)
-    for route in hook.routes if hook else ():
-        if isinstance(route, SchedulerRoute) and route.is_of(pipeline):
-            hook.handles[route].remove()
-            break
+    for old in _handles_of(pipeline):
+        old.remove()
     _refuse_shared_scheduler(pipeline)
     route = SchedulerRoute(pipeline, config, codebase=f"diffusers {type(pipeline).__name__}")
     handle = Handle(pipeline, route)
     _install(pipeline.transformer, handle, route)
     route.install(handle)
     return handle
+
+
+def _handles_of(pipeline: Any) -> list[Handle]:
+    """Returns what patched this pipeline before, and on the same parts one that is gone, for whom nobody can answer.
+
+    Found at the transformer or at the scheduler: either may have been replaced since.
+    """
+    hook = _hook_of(pipeline.transformer)
+    found = [*hook.handles.values()] if hook else []
+    if (handle := handle_of(pipeline.scheduler)) is not None:
+        found.append(handle)
+    routes = [(handle, handle.route) for handle in dict.fromkeys(found)]
+    return [
+        handle
+        for handle, route in routes
+        if isinstance(route, SchedulerRoute) and (route.is_of(pipeline) or route.is_orphan)
+    ]
 
 
 def apply_to_transformer(transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None) -> Handle:
@@ -112,9 +127,11 @@ def _install(transformer: Any, handle: Handle, route: Any) -> None:
     hook = _hook_of(transformer)
     if hook is None:
         hook = _Hook()
-        before = {name: vars(transformer).get(name) for name in ("forward", "_diffusers_hook")}
-        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, _HOOK)
-        hook.before = before
+        hook.before = {name: vars(transformer).get(name) for name in ("forward", "_diffusers_hook")}
+        # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
+        # graph, so the wrapper gets a registry in its own attributes.
+        registry = vars(transformer).setdefault("_diffusers_hook", HookRegistry(transformer))
+        registry.register_hook(hook, _HOOK)
     hook.handles[route] = handle
     handle.change(f"{type(transformer).__name__} hook {_HOOK!r}", _uninstall, transformer, hook, route)
 
@@ -155,6 +172,8 @@ def _check_pipeline(pipeline: Any) -> None:
 
 
 def _model_problems(transformer: Any) -> list[str]:
+    if not is_instance_of(transformer, "diffusers", "FluxTransformer2DModel"):
+        return [f"transformer must be a FluxTransformer2DModel, got {type(transformer).__name__}"]
     problems = []
     config = transformer.config
     if config.out_channels not in (None, config.in_channels):
@@ -269,7 +288,9 @@ def _evaluate(original: Callable[..., Any], arguments: dict[str, Any], run: Run,
 
 def _of_image(arguments: Mapping[str, Any], image: int) -> dict[str, Any]:
     present = ((name, arguments.get(name)) for name in _PER_IMAGE)
-    return {name: value[image : image + 1] for name, value in present if value is not None}
+    # One row serves every image of a batch, as it does in the model.
+    rows = ((name, value) for name, value in present if value is not None)
+    return {name: value[image : image + 1] if value.shape[0] > 1 else value for name, value in rows}
 
 
 def _velocity(original: Callable[..., Any], arguments: dict[str, Any], **changed: Any) -> Tensor:

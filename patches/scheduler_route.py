@@ -28,6 +28,7 @@ from .call import ModelCall
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)
+_HANDLE = "_jitaccel_handle"
 _SCHEDULER_STATE = ("sigmas", "timesteps", "num_inference_steps", "_step_index", "_begin_index")
 
 
@@ -37,10 +38,12 @@ class SchedulerRoute:
     def __init__(self, pipeline: Any, config: JiTConfig, codebase: str) -> None:
         self.config = config
         self._pipeline = weakref.ref(pipeline)
+        self._transformer = weakref.ref(pipeline.transformer)
         self._scheduler = pipeline.scheduler
         self._default_steps = _default_steps(pipeline)
         self._codebase = codebase
         self._clock: KnownLevels | None = None
+        self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
         self._run: Run | None = None
         self._seen = -1
         self._recorder: Recorder | None = None
@@ -53,19 +56,24 @@ class SchedulerRoute:
             handle.restore_attribute_on_remove(self._scheduler, name)
         for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             original = getattr(self._scheduler, name)
-            handle.set_attribute(self._scheduler, name, _wrap(original, wrapper))
+            handle.set_attribute(self._scheduler, name, _wrap(original, wrapper, handle))
 
     def is_of(self, pipeline: Any) -> bool:
         """Returns whether this route is that pipeline's."""
-        return self._pipeline() is pipeline
+        return pipeline is not None and self._pipeline() is pipeline
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the pipeline is gone."""
+        return self._pipeline() is None
 
     def accepts(self, caller: Any) -> bool:
         """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
-        return self._clock is not None if caller is None else self.is_of(caller)
+        return self._is_by_hand if caller is None else self.is_of(caller)
 
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
-        self._clock, self._run, self._seen = None, None, -1
+        self._clock, self._is_by_hand, self._run, self._seen = None, False, None, -1
 
     def stats(self) -> Stats:
         """Returns what the last generation did."""
@@ -80,27 +88,41 @@ class SchedulerRoute:
 
     def forward(self, call: ModelCall) -> Tensor:
         """Returns the velocity (B, N, D) at the anchors, zeros elsewhere."""
+        pipeline = self._pipeline()
+        if pipeline is not None and pipeline.scheduler is not self._scheduler:
+            raise RuntimeError(
+                f"jitaccel: pipeline.scheduler must be the patched one, got another "
+                f"{type(pipeline.scheduler).__name__} set after apply; apply again"
+            )
         index = self._index()
         if self._run is None or self._recorder is None:
             self._begin(call, index)
         assert self._run is not None and self._recorder is not None and self._clock is not None
+        self._check_follows(call, index)
         step = self._clock.step(index)
-        if self._run.stage != step.stage or call.state.shape[1] != self._run.grid[0] * self._run.grid[1]:
-            raise RuntimeError(
-                f"jitaccel: step {index} must follow the scheduler's last one, with as many tokens, got stage "
-                f"{self._run.stage} and {call.state.shape[1]} tokens; start a generation with set_timesteps"
-            )
         with self._recorder.network(step, self._run.anchors):
             values = call.evaluate(self._run, call.state)
         self._seen = index
         with self._recorder.outside(index):
             return self._run.scatter(values)
 
+    def _check_follows(self, call: ModelCall, index: int) -> None:
+        run, clock, shape = self._run, self._clock, tuple(call.state.shape[:2])
+        assert run is not None and clock is not None
+        expected = (run.anchors.shape[0], run.grid[0] * run.grid[1])
+        is_next = index in (self._seen, self._seen + 1) and index < clock.num_steps
+        if not is_next or clock.step(index).stage != run.stage or shape != expected:
+            raise RuntimeError(
+                f"jitaccel: a call of the transformer must be of the scheduler's next step, with {expected[0]} images "
+                f"of {expected[1]} tokens, got step {index} after step {self._seen} with {shape[0]} of {shape[1]}; "
+                f"give each generation a scheduler of its own, and start it with set_timesteps"
+            )
+
     def _begin(self, call: ModelCall, index: int) -> None:
         if self._clock is None:
             raise RuntimeError(
                 "jitaccel: set_timesteps of the patched scheduler must be called before the transformer, got none; "
-                "the pipeline's scheduler was replaced after apply: apply again"
+                "start the generation with it, and give it a scheduler that no other one uses meanwhile"
             )
         if index != 0:
             raise UnsupportedModelError(
@@ -150,9 +172,12 @@ class SchedulerRoute:
         return int(index if index is not None else self._scheduler.begin_index or 0)
 
     def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (calling_pipeline() is None or self.is_of(calling_pipeline())):
+        caller = calling_pipeline()
+        if not (caller is None or self.is_of(caller)):
             return original(*args, **kwargs)
         self.reset()
+        if caller is not None:
+            self._check_transformer(caller)
         asked = inspect.signature(original).bind(*args, **kwargs).arguments
         requested = _requested_steps(asked)
         steps = requested if self.config.steps == "caller" else self.config.steps
@@ -165,11 +190,20 @@ class SchedulerRoute:
             asked = _with_steps(asked, steps)
         original(**asked)
         if own_levels:
-            self._write_levels(noise_levels(self.config, steps))
             levels = noise_levels(self.config, steps)
+            self._write_levels(levels)
         else:
             levels = tuple(self._scheduler.sigmas.tolist())
-        self._clock = KnownLevels(self.config, levels)
+        self._clock, self._is_by_hand = KnownLevels(self.config, levels), caller is None
+
+    def _check_transformer(self, pipeline: Any) -> None:
+        """Raises where the pipeline would run another network; a wrapper around the patched one is none."""
+        patched = self._transformer()
+        if all(module is not patched for module in pipeline.transformer.modules()):
+            raise RuntimeError(
+                f"jitaccel: pipeline.transformer must be the patched one, got another "
+                f"{type(pipeline.transformer).__name__} set after apply; apply again"
+            )
 
     def _note_steps(self, requested: int, steps: int) -> None:
         self._notes = ()
@@ -200,11 +234,17 @@ def check_scheduler(scheduler: Any) -> list[str]:
     ]
 
 
-def _wrap(original: Any, wrapper: Any) -> Any:
+def handle_of(scheduler: Any) -> Handle | None:
+    """Returns the handle whose patch a scheduler carries, or None."""
+    return getattr(vars(scheduler).get("set_timesteps"), _HANDLE, None)
+
+
+def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
+    setattr(method, _HANDLE, handle)
     return method
 
 

@@ -16,7 +16,6 @@ from jitaccel.clock import KnownLevels, PredictedLevels, Step
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError
 from jitaccel.run import Run, state_seeds
-from jitaccel.schedule import match_level
 from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import ModelCall
@@ -46,6 +45,8 @@ class VelocityRoute:
         self._entered: Tensor | None = None  # the state that the network saw
         self._owed: Tensor | None = None  # what the state still lacks of its last move
         self._calls = 0
+        self._first: Tensor | None = None  # the state that the generation started from
+        self._level = 0.0  # of this step, as the loop rounded it
 
     def accepts(self, caller: Any) -> bool:
         """Returns True: whoever calls this network is answered."""
@@ -53,16 +54,22 @@ class VelocityRoute:
 
     def stats(self) -> Stats:
         """Returns what the last generation did."""
-        known = isinstance(self._clock, KnownLevels)
-        notes = () if known else ("the loop's levels are predicted from the preset's; noise_levels= gives them",)
         return summarize(
             self._recorder,
             codebase=self._codebase,
             execution="indexed",
-            notes=notes,
+            notes=self._notes(),
             config=self.config,
             generations=self._generations,
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        if isinstance(self._clock, PredictedLevels):
+            return ("the loop's levels are predicted from the preset's; noise_levels= gives them",)
+        steps = self._clock.num_steps
+        if self.config.steps in ("caller", steps):
+            return ()
+        return (f"the loop's {steps} steps are followed; the configuration asks for {self.config.steps}",)
 
     def forward(self, call: ModelCall) -> Tensor:
         """Returns the velocity (B, N, D) that takes the loop's state where the method wants it."""
@@ -75,16 +82,22 @@ class VelocityRoute:
         self._calls += 1
         with recorder.outside(step.index):
             velocity = run.leave(step, self._entered, values)
-            if step.next_level == 0.0:
+            if step.next_level == 0.0 or self._may_be_last(step):
                 run.check_finite()
             if self._owed is None:
                 return velocity
             return (velocity.float() + self._owed / (step.next_level - step.noise_level)).to(velocity.dtype)
 
+    def _may_be_last(self, step: Step) -> bool:
+        """Whether the loop may end here: told only where its levels are known."""
+        return isinstance(self._clock, PredictedLevels) and step.stage + 1 == self.config.num_stages
+
     def _is_same_step(self, call: ModelCall) -> bool:
         """Whether this is another branch (classifier-free guidance) of the step that is under way."""
         seen = self._seen
-        return seen is not None and seen.shape == call.state.shape and torch.equal(seen, call.state)
+        if seen is None or seen.shape != call.state.shape or not torch.equal(seen, call.state):
+            return False
+        return call.noise_level() == self._level
 
     def _begin_step(self, call: ModelCall) -> None:
         level = call.noise_level()
@@ -99,7 +112,9 @@ class VelocityRoute:
             entered = self._run.enter(step, state)
             if entered is not state:
                 self._owed = entered.float() - call.state.float()
-        self._step, self._seen, self._entered, self._calls = step, call.state.clone(), entered, 0
+        self._note(call, step, level)
+        if entered is not call.state:
+            self._entered = entered
 
     def _begin_generation(self, call: ModelCall, level: float) -> None:
         self.reset()
@@ -114,16 +129,23 @@ class VelocityRoute:
         self._generations += 1
         with self._recorder.outside(step.index):
             self._run = Run(self.config, grid, step, call.state)
-        self._step, self._seen, self._entered = step, call.state.clone(), call.state
+        self._note(call, step, level)
+        self._first = self._seen
+
+    def _note(self, call: ModelCall, step: Step, level: float) -> None:
+        """Notes what a step starts from, in a copy: the loop may write its state in place."""
+        self._step, self._level, self._calls = step, level, 0
+        self._seen = self._entered = call.state.clone()
 
     def _is_new_generation(self, call: ModelCall, level: float) -> bool:
-        last, seen = self._step, self._seen
-        if last is None or seen is None or seen.shape != call.state.shape or last.next_level == 0.0:
+        seen, first = self._seen, self._first
+        if seen is None or first is None or seen.shape != call.state.shape:
             return True
-        if match_level(level, (last.noise_level, 0.0)) is None:
-            return level > last.noise_level
-        # bfloat16 rounds the first levels of a long schedule to one: a new picture's noise is far from the last state.
-        return bool((call.state.float() - seen.float()).square().mean() > 0.5)
+        if level != self._level:
+            return level > self._level
+        # bfloat16 rounds the first levels of a long schedule to one. A new generation starts from the same noise
+        # again, or from noise that is far from any state of the last one.
+        return torch.equal(call.state, first) or bool((call.state.float() - seen.float()).square().mean() > 0.5)
 
     def _settle(self, state: Tensor, step: Step) -> None:
         """Takes stock of the step that the loop has made: the guided velocity it used, and what it paid of the move."""

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, outside the checkout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--updates", type=int, help="stop the transformer's phase after this many updates")
-    parser.add_argument("--start", type=Path, help="weights to start the phase from, such as the embedded transformer's")
+    parser.add_argument("--start", type=Path, help="folder of weights to start the phase from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run: Path = options.run

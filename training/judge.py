@@ -31,13 +31,13 @@ from .log import TrainingLog, warmup_cosine
 BATCH = 8
 _KEPT, _NEW_PER_BATCH = 240, 3
 _IGNORED = -1
-_OTHER_SHARE = 0.15
+_OTHER_SHARE = 0.1
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 """A picture (3, 256, 256), how much of each cell is covered (64, 64), and colour and texture classes (32, 32)."""
 
 
-def train_judge(out: Path, updates: int = 1000, outlines: int = 8000, seed: int = 7, num_held_out: int = 300) -> Judge:
+def train_judge(out: Path, updates: int = 1000, outlines: int = 12000, seed: int = 7, num_held_out: int = 300) -> Judge:
     """Trains, measures and saves the judge into `out`; returns it."""
     torch.manual_seed(seed)
     start = time.monotonic()
@@ -142,8 +142,9 @@ def _train_outline(network: JudgeNetwork, count: int, rng: np.random.Generator) 
     last = count - count // 10
     optimizer = torch.optim.AdamW(network.outline.parameters(), lr=2e-3, weight_decay=0.05)
     for _ in range(12):
-        for chosen in torch.randperm(last).split(64):
+        for number, chosen in enumerate(torch.randperm(last).split(64)):
             x = outlines[chosen] + 0.1 * torch.randn(len(chosen), OUTLINE, OUTLINE)
+            x = x.flip(2) if number % 2 else x
             loss = F.cross_entropy(network.outline(x), labels[chosen], label_smoothing=0.02)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -161,12 +162,21 @@ def random_outline(rng: np.random.Generator) -> tuple[NDArray[np.float32], int]:
         label = SHAPES.index(thing.shape)
         if rng.random() < _OTHER_SHARE:
             share, label = _misshapen(thing, share, rng), len(SHAPES)
-        share = ndimage.gaussian_filter(share, rng.uniform(0.0, 0.7))
-        share = np.clip(share + rng.uniform(0.0, 0.5) * rng.standard_normal(share.shape) * share * (1 - share), 0, 1)
+        share = _as_seen(share, rng)
         labels, found = ndimage.label(share > 0.5)
         if found:
             largest = 1 + int(np.bincount(labels.ravel())[1:].argmax())
             return outline_of(share, labels == largest), label
+
+
+def _as_seen(share: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Returns what the cells' network may make of it: bent a little, corners rounded, edges as sharp as a sigmoid's."""
+    bend = [ndimage.gaussian_filter(rng.standard_normal(share.shape), rng.uniform(2.0, 6.0)) for _ in range(2)]
+    reach = rng.uniform(0.0, 0.8)
+    places = [axis + reach * b / b.std() for axis, b in zip(np.mgrid[:CELLS, :CELLS], bend, strict=True)]
+    bent = ndimage.gaussian_filter(ndimage.map_coordinates(share, places, order=1), rng.uniform(0.0, 1.3))
+    grain = rng.uniform(0.0, 0.5) * rng.standard_normal(share.shape) * bent * (1 - bent)
+    return (1 / (1 + np.exp(-rng.uniform(6.0, 20.0) * (bent + grain - rng.uniform(0.4, 0.6))))).astype(np.float32)
 
 
 def _misshapen(thing: Thing, share: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:

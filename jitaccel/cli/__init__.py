@@ -1,0 +1,58 @@
+"""The `jitaccel` command: generate a picture, look at the installation, run the demonstration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from ..errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
+from . import demo, doctor, generate
+from .errors import CommandError
+
+_COMMANDS = {"generate": generate, "demo": demo, "doctor": doctor}
+_EXPECTED = (CommandError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, or 2 for bad input, told in one line without a traceback."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(_COMMANDS[arguments.command].run(arguments))
+    except _EXPECTED as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"jitaccel {arguments.command}: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `jitaccel doctor | head`: nobody reads on, and the interpreter must not say so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jitaccel", description="Training-free spatial acceleration of flow-matching transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"jitaccel {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        line = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name, help=line, description=line, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("jitaccel")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "not installed"

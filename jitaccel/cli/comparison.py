@@ -1,0 +1,138 @@
+"""The same generation by several methods, timed: dense, the dense control, and the presets."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import jitaccel
+
+from ..config import PRESETS, JiTConfig
+from ..control import dense_control, schedule_flops
+from ..flops import flux_flops
+from ..stats import Stats
+
+DENSE_STEPS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to generate: `config` applied to the pipeline, or the pipeline untouched where it is None."""
+
+    name: str
+    steps: int
+    config: JiTConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one call of a pipeline made, and its cost. FLOPs are of the whole batch, seconds too.
+
+    denoise_s: from the first call of the transformer to the end of the last step. whole_s: text encoding and
+    decoding as well. stats: None for the pipeline untouched.
+    """
+
+    pictures: Any
+    denoise_s: float
+    whole_s: float
+    flops: int
+    token_steps: int
+    stats: Stats | None
+
+
+def compared_methods(model: Mapping[str, Any], num_tokens: int, text_tokens: int) -> tuple[Method, ...]:
+    """Returns 50 dense steps on the pipeline's own levels, the dense control that costs as much as 7x, 4x and 7x.
+
+    model: the transformer's configuration, from which costs follow.
+    """
+    cost = functools.partial(flux_flops, model)
+    control = dense_control(PRESETS["7x"], num_tokens, text_tokens, cost)
+    configs = {"control": control, "4x": PRESETS["4x"], "7x": PRESETS["7x"]}
+    sparse = [Method(name=name, steps=_steps(config), config=config) for name, config in configs.items()]
+    return (Method(name="dense", steps=DENSE_STEPS), *sparse)
+
+
+def _steps(config: JiTConfig) -> int:
+    if isinstance(config.steps, str):
+        raise ValueError("compared_methods: config.steps must be a number, got 'caller'")
+    return config.steps
+
+
+def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = None, **call: Any) -> Generation:
+    """Returns what `pipe(**call)` makes by a method; `on_step` is called after every step."""
+    clock = _DenoisingClock(pipe, on_step)
+    accelerated = nullcontext() if method.config is None else jitaccel.apply(pipe, method.config)
+    with accelerated as handle, clock.watch():
+        start = clock.now()
+        pictures = pipe(num_inference_steps=method.steps, callback_on_step_end=clock.on_step_end, **call).images
+        whole_s = clock.now() - start
+        stats = None if handle is None else handle.stats()
+    flops, token_steps = _dense_cost(pipe, method, clock) if stats is None else (stats.flops, stats.token_steps)
+    return Generation(
+        pictures=pictures,
+        denoise_s=clock.seconds,
+        whole_s=whole_s,
+        flops=flops,
+        token_steps=token_steps,
+        stats=stats,
+    )
+
+
+def warm_up(pipe: Any, **call: Any) -> None:
+    """Runs a step or two at every token count that the methods use, so that none pays for being the first."""
+    generate(pipe, Method(name="warm-up", steps=4, config=PRESETS["7x"].replace(steps=4)), **call)
+
+
+def _dense_cost(pipe: Any, method: Method, clock: _DenoisingClock) -> tuple[int, int]:
+    batch, tokens, text_tokens = clock.shape
+    cost = functools.partial(flux_flops, pipe.transformer.config)
+    flops = schedule_flops(PRESETS["dense"], tokens, text_tokens, cost, method.steps)
+    return batch * flops, method.steps * tokens
+
+
+class _DenoisingClock:
+    """Notes when a pipeline's first step starts and its last one ends; waits for the device at both."""
+
+    def __init__(self, pipe: Any, on_step: Callable[[], object] | None) -> None:
+        self._pipe, self._on_step = pipe, on_step
+        self._is_cuda = pipe.transformer.device.type == "cuda"
+        self._start: float | None = None
+        self._end = 0.0
+        self.shape = (0, 0, 0)
+
+    def now(self) -> float:
+        if self._is_cuda:
+            torch.cuda.synchronize(self._pipe.transformer.device)
+        return time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._start is None else self._end - self._start
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Sees every call of the transformer while it lasts."""
+        seen = self._pipe.transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        try:
+            yield
+        finally:
+            seen.remove()
+
+    def _before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._start is None:
+            state = kwargs["hidden_states"]
+            self.shape = (state.shape[0], state.shape[1], kwargs["encoder_hidden_states"].shape[1])
+            self._start = self.now()
+
+    def on_step_end(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if self._on_step is not None:
+            self._on_step()
+        if index + 1 == pipe.num_timesteps:
+            self._end = self.now()
+        return {}

@@ -1,0 +1,199 @@
+"""Compare 50 dense steps, the dense control, 4x and 7x on the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CommandError
+
+if TYPE_CHECKING:
+    from ..scenes.judge import Judge, Score
+    from ..scenes.scene import Claim
+    from .comparison import Generation, Method
+
+_BATCH = 6
+_SHOWN_TOKENS = 3
+_TOKENS_OF = "7x"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="how many held-out prompts to use")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png and tokens.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt k has seed + k")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+
+
+@dataclass(kw_only=True)
+class _Result:
+    """All that one method made, batch after batch."""
+
+    method: Method
+    generations: list[Generation]
+
+    @property
+    def pictures(self) -> list[Any]:
+        return [picture for generation in self.generations for picture in generation.pictures]
+
+    def total(self, name: str) -> float:
+        return float(sum(getattr(generation, name) for generation in self.generations))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table and writes the two pictures."""
+    if arguments.prompts < 1:
+        raise CommandError(f"--prompts must be at least 1, got {arguments.prompts}")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise CommandError(f"--out must be a folder, got the file {arguments.out}")
+    from .loading import load_pipeline, pick_device
+
+    device = pick_device(arguments.device)
+
+    from ..provenance import first_line
+    from ..scenes.prompts import held_out
+
+    print(first_line(device), flush=True)
+    pipe = load_pipeline(None, device=arguments.device)
+    prompts = held_out(arguments.prompts)
+    results = _generate(pipe, [text for text, _ in prompts], arguments.seed)
+    scores = _scores(_judge(), results, [claims for _, claims in prompts])
+    for line in table(results, scores):
+        print(line)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, sheet in (("demo.png", _demo_sheet(results, prompts)), ("tokens.png", _token_sheet(results, prompts))):
+        sheet.save(arguments.out / name)
+        print(f"wrote {arguments.out / name}")
+    return 0
+
+
+def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
+    """Makes the same pictures by every method, method after method within each batch."""
+    import torch
+    from tqdm import tqdm
+
+    from .comparison import compared_methods, generate, warm_up
+    from .loading import EMBEDDED_TEXT_TOKENS, picture_side
+
+    pipe.set_progress_bar_config(disable=True)
+    side = picture_side(pipe)
+    num_tokens = (side // (2 * pipe.vae_scale_factor)) ** 2
+    call = {"height": side, "width": side, "max_sequence_length": EMBEDDED_TEXT_TOKENS, "output_type": "np"}
+    methods = compared_methods(pipe.transformer.config, num_tokens, EMBEDDED_TEXT_TOKENS)
+    results = [_Result(method=method, generations=[]) for method in methods]
+    numbered = list(enumerate(prompts))
+    batches = [numbered[start : start + _BATCH] for start in range(0, len(numbered), _BATCH)]
+    warm_up(pipe, prompt=list(prompts[:_BATCH]), **call)
+    with tqdm(total=len(batches) * sum(method.steps for method in methods), unit="step") as bar:
+        for batch in batches:
+            for result in results:
+                bar.set_description(result.method.name)
+                generators = [torch.Generator().manual_seed(seed + k) for k, _ in batch]
+                texts = [text for _, text in batch]
+                generation = generate(pipe, result.method, bar.update, prompt=texts, generator=generators, **call)
+                result.generations.append(generation)
+    return results
+
+
+def _judge() -> Judge | None:
+    from ..api import embedded_model
+    from ..scenes.judge import Judge
+
+    folder = embedded_model() / "judge"
+    return Judge.load(folder) if (folder / "judge.json").is_file() else None
+
+
+def _scores(judge: Judge | None, results: list[_Result], claims: Sequence[Sequence[Claim]]) -> list[Score] | None:
+    if judge is None:
+        return None
+    import numpy as np
+
+    from ..scenes.judge import Score, compare
+
+    scores = []
+    for result in results:
+        sightings = judge(np.stack(result.pictures))
+        scores.append(sum((compare(seen, said) for seen, said in zip(sightings, claims, strict=True)), Score()))
+    return scores
+
+
+_HEADER = (
+    "method", "steps", "token-steps", "GFLOP", "=dense", "denoise s", "whole s", "vs 50 (FLOP)", "vs control (FLOP)",
+    "PSNR dB", "attributes",
+)  # fmt: skip
+
+
+def table(results: Sequence[_Result], scores: Sequence[Score] | None) -> list[str]:
+    """Returns the lines of the table, and below it what its columns mean. All figures are of one picture."""
+    dense, control = (next(r for r in results if r.method.name == name) for name in ("dense", "control"))
+    rows: list[tuple[str, ...]] = [_HEADER]
+    for index, result in enumerate(results):
+        rows.append(_row(result, dense, control, scores[index] if scores else None))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    judged = "not told: no judge is installed."
+    if scores:
+        judged = f"share of the {scores[0].claimed.total()} that the prompts claim and the judge sees."
+    return [
+        *lines,
+        "Per picture. GFLOP: the transformer, attention and text counted; =dense: the dense steps that cost as much.",
+        "control: as many dense steps as 7x costs, on the same levels. Speed-ups are of the denoising seconds.",
+        f"PSNR: to the picture of 50 steps from the same noise. attributes: {judged}",
+    ]
+
+
+def _row(result: _Result, dense: _Result, control: _Result, score: Score | None) -> tuple[str, ...]:
+    count = len(result.pictures)
+    flops, seconds = result.total("flops"), result.total("denoise_s")
+    return (
+        result.method.name,
+        str(result.method.steps),
+        str(result.generations[0].token_steps),
+        f"{flops / count / 1e9:.1f}",
+        f"{flops / dense.total('flops') * dense.method.steps:.2f}",
+        f"{seconds / count:.3f}",
+        f"{result.total('whole_s') / count:.3f}",
+        *(
+            f"{other.total('denoise_s') / seconds:.2f}x ({other.total('flops') / flops:.2f}x)"
+            for other in (dense, control)
+        ),
+        "" if result is dense else f"{_mean_psnr_db(result, dense):.2f}",
+        "" if score is None else f"{100 * score.accuracy:.1f} %",
+    )
+
+
+def _mean_psnr_db(result: _Result, reference: _Result) -> float:
+    from .pictures import psnr_db
+
+    pairs = zip(result.pictures, reference.pictures, strict=True)
+    return sum(psnr_db(picture, other) for picture, other in pairs) / len(result.pictures)
+
+
+def _demo_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> Any:
+    from .pictures import grid_picture
+
+    columns = [f"{result.method.name}: {result.method.steps} steps" for result in results]
+    rows = list(zip(*(result.pictures for result in results), strict=True))
+    return grid_picture(rows, columns, [text for text, _ in prompts])
+
+
+def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> Any:
+    from .pictures import grid_picture, show_active
+
+    sparse = next(result for result in results if result.method.name == _TOKENS_OF)
+    first = sparse.generations[0]
+    assert first.stats is not None
+    stats = first.stats
+    labels, total = [], stats.grid[0] * stats.grid[1]
+    for stage, anchors in enumerate(stats.anchors):
+        steps = [step.index for step in stats.steps if step.stage == stage]
+        labels.append(f"{_TOKENS_OF}, steps {steps[0]}-{steps[-1]}: {anchors.shape[1]} of {total} tokens")
+    rows = [
+        [show_active(picture, anchors[index].cpu().numpy(), stats.grid) for anchors in stats.anchors]
+        for index, picture in enumerate(first.pictures[:_SHOWN_TOKENS])
+    ]
+    return grid_picture(rows, labels, [text for text, _ in prompts])

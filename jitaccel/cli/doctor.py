@@ -1,0 +1,99 @@
+"""Say what is installed, which devices there are, and what runs on them."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "torch", "numpy", "scipy", "safetensors", "diffusers", "transformers", "accelerate", "peft", "flash-attn",
+    "xformers",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments: it has none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints one section after another. Looks only: it loads no model and compiles nothing."""
+    for title, section in SECTIONS:
+        print(title)
+        for line in section():
+            print(f"  {line}")
+    return 0
+
+
+def versions() -> Iterator[str]:
+    """Yields the versions of what is installed, without importing it."""
+    from ..provenance import commit, version
+
+    yield f"{'jitaccel':14}{version('jitaccel') or 'not installed'} ({commit()})"
+    yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in _PACKAGES:
+        yield f"{name:14}{version(name) or 'not installed'}"
+
+
+def devices() -> Iterator[str]:
+    """Yields what computes here."""
+    import torch
+
+    from ..provenance import num_usable_cores, processor_name
+
+    yield f"{'cpu':14}{processor_name()}, {num_usable_cores()} cores, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        yield f"{'cuda':14}none: torch is built {'for ' + built + ', and finds no device' if built else 'without CUDA'}"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gib = properties.total_memory / 2**30
+        yield f"cuda:{index:<9}{properties.name}, {gib:.0f} GiB, capability {properties.major}.{properties.minor}"
+
+
+def operators() -> Iterator[str]:
+    """Yields how the method's operators run: none is compiled in this version."""
+    yield "compiled      none: this version has no native operators"
+    yield "plain torch   first anchors, activation, importance, lift, micro-flow (on every device)"
+
+
+def attention() -> Iterator[str]:
+    """Yields for each attention backend whether it is usable on the best device here, or every reason why not."""
+    import torch
+
+    from ..attention import BACKENDS
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    yield f"(for {str(dtype).removeprefix('torch.')} on {device}; models keep the backend their codebase chose)"
+    for backend in BACKENDS:
+        yield f"{backend.name:14}{'; '.join(backend.reasons_unusable(device, dtype)) or 'usable'}"
+
+
+def embedded() -> Iterator[str]:
+    """Yields whether the model in the box is there."""
+    from ..api import embedded_model
+
+    folder = embedded_model()
+    if not (folder / "model_index.json").is_file():
+        yield f"missing       {folder}"
+        return
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    yield f"present       {folder}, {sum(map(_size, files)) / 1e6:.1f} MB"
+    judge = "present" if (folder / "judge" / "judge.json").is_file() else "missing (demo has no attribute accuracy)"
+    yield f"judge         {judge}"
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+SECTIONS: tuple[tuple[str, Callable[[], Iterator[Any]]], ...] = (
+    ("versions", versions),
+    ("devices", devices),
+    ("operators", operators),
+    ("attention backends", attention),
+    ("embedded model", embedded),
+)

@@ -1,0 +1,121 @@
+"""Generate one picture from a prompt, accelerated."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from ..config import PRESETS, JiTConfig, resolve
+from .errors import CommandError
+
+_UNTOUCHED = "none"
+_MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    from .loading import DTYPES
+
+    parser.add_argument("--prompt", required=True, help="what to show")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write; its folder is made where missing")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    presets = ", ".join((*PRESETS, _UNTOUCHED))
+    parser.add_argument("--preset", default="7x", help=f"one of {presets} ({_UNTOUCHED}: the pipeline untouched)")
+    parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
+    parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
+    parser.add_argument("--width", type=int, help="in pixels; without it the model's own")
+    parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
+    parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
+    parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
+    parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the picture and says what it cost."""
+    config = _config(arguments)
+    _check_numbers(arguments)
+    _check_out(arguments.out, arguments.overwrite)
+    guidance = _guidance(arguments)
+
+    import torch
+
+    import jitaccel
+
+    from .loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+
+    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
+    handle = None if config is None else jitaccel.apply(pipe, config)
+    side = picture_side(pipe)
+    call = {"height": arguments.height or side, "width": arguments.width or side, **guidance}
+    _check_sides(call["height"], call["width"], 2 * pipe.vae_scale_factor)
+    text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
+    steps = arguments.steps if config is None else config.steps
+    if steps is not None:
+        call["num_inference_steps"] = steps
+    generator = torch.Generator().manual_seed(arguments.seed)
+    start = time.perf_counter()
+    picture = pipe(arguments.prompt, generator=generator, max_sequence_length=text_tokens, **call).images[0]
+    seconds = time.perf_counter() - start
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(arguments.out)
+    print(f"{arguments.out}: {picture.width}x{picture.height}, preset {arguments.preset}, {seconds:.2f} s")
+    if arguments.stats:
+        print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> JiTConfig | None:
+    if arguments.steps is not None and arguments.steps < 1:
+        raise CommandError(f"--steps must be at least 1, got {arguments.steps}")
+    if arguments.preset == _UNTOUCHED:
+        return None
+    overrides = {} if arguments.steps is None else {"steps": arguments.steps}
+    return resolve(arguments.preset, **overrides)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
+        raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
+    if not 0 <= arguments.seed < 2**63:
+        raise CommandError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raises CommandError for a file that could not be written, before any compute."""
+    if out.suffix.lower() not in _SUFFIXES:
+        raise CommandError(f"--out must end in one of {', '.join(_SUFFIXES)}, got {str(out)!r}")
+    if out.is_dir():
+        raise CommandError(f"--out must be a file, got the folder {str(out)!r}")
+    if out.exists() and not overwrite:
+        raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or --overwrite")
+    existing = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if existing is None or not existing.is_dir():
+        raise CommandError(f"--out must lie in a folder, got {str(out)!r} below the file {existing}")
+
+
+def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
+    call: dict[str, Any] = {}
+    if arguments.guidance is not None:
+        call["guidance_scale"] = arguments.guidance
+    if arguments.true_cfg is not None:
+        if arguments.true_cfg <= 1.0:
+            raise CommandError(f"--true-cfg must be above 1, got {arguments.true_cfg}; 1 is the same as leaving it out")
+        call["true_cfg_scale"] = arguments.true_cfg
+        call["negative_prompt"] = arguments.negative_prompt or ""
+    elif arguments.negative_prompt is not None:
+        raise CommandError("--negative-prompt must come with --true-cfg above 1, got it alone; it would do nothing")
+    return call
+
+
+def _check_sides(height: int, width: int, unit: int) -> None:
+    for name, side in (("--height", height), ("--width", width)):
+        if side < unit or side % unit:
+            raise CommandError(f"{name} must be a multiple of {unit} pixels for this model, got {side}")

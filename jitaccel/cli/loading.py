@@ -1,0 +1,105 @@
+"""Loads a pipeline from a folder or the Hugging Face hub, and says in one line why it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ..api import embedded_model
+from .errors import CommandError
+
+_NEEDED = ("diffusers", "transformers", "accelerate", "PIL")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EMBEDDED_TEXT_TOKENS = 48  # the embedded model's captions are shorter; its default of 512 would be mostly padding
+
+
+def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto") -> Any:
+    """Returns the diffusers pipeline in a folder or of a hub id, on its device; None: the embedded one.
+
+    dtype "auto": bfloat16 on CUDA, float32 elsewhere. device "auto": CUDA where there is one.
+
+    Raises CommandError for missing packages, folders and devices.
+    """
+    require_diffusers()
+    source = _checked_source(model)
+    torch_device = pick_device(device)
+
+    import torch
+
+    _quieten(progress_bars=model is None)
+    from diffusers import DiffusionPipeline
+
+    is_cuda = torch_device.type == "cuda"
+    name = dtype if dtype != "auto" else "bfloat16" if is_cuda else "float32"
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, **{_dtype_argument(): getattr(torch, name)})
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CommandError(f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}") from error
+    return pipe.to(torch_device)
+
+
+def _quieten(progress_bars: bool) -> None:
+    """Silences what transformers says about packages that no FLUX pipeline needs, and bars that last a moment."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if progress_bars:
+        from diffusers.utils import logging as diffusers_logging
+
+        logging.disable_progress_bar()
+        diffusers_logging.disable_progress_bar()
+
+
+def _dtype_argument() -> str:
+    """Returns the name that this diffusers gives the argument; the one ignores, the other deprecates the wrong name."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+
+
+def require_diffusers() -> None:
+    """Raises CommandError where a package that loads pipelines is missing."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(
+            f"diffusers and what it loads models with must be installed, got no {', '.join(missing)}; "
+            f'pip install "jitaccel[diffusers]"'
+        )
+
+
+def pick_device(name: str) -> Any:
+    """Returns the torch device of a name, "auto" for CUDA where there is one. Raises CommandError for one not here."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CommandError(f"--device must be a device of this machine, got {name!r}: {lines[0]}") from error
+    return device
+
+
+def _checked_source(model: str | None) -> str:
+    if model is None:
+        folder = embedded_model()
+        if not (folder / "model_index.json").is_file():
+            raise CommandError(f"the embedded model must be installed, got nothing in {folder}; give --model")
+        return str(folder)
+    path = Path(model).expanduser()
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            raise CommandError(f"--model must be a folder in diffusers format, got {model} without model_index.json")
+        return str(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise CommandError(f"--model must be an existing folder or a hub id owner/name, got {model!r}")
+    return model
+
+
+def picture_side(pipe: Any) -> int:
+    """Returns the side in pixels of the pictures that a pipeline was made for: what its autoencoder says."""
+    return int(pipe.vae.config.sample_size)

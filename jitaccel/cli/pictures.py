@@ -1,0 +1,70 @@
+"""Draws the demonstration's two pictures: methods side by side, and which tokens were active."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[Any]
+_GAP_PX, _LABEL_PX = 8, 22
+_INK, _PAPER = (20, 20, 20), (255, 255, 255)
+_DIMMED = 0.22  # how much of an inactive token is seen
+
+
+def grid_picture(rows: Sequence[Sequence[Pixels]], columns: Sequence[str], row_labels: Sequence[str]) -> Image.Image:
+    """Returns one sheet: pictures `(h, w, 3)` in [0, 1] or uint8, a label above each column and above each row."""
+    height, width = rows[0][0].shape[:2]
+    row_px = height + _GAP_PX + _LABEL_PX
+    size = (_GAP_PX + len(columns) * (width + _GAP_PX), _LABEL_PX + len(rows) * row_px + _GAP_PX)
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, label in enumerate(columns):
+        left = _GAP_PX + column * (width + _GAP_PX)
+        _write(pen, (left, 4), label, width)
+        for row, pictures in enumerate(rows):
+            sheet.paste(Image.fromarray(to_bytes(pictures[column])), (left, 2 * _LABEL_PX + row * row_px))
+    for row, label in enumerate(row_labels):
+        _write(pen, (_GAP_PX, _LABEL_PX + row * row_px + 2), label, size[0] - 2 * _GAP_PX)
+    return sheet
+
+
+def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:
+    """Writes a label, as small as it must be to fit, or cut off."""
+    for size in (15, 13, 11):
+        font = ImageFont.load_default(size)
+        if pen.textlength(text, font) <= width:
+            break
+    while len(text) > 4 and pen.textlength(text, font) > width:
+        text = text[:-4] + "..."
+    pen.text(corner, text, fill=_INK, font=font)
+
+
+def show_active(picture: Pixels, anchors: Sequence[int] | NDArray[np.int64], grid: tuple[int, int]) -> Pixels:
+    """Returns the picture with every token that did not enter the network dimmed, as uint8.
+
+    anchors: raster indices on the grid (grid_h, grid_w), of which each cell is one token's patch.
+    """
+    active = np.zeros(grid[0] * grid[1], bool)
+    active[np.asarray(anchors)] = True
+    cell_h, cell_w = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
+    mask = np.kron(active.reshape(grid), np.ones((cell_h, cell_w), bool))[..., None]
+    pixels = to_bytes(picture)
+    dimmed = (255 - (255 - pixels.astype(np.float32)) * _DIMMED).astype(np.uint8)
+    return np.where(mask, pixels, dimmed)
+
+
+def to_bytes(picture: Pixels) -> Pixels:
+    """Returns a picture as uint8, from floats in [0, 1] or as it is."""
+    if picture.dtype == np.uint8:
+        return picture
+    return (np.clip(picture, 0.0, 1.0) * 255.0).round().astype(np.uint8)
+
+
+def psnr_db(picture: Pixels, reference: Pixels) -> float:
+    """Returns the peak signal-to-noise ratio of two pictures in [0, 1]; infinite where they are the same."""
+    error = float(np.mean((np.asarray(picture, np.float64) - np.asarray(reference, np.float64)) ** 2))
+    return float("inf") if error == 0.0 else float(-10.0 * np.log10(error))

@@ -1,0 +1,82 @@
+"""Where a measured number comes from: machine, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def provenance(device: torch.device | None = None) -> dict[str, str | int]:
+    """Returns what a measurement has to name: device, cores, threads, versions and commit.
+
+    device: the one that computes; None: the CPU. Asking for a CUDA device initialises it.
+    """
+    is_cuda = device is not None and device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else processor_name()
+    return {
+        "device": name,
+        "machine": platform.machine(),
+        "cores": num_usable_cores(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers") or "none",
+        "jitaccel": version("jitaccel") or "not installed",
+        "commit": commit(),
+    }
+
+
+def first_line(device: torch.device | None = None) -> str:
+    """Returns the line that stands above every table: machine, torch, commit."""
+    p = provenance(device)
+    return (
+        f"{p['device']} ({p['cores']} cores, {p['threads']} threads), torch {p['torch']}, "
+        f"diffusers {p['diffusers']}, jitaccel {p['jitaccel']} at {p['commit']}"
+    )
+
+
+def processor_name() -> str:
+    """Returns the processor's name as Linux tells it, or what Python knows."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def num_usable_cores() -> int:
+    """Returns how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def version(package: str) -> str | None:
+    """Returns the installed version of a package, without importing it, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """Returns the commit of the checkout this package runs from, "-dirty" where files differ; "no commit" elsewhere."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "no commit"
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "no commit"

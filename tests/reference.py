@@ -1,0 +1,69 @@
+"""The method written out once more, plainly, for one image: no Run, no clock, no patch.
+
+It shares with the package only the pure functions, each of which has tests of its own, and the generator of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from jitaccel import JiTConfig
+from jitaccel.anchors import activate, first_anchors, gather_tokens, merge_anchors
+from jitaccel.importance import importance
+from jitaccel.lift import lift_velocity, make_lift_plan
+from jitaccel.microflow import clean_estimate, move, target_state
+from jitaccel.run import image_generators
+
+Velocity = Callable[[Tensor, Tensor, float], Tensor]
+"""(tokens (1, M, D), their raster indices (M,), noise level) -> velocity (1, M, D), guided where guidance is used."""
+
+
+@dataclass
+class Trajectory:
+    """`states`: after each step and the move that follows it. `anchors`: of each step."""
+
+    states: list[Tensor] = field(default_factory=list)
+    anchors: list[Tensor] = field(default_factory=list)
+
+
+def denoise(
+    velocity_of: Velocity,
+    config: JiTConfig,
+    grid: tuple[int, int],
+    state: Tensor,
+    levels: Sequence[float],
+    *,
+    stages: Sequence[int] | None = None,
+    edit: Callable[[Tensor], Tensor] = lambda state: state,
+) -> Trajectory:
+    """Returns one generation. `stages`: of each step, by default the configuration's. `edit`: a callback's."""
+    steps = len(levels) - 1
+    stages = [config.stage_of_step(i, steps) for i in range(steps)] if stages is None else stages
+    counts = config.token_counts(grid[0] * grid[1])
+    generator = image_generators(state)[0]
+    plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator)[None], grid, config.blur_scale)
+    noise = state.clone() if config.noise == "own" else None
+    done = Trajectory()
+    for i, (level, next_level) in enumerate(pairwise(levels)):
+        values = velocity_of(gather_tokens(state, plan.anchors), plan.anchors[0], level)
+        velocity = lift_velocity(values, state, level, plan, config.lifter)
+        done.anchors.append(plan.anchors[0])
+        before, state = state, state + (next_level - level) * velocity
+        if i + 1 < steps and stages[i + 1] > stages[i]:
+            scores = importance(velocity, grid, config.importance_window)
+            tokens = activate(scores, plan.anchors, counts[stages[i + 1]] - plan.anchors.shape[1])
+            if config.micro_flow != "none":
+                if noise is None:
+                    noise = torch.randn(state.shape[1:], generator=generator)[None]
+                clean = gather_tokens(clean_estimate(before, velocity, level), plan.anchors)
+                target = target_state(clean, plan, noise, next_level)
+                state = move(state, target, tokens, config.move_weight)
+            plan = make_lift_plan(merge_anchors(plan.anchors, tokens), grid, config.blur_scale)
+        state = edit(state)
+        done.states.append(state)
+    return done

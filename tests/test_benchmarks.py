@@ -1,0 +1,103 @@
+"""The benchmark command: its registry, its rows, and what it says of what it cannot measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.registry import Options, find_cases, percentiles
+from jitaccel import provenance
+
+TINY: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def test_cases_are_found_by_their_modules() -> None:
+    pytest.importorskip("diffusers")
+    found = {(case.group, case.size) for case in find_cases()}
+    assert {("denoise", "small"), ("denoise", "large"), ("denoise", "flux")} <= found
+
+
+def test_percentiles_are_interpolated() -> None:
+    assert percentiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((3.0, 1.8, 4.2))
+    assert percentiles([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_unknown_case_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["denoise", "--size", "enormous"]) == 2
+    assert "denoise --size small" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure on")
+def test_case_that_needs_cuda_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["denoise", "--size", "flux"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "torch" in first
+    assert rest[-1] == "not measured: no CUDA device"
+
+
+def test_rows_name_units_origin_and_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases import denoise
+    from benchmarks.pipelines import Subject, random_subject
+
+    def small(options: Options) -> Subject:
+        return random_subject(TINY, options.device, torch.float32, (16, 16), options.seed, text_tokens=8)
+
+    monkeypatch.setattr(denoise, "CASES", (_case(denoise, small),))
+    file = tmp_path / "new" / "rows.jsonl"
+    assert main(["denoise", "--repeat", "2", "--device", "cpu", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["dense", "control", "4x", "7x"]
+    assert {"device", "torch", "commit", "dtype", "grid", "seed", "denoise_median_s", "denoise_p20_s"} <= rows[0].keys()
+    dense, control, _, seven = rows
+    assert (dense["steps"], dense["timed_steps"]) == (50, 5)
+    assert dense["cost_dense_steps"] == 50.0
+    assert control["cost_dense_steps"] == round(seven["cost_dense_steps"])
+    assert 0.0 < seven["outside_share_of_sparse_steps"] < 1.0 and dense["outside_share_of_sparse_steps"] is None
+    assert seven["speedup_over_flop_ratio_to_dense"] > 0
+    assert "outside" in capsys.readouterr().out
+
+
+def _case(module: Any, make: Any) -> Any:
+    import functools
+
+    from benchmarks.registry import Case
+
+    run = functools.partial(module._run, make=make, timed_dense_steps=5)
+    return Case(group="denoise", size="small", name="tiny", run=run, why_not=lambda options: None)
+
+
+def test_random_transformer_is_the_same_for_the_same_seed_and_leaves_the_global_generator_alone() -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.pipelines import random_transformer
+
+    before = torch.get_rng_state()
+    first, second = (random_transformer(TINY, torch.device("cpu"), torch.bfloat16, 3) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a.dtype == torch.bfloat16 for a, b in pairs)
+
+
+def test_provenance_names_device_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = provenance.provenance()
+    assert origin["torch"] == torch.__version__
+    assert all(str(origin[name]) for name in ("device", "commit", "python", "diffusers"))
+    monkeypatch.setenv("PATH", "")
+    assert provenance.commit() == "no commit"

@@ -1,0 +1,413 @@
+"""`jitaccel.apply` on a bare transformer: a plain Euler loop, which knows nothing of jitaccel, gets the same images."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jitaccel
+from jitaccel import PRESETS, ConfigError, JiTConfig, noise_levels
+from tests import reference, tiny
+from tests.tiny import GRID, SHORT, generate, relative_error
+
+SCALE = 3.0
+LEVELS = {name: noise_levels(config) for name, config in PRESETS.items() if name != "dense"}
+UNIFORM = tuple(1.0 - i / 16 for i in range(17))
+GEOMETRIC = (*(0.85**i for i in range(24)), 0.0)
+SHIFTED = tuple(3.0 * s / (1.0 + 2.0 * s) for s in (1.0 - i / 28 for i in range(29)))
+EXACT = PRESETS["7x"].replace(micro_flow="exact")
+
+
+class Loop:
+    """Somebody's sampler: the network, the texts, and an Euler step."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.pipe = tiny.pipeline()
+        encode = self.pipe.encode_prompt
+        texts = [encode(text, None, max_sequence_length=tiny.TEXT_TOKENS) for text in ("a red circle", "blue square")]
+        self.model, self.dtype = self.pipe.transformer, dtype
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.texts = [tuple(part.to(dtype) for part in text) for text in texts]
+
+    def velocity(self, state: Tensor, level: float, text: int | str = 0, grid: tuple[int, int] = GRID) -> Tensor:
+        """`text`: of the prompt (0), of the negative prompt (1), or "both" for a batch of [neg, pos]."""
+        embeds, pooled, text_ids = self.texts[text if isinstance(text, int) else 0]
+        if text == "both":
+            embeds, pooled = (torch.cat([self.texts[1][part], self.texts[0][part]]) for part in (0, 1))
+        batch = state.shape[0]
+        with torch.no_grad():
+            velocity: Tensor = self.model(
+                hidden_states=state,
+                encoder_hidden_states=embeds.expand(batch, -1, -1),
+                pooled_projections=pooled.expand(batch, -1),
+                timestep=(torch.tensor([level * 1000.0]).to(self.dtype) / 1000).expand(batch),
+                img_ids=tiny.ids(grid).to(self.dtype),
+                txt_ids=text_ids,
+                guidance=torch.full([batch], 3.5),
+                return_dict=False,
+            )[0]
+        return velocity
+
+    def guided(self, state: Tensor, level: float, order: str) -> Tensor:
+        """`order`: of the branches of classifier-free guidance; "none" for no guidance."""
+        if order == "none":
+            return self.velocity(state, level)
+        if order == "batch":
+            negative, positive = self.velocity(torch.cat([state, state]), level, "both").chunk(2)
+        elif order == "positive first":
+            positive, negative = self.velocity(state, level, 0), self.velocity(state, level, 1)
+        else:
+            negative, positive = self.velocity(state, level, 1), self.velocity(state, level, 0)
+        return negative + SCALE * (positive - negative)
+
+    def run(
+        self,
+        levels: Sequence[float],
+        state: Tensor,
+        order: str = "none",
+        steps: int | None = None,
+        in_place: bool = False,
+    ) -> list[Tensor]:
+        """Returns the state after each of the first `steps` steps."""
+        state = state.to(self.dtype)
+        if in_place:
+            state = state.clone()
+        states = []
+        for level, next_level in list(pairwise(levels))[:steps]:
+            velocity = self.guided(state, level, order)
+            if in_place:
+                state.add_(velocity, alpha=next_level - level)
+            else:
+                state = (state.float() + (next_level - level) * velocity.float()).to(self.dtype)
+            states.append(state.clone())
+        return states
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+def through_pipeline(config: JiTConfig | str, seed: int = 0, dtype: torch.dtype = torch.float32, **call: Any) -> Tensor:
+    """Returns what the pipeline route makes of the same start."""
+    loop = Loop(dtype)
+    embeds, pooled, _ = loop.texts[0]
+    if call:
+        call = {**call, "negative_prompt_embeds": loop.texts[1][0], "negative_pooled_prompt_embeds": loop.texts[1][1]}
+    start = tiny.start(seed).to(dtype)
+    with jitaccel.apply(loop.pipe, config):
+        return generate(
+            loop.pipe, prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, latents=start, **call
+        )
+
+
+def network_of(loop: Loop) -> reference.Velocity:
+    """Returns the unpatched network as the reference calls it."""
+    embeds, pooled, text_ids = loop.texts[0]
+
+    def run(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
+        with torch.no_grad():
+            velocity: Tensor = loop.model(
+                hidden_states=tokens,
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                timestep=torch.tensor([level * 1000.0]) / 1000,
+                img_ids=tiny.ids()[anchors],
+                txt_ids=text_ids,
+                guidance=torch.tensor([3.5]),
+                return_dict=False,
+            )[0]
+        return velocity
+
+    return run
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+@pytest.mark.parametrize(
+    "config",
+    [PRESETS["7x"], PRESETS["4x"], EXACT, SHORT.replace(noise="own", lifter="clean"), SHORT.replace(micro_flow="none")],
+    ids=["7x", "4x", "exact", "own-clean", "none"],
+)
+def test_loop_makes_the_pipelines_image(loop: Loop, config: JiTConfig, given: bool) -> None:
+    levels = noise_levels(config)
+    with jitaccel.apply(loop.model, config, noise_levels=levels if given else None) as handle:
+        state = loop.run(levels, tiny.start())[-1]
+        assert relative_error(state, through_pipeline(config)) < 1e-5
+    counts = config.token_counts(tiny.NUM_TOKENS)
+    stages = [config.stage_of_step(i, len(levels) - 1) for i in range(len(levels) - 1)]
+    assert [step.tokens for step in handle.stats().steps] == [counts[stage] for stage in stages]
+    assert handle.stats().generations == 1
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+@pytest.mark.parametrize("preset", ["7x", "4x"])
+def test_loop_in_bfloat16_makes_the_pipelines_image_to_rounding(preset: str, given: bool) -> None:
+    levels, loop = LEVELS[preset], Loop(torch.bfloat16)
+    dense = loop.run(levels, tiny.start())[-1]
+    with jitaccel.apply(loop.model, preset, noise_levels=levels if given else None) as handle:
+        state = loop.run(levels, tiny.start())[-1]
+    target = through_pipeline(preset, dtype=torch.bfloat16)
+    far = float((dense.float() - target.float()).abs().mean())
+    assert float((state.float() - target.float()).abs().mean()) < 0.25 * far
+    assert [step.stage for step in handle.stats().steps] == [
+        PRESETS[preset].stage_of_step(i, len(levels) - 1) for i in range(len(levels) - 1)
+    ]
+
+
+@pytest.mark.parametrize("order", ["none", "positive first", "batch"])
+def test_loop_that_writes_in_place_makes_the_same_image(loop: Loop, order: str) -> None:
+    config = EXACT.replace(noise="own")
+    levels = noise_levels(config)
+    with jitaccel.apply(loop.model, config):
+        plain = loop.run(levels, tiny.start(), order)[-1]
+        assert relative_error(loop.run(levels, tiny.start(), order, in_place=True)[-1], plain) < 1e-4
+
+
+def test_nobodys_tensor_is_written(loop: Loop) -> None:
+    levels = noise_levels(EXACT)
+    state = tiny.start()
+    with jitaccel.apply(loop.model, EXACT):
+        for level, next_level in pairwise(levels):
+            copy = state.clone()
+            velocity = loop.velocity(state, level)
+            assert torch.equal(state, copy)
+            kept = velocity.clone()
+            loop.velocity(state, level, 1)
+            assert torch.equal(velocity, kept)
+            state = state + (next_level - level) * velocity
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+@pytest.mark.parametrize("order", ["positive first", "negative first", "batch"])
+def test_guided_loop_makes_the_guided_pipelines_image(loop: Loop, order: str, given: bool) -> None:
+    levels = noise_levels(EXACT)
+    target = through_pipeline(EXACT, true_cfg_scale=SCALE)
+    with jitaccel.apply(loop.model, EXACT, noise_levels=levels if given else None) as handle:
+        assert relative_error(loop.run(levels, tiny.start(), order)[-1], target) < 1e-4
+    calls, batch = (1, 2) if order == "batch" else (2, 1)
+    assert {step.calls for step in handle.stats().steps} == {calls} and handle.stats().batch == batch
+
+
+def test_batched_and_sequential_guidance_make_the_same_image(loop: Loop) -> None:
+    levels = noise_levels(EXACT)
+    images = []
+    for order in ("batch", "positive first", "negative first"):
+        with jitaccel.apply(loop.model, EXACT):
+            images.append(loop.run(levels, tiny.start(), order)[-1])
+    assert relative_error(images[1], images[0]) < 1e-4
+    assert relative_error(images[2], images[0]) < 1e-4
+
+
+def test_image_of_a_batch_is_the_image_alone(loop: Loop) -> None:
+    levels = noise_levels(EXACT)
+    start = torch.cat([tiny.start(1), tiny.start(2)])
+    with jitaccel.apply(loop.model, EXACT):
+        together = loop.run(levels, start)[-1]
+        for image in range(2):
+            alone = loop.run(levels, start[image : image + 1])[-1]
+            torch.testing.assert_close(together[image : image + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_of_one_row_serve_the_whole_batch(loop: Loop) -> None:
+    state = torch.cat([tiny.start(1), tiny.start(2)])
+    embeds, pooled, text_ids = loop.texts[0]
+    arguments = (state, embeds.expand(2, -1, -1), pooled.expand(2, -1))
+    with jitaccel.apply(loop.model, EXACT), torch.no_grad():
+        expected = loop.velocity(state, 1.0)
+    with jitaccel.apply(loop.model, EXACT), torch.no_grad():
+        velocity = loop.model(*arguments, torch.ones(1), tiny.ids(), text_ids, torch.tensor([3.5])).sample
+    torch.testing.assert_close(velocity, expected)
+
+
+# Levels that nobody told
+
+
+@pytest.mark.parametrize("levels", [UNIFORM, GEOMETRIC, SHIFTED], ids=["uniform", "geometric", "shifted"])
+def test_owed_move_vanishes_on_levels_that_were_predicted_wrong(loop: Loop, levels: tuple[float, ...]) -> None:
+    with jitaccel.apply(loop.model, EXACT) as handle:
+        states = loop.run(levels, tiny.start())
+        steps = handle.stats().steps
+        assert handle.stats().generations == 1
+    stages = [step.stage for step in steps]
+    assert set(stages) == {0, 1, 2}
+    exact = reference.denoise(network_of(loop), EXACT, GRID, tiny.start(), levels, stages=stages)
+    errors = [relative_error(*pair) for pair in zip(states, exact.states, strict=True)]
+    # The reference moves the state after the step before, the loop within the first step of the stage.
+    boundaries = [i for i in range(1, len(stages)) if stages[i] > stages[i - 1]]
+    assert max(errors[: boundaries[0] - 1], default=0.0) < 1e-5
+    for start, end in pairwise((*boundaries, len(stages) + 1)):
+        assert errors[start - 1] > 0.1
+        for i in range(start, end - 1):
+            made, guessed = levels[i] - levels[i + 1], steps[i].noise_level - steps[i].next_level
+            assert errors[i] < 1.5 * abs(1.0 - made / guessed) * errors[i - 1] + 1e-5
+    assert errors[-1] < 1e-5
+
+
+def test_given_levels_of_another_schedule_make_the_references_image(loop: Loop) -> None:
+    with jitaccel.apply(loop.model, EXACT, noise_levels=SHIFTED):
+        states = loop.run(SHIFTED, tiny.start())
+    exact = reference.denoise(network_of(loop), EXACT, GRID, tiny.start(), SHIFTED)
+    assert relative_error(states[-1], exact.states[-1]) < 1e-5
+
+
+def test_given_levels_allow_native_schedules_and_callers_steps(loop: Loop) -> None:
+    config = EXACT.replace(schedule="native", steps="caller")
+    with jitaccel.apply(loop.model, config, noise_levels=UNIFORM):
+        states = loop.run(UNIFORM, tiny.start())
+    exact = reference.denoise(network_of(loop), config, GRID, tiny.start(), UNIFORM)
+    assert relative_error(states[-1], exact.states[-1]) < 1e-5
+
+
+def test_notes_say_what_the_levels_are(loop: Loop) -> None:
+    with jitaccel.apply(loop.model, "7x") as handle:
+        assert "predicted" in handle.stats().notes[0]
+    with jitaccel.apply(loop.model, "7x", noise_levels=LEVELS["7x"]) as handle:
+        assert handle.stats().notes == ()
+    with jitaccel.apply(loop.model, "7x", noise_levels=UNIFORM) as handle:
+        assert "16 steps" in handle.stats().notes[0] and "11" in handle.stats().notes[0]
+
+
+# Where a generation starts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_new_generation_is_told_from_the_last(given: bool, dtype: torch.dtype) -> None:
+    levels, loop = LEVELS["4x"], Loop(dtype)  # bfloat16 makes 1.0 of the first two of these
+    noise = [tiny.start(seed, (6, 6)) for seed in (1, 2)]
+    loop.velocity = _on_small_grid(loop.velocity)  # type: ignore[method-assign]
+
+    def fresh(seed: int) -> Tensor:
+        with jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None):
+            return loop.run(levels, noise[seed])[-1]
+
+    images = [fresh(0), fresh(1)]
+    with jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None) as handle:
+        for seed in (0, 1, 1):
+            assert torch.equal(loop.run(levels, noise[seed])[-1], images[seed])
+        assert handle.stats().generations == 3
+        for aborted_after, seed in ((1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (16, 1)):
+            loop.run(levels, noise[0], steps=aborted_after)
+            assert torch.equal(loop.run(levels, noise[seed])[-1], images[seed]), (aborted_after, seed)
+
+
+def _on_small_grid(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: velocity(*args, grid=(6, 6))
+
+
+def test_generation_after_an_exception_is_clean(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    with jitaccel.apply(loop.model, SHORT):
+        clean = loop.run(levels, tiny.start())[-1]
+        for step in range(4):
+            loop.run(levels, tiny.start(), steps=step)
+            hook = loop.model.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loop.velocity(tiny.start(5), 1.0)
+            hook.remove()
+            assert torch.equal(loop.run(levels, tiny.start())[-1], clean)
+
+
+def test_reset_forgets_an_unfinished_generation(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    with jitaccel.apply(loop.model, SHORT) as handle:
+        clean = loop.run(levels, tiny.start())[-1]
+        loop.run(levels, tiny.start(), steps=3)
+        handle.reset()
+        assert torch.equal(loop.run(levels, tiny.start())[-1], clean)
+
+
+def test_shape_may_change_between_generations(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    with jitaccel.apply(loop.model, SHORT) as handle:
+        one = loop.run(levels, tiny.start())[-1]
+        two = loop.run(levels, torch.cat([tiny.start(), tiny.start(4)]))[-1]
+        torch.testing.assert_close(two[:1], one, rtol=1e-5, atol=1e-5)
+        assert torch.equal(loop.run(levels, tiny.start())[-1], one)
+        assert handle.stats().generations == 3
+
+
+def test_loop_with_more_steps_than_predicted_stays_one_generation(loop: Loop) -> None:
+    levels = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0)  # the step after .2 is predicted to end at 0
+    with jitaccel.apply(loop.model, EXACT) as handle:
+        assert loop.run(levels, tiny.start())[-1].isfinite().all()
+    assert handle.stats().generations == 1 and len(handle.stats().steps) == 8
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_level_that_is_not_one_of_those_given_raises(loop: Loop, at: int) -> None:
+    levels = LEVELS["7x"]
+    with jitaccel.apply(loop.model, "7x", noise_levels=levels), tiny.forwards(loop.model) as seen:
+        state = loop.run(levels, tiny.start(), steps=at)[-1] if at else tiny.start()
+        seen.clear()
+        with pytest.raises(ConfigError, match=r"noise_levels given to apply, got level 0\.5"):
+            loop.velocity(state, 0.5)
+        assert not seen
+
+
+# What it leaves
+
+
+def test_remove_restores_the_transformer(loop: Loop) -> None:
+    before, keys = dict(vars(loop.model)), list(loop.model.state_dict())
+    dense = loop.run(UNIFORM, tiny.start(), steps=2)[-1]
+    handle = jitaccel.apply(loop.model, SHORT)
+    loop.run(noise_levels(SHORT), tiny.start())
+    assert list(loop.model.state_dict()) == keys
+    for _ in range(2):
+        handle.remove()
+        assert vars(loop.model).keys() == before.keys()
+        assert all(vars(loop.model)[name] is value for name, value in before.items())
+        assert torch.equal(loop.run(UNIFORM, tiny.start(), steps=2)[-1], dense)
+
+
+def test_applying_again_replaces_the_first(loop: Loop) -> None:
+    first = jitaccel.apply(loop.model, SHORT)
+    with jitaccel.apply(loop.model, "7x") as second:
+        assert not first.is_active and second.is_active
+        loop.run(LEVELS["7x"], tiny.start())
+        first.remove()
+        assert second.stats().steps[0].tokens == PRESETS["7x"].token_counts(tiny.NUM_TOKENS)[0]
+        assert first.stats().generations == 0
+    assert "forward" not in vars(loop.model)
+
+
+def test_transformer_and_a_pipeline_of_it_may_both_be_patched(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    alone = through_pipeline(EXACT)
+    with jitaccel.apply(loop.model, SHORT):
+        bare = loop.run(levels, tiny.start())[-1]
+    embeds, pooled, _ = loop.texts[0]
+    call = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "latents": tiny.start()}
+    with jitaccel.apply(loop.model, SHORT), jitaccel.apply(loop.pipe, EXACT):
+        assert torch.equal(generate(loop.pipe, **call), alone)
+        assert torch.equal(loop.run(levels, tiny.start())[-1], bare)
+        assert torch.equal(generate(loop.pipe, **call), alone)
+    assert "forward" not in vars(loop.model)
+
+
+def test_signature_stays(loop: Loop) -> None:
+    before = inspect.signature(loop.model.forward)
+    with jitaccel.apply(loop.model, SHORT):
+        assert inspect.signature(loop.model.forward) == before
+    assert inspect.signature(loop.model.forward) == before
+
+
+def test_gradients_may_be_on(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    embeds, pooled, text_ids = loop.texts[0]
+    with jitaccel.apply(loop.model, SHORT):
+        expected = loop.run(levels, tiny.start())[-1]
+        state = tiny.start()
+        for level, next_level in pairwise(levels):
+            arguments = (state, embeds, pooled, torch.tensor([level]), tiny.ids(), text_ids, torch.tensor([3.5]))
+            state = state + (next_level - level) * loop.model(*arguments).sample
+    assert state.requires_grad
+    assert relative_error(state.detach(), expected) < 1e-5
