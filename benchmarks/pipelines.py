@@ -1,0 +1,118 @@
+"""The pipelines that are measured: the embedded one, and FLUX pipelines of random weights at any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLUX_DEV: Mapping[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+# FLUX.1-dev's heads, a quarter of its width and three of its blocks: a dense step takes seconds on two cores, and
+# nearly all of it in matrix products, as in the large model.
+FLUX_QUARTER: Mapping[str, Any] = {
+    **FLUX_DEV,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_attention_heads": 6,
+    "joint_attention_dim": 512,
+    "pooled_projection_dim": 256,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A pipeline and one call of it. `has_quality`: whether its pictures mean anything."""
+
+    pipe: Any
+    call: Mapping[str, Any]
+    grid: tuple[int, int]
+    text_tokens: int
+    has_quality: bool
+
+
+def embedded_subject(device: torch.device, grid: tuple[int, int], seed: int, text_tokens: int = 48) -> Subject:
+    """Returns the embedded pipeline with a held-out prompt, at any grid."""
+    from jitaccel.cli.loading import load_pipeline
+    from jitaccel.scenes.prompts import held_out
+
+    pipe = load_pipeline(None, device=str(device))
+    cell = 2 * pipe.vae_scale_factor
+    call = {
+        "prompt": held_out(1, seed)[0][0],
+        "max_sequence_length": text_tokens,
+        "output_type": "np",
+        "height": grid[0] * cell,
+        "width": grid[1] * cell,
+    }
+    return Subject(pipe=_quiet(pipe), call=call, grid=grid, text_tokens=text_tokens, has_quality=True)
+
+
+def random_subject(
+    model: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    grid: tuple[int, int],
+    seed: int,
+    text_tokens: int,
+) -> Subject:
+    """Returns a FLUX pipeline of random weights, made on the device, without text encoders and autoencoder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=random_transformer(model, device, dtype, seed),
+    )
+    generator = torch.Generator(device).manual_seed(seed)
+    cell = 2 * pipe.vae_scale_factor
+    call = {
+        "prompt_embeds": _normal(generator, dtype, 1, text_tokens, model["joint_attention_dim"]),
+        "pooled_prompt_embeds": _normal(generator, dtype, 1, model["pooled_projection_dim"]),
+        "output_type": "latent",
+        "height": grid[0] * cell,
+        "width": grid[1] * cell,
+    }
+    return Subject(pipe=_quiet(pipe), call=call, grid=grid, text_tokens=text_tokens, has_quality=False)
+
+
+def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def random_transformer(model: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Returns a FLUX transformer whose weights are drawn on the device: 12 billion need no room beside it."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**model)
+    transformer = transformer.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # norms and biases
+    return transformer.eval()

@@ -1,0 +1,56 @@
+"""What a benchmark case is, and where cases are found: every module in `benchmarks/cases` has a tuple `CASES`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import cases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line asks of every case."""
+
+    device: torch.device
+    repeat: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement: a line for people, and fields for a file, the unit in each name."""
+
+    line: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to measure. `why_not` says why it cannot be measured here, or None."""
+
+    group: str
+    size: str
+    name: str
+    run: Callable[[Options], Iterator[Row]]
+    why_not: Callable[[Options], str | None]
+
+
+def find_cases() -> tuple[Case, ...]:
+    """Returns the cases of every module in `benchmarks/cases`, by the modules' names."""
+    found: list[Case] = []
+    for module in sorted(pkgutil.iter_modules(cases.__path__), key=lambda module: module.name):
+        found += importlib.import_module(f"{cases.__name__}.{module.name}").CASES
+    return tuple(found)
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Returns median, 20th and 80th percentile, interpolated."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    median, low, high = torch.quantile(values, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    return median, low, high
