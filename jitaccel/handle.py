@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from .config import JiTConfig
 from .stats import Stats
 
-_MISSING = object()
+MISSING = object()
 
 
 class Route(Protocol):
@@ -52,12 +53,12 @@ class Handle:
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets `owner.name` on the instance alone; `remove` puts back what stood there, or its absence."""
         self.change(f"{type(owner).__name__}.{name}")
-        self.restore_attribute_on_remove(owner, name)
+        self.on_remove(restore_attributes, vars(owner), {name: vars(owner).get(name, MISSING)})
         vars(owner)[name] = value
 
-    def restore_attribute_on_remove(self, owner: Any, name: str) -> None:
-        """Notes what `vars(owner)` holds under `name` now, to be put back by `remove`."""
-        self._undo.callback(_restore, vars(owner), name, vars(owner).get(name, _MISSING))
+    def on_remove(self, undo: Callable[..., None], *args: Any) -> None:
+        """Notes what `remove` has to call, the last noted first."""
+        self._undo.callback(undo, *args)
 
     def change(self, what: str, undo: Any = None, *args: Any) -> None:
         """Notes one change, and how it is undone."""
@@ -75,9 +76,9 @@ class Handle:
 
     def remove(self) -> None:
         """Takes every change back, the last first."""
-        self.route.reset()
         self._changes.clear()
         self._undo.close()
+        self.route.reset()
 
     def __enter__(self) -> Handle:
         return self
@@ -92,8 +93,10 @@ class Handle:
         return f"<jitaccel.Handle of {self._kind}: {changes}>"
 
 
-def _restore(attributes: dict[str, Any], name: str, value: Any) -> None:
-    if value is _MISSING:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
+def restore_attributes(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Puts back into `vars` of an object what it held before; what was `MISSING` is taken out."""
+    for name, value in before.items():
+        if value is MISSING:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = value

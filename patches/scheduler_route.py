@@ -19,7 +19,7 @@ from torch import Tensor
 from jitaccel.clock import KnownLevels
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.handle import Handle
+from jitaccel.handle import MISSING, Handle, restore_attributes
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 from jitaccel.stats import Recorder, Stats, summarize
@@ -52,11 +52,19 @@ class SchedulerRoute:
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
-        for name in _SCHEDULER_STATE:
-            handle.restore_attribute_on_remove(self._scheduler, name)
+        state = vars(self._scheduler)
+        handle.on_remove(self._restore_progress, {name: state.get(name, MISSING) for name in _SCHEDULER_STATE})
         for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             original = getattr(self._scheduler, name)
             handle.set_attribute(self._scheduler, name, _wrap(original, wrapper, handle))
+
+    def _restore_progress(self, before: dict[str, Any]) -> None:
+        """Puts the scheduler's levels and place back, but not from within a generation that still needs them."""
+        caller = calling_pipeline()
+        is_needed = self._run is not None or not self.is_of(caller)
+        if is_needed and getattr(caller, "scheduler", None) is self._scheduler:
+            return
+        restore_attributes(vars(self._scheduler), before)
 
     def is_of(self, pipeline: Any) -> bool:
         """Returns whether this route is that pipeline's."""

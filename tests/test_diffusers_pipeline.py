@@ -302,6 +302,13 @@ def test_inference_mode_gives_the_same_image(pipe: Any) -> None:
         assert torch.equal(generate(pipe), plain)
 
 
+def test_model_without_embedded_guidance_runs() -> None:
+    pipe = tiny.pipeline(transformer=tiny.transformer(guidance_embeds=False))
+    with jitaccel.apply(pipe, SHORT):
+        together = generate(pipe, (1, 2), prompt=["a", "red"])
+        torch.testing.assert_close(together[1:], generate(pipe, (2,), prompt=["red"]), rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_runs_throughout(pipe: Any) -> None:
     half = in_bfloat16(pipe)
     with jitaccel.apply(half, SHORT):
@@ -570,6 +577,48 @@ def test_context_manager_removes_after_an_exception(pipe: Any) -> None:
     with pytest.raises(Breaks), jitaccel.apply(pipe, SHORT):
         raise Breaks
     assert not changed(before, attributes(pipe))
+
+
+def test_remove_inside_a_generation_leaves_the_rest_dense(pipe: Any) -> None:
+    plain = generate(pipe, num_inference_steps=5)
+    for config in (DENSE, SHORT):
+        handle = jitaccel.apply(pipe, config)
+
+        def remove(_: Any, step: int, *__: Any, handle: jitaccel.Handle = handle) -> dict[str, Any]:
+            if step == 1:
+                handle.remove()
+            return {}
+
+        with forwards(pipe.transformer) as seen:
+            image = generate(pipe, num_inference_steps=5, callback_on_step_end=remove)
+        assert image.isfinite().all() and torch.equal(image, plain) == (config is DENSE)
+        assert [len(tokens) for tokens in seen[2:]] == [tiny.NUM_TOKENS] * 3
+        assert torch.equal(generate(pipe, num_inference_steps=5), plain)
+
+
+def test_remove_inside_another_pipelines_generation_leaves_it_alone(pipe: Any) -> None:
+    other = sharing(pipe, scheduler=True)
+    plain = generate(other, num_inference_steps=5)
+    handle = jitaccel.apply(pipe, SHORT)
+    generate(pipe)
+    removed = generate(other, num_inference_steps=5, callback_on_step_end=lambda *_: handle.remove() or {})  # type: ignore[func-returns-value]
+    assert torch.equal(removed, plain)
+    assert "set_timesteps" not in vars(pipe.scheduler)
+
+
+def test_pipeline_may_apply_to_itself(pipe: Any) -> None:
+    class Fast(FluxPipeline):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with jitaccel.apply(self, SHORT):
+                return super().__call__(*args, **kwargs)
+
+    fast = Fast(**{**pipe.components, "scheduler": tiny.scheduler()})
+    fast.set_progress_bar_config(disable=True)
+    before = attributes(fast)
+    with jitaccel.apply(pipe, SHORT):
+        sparse = generate(pipe)
+    assert torch.equal(generate(fast), sparse)
+    assert not [name for name in changed(before, attributes(fast)) if name.startswith("scheduler")]
 
 
 def test_applying_twice_is_applying_once(pipe: Any) -> None:

@@ -8,6 +8,7 @@ spoilt anew each time it is used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections import Counter, deque
@@ -27,6 +28,7 @@ from jitaccel.scenes.judge import ATTRIBUTES, CELLS, OUTLINE, Judge, JudgeNetwor
 from jitaccel.scenes.scene import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Claim, Scene, Thing, describe, random_scene
 
 from .log import TrainingLog, warmup_cosine
+from .patch_encoder import PATCH, patch_features
 
 BATCH = 8
 _KEPT, _NEW_PER_BATCH = 240, 3
@@ -110,9 +112,11 @@ def _halved(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def spoil(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Returns pictures `(B, 3, h, w)` with random blur, noise, brightness, contrast and colour cast."""
+    """Returns pictures `(B, 3, h, w)` with random loss of detail, blur, noise, brightness, contrast and colour cast."""
     spoilt = []
     for picture in pictures:
+        if rng.random() < 0.35:
+            picture = torch.lerp(picture, _in_patches(picture), float(rng.uniform(0.3, 1.0)))
         if rng.random() < 0.6:
             picture = _blur(picture, float(rng.uniform(0.4, 1.8)))
         gain = torch.from_numpy(rng.uniform(0.85, 1.15) + rng.uniform(-0.05, 0.05, size=3)).float()
@@ -124,6 +128,18 @@ def spoil(pictures: Tensor, rng: np.random.Generator) -> Tensor:
             picture = picture + rng.uniform(0.0, 0.06) * F.interpolate(noise, scale_factor=float(grain))[0]
         spoilt.append(picture.clamp(0.0, 1.0))
     return torch.stack(spoilt).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _patch_inverse() -> Tensor:
+    filters = patch_features()
+    return torch.linalg.pinv(filters.flatten(1)).T.reshape(filters.shape).contiguous()
+
+
+def _in_patches(picture: Tensor) -> Tensor:
+    """Returns what the latents of a picture alone determine: the worst that a decoder could make of them."""
+    latents = F.conv2d(picture[None], patch_features(), stride=PATCH)
+    return F.conv_transpose2d(latents, _patch_inverse(), stride=PATCH)[0]
 
 
 def _blur(picture: Tensor, sigma_px: float) -> Tensor:

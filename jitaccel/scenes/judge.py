@@ -113,7 +113,9 @@ class CellNetwork(nn.Module):
         self.far = nn.Sequential(_convolution(width, width, stride=2), _convolution(width, width))
         self.merge = _convolution(2 * width, width, kernel=1)
         self.surface = nn.Conv2d(width, len(COLOURS) + len(TEXTURES), 1)
-        self.edge = _convolution(width + width // 2, width // 2, kernel=1)
+        self.edge = nn.Sequential(
+            _convolution(width + width // 2, width // 2, kernel=1), _convolution(width // 2, width // 2)
+        )
         self.covered = nn.Conv2d(width // 2, 1, 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
