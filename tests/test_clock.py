@@ -74,6 +74,20 @@ def test_predicted_levels_repeat_the_last_step_of_an_unknown_schedule() -> None:
     assert all(step.may_end_stage == (step.stage < 2) for step in steps)
 
 
+def test_level_near_an_expected_one_is_chance_once_the_levels_are_the_samplers_own() -> None:
+    levels = (
+        0.9985,
+        0.9921875,
+        0.7,
+        0.4184,
+        0.0,
+    )  # the second could be 1.0 in bfloat16, the last is one of the preset's
+    steps = follow_all(PredictedLevels(PRESETS["7x"]), levels, torch.float32)
+    assert [step.matched for step in steps] == [-1] * 4
+    assert [step.noise_level for step in steps] == pytest.approx(levels[:-1], abs=1e-6)
+    assert steps[3].next_level == pytest.approx(0.4184 - (0.7 - 0.4184), abs=1e-5)
+
+
 def test_predicted_stage_starts_where_the_level_has_fallen_to_its_own() -> None:
     config = JiTConfig(densities=(0.3, 1.0), boundaries=(0.5, 1.0), steps=4, schedule=(1.0, 0.8, 0.55, 0.2, 0.0))
     steps = follow_all(PredictedLevels(config), UNIFORM, torch.float32)

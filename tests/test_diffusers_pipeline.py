@@ -570,6 +570,13 @@ def test_network_called_by_hand_after_an_aborted_generation_is_dense(pipe: Any) 
         assert torch.equal(call(), plain)
         assert generate(pipe).isfinite().all()
         assert torch.equal(call(), plain)
+        pipe.scheduler.set_timesteps(5, mu=0.5)  # a loop by hand, which fails
+        assert not torch.equal(call(), plain)
+        hook = pipe.transformer.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call()
+        hook.remove()
+        assert torch.equal(call(), plain)
 
 
 def test_context_manager_removes_after_an_exception(pipe: Any) -> None:

@@ -186,10 +186,11 @@ def test_nobodys_tensor_is_written(loop: Loop) -> None:
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 @pytest.mark.parametrize("order", ["positive first", "negative first", "batch"])
-def test_guided_loop_makes_the_guided_pipelines_image(loop: Loop, order: str, given: bool) -> None:
-    levels = noise_levels(EXACT)
-    target = through_pipeline(EXACT, true_cfg_scale=SCALE)
-    with jitaccel.apply(loop.model, EXACT, noise_levels=levels if given else None) as handle:
+@pytest.mark.parametrize("config", [EXACT, SHORT], ids=["7x", "stage of one step"])
+def test_guided_loop_makes_the_guided_pipelines_image(loop: Loop, config: JiTConfig, order: str, given: bool) -> None:
+    levels = noise_levels(config)
+    target = through_pipeline(config, true_cfg_scale=SCALE)
+    with jitaccel.apply(loop.model, config, noise_levels=levels if given else None) as handle:
         assert relative_error(loop.run(levels, tiny.start(), order)[-1], target) < 1e-4
     calls, batch = (1, 2) if order == "batch" else (2, 1)
     assert {step.calls for step in handle.stats().steps} == {calls} and handle.stats().batch == batch

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from jitaccel import embedded_model
+from jitaccel.scenes.judge import Judge
 
 from .assemble import assemble, save
 from .card import write_card
@@ -51,6 +52,7 @@ def main() -> None:
     elif options.step == "assemble":
         pipeline = assemble(run / "text", run / "vae", run / "large" / "ema")
         save(pipeline, embedded_model())
+        Judge.load(run / "judge").save(embedded_model() / "judge")
         logs = [run / "text" / "text.jsonl", run / "vae.jsonl"]
         write_card(embedded_model(), pipeline.transformer, [run / "small", run / "large"], logs)
     else:
