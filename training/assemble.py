@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -42,6 +44,11 @@ def save(pipeline: FluxPipeline, out: Path) -> None:
     """
     pipeline.to(dtype=torch.float16).save_pretrained(out)
     for name in ("text_encoder", "text_encoder_2"):
-        path = out / name / "config.json"
-        config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        _rewrite(out / name / "config.json", lambda config: {**config, "dtype": "float32"})
+    for name in ("transformer", "vae"):
+        # Where the weights lay before they were saved here is nobody's business.
+        _rewrite(out / name / "config.json", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")
