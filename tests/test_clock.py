@@ -75,17 +75,14 @@ def test_predicted_levels_repeat_the_last_step_of_an_unknown_schedule() -> None:
 
 
 def test_level_near_an_expected_one_is_chance_once_the_levels_are_the_samplers_own() -> None:
-    levels = (
-        0.9985,
-        0.9921875,
-        0.7,
-        0.4184,
-        0.0,
-    )  # the second could be 1.0 in bfloat16, the last is one of the preset's
-    steps = follow_all(PredictedLevels(PRESETS["7x"]), levels, torch.float32)
+    # In float16 the second could be 1.0, above the first; the last is one of the preset's.
+    levels = (0.9998, 1.0 - 2.0**-11, 0.7, noise_levels(PRESETS["7x"])[9])
+    clock, steps = PredictedLevels(PRESETS["7x"]), list[Step]()
+    for level in levels:
+        steps.append(clock.follow(steps[-1] if steps else None, level))
     assert [step.matched for step in steps] == [-1] * 4
-    assert [step.noise_level for step in steps] == pytest.approx(levels[:-1], abs=1e-6)
-    assert steps[3].next_level == pytest.approx(0.4184 - (0.7 - 0.4184), abs=1e-5)
+    assert [step.noise_level for step in steps] == list(levels)
+    assert steps[3].next_level == pytest.approx(levels[3] - (levels[2] - levels[3]))
 
 
 def test_predicted_stage_starts_where_the_level_has_fallen_to_its_own() -> None:
