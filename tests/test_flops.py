@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.pipelines import FLUX_DEV
 from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.control import dense_control, equivalent_dense_steps, schedule_flops
 from jitaccel.flops import flux_flops
 
-FLUX_DEV: dict[str, Any] = {
-    "in_channels": 64,
-    "out_channels": None,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
 COST = functools.partial(flux_flops, FLUX_DEV)
 
 
