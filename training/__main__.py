@@ -1,8 +1,8 @@
 """Makes the embedded model: `python -m training STEP --run DIR`, the steps in this order.
 
     text         tokenizers and text encoders            (4 minutes on two cores)
-    small        transformer on pictures of 128 pixels   (an hour or more on two cores; resumes where it stopped)
-    large        transformer on pictures of 256 pixels   (the same; starts from `small`)
+    windows      transformer on windows of pictures      (about an hour on two cores; resumes where it stopped)
+    whole        transformer on whole pictures           (the same; starts from `windows`)
     autoencoder  decoder of the autoencoder              (5 minutes)
     judge        attribute classifier                    (6 minutes)
     assemble     puts all into assets/tiny-flux
@@ -24,22 +24,23 @@ from .assemble import assemble, save
 from .card import write_card
 from .decoder import train_decoder
 from .judge import train_judge
+from .parallel import launch
 from .text import train_text
 from .transformer import Phase, train_transformer
 
 TEXT_UPDATES = 1400
 DECODER_UPDATES = 600
-SMALL = Phase(picture_px=128, num_pictures=10_000, batch=16, updates=8_000)
-LARGE = Phase(picture_px=256, num_pictures=4_000, batch=8, updates=6_000, decay_updates=1_500, seed=1)
+WINDOWS = Phase(window_tokens=256, num_pictures=12_000, batch=16, updates=3_040, alignment=0.5)
+WHOLE = Phase(window_tokens=None, num_pictures=6_000, batch=8, updates=1_300, alignment=0.2, decay_updates=650, seed=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["text", "small", "large", "autoencoder", "judge", "assemble"])
+    parser.add_argument("step", choices=["text", "windows", "whole", "autoencoder", "judge", "assemble"])
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, outside the checkout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=1, help="processes that train the transformer together")
     parser.add_argument("--updates", type=int, help="stop the transformer's phase after this many updates")
-    parser.add_argument("--start", type=Path, help="folder of weights to start the phase from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run: Path = options.run
@@ -50,14 +51,15 @@ def main() -> None:
     elif options.step == "judge":
         train_judge(run / "judge")
     elif options.step == "assemble":
-        pipeline = assemble(run / "text", run / "vae", run / "large" / "ema")
+        pipeline = assemble(run / "text", run / "vae", run / "whole" / "ema")
         save(pipeline, embedded_model())
         Judge.load(run / "judge").save(embedded_model() / "judge")
         logs = [run / "text" / "text.jsonl", run / "vae.jsonl"]
-        write_card(embedded_model(), pipeline.transformer, [run / "small", run / "large"], logs)
+        write_card(embedded_model(), pipeline.transformer, [run / "windows", run / "whole"], logs)
     else:
-        phase, start = (SMALL, None) if options.step == "small" else (LARGE, run / "small" / "ema")
-        train_transformer(run / options.step, phase.stopping_after(options.updates), options.start or start)
+        phase, start = (WINDOWS, None) if options.step == "windows" else (WHOLE, run / "windows")
+        phase = phase.stopping_after(options.updates)
+        launch(options.workers, train_transformer, run / options.step, phase, start)
 
 
 if __name__ == "__main__":

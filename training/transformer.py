@@ -1,4 +1,8 @@
-"""Trains the flow-matching transformer on captioned scenes: first small pictures, then large ones.
+"""Trains the flow-matching transformer on captioned scenes: first on windows of the pictures, then on whole ones.
+
+Beside the velocity, a linear map of the features half-way must tell what is drawn in each token (alignment of the
+representation, Yu et al. 2024, arXiv:2410.06940, with the drawn truth in place of another network's features). The
+map is thrown away; it is what makes shapes and their attributes appear after minutes instead of hours.
 
 Matrices inside the blocks are updated by Muon, all else by AdamW. The learning rate is constant until
 `decay_updates` before the end, then falls linearly to zero, so that a run can be prolonged from any checkpoint.
@@ -19,21 +23,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from jitaccel.scenes.draw import draw
-from jitaccel.scenes.scene import Scene, describe, random_scene
-
+from . import parallel
 from .log import TrainingLog
-from .patch_encoder import encode_tokens
+from .muon import Muon
+from .pictures import NUM_LABELS, WHOLE, Pictures, Window, random_window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of training. `picture_px` is the side of the pictures; `decay_updates` end the phase."""
+    """One phase of training. `window_tokens`: tokens of a window, `None` for whole pictures; `batch` is that of all
+    workers together; `alignment` weighs the loss of what is drawn; `decay_updates` end the phase."""
 
-    picture_px: int
+    window_tokens: int | None
     num_pictures: int
     batch: int
     updates: int
+    alignment: float
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3
     warmup_updates: int = 50
@@ -51,13 +56,13 @@ def new_transformer() -> FluxTransformer2DModel:
         patch_size=1,
         in_channels=32,
         num_layers=2,
-        num_single_layers=6,
-        attention_head_dim=32,
-        num_attention_heads=4,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=3,
         joint_attention_dim=128,
         pooled_projection_dim=128,
         guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12),
+        axes_dims_rope=(8, 28, 28),
     )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear"))):
@@ -65,6 +70,38 @@ def new_transformer() -> FluxTransformer2DModel:
     for module in (model.proj_out, model.norm_out.linear):
         nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
     return model
+
+
+class Learner(nn.Module):
+    """The transformer with the map from its features to what is drawn."""
+
+    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.labels = nn.Linear(transformer.inner_dim, NUM_LABELS)
+        nn.init.zeros_(self.labels.weight), nn.init.zeros_(self.labels.bias)
+
+    def forward(
+        self, state: Tensor, level: Tensor, words: Tensor, pooled: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the velocity `(B, N, 32)` and the labels `(B, N, NUM_LABELS)`."""
+        features: list[Tensor] = []
+        blocks = self.transformer.single_transformer_blocks
+        middle = blocks[len(blocks) // 2 - 1]
+        hook = middle.register_forward_hook(lambda module, inputs, output: features.append(output[1]))
+        try:
+            velocity = self.transformer(
+                hidden_states=state,
+                encoder_hidden_states=words,
+                pooled_projections=pooled,
+                timestep=level,
+                img_ids=window.ids(),
+                txt_ids=torch.zeros(words.shape[1], 3),
+                return_dict=False,
+            )[0]
+        finally:
+            hook.remove()
+        return velocity, self.labels(F.layer_norm(features[0], features[0].shape[-1:]))
 
 
 class TextEncoders:
@@ -88,44 +125,48 @@ class TextEncoders:
 def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> None:
     """Runs one phase and writes `last.pt` (to go on from) and `ema/` (to use) into `folder`.
 
-    Resumes from `folder/last.pt` where it exists; otherwise starts from the weights in the folder `start`, or afresh.
+    Resumes from `folder/last.pt` where it exists; otherwise starts from the phase in the folder `start`, or afresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "phase.json").write_text(json.dumps(asdict(phase), indent=1))
     torch.manual_seed(phase.seed)
-    model = new_transformer() if start is None else FluxTransformer2DModel.from_pretrained(start)
-    average = FluxTransformer2DModel.from_config(model.config)
-    average.load_state_dict(model.state_dict())
-    optimizers = _optimizers(model, phase)
-    done = _resume(folder / "last.pt", model, average, optimizers)
+    learner = Learner(new_transformer())
+    average = FluxTransformer2DModel.from_config(learner.transformer.config)
+    optimizers = _optimizers(learner, phase)
+    done = _resume(folder, start, learner, average, optimizers)
+    torch.manual_seed(1000 * done + parallel.rank())  # of noise and levels
     text = TextEncoders(folder.parent / "text")
-    log = TrainingLog(folder / "log.jsonl", every=20)
+    log = TrainingLog(folder / "log.jsonl", every=20) if parallel.rank() == 0 else None
     saved = time.monotonic()
-    for update, (tokens, texts, length) in zip(range(done, phase.updates), _batches(phase, done), strict=False):
-        loss = _loss(model, tokens, *text.embed(texts, length))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for update, (tokens, labels, window, texts, length) in zip(
+        range(done, phase.updates), _batches(phase, done), strict=False
+    ):
+        flow, drawn = _losses(learner, tokens, labels, window, *text.embed(texts, length))
+        (flow + phase.alignment * drawn).backward()
+        parallel.average_(parameter.grad for parameter in learner.parameters() if parameter.grad is not None)
+        norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         rate = _rate_factor(update, phase)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["base_rate"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        _follow(average, model, decay=0.99)
-        log.add(update, loss=loss.item(), norm=float(norm))
+        _follow(average, learner.transformer, decay=min(0.99, update / (update + 10)))
+        if log is None:
+            continue
+        log.add(update, loss=flow.item(), drawn=drawn.item(), norm=float(norm))
         if time.monotonic() - saved > 240 or update + 1 == phase.updates:
-            _save(folder, update + 1, model, average, optimizers)
+            _save(folder, update + 1, learner, average, optimizers)
             saved = time.monotonic()
-    log.close()
+    if log is not None:
+        log.close()
 
 
-def _optimizers(model: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]:
+def _optimizers(learner: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]:
     matrices, others = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in learner.named_parameters():
         (matrices if parameter.ndim == 2 and "transformer_blocks" in name else others).append(parameter)
-    muon = torch.optim.Muon(
-        matrices, lr=phase.muon_rate, momentum=0.95, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(matrices, lr=phase.muon_rate)
     adam = torch.optim.AdamW(others, lr=phase.adam_rate, betas=(0.9, 0.99), weight_decay=0.0)
     for optimizer, rate in ((muon, phase.muon_rate), (adam, phase.adam_rate)):
         for group in optimizer.param_groups:
@@ -139,47 +180,38 @@ def _rate_factor(update: int, phase: Phase) -> float:
     return warm * min(1.0, left / phase.decay_updates if phase.decay_updates else 1.0)
 
 
-def _batches(phase: Phase, skip: int) -> Iterator[tuple[Tensor, list[str], int]]:
-    rng = np.random.default_rng([phase.seed, phase.picture_px])
-    scenes = [random_scene(rng) for _ in range(phase.num_pictures)]
-    tokens = torch.cat([_tokens(scenes[k : k + 50], phase.picture_px) for k in range(0, len(scenes), 50)])
-    rng = np.random.default_rng([phase.seed, phase.picture_px, skip])
+def _batches(phase: Phase, skip: int) -> Iterator[tuple[Tensor, Tensor, Window, list[str], int]]:
+    """Yields this worker's share of every batch: tokens, labels, the window they lie in, captions and their length.
+
+    Every worker has pictures of its own; only the length of the text is the same for all, that none waits for another.
+    """
+    pictures = Pictures(
+        phase.num_pictures // parallel.num_workers(), np.random.default_rng([phase.seed, parallel.rank()])
+    )
+    shared = np.random.default_rng([phase.seed, skip])
+    rng = np.random.default_rng([phase.seed, skip, 1 + parallel.rank()])
+    share = phase.batch // parallel.num_workers()
     while True:
-        chosen = rng.integers(len(scenes), size=phase.batch)
-        texts = ["" if rng.random() < 0.08 else _caption(scenes[k], rng) for k in chosen]
-        length = int(rng.choice([28, 48, 128, 512], p=[0.85, 0.08, 0.05, 0.02]))
-        keep = phase.batch if length < 512 else phase.batch // 2
-        yield tokens[torch.from_numpy(chosen[:keep])].float(), texts[:keep], length
+        length = int(shared.choice([28, 48, 128, 512], p=[0.85, 0.08, 0.05, 0.02]))
+        chosen = rng.integers(len(pictures.scenes), size=share if length < 512 else share // 2)
+        texts = ["" if rng.random() < 0.08 else pictures.caption(k, rng) for k in chosen]
+        window = random_window(rng, phase.window_tokens) if phase.window_tokens else WHOLE
+        where = torch.from_numpy(chosen)
+        tokens, labels = (window.of(grid[where]).float() for grid in (pictures.tokens, pictures.labels))
+        yield tokens, labels, window, texts, length
 
 
-def _caption(scene: Scene, rng: np.random.Generator) -> str:
-    return describe(scene, rng)[0]
-
-
-def _tokens(scenes: list[Scene], picture_px: int) -> Tensor:
-    return encode_tokens(np.stack([draw(scene, picture_px) for scene in scenes])).half()
-
-
-def _loss(model: FluxTransformer2DModel, clean: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
-    """Returns the flow-matching loss at logit-normal noise levels, some of them uniform."""
-    batch, num_tokens, _ = clean.shape
+def _losses(
+    learner: Learner, clean: Tensor, labels: Tensor, window: Window, words: Tensor, pooled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the flow-matching loss at logit-normal noise levels, some of them uniform, and that of what is drawn."""
+    batch = clean.shape[0]
     level = torch.sigmoid(0.5 + 1.1 * torch.randn(batch))
     level = torch.where(torch.rand(batch) < 0.15, torch.rand(batch), level)
     noise = torch.randn_like(clean)
     state = clean + level[:, None, None] * (noise - clean)
-    side = round(num_tokens**0.5)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
-    velocity = model(
-        hidden_states=state,
-        encoder_hidden_states=words,
-        pooled_projections=pooled,
-        timestep=level,
-        img_ids=ids,
-        txt_ids=torch.zeros(words.shape[1], 3),
-        return_dict=False,
-    )[0]
-    return F.mse_loss(velocity, noise - clean)
+    velocity, drawn = learner(state, level, words, pooled, window)
+    return F.mse_loss(velocity, noise - clean), F.mse_loss(drawn, labels, reduction="sum") / labels[..., 0].numel()
 
 
 @torch.no_grad()
@@ -188,10 +220,10 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
         slow.lerp_(fast, 1 - decay)
 
 
-def _save(folder: Path, update: int, model, average, optimizers) -> None:  # type: ignore[no-untyped-def]
+def _save(folder: Path, update: int, learner, average, optimizers) -> None:  # type: ignore[no-untyped-def]
     state = {
         "update": update,
-        "model": model.state_dict(),
+        "learner": learner.state_dict(),
         "average": average.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
@@ -200,12 +232,17 @@ def _save(folder: Path, update: int, model, average, optimizers) -> None:  # typ
     average.save_pretrained(folder / "ema")
 
 
-def _resume(path: Path, model, average, optimizers) -> int:  # type: ignore[no-untyped-def]
-    if not path.exists():
+def _resume(folder: Path, start: Path | None, learner, average, optimizers) -> int:  # type: ignore[no-untyped-def]
+    """Loads the phase's last checkpoint and returns its update; else the one to start from, moments too: 0."""
+    resumed = (folder / "last.pt").exists()
+    if not resumed and start is None:
         return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
+    state = torch.load((folder if resumed else start) / "last.pt", weights_only=True)
+    learner.load_state_dict(state["learner"])
     average.load_state_dict(state["average"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        rates = [group["base_rate"] for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
-    return int(state["update"])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["base_rate"] = rate
+    return int(state["update"]) if resumed else 0

@@ -27,9 +27,14 @@ def draw(scene: Scene, size: int = 256) -> Field:
 
 def cover(thing: Thing, size: int) -> NDArray[np.bool_]:
     """Returns which pixels `(size, size)` the thing covers."""
+    return cover_local(thing, size)[0]
+
+
+def cover_local(thing: Thing, size: int) -> tuple[NDArray[np.bool_], Field, Field]:
+    """Returns `cover`, and where each pixel lies: right and down of the thing's middle, in radii, turned with it."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     u, v = _local(thing, *np.meshgrid(axis, axis))
-    return _distance(thing.shape, u, v) < 0
+    return _distance(thing.shape, u, v) < 0, u, v
 
 
 def _box(thing: Thing, size: int) -> tuple[slice, slice]:

@@ -1,0 +1,52 @@
+"""Muon in float32: momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024, "Muon").
+
+torch.optim.Muon iterates in bfloat16, which a CPU without bfloat16 arithmetic emulates: 5.1 s a step for the embedded
+model's 52 matrices on one core, against 0.2 s in float32, and 0.1 s where two workers share the matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import parallel
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from the paper: steep at 0, near 1 on (0, 1]
+_STEPS = 5
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Returns a matrix with the singular vectors of the given one, and singular values near 1."""
+    first, third, fifth = _COEFFICIENTS
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(_STEPS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=third, alpha=fifth), x, beta=first)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of root mean square `0.2 * lr`, as AdamW's are; every worker does its share of the matrices."""
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            updates = [self._update(k, matrix, group["momentum"]) for k, matrix in enumerate(group["params"])]
+            parallel.sum_(updates)
+            for matrix, update in zip(group["params"], updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+    def _update(self, k: int, matrix: Tensor, momentum: float) -> Tensor:
+        """Returns the orthogonalised Nesterov momentum of the k-th matrix, or zeros where another worker does it."""
+        mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
+        mean.lerp_(matrix.grad, 1 - momentum)
+        if k % parallel.num_workers() != parallel.rank():
+            return torch.zeros_like(matrix)
+        return orthogonalise(torch.lerp(matrix.grad, mean, momentum))
