@@ -39,7 +39,7 @@ distclean: clean ## and .venv
 
 # An environment that a set-up left unfinished is made anew: pip takes a half unpacked package for an installed one.
 # setuptools and torch come first, because the package is built against what is installed (--no-build-isolation).
-$(INSTALLED): pyproject.toml setup.py requirements/constraints.txt
+$(INSTALLED): pyproject.toml setup.py requirements/constraints.txt $(wildcard csrc/*) jitaccel/build.py
 	@if [ -e $(UNFINISHED) ] || ! $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		command -v "$(PYTHON)" >/dev/null || \
 			{ echo "make: needs Python 3.11 or newer, found no $(PYTHON); try make PYTHON=/path/to/python3.11" >&2; exit 1; }; \

@@ -1,27 +1,56 @@
-"""What pyproject.toml cannot say: two folders beside jitaccel/ install inside it.
+"""What pyproject.toml cannot say: folders beside jitaccel/ install inside it, and operators are compiled.
 
 The checkout holds the links jitaccel/patches and jitaccel/assets, so that the package imports from there uninstalled
 and type checkers see it whole. The build never reads them: where git writes no links (Windows) or a copy drops them,
-an install is still complete.
+an install is still complete. csrc/ installs too, so that `python -m jitaccel.build` can compile what a wheel lacks.
 
-The build of the native operators belongs in this file.
+The operators are two shared libraries without any Python in them (jitaccel/build.py): one wheel serves every Python 3.
 """
 
+import importlib.util
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-FOLDERS = {"jitaccel.patches": "patches", "jitaccel.assets": "assets"}
+FOLDERS = {"jitaccel.patches": "patches", "jitaccel.assets": "assets", "jitaccel.csrc": "csrc"}
+
+# By its path: the folder of this file is not on the path of a build, and importing the package is not wanted.
+spec = importlib.util.spec_from_file_location("jitaccel_build", Path(__file__).parent / "jitaccel" / "build.py")
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+
+
+class BuildOperators(build_ext):
+    """Hands each library to jitaccel/build.py, which may leave one out where its compiler is missing."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        native.build(ext.name.rpartition("_")[2], Path(self.get_ext_fullpath(ext.name)).resolve())
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for a platform and any Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 links = [pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
 packages = find_packages(include=["jitaccel", "jitaccel.*"], exclude=links)
 for name, folder in FOLDERS.items():
-    if Path(folder, "__init__.py").is_file():
+    if Path(folder).is_dir():
         packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder))]
 
 setup(
     packages=packages,
     package_dir=FOLDERS,
-    package_data={"jitaccel": ["py.typed"], "jitaccel.assets": ["**/*"]},
+    package_data={"jitaccel": ["py.typed"], "jitaccel.assets": ["**/*"], "jitaccel.csrc": ["*"]},
     exclude_package_data={"jitaccel.assets": ["**/*.pyc"]},
+    # Optional: an install without a compiler is complete, it runs on plain torch and says so.
+    ext_modules=[Extension(f"jitaccel._C_{kind}", [], optional=True) for kind in native.KINDS],
+    cmdclass={"build_ext": BuildOperators, "bdist_wheel": AnyPythonWheel},
 )

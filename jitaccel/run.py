@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anchors import activate, first_anchors, gather_tokens, merge_anchors, scatter_tokens
+from .anchors import activate, first_anchors, merge_anchors
 from .clock import Step
 from .config import JiTConfig
 from .errors import ConfigError, NonFiniteVelocityError
 from .importance import importance
 from .lift import LiftPlan, lift_velocity, make_lift_plan
-from .microflow import clean_estimate, move, target_state
+from .microflow import micro_flow
+from .tokens import gather_tokens, scatter_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +121,8 @@ class Run:
         self._plan(merge_anchors(self.anchors, tokens))
         if self.config.move_weight == 0.0:
             return state
-        state_, velocity = (gather_tokens(x, old.anchors) for x in (left.state, left.velocity))
-        clean = clean_estimate(state_, velocity, left.noise_level)
-        target = target_state(clean, old, self._target_noise(state), step.noise_level)
-        return move(state, target, tokens, self.config.move_weight)
+        noise, levels = self._target_noise(state), (left.noise_level, step.noise_level)
+        return micro_flow(state, left.state, left.velocity, noise, tokens, old, levels, self.config.move_weight)
 
     def _target_noise(self, state: Tensor) -> Tensor:
         if self._noise is None:

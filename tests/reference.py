@@ -13,14 +13,30 @@ import torch
 from torch import Tensor
 
 from jitaccel import JiTConfig
-from jitaccel.anchors import activate, first_anchors, gather_tokens, merge_anchors
+from jitaccel.anchors import activate, first_anchors, merge_anchors
 from jitaccel.importance import importance
-from jitaccel.lift import lift_velocity, make_lift_plan
-from jitaccel.microflow import clean_estimate, move, target_state
+from jitaccel.lift import LiftPlan, lift, lift_velocity, make_lift_plan
 from jitaccel.run import image_generators
+from jitaccel.tokens import gather_tokens, put_tokens_
 
 Velocity = Callable[[Tensor, Tensor, float], Tensor]
 """(tokens (1, M, D), their raster indices (M,), noise level) -> velocity (1, M, D), guided where guidance is used."""
+
+
+def clean_estimate(state: Tensor, velocity: Tensor, level: float) -> Tensor:
+    """Returns `x0 = y - level * v`, Tweedie's formula."""
+    return state - level * velocity
+
+
+def target_state(clean_at_anchors: Tensor, plan: LiftPlan, noise: Tensor, level: float) -> Tensor:
+    """Returns where every token belongs at `level`, `(1 - level) * Phi(x0) + level * e`."""
+    return (1.0 - level) * lift(clean_at_anchors, plan) + level * noise
+
+
+def move(state: Tensor, target: Tensor, tokens: Tensor, weight: float) -> Tensor:
+    """Returns `state` with `tokens` at `(1 - weight) * y + weight * target`."""
+    values = (1.0 - weight) * gather_tokens(state, tokens) + weight * gather_tokens(target, tokens)
+    return put_tokens_(state.clone(), values, tokens)
 
 
 @dataclass

@@ -6,16 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jitaccel.anchors import (
-    activate,
-    check_anchors,
-    first_anchors,
-    gather_tokens,
-    merge_anchors,
-    put_tokens_,
-    scatter_tokens,
-)
+from jitaccel.anchors import activate, first_anchors, merge_anchors
 from jitaccel.errors import NonFiniteVelocityError
+from jitaccel.lift import make_lift_plan
+from jitaccel.tokens import gather_tokens, put_tokens_, scatter_tokens
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -193,10 +187,6 @@ def test_put_tokens_writes_in_place_and_only_at_the_anchors() -> None:
         torch.tensor([[0, 1], [3, 2]]),
     ],
 )
-def test_check_anchors_refuses_what_is_no_sorted_set_of_tokens(anchors: Tensor) -> None:
-    with pytest.raises(ValueError, match="lift: anchors must"):
-        check_anchors("lift", anchors, 9)
-
-
-def test_check_anchors_accepts_a_sorted_set() -> None:
-    check_anchors("lift", torch.tensor([[0, 8], [1, 2]]), 9)
+def test_make_lift_plan_refuses_what_is_no_sorted_set_of_tokens(anchors: Tensor) -> None:
+    with pytest.raises(ValueError, match="make_lift_plan: anchors must"):
+        make_lift_plan(anchors, (3, 3))

@@ -15,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jitaccel.anchors import activate, first_anchors, gather_tokens, merge_anchors
+from jitaccel.anchors import activate, first_anchors, merge_anchors
 from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.importance import importance
 from jitaccel.lift import lift, lift_velocity, make_lift_plan
-from jitaccel.microflow import clean_estimate, move, target_state
+from jitaccel.microflow import micro_flow
 from jitaccel.schedule import noise_levels
+from jitaccel.tokens import gather_tokens
 
 COPY = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
@@ -92,9 +93,9 @@ def _replay(run: Trajectory, model: Any) -> None:
             stage += 1
             ranking = importance(velocity, grid, config.importance_window)
             tokens = activate(ranking, plan.anchors, counts[stage] - counts[stage - 1])
-            clean = gather_tokens(clean_estimate(previous, velocity, run.levels[step - 1]), plan.anchors)
-            target = target_state(clean, plan, run.tensors["fresh_noise"], level)
-            state = move(state, target, tokens, config.move_weight)
+            boundary = (previous, velocity, run.tensors["fresh_noise"], tokens, plan, (run.levels[step - 1], level))
+            target = micro_flow(state, *boundary, 1.0)
+            state = micro_flow(state, *boundary, config.move_weight)
             plan = make_lift_plan(merge_anchors(plan.anchors, tokens), grid, config.blur_scale)
             result[f"importance{stage}"] = ranking[0].view(grid)
             result[f"activated{stage}"] = tokens[0]

@@ -1,5 +1,6 @@
 """What is installed: names, version, command, package data, and a wheel built from this checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -62,9 +63,16 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "no links":  # a checkout on a file system that has none
         for name in ("patches", "assets"):
             (sources / "jitaccel" / name).unlink()
+    for library in (sources / "jitaccel").glob("_C_*.so"):
+        library.unlink()
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    # Compiling for CUDA takes a while and is tested elsewhere.
     built = subprocess.run(
-        [*pip, "--wheel-dir", str(folder), str(sources)], capture_output=True, text=True, check=False
+        [*pip, "--wheel-dir", str(folder), str(sources)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JITACCEL_CUDA": "0"},
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return zipfile.ZipFile(next(folder.glob("jitaccel-*.whl")))
@@ -76,11 +84,19 @@ def test_wheel_holds_every_file_once(wheel: zipfile.ZipFile) -> None:
         "jitaccel": "jitaccel",
         "patches": "jitaccel/patches",
         "assets": "jitaccel/assets",
+        "csrc": "jitaccel/csrc",
     }.items():
         paths = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file())
         expected |= {f"{installed}/{path.as_posix()}" for path in paths if "__pycache__" not in path.parts}
+    expected = {name for name in expected if not name.endswith(".so")}
+    if shutil.which("g++"):
+        expected.add("jitaccel/_C_cpu.so")
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert sorted(names) == sorted(expected)
+
+
+def test_wheel_serves_every_python(wheel: zipfile.ZipFile) -> None:
+    assert "-py3-none-" in str(wheel.filename)
 
 
 def test_wheel_imports_from_where_it_is_unpacked(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

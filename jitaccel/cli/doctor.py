@@ -54,9 +54,14 @@ def devices() -> Iterator[str]:
 
 
 def operators() -> Iterator[str]:
-    """Yields how the method's operators run: none is compiled in this version."""
-    yield "compiled      none: this version has no native operators"
-    yield "plain torch   first anchors, activation, importance, lift, micro-flow (on every device)"
+    """Yields which operators are compiled, and what stands in where they are not."""
+    from .. import ops
+
+    for device, path in ops.compiled().items():
+        yield f"{device:14}compiled, {path}"
+    for device, reason in ops.missing().items():
+        yield f"{device:14}plain torch: {reason}"
+    yield f"{'operators':14}{', '.join(ops.SCHEMAS)}"
 
 
 def attention() -> Iterator[str]:

@@ -1,0 +1,109 @@
+// The CPU kernels' inner loops over channels, compiled for several instruction sets and chosen when the library loads.
+//
+// Sums stay in registers: a block of channels passes all its rows before the next block is read.
+#pragma once
+
+#include "check.h"
+
+#include <algorithm>
+#include <cstring>
+
+// ifunc resolvers run before the sanitizers are ready, and other compilers and systems lack them: one version there.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define JITACCEL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define JITACCEL_CLONES
+#endif
+#define JITACCEL_INLINE __attribute__((always_inline)) inline
+
+namespace jitaccel {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Calls f with a value of the element type of x, which check.h has found to be one of three.
+template <typename F>
+void with_type(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return f(Half());
+    case ScalarType::BFloat16: return f(BFloat16());
+    default: return f(float());
+  }
+}
+
+// Eight floats, in vector extensions of GCC and clang: left to themselves, compilers vectorise the wrong loop. A target
+// without registers of that size gets two or four smaller ones.
+constexpr int64_t kLanes = 8;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t HalfWords __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+JITACCEL_INLINE Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+JITACCEL_INLINE Words load_bits(const void* from) {
+  HalfWords bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, Words);
+}
+JITACCEL_INLINE Floats load(const BFloat16* from) { return reinterpret_cast<Floats>(load_bits(from) << 16); }
+JITACCEL_INLINE Floats load(const Half* from) {
+  const Words bits = load_bits(from), magnitude = bits & 0x7fffu;
+  // Moved up to a float's place, exponent and fraction lack only the difference of the biases, 2^112; infinities and NaN,
+  // which have the largest exponent, get it.
+  const Floats value = reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f;
+  const Words special = reinterpret_cast<Words>(magnitude >= 0x7c00u) & 0x7f800000u;
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) | special | (bits & 0x8000u) << 16);
+}
+
+// Sums of `kVectors` vectors of channels, from channel c on, stay in registers over all rows.
+template <int kVectors, typename T>
+JITACCEL_INLINE void blend_block(const T* const* rows, const float* weights, int64_t count, int64_t c, float* out) {
+  Floats sums[kVectors] = {};
+  for (int64_t k = 0; k < count; ++k)
+    for (int j = 0; j < kVectors; ++j) sums[j] += load(rows[k] + c + j * kLanes) * weights[k];
+  std::memcpy(out + c, sums, sizeof(sums));
+}
+
+template <typename T>
+JITACCEL_INLINE void blend_rows(const T* const* rows, const float* weights, int64_t count, int64_t channels,
+                                float* out) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) blend_block<4>(rows, weights, count, c, out);
+  for (; c + kLanes <= channels; c += kLanes) blend_block<1>(rows, weights, count, c, out);
+  for (; c < channels; ++c) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < count; ++k) sum += static_cast<float>(rows[k][c]) * weights[k];
+    out[c] = sum;
+  }
+}
+
+// out[c] = sum over k of weights[k] * rows[k][c]
+JITACCEL_CLONES inline void blend(const float* const* rows, const float* weights, int64_t count, int64_t channels,
+                                  float* out) {
+  blend_rows(rows, weights, count, channels, out);
+}
+JITACCEL_CLONES inline void blend(const BFloat16* const* rows, const float* weights, int64_t count, int64_t channels,
+                                  float* out) {
+  blend_rows(rows, weights, count, channels, out);
+}
+JITACCEL_CLONES inline void blend(const Half* const* rows, const float* weights, int64_t count, int64_t channels,
+                                  float* out) {
+  blend_rows(rows, weights, count, channels, out);
+}
+
+// Rounds a row to its element type.
+JITACCEL_CLONES inline void store(const float* row, int64_t channels, float* out) {
+  std::memcpy(out, row, channels * sizeof(float));
+}
+JITACCEL_CLONES inline void store(const float* row, int64_t channels, BFloat16* out) {
+  for (int64_t c = 0; c < channels; ++c) out[c] = BFloat16(row[c]);
+}
+JITACCEL_CLONES inline void store(const float* row, int64_t channels, Half* out) {
+  for (int64_t c = 0; c < channels; ++c) out[c] = Half(row[c]);
+}
+
+}  // namespace jitaccel

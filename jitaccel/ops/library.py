@@ -1,0 +1,119 @@
+"""Loads the compiled operators, and defines and registers all that they lack: schemas, references, fake kernels.
+
+A device without a compiled kernel runs the plain-torch reference, so nothing else asks what is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build import KINDS, library_path, source_hash
+from . import reference, schema
+
+_COMPILED: dict[str, Path] = {}
+_MISSING: dict[str, str] = {}
+
+
+def compiled() -> dict[str, Path]:
+    """Returns the loaded libraries by device type ("cpu", "cuda")."""
+    return dict(_COMPILED)
+
+
+def missing() -> dict[str, str]:
+    """Returns for each device type without a compiled library the reason."""
+    return dict(_MISSING)
+
+
+def _load(kind: str) -> None:
+    if kind == "cuda" and torch.version.cuda is None:  # a property of the build: asking the driver would wake it
+        _MISSING[kind] = "torch is built without CUDA"
+        return
+    folder = os.environ.get("JITACCEL_LIBRARIES")
+    path = library_path(kind, Path(folder) if folder else None)
+    if not path.is_file():
+        _MISSING[kind] = f"{path.name} is not built"
+        return
+    if (stale := _staleness(kind, path)) is not None:
+        _MISSING[kind] = stale
+        return
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        _MISSING[kind] = f"{path.name} cannot be loaded: {error}"
+        return
+    _COMPILED[kind] = path
+
+
+def _staleness(kind: str, path: Path) -> str | None:
+    """Returns why a library does not belong to these sources, read from the file: loading it would register it."""
+    wanted = source_hash(kind)
+    if wanted is None or f"jitaccel-sources:{wanted}".encode() in path.read_bytes():
+        return None
+    return f"{path.name} was built from other sources"
+
+
+def _warn() -> None:
+    wanted = {kind: why for kind, why in _MISSING.items() if why != "torch is built without CUDA"}
+    if wanted:
+        reasons = "; ".join(f"{kind}: {why}" for kind, why in wanted.items())
+        warnings.warn(
+            f"jitaccel: plain torch stands in for compiled operators ({reasons}). "
+            f"Run `python -m jitaccel.build` to compile them, `jitaccel doctor` to see what runs",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _register() -> torch.library.Library:
+    """Returns the library that holds what Python registers; it lives as long as the process."""
+    registered = torch.library.Library("jitaccel", "FRAGMENT")
+    for name, signature in schema.SCHEMAS.items():
+        if "cpu" not in _COMPILED:  # the CPU library defines the schemas, for C++ programs too
+            registered.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        registered.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"jitaccel::{name}", _FAKES[name], lib=registered)
+    return registered
+
+
+def _fake_nearest_anchor(anchors: Tensor, grid: Sequence[int]) -> Tensor:
+    schema.check_grid("nearest_anchor", grid)
+    schema.check_anchors("nearest_anchor", anchors, schema.num_tokens_of(grid))
+    return anchors.new_empty(anchors.shape[0], schema.num_tokens_of(grid))
+
+
+def _fake_lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor) -> Tensor:
+    schema.check_lift("lift", values, nearest, anchors, grid, weights)
+    return values.new_empty(values.shape[0], schema.num_tokens_of(grid), values.shape[2])
+
+
+def _fake_importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor:
+    schema.check_importance("importance", velocity, grid, window)
+    return velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
+
+
+def _fake_activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
+    schema.check_activate("activate", importance, anchors, count)
+    return anchors.new_empty(anchors.shape[0], count)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "nearest_anchor": _fake_nearest_anchor,
+    "lift": _fake_lift,
+    "lift_into": schema.check_lift_into,
+    "lift_step_into": schema.check_lift_step_into,
+    "importance": _fake_importance,
+    "activate": _fake_activate,
+    "micro_flow_into": schema.check_micro_flow_into,
+}
+
+for _kind in KINDS:
+    _load(_kind)
+_warn()
+_LIBRARY = _register()

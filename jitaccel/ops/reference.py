@@ -1,0 +1,201 @@
+"""What each operator means, in plain torch: what runs where nothing is compiled, and what tests compare with.
+
+Grids are (h, w) or (t, h, w). Shapes are checked by the callers (`jitaccel.ops`, or tracing); values are checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens import gather_tokens, put_tokens_
+from .schema import num_tokens_of
+
+
+def nearest_anchor(anchors: Tensor, grid: Sequence[int]) -> Tensor:
+    """Separable: the nearest anchor within each row, then the best along each further axis at growing offsets, until
+    none farther can be nearer. O(N) memory, where the released code builds an N x M matrix at every step."""
+    num_tokens = num_tokens_of(grid)
+    check_rows("nearest_anchor", anchors, num_tokens)
+    is_anchor = torch.zeros(anchors.shape[0], num_tokens, dtype=torch.bool, device=anchors.device)
+    is_anchor.scatter_(1, anchors, True)
+    keys = _row_keys(is_anchor.view(anchors.shape[0], *grid))
+    for axis in range(len(grid) - 1, 0, -1):
+        keys = _nearest_along(keys, axis, num_tokens)
+    order = is_anchor.cumsum(dim=1) - 1
+    return order.gather(1, keys.flatten(1) % num_tokens)
+
+
+def check_rows(operator: str, tokens: Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless the rows of `tokens` (B, M) rise within 0..N - 1. Waits for the device."""
+    if tokens.numel() == 0:
+        return
+    is_sorted = bool((tokens[:, 1:] > tokens[:, :-1]).all())
+    if not is_sorted or int(tokens[:, 0].min()) < 0 or int(tokens[:, -1].max()) >= num_tokens:
+        raise ValueError(
+            f"{operator}: anchors must rise strictly within 0..{num_tokens - 1}, got a row that does not; "
+            f"sort them and check the grid"
+        )
+
+
+def _row_keys(is_anchor: Tensor) -> Tensor:
+    """Returns `distance^2 * N + raster index` of the nearest anchor in each token's own row, of shape (B, *grid).
+
+    The smallest key is the nearest anchor, and among equals the lowest raster index. A row without an
+    anchor gets a distance beyond every one on the grid.
+    """
+    grid = is_anchor.shape[1:]
+    num_tokens, width = num_tokens_of(grid), grid[-1]
+    columns = torch.arange(width, device=is_anchor.device)
+    row_starts = torch.arange(0, num_tokens, width, device=is_anchor.device).view(*grid[:-1], 1)
+    beyond = 2 * sum(grid)
+    left = torch.where(is_anchor, columns, -beyond).cummax(dim=-1).values
+    right = torch.where(is_anchor, columns, width + beyond).flip(-1).cummin(dim=-1).values.flip(-1)
+    column = torch.where(right - columns < columns - left, right, left)
+    return (column - columns).square() * num_tokens + row_starts + column.clamp(0, width - 1)
+
+
+def _nearest_along(keys: Tensor, axis: int, num_tokens: int) -> Tensor:
+    size, best = keys.shape[axis], keys.clone()
+    for offset in range(1, size):
+        # Equal distance may still win its tie: stop only where every farther row is strictly farther.
+        if best.numel() == 0 or offset * offset > int(best.max()) // num_tokens:
+            break
+        shifted = keys + offset * offset * num_tokens
+        for there, here in ((0, offset), (offset, 0)):
+            part = best.narrow(axis, there, size - offset)
+            torch.minimum(part, shifted.narrow(axis, here, size - offset), out=part)
+    return best
+
+
+def blur_matrix(weights: Tensor, size: int) -> Tensor:
+    """Returns the `(size, size)` matrix, in the weights' dtype, that blurs an axis, reflected at its ends.
+
+    The reflection repeats where the axis is shorter than the kernel; torch's reflect padding refuses that.
+    """
+    radius = weights.shape[0] // 2
+    period = max(2 * (size - 1), 1)
+    tokens = torch.arange(size, device=weights.device)
+    folded = (tokens[:, None] + torch.arange(-radius, radius + 1, device=weights.device)) % period
+    sources = torch.minimum(folded, period - folded)
+    return weights.new_zeros(size, size).scatter_add(1, sources, weights.expand(size, -1))
+
+
+def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor) -> Tensor:
+    """The blur is one product with a banded matrix along each axis, outside autocast, in float32 (float64 for float64).
+
+    It follows `torch.set_float32_matmul_precision`, and a NaN or infinity spreads along the axes.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    blurred = gather_tokens(values, nearest).to(dtype)
+    shape = blurred.shape
+    if blurred.numel() == 0:
+        return blurred.to(values.dtype)
+    lines, rest = shape[0], shape[1] * shape[2]
+    with torch.autocast(values.device.type, enabled=False):
+        for size in grid:
+            rest //= size
+            blurred = blur_matrix(weights.to(dtype), size) @ blurred.reshape(lines, size, rest)
+            lines *= size
+    return put_tokens_(blurred.reshape(shape).to(values.dtype), values, anchors)
+
+
+def lift_into(
+    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
+) -> None:
+    out.copy_(lift(values, nearest, anchors, grid, weights))
+
+
+def lift_step_into(
+    state: Tensor,
+    values: Tensor,
+    nearest: Tensor,
+    anchors: Tensor,
+    grid: Sequence[int],
+    weights: Tensor,
+    levels: Tensor,
+    clean: bool = False,
+) -> None:
+    level, next_level = levels[0], levels[1]
+    if clean:
+        velocity = lift_clean(values, state, nearest, anchors, grid, weights, level)
+    else:
+        velocity = lift(values, nearest, anchors, grid, weights)
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    state.copy_(state.to(dtype) + (next_level - level) * velocity.to(dtype))
+
+
+def lift_clean(
+    values: Tensor,
+    state: Tensor,
+    nearest: Tensor,
+    anchors: Tensor,
+    grid: Sequence[int],
+    weights: Tensor,
+    level: Tensor | float,
+    lift: Callable[[Tensor, Tensor, Tensor, Sequence[int], Tensor], Tensor] = lift,
+) -> Tensor:
+    """Returns the velocity (B, N, D), in the dtype of `values`, whose clean estimate is the anchors' one, lifted."""
+    dtype = torch.promote_types(torch.promote_types(values.dtype, state.dtype), torch.float32)
+    at_anchors = gather_tokens(state, anchors).to(dtype) - level * values.to(dtype)
+    velocity = (state.to(dtype) - lift(at_anchors, nearest, anchors, grid, weights)) / level
+    return put_tokens_(velocity.to(values.dtype).contiguous(), values, anchors)
+
+
+def importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor:
+    """The two moments are taken in float64, where the square of a float32 is exact: their difference keeps float32
+    accuracy down to a standard deviation of about 1e-4 of the mean."""
+    # MPS has no float64, and this runs once a stage: the CPU does it.
+    device = torch.device("cpu") if velocity.device.type == "mps" else velocity.device
+    field = velocity.to(device).double().reshape(velocity.shape[0], *grid, velocity.shape[2])
+    size = window ** len(grid)
+    mean = _window_sum(field, window) / size
+    # The mean over channels and the window sum commute: the second moment needs one channel only.
+    mean_square = _window_sum(field.square().mean(dim=-1, keepdim=True), window) / size
+    variance = mean_square.squeeze(-1) - mean.square().mean(dim=-1)
+    return variance.clamp_min(0.0).flatten(1).to(velocity.device, torch.float32)
+
+
+def _window_sum(field: Tensor, window: int) -> Tensor:
+    """Returns the sums of `field` (B, *grid, D) over windows, zeros beyond the border."""
+    reach = window // 2
+    for axis in range(1, field.ndim - 1):
+        size = field.shape[axis]
+        padded = F.pad(field, (0, 0) * (field.ndim - 1 - axis) + (reach, reach))
+        field = padded.narrow(axis, 0, size).clone()
+        for offset in range(1, window):
+            field += padded.narrow(axis, offset, size)
+    return field
+
+
+def activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
+    check_rows("activate", anchors, importance.shape[1])
+    inactive_importance = importance.scatter(1, anchors, -torch.inf)
+    ranking = inactive_importance.argsort(dim=1, descending=True, stable=True)
+    return ranking[:, :count].sort(dim=1).values
+
+
+def micro_flow_into(
+    state: Tensor,
+    previous: Tensor,
+    velocity: Tensor,
+    noise: Tensor,
+    tokens: Tensor,
+    nearest: Tensor,
+    anchors: Tensor,
+    grid: Sequence[int],
+    weights: Tensor,
+    levels: Tensor,
+    weight: float,
+) -> None:
+    dtype = torch.promote_types(torch.promote_types(state.dtype, previous.dtype), torch.float32)
+    level, next_level = levels[0], levels[1]
+    x, v = (gather_tokens(part, anchors).to(dtype) for part in (previous, velocity))
+    prior = lift(x - level * v, nearest, anchors, grid, weights)
+    target = (1.0 - next_level) * gather_tokens(prior, tokens) + next_level * gather_tokens(noise, tokens).to(dtype)
+    if weight != 1.0:
+        target = (1.0 - weight) * gather_tokens(state, tokens).to(dtype) + weight * target
+    put_tokens_(state, target.to(state.dtype), tokens)

@@ -1,0 +1,121 @@
+"""Arguments for every operator, so that one test can walk all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitaccel.lift import blur_weights
+from jitaccel.ops import reference
+from jitaccel.ops.schema import num_tokens_of
+
+WRITTEN = {"lift_into": 0, "lift_step_into": 0, "micro_flow_into": 0}
+"""Operators that write an argument, and which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Everything that an operator may ask for, of one grid. `tokens` may be empty: where every token is an anchor."""
+
+    grid: tuple[int, ...]
+    state: Tensor
+    previous: Tensor
+    velocity: Tensor
+    noise: Tensor
+    values: Tensor
+    anchors: Tensor
+    nearest: Tensor
+    tokens: Tensor
+    importance: Tensor
+    weights: Tensor
+    levels: Tensor
+
+    def to(self, device: str) -> Fields:
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+        return Fields(**moved)
+
+    def double(self) -> Fields:
+        """Returns the same in float64, but for weights, levels and importance."""
+        kept = ("weights", "levels", "importance")
+        wide = {n: x.double() if n not in kept and _is_float(x) else x for n, x in vars(self).items()}
+        return Fields(**wide)
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def fields(
+    grid: Sequence[int] = (5, 7),
+    count: int = 9,
+    channels: int = 5,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    blur_scale: float = 0.4,
+) -> Fields:
+    """Returns random fields with `count` anchors an image, each image its own; half of the others are activated."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = num_tokens_of(grid)
+    orders = [torch.randperm(num_tokens, generator=generator) for _ in range(batch)]
+    middle = count + (num_tokens - count) // 2
+    anchors = torch.stack([order[:count].sort().values for order in orders]) if batch else _no_rows(count)
+    tokens = torch.stack([order[count:middle].sort().values for order in orders]) if batch else _no_rows(middle - count)
+    whole = [torch.randn(batch, num_tokens, channels, generator=generator).to(dtype) for _ in range(4)]
+    return Fields(
+        grid=tuple(grid),
+        state=whole[0],
+        previous=whole[1],
+        velocity=whole[2],
+        noise=whole[3],
+        values=torch.randn(batch, count, channels, generator=generator).to(dtype),
+        anchors=anchors,
+        nearest=reference.nearest_anchor(anchors, grid),
+        tokens=tokens,
+        importance=torch.rand(batch, num_tokens, generator=generator),
+        weights=blur_weights(count / num_tokens, blur_scale).float(),
+        levels=torch.tensor([0.7, 0.4]),
+    )
+
+
+def _no_rows(width: int) -> Tensor:
+    return torch.zeros(0, width, dtype=torch.int64)
+
+
+def _lift(f: Fields) -> tuple[Any, ...]:
+    return f.values, f.nearest, f.anchors, f.grid, f.weights
+
+
+ARGUMENTS: dict[str, Callable[[Fields], tuple[Any, ...]]] = {
+    "nearest_anchor": lambda f: (f.anchors, f.grid),
+    "lift": _lift,
+    "lift_into": lambda f: (torch.full_like(f.state, torch.nan), *_lift(f)),
+    "lift_step_into": lambda f: (f.state.clone(), *_lift(f), f.levels, False),
+    "importance": lambda f: (f.velocity, f.grid, 3),
+    "activate": lambda f: (f.importance, f.anchors, f.tokens.shape[1]),
+    "micro_flow_into": lambda f: (
+        f.state.clone(), f.previous, f.velocity, f.noise, f.tokens, f.nearest, f.anchors, f.grid, f.weights, f.levels,
+        0.25,
+    ),
+}  # fmt: skip
+"""One call of each operator. Written arguments are fresh, `lift_into`'s is full of NaN."""
+
+
+def call(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> Tensor:
+    """Returns what an operator returns, or what it has written."""
+    result = function(*arguments)
+    return arguments[WRITTEN[name]] if name in WRITTEN else result
+
+
+def compiled(name: str) -> Callable[..., Any]:
+    """Returns the operator itself, past the functions of `jitaccel.ops`, which may choose the reference."""
+    return getattr(torch.ops.jitaccel, name).default
+
+
+def plain(name: str) -> Callable[..., Any]:
+    """Returns the plain-torch reference of an operator."""
+    return getattr(reference, name)
