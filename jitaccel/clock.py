@@ -49,7 +49,7 @@ class KnownLevels:
         index = 0 if previous is None else previous.index + 1
         if index >= self.num_steps or match_level(noise_level, self.levels[index : index + 2]) != 0:
             return None
-        if not _is_rounding_of(noise_level, self.levels[index]):
+        if not is_rounding_of(noise_level, self.levels[index]):
             return None
         return self.step(index)
 
@@ -91,7 +91,7 @@ class PredictedLevels:
         match = match_level(noise_level, self._levels, after)
         if match is None or (previous is not None and match != after + 1):
             return None
-        return match if _is_rounding_of(noise_level, self._levels[match]) else None
+        return match if is_rounding_of(noise_level, self._levels[match]) else None
 
     def _next_level(self, previous: Step | None, level: float, match: int | None) -> float:
         if match is not None:
@@ -101,7 +101,7 @@ class PredictedLevels:
         return predict_next_level(level, self._levels)
 
 
-def _is_rounding_of(value: float, level: float) -> bool:
+def is_rounding_of(value: float, level: float) -> bool:
     """Returns whether `value` may be `level` after the rounding that its own digits show: bfloat16, float16, or none.
 
     In half precision a level is rounded twice (`match_level`), so that it may be off by one unit in the last place.

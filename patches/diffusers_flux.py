@@ -110,7 +110,7 @@ class _Hook(ModelHook):  # type: ignore[misc]
         try:
             velocity = route.forward(_model_call(module, original, arguments))
         except BaseException:
-            route.reset()
+            route.abandon()
             raise
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 

@@ -83,6 +83,10 @@ class SchedulerRoute:
         """Forgets the generation; what it did stays in the statistics."""
         self._clock, self._is_by_hand, self._run, self._seen = None, False, None, -1
 
+    def abandon(self) -> None:
+        """Forgets the generation whose call failed."""
+        self.reset()
+
     def stats(self) -> Stats:
         """Returns what the last generation did."""
         return summarize(

@@ -1,8 +1,8 @@
 """Runs a bare network in somebody's own Euler loop: a move of the state rides on the returned velocity.
 
-Where a stage begins, the network runs on `y + jump` and `v + jump / (next_level - level)` is returned, so that the
-loop's own step lands where the state belongs, and nobody's tensor is written. Where the next level had to be
-predicted, what the step really paid is known one step later, and the rest is owed to the following one.
+Nobody says which generation a call belongs to: a loop may take one image after another, or several in turn, one step of
+each. A call continues the generation whose next state it brings, which is known but for guidance and edits, since
+what the loop got last is known (`generation.Generation`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from torch import Tensor
 from jitaccel.clock import KnownLevels, PredictedLevels, Step
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError
-from jitaccel.run import Run, state_seeds
 from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import ModelCall
+from .generation import Generation
+
+_MAX_IN_TURN = 64  # generations under way
+_FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn has long come back by then
+# Of the squared distance to an expected state, over the sum of both mean squares. Two images are at about 1, an
+# unguided Euler step at 0; between lie guidance, and loops that put another picture's noise under a mask.
+_UNRELATED = 0.8
 
 
 class VelocityRoute:
-    """The generations of one network, one at a time. `levels`: of the loop, the final 0 included, or None."""
+    """The generations of one network. `levels`: of the loop, the final 0 included, or None."""
 
     def __init__(self, config: JiTConfig, levels: tuple[float, ...] | None, codebase: str) -> None:
         self.config = config
@@ -33,34 +39,35 @@ class VelocityRoute:
             )
         self._clock = PredictedLevels(config) if levels is None else KnownLevels(config, levels)
         self._codebase = codebase
-        self._generations = 0
+        self._begun = 0
+        self._calls = 0
         self._recorder: Recorder | None = None
-        self.reset()
+        self._generations: list[Generation] = []
+        self._current: Generation | None = None
 
     def reset(self) -> None:
-        """Forgets the generation; what it did stays in the statistics."""
-        self._run: Run | None = None
-        self._step: Step | None = None
-        self._seen: Tensor | None = None  # the state as the loop gave it
-        self._entered: Tensor | None = None  # the state that the network saw
-        self._owed: Tensor | None = None  # what the state still lacks of its last move
-        self._calls = 0
-        self._first: Tensor | None = None  # the state that the generation started from
-        self._level = 0.0  # of this step, as the loop rounded it
+        """Forgets every generation; what the last one did stays in the statistics."""
+        self._generations.clear()
+        self._current = None
+
+    def abandon(self) -> None:
+        """Forgets the generation whose call failed; others that are under way stay."""
+        self._generations = [g for g in self._generations if g is not self._current]
+        self._current = None
 
     def accepts(self, caller: Any) -> bool:
         """Returns True: whoever calls this network is answered."""
         return True
 
     def stats(self) -> Stats:
-        """Returns what the last generation did."""
+        """Returns what the generation that was called last did; `generations` counts all that were begun."""
         return summarize(
             self._recorder,
             codebase=self._codebase,
             execution="indexed",
             notes=self._notes(),
             config=self.config,
-            generations=self._generations,
+            generations=self._begun,
         )
 
     def _notes(self) -> tuple[str, ...]:
@@ -73,95 +80,106 @@ class VelocityRoute:
 
     def forward(self, call: ModelCall) -> Tensor:
         """Returns the velocity (B, N, D) that takes the loop's state where the method wants it."""
-        if not self._is_same_step(call):
-            self._begin_step(call)
-        run, step, recorder = self._run, self._step, self._recorder
-        assert run is not None and step is not None and recorder is not None and self._entered is not None
-        with recorder.network(step, run.anchors):
-            values = call.evaluate(run, self._entered)
         self._calls += 1
-        with recorder.outside(step.index):
-            velocity = run.leave(step, self._entered, values)
-            if step.next_level == 0.0 or self._may_be_last(step):
-                run.check_finite()
-            if self._owed is None:
-                return velocity
-            return (velocity.float() + self._owed / (step.next_level - step.noise_level)).to(velocity.dtype)
+        self._current = None
+        level = call.noise_level()
+        generation = self._find(call, level)
+        if generation is None:
+            generation = self._begin(call, level)
+        self._current, self._recorder = generation, generation.recorder
+        generation.last_called = self._calls
+        return generation.answer(call, may_be_last=self._may_be_last(generation.step))
 
     def _may_be_last(self, step: Step) -> bool:
-        """Whether the loop may end here: told only where its levels are known."""
+        """Whether the loop may end here; told for sure only where its levels are known."""
+        if step.next_level == 0.0:
+            return True
         return isinstance(self._clock, PredictedLevels) and step.stage + 1 == self.config.num_stages
 
-    def _is_same_step(self, call: ModelCall) -> bool:
-        """Whether this is another branch (classifier-free guidance) of the step that is under way."""
-        seen = self._seen
-        if seen is None or seen.shape != call.state.shape or not torch.equal(seen, call.state):
-            return False
-        return call.noise_level() == self._level
+    def _find(self, call: ModelCall, level: float) -> Generation | None:
+        """Returns the generation that this call belongs to, in its next step where it is due, or None for a new one."""
+        known = [g for g in self._generations if g.seen.shape == call.state.shape and g.level >= level]
+        for place, kind in zip(*self._nearest(known, call.state, level), strict=True):
+            generation = known[place]
+            if kind == "branch":
+                return generation
+            if kind == "restart":
+                self._generations.remove(generation)
+                return None
+            if kind == "twin":
+                raise ConfigError(
+                    f"jitaccel: images taken in turn must start from different noise, got two from one and the same, "
+                    f"now at level {level:g}; run them one after the other, or together in one batch"
+                )
+            step = self._clock.follow(generation.step, level)
+            if step is not None:
+                self._current = generation  # whose call this is, should it fail
+                generation.begin_step(call, step, level)
+                return generation
+        return None
 
-    def _begin_step(self, call: ModelCall) -> None:
-        level = call.noise_level()
-        step = None if self._is_new_generation(call, level) else self._clock.follow(self._step, level)
-        if step is None:
-            self._begin_generation(call, level)
-            return
-        assert self._run is not None and self._recorder is not None
-        with self._recorder.outside(step.index):
-            self._settle(call.state, step)
-            state = call.state if self._owed is None else (call.state.float() + self._owed).to(call.state.dtype)
-            entered = self._run.enter(step, state)
-            if entered is not state:
-                self._owed = entered.float() - call.state.float()
-        self._note(call, step, level)
-        if entered is not call.state:
-            self._entered = entered
+    def _nearest(self, known: list[Generation], state: Tensor, level: float) -> tuple[list[int], list[str]]:
+        """Returns which of the generations the state may belong to, the most likely first, and as what.
 
-    def _begin_generation(self, call: ModelCall, level: float) -> None:
-        self.reset()
+        "branch": the state of the step under way (guidance). "next": of the next one. "restart": the generation's own
+        first state again. "twin": of another image that seemed a branch of this one. Waits for the device once.
+        """
+        options: list[tuple[int, str, Tensor]] = []
+        for place, generation in enumerate(known):
+            if level == generation.level:
+                options.append((place, "branch", _differs(state, generation.seen)))
+                if generation.step.index > 0:
+                    options.append((place, "restart", _differs(state, generation.first)))
+                if generation.may_be_two:
+                    options.append((place, "twin", _distance(state, generation.expected_now())))
+            if generation.may_go_to(level):
+                options.append((place, "next", _distance(state, generation.expected(level))))
+        if not options:
+            return [], []
+        distances = torch.stack([distance for *_, distance in options]).tolist()
+        likely = sorted(
+            (distance, k)
+            for k, distance in enumerate(distances)
+            if distance < (1.0 if options[k][1] in ("branch", "restart") else _UNRELATED)
+        )
+        return [options[k][0] for _, k in likely], [options[k][1] for _, k in likely]
+
+    def _begin(self, call: ModelCall, level: float) -> Generation:
         step = self._clock.follow(None, level)
         if step is None:
             raise ConfigError(
                 f"jitaccel: the loop must use the noise_levels given to apply, got level {level:g} where a generation "
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
-        grid = call.grid()
-        self._recorder = call.recorder(grid)
-        self._generations += 1
-        with self._recorder.outside(step.index):
-            self._run = Run(self.config, grid, step, call.state)
-        self._note(call, step, level)
-        self._first = self._seen
+        self._make_room()
+        generation = Generation(self.config, call, step, level)
+        self._generations.append(generation)
+        self._begun += 1
+        return generation
 
-    def _note(self, call: ModelCall, step: Step, level: float) -> None:
-        """Notes what a step starts from, in a copy: the loop may write its state in place."""
-        self._step, self._level, self._calls = step, level, 0
-        self._seen = self._entered = call.state.clone()
-
-    def _is_new_generation(self, call: ModelCall, level: float) -> bool:
-        seen, first = self._seen, self._first
-        if seen is None or first is None or seen.shape != call.state.shape:
-            return True
-        if level != self._level:
-            return level > self._level
-        # bfloat16 rounds the first levels of a long schedule to one. A new generation starts from the same noise
-        # again, or from noise that is far from any state of the last one.
-        return torch.equal(call.state, first) or bool((call.state.float() - seen.float()).square().mean() > 0.5)
-
-    def _settle(self, state: Tensor, step: Step) -> None:
-        """Takes stock of the step that the loop has made: the guided velocity it used, and what it paid of the move."""
-        last, run = self._step, self._run
-        assert last is not None and run is not None and self._seen is not None and self._entered is not None
-        made, predicted = step.noise_level - last.noise_level, last.next_level - last.noise_level
-        if last.may_end_stage and made and (self._calls > 1 or _has_twins(self._seen)):
-            velocity = (state.float() - self._seen.float()) / made
-            if self._owed is not None:
-                velocity = velocity - self._owed / predicted
-            run.remember(last, self._entered, velocity.to(state.dtype))
-        if self._owed is not None:
-            rest = 1.0 - made / predicted
-            self._owed = None if abs(rest) < 1e-6 else self._owed * rest
+    def _make_room(self) -> None:
+        """Lets go of generations that are over or forgotten, all but the last that seems over: levels may be guessed."""
+        over = [g for g in self._generations if g.step.next_level == 0.0]
+        kept = over[-1:] if isinstance(self._clock, PredictedLevels) else []
+        self._generations = [
+            g
+            for g in self._generations
+            if g in kept or (g not in over and self._calls - g.last_called <= _FORGOTTEN_AFTER)
+        ]
+        if len(self._generations) >= _MAX_IN_TURN:
+            raise ConfigError(
+                f"jitaccel: at most {_MAX_IN_TURN} generations may be under way at once, got one more; finish some, or "
+                f"call handle.reset() if they were given up"
+            )
 
 
-def _has_twins(state: Tensor) -> bool:
-    """Whether two images of a batch have one and the same state: the branches of a batched guidance."""
-    return state.shape[0] > 1 and len(set(state_seeds(state))) < state.shape[0]
+def _differs(state: Tensor, other: Tensor) -> Tensor:
+    """Returns 0 where two states have the same values, else 1."""
+    return (state != other).any().float()
+
+
+def _distance(state: Tensor, expected: Tensor) -> Tensor:
+    """Returns the squared distance of two states, over the sum of both mean squares: about 1 for unrelated ones."""
+    state = state.float()
+    scale = state.square().mean() + expected.square().mean()
+    return (state - expected).square().mean() / scale.clamp(min=1e-12)

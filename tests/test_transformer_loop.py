@@ -353,6 +353,163 @@ def test_level_that_is_not_one_of_those_given_raises(loop: Loop, at: int) -> Non
         assert not seen
 
 
+# Images taken in turn: a step of one, then a step of another
+
+
+def in_turn(
+    loop: Loop,
+    levels: Sequence[float],
+    starts: Sequence[Tensor],
+    *,
+    texts: Sequence[int] = (0, 0, 0),
+    orders: Sequence[str] = ("none",) * 3,
+    delays: Sequence[int] = (0, 0, 0),
+    in_place: bool = False,
+) -> list[Tensor]:
+    """Returns the final states of images that take their steps in turn; `delays`: rounds before each begins."""
+    states = [start.to(loop.dtype).clone() for start in starts]
+    for i in range(len(levels) - 1 + max(delays)):
+        for k, state in enumerate(states):
+            at = i - delays[k]
+            if not 0 <= at < len(levels) - 1:
+                continue
+            if orders[k] == "none":
+                velocity = loop.velocity(state, levels[at], texts[k])
+            else:
+                velocity = loop.guided(state, levels[at], orders[k])
+            if in_place:
+                state.add_(velocity, alpha=levels[at + 1] - levels[at])
+            else:
+                states[k] = (state.float() + (levels[at + 1] - levels[at]) * velocity.float()).to(loop.dtype)
+    return states
+
+
+def alone(loop: Loop, levels: Sequence[float], starts: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """Returns the same images, each made before the next begins."""
+    singles = [
+        {name: [value[k]] if name != "in_place" else value for name, value in options.items() if name != "delays"}
+        for k in range(len(starts))
+    ]
+    return [
+        in_turn(loop, levels, [start], delays=(0,), **single)[0]
+        for start, single in zip(starts, singles, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"texts": (0, 1, 0)},
+        {"delays": (0, 3, 1)},
+        {"orders": ("positive first", "none", "negative first")},
+        {"in_place": True},
+    ],
+    ids=["same text", "other texts", "begun later", "guided", "in place"],
+)
+def test_images_taken_in_turn_are_the_images_alone(given: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    loop, levels = Loop(dtype), LEVELS["4x"]  # bfloat16 makes 1.0 of the first two of these
+    starts = [tiny.start(seed) for seed in (1, 2, 3)]
+    with jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None) as handle:
+        expected = alone(loop, levels, starts, **options)
+        images = in_turn(loop, levels, starts, **options)
+        assert handle.stats().generations == 6
+    for image, single in zip(images, expected, strict=True):
+        assert torch.equal(image, single)
+
+
+@pytest.mark.parametrize("levels", [UNIFORM, SHIFTED], ids=["uniform", "shifted"])
+def test_images_in_turn_on_levels_that_nobody_told_are_the_images_alone(loop: Loop, levels: tuple[float, ...]) -> None:
+    starts = [tiny.start(seed) for seed in (1, 2)]
+    options = {"delays": (0, 2)}
+    with jitaccel.apply(loop.model, EXACT):
+        expected = alone(loop, levels, starts, **options)
+        images = in_turn(loop, levels, starts, **options)
+    assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
+
+
+def test_images_of_different_shape_taken_in_turn_are_the_images_alone(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    starts = [tiny.start(1), torch.cat([tiny.start(2), tiny.start(3)])]
+    with jitaccel.apply(loop.model, SHORT):
+        expected = alone(loop, levels, starts)
+        assert all(torch.equal(*pair) for pair in zip(in_turn(loop, levels, starts), expected, strict=True))
+
+
+def test_statistics_are_of_the_image_called_last(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    with jitaccel.apply(loop.model, SHORT) as handle:
+        in_turn(loop, levels, [tiny.start(1), tiny.start(2)], delays=(0, 2))
+        assert len(handle.stats().steps) == len(levels) - 1
+        loop.velocity(tiny.start(3), 1.0)
+        assert len(handle.stats().steps) == 1 and handle.stats().generations == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_images_in_turn_from_one_noise_are_refused(given: bool, dtype: torch.dtype) -> None:
+    loop, levels = Loop(dtype), LEVELS["4x"]
+    with (
+        jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None),
+        pytest.raises(ConfigError, match=r"must start from different noise.*run them one after the other"),
+    ):
+        in_turn(loop, levels, [tiny.start(1), tiny.start(1)], texts=(0, 1))
+
+
+def test_failure_of_one_image_leaves_the_others_alone(loop: Loop) -> None:
+    levels = noise_levels(SHORT)
+    starts = [tiny.start(1), tiny.start(2)]
+    with jitaccel.apply(loop.model, SHORT, noise_levels=levels):
+        expected = alone(loop, levels, starts)
+        states = [loop.run(levels, start, steps=1)[-1] for start in starts]
+        hook = loop.model.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.velocity(states[1], levels[1])
+        hook.remove()
+        state = states[0]
+        for level, next_level in pairwise(levels[1:]):
+            state = state + (next_level - level) * loop.velocity(state, level)
+        assert torch.equal(state, expected[0])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_state_edited_between_steps_stays_one_generation(loop: Loop, given: bool) -> None:
+    levels, mask = LEVELS["7x"], (torch.arange(tiny.NUM_TOKENS) % 2 == 0)[:, None]
+    original, noise = tiny.start(8), tiny.start(0)
+    with jitaccel.apply(loop.model, "7x", noise_levels=levels if given else None) as handle:
+        state = noise
+        for level, next_level in pairwise(levels):
+            state = state + (next_level - level) * loop.velocity(state, level)
+            noised = (1 - next_level) * original + next_level * tiny.start(int(100 * level))
+            state = torch.where(mask, noised, state)
+        assert handle.stats().generations == 1
+        stages = [PRESETS["7x"].stage_of_step(i, len(levels) - 1) for i in range(len(levels) - 1)]
+        assert [step.stage for step in handle.stats().steps] == stages
+
+
+def test_more_generations_under_way_than_are_kept_are_refused_until_a_reset(loop: Loop) -> None:
+    loop.velocity = _on_small_grid(loop.velocity)  # type: ignore[method-assign]
+    with jitaccel.apply(loop.model, "7x") as handle:
+        for seed in range(64):
+            loop.velocity(tiny.start(seed, (6, 6)), 1.0)
+        with pytest.raises(ConfigError, match=r"at most 64 generations.*handle\.reset\(\)"):
+            loop.velocity(tiny.start(64, (6, 6)), 1.0)
+        handle.reset()
+        loop.velocity(tiny.start(64, (6, 6)), 1.0)
+
+
+def test_finished_and_forgotten_generations_are_let_go(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = noise_levels(SHORT)
+    monkeypatch.setattr("jitaccel.patches.velocity_route._FORGOTTEN_AFTER", 20)
+    with jitaccel.apply(loop.model, SHORT) as handle:
+        loop.run(levels, tiny.start(99), steps=2)
+        for seed in range(6):
+            loop.run(levels, tiny.start(seed))
+        assert len(handle.route._generations) <= 3  # type: ignore[attr-defined]
+
+
 # What it leaves
 
 

@@ -1,0 +1,148 @@
+"""One generation of a bare network in somebody's Euler loop: what it saw, what it returned, and what it still owes.
+
+Where a stage begins, the network runs on `y + jump` and `v + jump / (next_level - level)` is returned, so that the
+loop's own step lands where the state belongs, and nobody's tensor is written. Where the next level had to be
+predicted, what the step really paid is known one step later, and the rest is owed to the following one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from jitaccel.clock import Step, is_rounding_of
+from jitaccel.config import JiTConfig
+from jitaccel.run import Run, state_seeds
+
+from .call import ModelCall
+
+
+@dataclass
+class _Visit:
+    """One step as the loop made it. `level`, `seen`: what it gave, the state in a copy, since loops write in place.
+
+    `entered`: the state that the network saw. `calls`, `returned`: how many branches, and the sum of what they got.
+    """
+
+    step: Step
+    level: float
+    seen: Tensor
+    entered: Tensor
+    calls: int = 0
+    returned: Tensor | None = None
+
+    def expected(self, level: float) -> Tensor:
+        """Returns the state (B, N, D) in float32 that an Euler step of the mean branch ends in.
+
+        level: the one that the loop goes to; where rounding makes it this step's own, the clock's takes its place.
+        """
+        end = self.step.next_level if level == self.level else level
+        if self.returned is None:
+            return self.seen.float()
+        return self.seen.float() + (end - self.step.noise_level) * self.returned / self.calls
+
+
+class Generation:
+    """`call` begins it; then `begin_step` with the first call of every later step, and `answer` every call.
+
+    `last_called`: the route's count of calls when it was last called.
+    """
+
+    def __init__(self, config: JiTConfig, call: ModelCall, step: Step, level: float) -> None:
+        grid = call.grid()
+        self.recorder = call.recorder(grid)
+        with self.recorder.outside(step.index):
+            self._run = Run(config, grid, step, call.state)
+        self._owed: Tensor | None = None  # what the state still lacks of its last move
+        self._before: _Visit | None = None
+        self._now = self._visit(call, step, level)
+        self.first = self._now.seen
+        self.last_called = 0
+
+    @property
+    def step(self) -> Step:
+        """The step under way."""
+        return self._now.step
+
+    @property
+    def level(self) -> float:
+        """Its noise level, as the loop rounded it."""
+        return self._now.level
+
+    @property
+    def seen(self) -> Tensor:
+        """Its state, as the loop gave it."""
+        return self._now.seen
+
+    @property
+    def may_be_two(self) -> bool:
+        """Whether the last step's calls may have been two images that started from one noise, not two branches."""
+        return self._before is not None and self._before.calls > 1
+
+    def may_go_to(self, level: float) -> bool:
+        """Whether a step of this generation may end at `level`, as far as levels tell."""
+        return level < self.level or (level == self.level and is_rounding_of(level, self.step.next_level))
+
+    def expected(self, level: float) -> Tensor:
+        """Returns the state with which the loop comes back, if it takes Euler steps and edits nothing."""
+        return self._now.expected(level)
+
+    def expected_now(self) -> Tensor:
+        """Returns the state that another image, begun with this one and in the same step now, has about here."""
+        assert self._before is not None
+        return self._before.expected(self.level)
+
+    def begin_step(self, call: ModelCall, step: Step, level: float) -> None:
+        """Enters the next step with the state of its first call, and moves it where a stage begins."""
+        with self.recorder.outside(step.index):
+            self._settle(call.state, step)
+            state = call.state if self._owed is None else (call.state.float() + self._owed).to(call.state.dtype)
+            entered = self._run.enter(step, state)
+            if entered is not state:
+                self._owed = entered.float() - call.state.float()
+        self._before, self._now = self._now, self._visit(call, step, level)
+        if entered is not call.state:
+            self._now.entered = entered
+
+    def answer(self, call: ModelCall, may_be_last: bool) -> Tensor:
+        """Returns the velocity (B, N, D) that takes the loop's state where the method wants it.
+
+        may_be_last: whether the loop may end with this step, so that what it returns must be finite.
+        """
+        now = self._now
+        with self.recorder.network(now.step, self._run.anchors):
+            values = call.evaluate(self._run, now.entered)
+        with self.recorder.outside(now.step.index):
+            velocity = self._run.leave(now.step, now.entered, values)
+            if may_be_last:
+                self._run.check_finite()
+            if self._owed is not None:
+                share = self._owed / (now.step.next_level - now.step.noise_level)
+                velocity = (velocity.float() + share).to(velocity.dtype)
+            now.calls += 1
+            got = velocity.detach().float()
+            now.returned = got if now.returned is None else now.returned + got
+        return velocity
+
+    def _visit(self, call: ModelCall, step: Step, level: float) -> _Visit:
+        seen = call.state.detach().clone()
+        return _Visit(step=step, level=level, seen=seen, entered=seen)
+
+    def _settle(self, state: Tensor, step: Step) -> None:
+        """Takes stock of the step that the loop has made: the guided velocity it used, and what it paid of the move."""
+        last = self._now.step
+        made, predicted = step.noise_level - last.noise_level, last.next_level - last.noise_level
+        if last.may_end_stage and made and (self._now.calls > 1 or _has_twins(self.seen)):
+            velocity = (state.float() - self.seen.float()) / made
+            if self._owed is not None:
+                velocity = velocity - self._owed / predicted
+            self._run.remember(last, self._now.entered, velocity.to(state.dtype))
+        if self._owed is not None:
+            rest = 1.0 - made / predicted
+            self._owed = None if abs(rest) < 1e-6 else self._owed * rest
+
+
+def _has_twins(state: Tensor) -> bool:
+    """Whether two images of a batch have one and the same state: the branches of a batched guidance."""
+    return state.shape[0] > 1 and len(set(state_seeds(state))) < state.shape[0]
