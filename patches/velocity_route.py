@@ -158,7 +158,7 @@ class VelocityRoute:
         return generation
 
     def _make_room(self) -> None:
-        """Lets go of generations that are over or forgotten, all but the last that seems over: levels may be guessed."""
+        """Lets go of what is over or forgotten, but for the last that only seems over: levels may be guessed."""
         over = [g for g in self._generations if g.step.next_level == 0.0]
         kept = over[-1:] if isinstance(self._clock, PredictedLevels) else []
         self._generations = [

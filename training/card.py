@@ -27,7 +27,7 @@ def write_card(out: Path, transformer: FluxTransformer2DModel, phases: Sequence[
     text.append("## How it was trained\n")
     for phase in phases:
         settings = json.loads((phase / "phase.json").read_text())
-        text.append(f"### transformer, {settings['picture_px']} pixels\n")
+        text.append(f"### transformer, {phase.name}\n")
         text.append("Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".\n")
         note = phase / "note.md"
         text.append(note.read_text() if note.exists() else "")
