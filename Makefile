@@ -9,19 +9,23 @@ INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test demo bench clean distclean
+.PHONY: help setup operators lint test demo bench clean distclean
 
 help: ## list the targets
 	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## create .venv with pinned tools and this package, editable
+	@$(RUN) -m jitaccel.build cpu --if-stale
+
+operators: setup ## compile csrc/ where that is not done, for CUDA too where there is an nvcc
+	$(RUN) -m jitaccel.build --if-stale
 
 lint: setup ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-test: lint ## lint, then pytest $(ARGS)
+test: lint operators ## lint, compile all operators, then pytest $(ARGS)
 	$(RUN) -m pytest $(ARGS)
 
 demo: setup ## the embedded pipeline with and without acceleration; jitaccel demo $(ARGS)
@@ -34,12 +38,13 @@ clean: ## remove builds and caches
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## and .venv
-	rm -rf $(VENV)
+distclean: clean ## and .venv, and the compiled operators
+	rm -rf $(VENV) jitaccel/_C_*.so
 
 # An environment that a set-up left unfinished is made anew: pip takes a half unpacked package for an installed one.
 # setuptools and torch come first, because the package is built against what is installed (--no-build-isolation).
-$(INSTALLED): pyproject.toml setup.py requirements/constraints.txt $(wildcard csrc/*) jitaccel/build.py
+# A torch without CUDA has no use for CUDA operators: only `make operators` and `make test` compile them then.
+$(INSTALLED): pyproject.toml setup.py requirements/constraints.txt
 	@if [ -e $(UNFINISHED) ] || ! $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		command -v "$(PYTHON)" >/dev/null || \
 			{ echo "make: needs Python 3.11 or newer, found no $(PYTHON); try make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
@@ -49,5 +54,6 @@ $(INSTALLED): pyproject.toml setup.py requirements/constraints.txt $(wildcard cs
 	fi
 	@touch $(UNFINISHED)
 	$(PIP) setuptools torch
-	$(PIP) --no-build-isolation --editable '.[dev,diffusers]'
+	cuda=$$($(RUN) -c 'import torch; print("auto" if torch.version.cuda else 0)') && \
+		JITACCEL_CUDA=$${JITACCEL_CUDA:-$$cuda} $(PIP) --no-build-isolation --editable '.[dev,diffusers]'
 	@rm $(UNFINISHED) && touch $(INSTALLED)

@@ -66,6 +66,20 @@ def source_hash(kind: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def staleness(kind: str, library: Path) -> str | None:
+    """Returns why a library may not be used: it is missing, or was built from other sources; None where it may.
+
+    Read from the mark in the file, since loading it would register its operators. A library without sources at hand is
+    taken as it is.
+    """
+    if not library.is_file():
+        return f"{library.name} is not built"
+    wanted = source_hash(kind)
+    if wanted is None or f"jitaccel-sources:{wanted}".encode() in library.read_bytes():
+        return None
+    return f"{library.name} was built from other sources"
+
+
 def build(kind: str, out: Path, sanitize: bool = False) -> bool:
     """Returns whether the library was built. Honours the switches: a missing tool skips, a failing compiler raises."""
     switch = f"JITACCEL_{kind.upper()}"
@@ -210,13 +224,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda; both by default")
     parser.add_argument("--out", type=Path, help="where to; JITACCEL_LIBRARIES makes jitaccel load from there")
+    parser.add_argument("--if-stale", action="store_true", help="leave alone what was built from these sources")
     parser.add_argument("--sanitize", action="store_true", help="cpu: with address and undefined-behaviour sanitizers")
     options = parser.parse_args(arguments)
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"KIND must be cpu or cuda, got {', '.join(sorted(unknown))}")
     try:
         for kind in options.kinds or KINDS:
-            build(kind, library_path(kind, options.out), options.sanitize)
+            out = library_path(kind, options.out)
+            if not options.if_stale or staleness(kind, out) is not None:
+                build(kind, out, options.sanitize)
     except RuntimeError as error:
         parser.exit(1, f"jitaccel: {error}\n")
 

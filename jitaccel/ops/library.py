@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import KINDS, library_path, source_hash
+from ..build import KINDS, library_path, staleness
 from . import reference, schema
 
 _COMPILED: dict[str, Path] = {}
@@ -37,10 +37,7 @@ def _load(kind: str) -> None:
         return
     folder = os.environ.get("JITACCEL_LIBRARIES")
     path = library_path(kind, Path(folder) if folder else None)
-    if not path.is_file():
-        _MISSING[kind] = f"{path.name} is not built"
-        return
-    if (stale := _staleness(kind, path)) is not None:
+    if (stale := staleness(kind, path)) is not None:
         _MISSING[kind] = stale
         return
     try:
@@ -49,14 +46,6 @@ def _load(kind: str) -> None:
         _MISSING[kind] = f"{path.name} cannot be loaded: {error}"
         return
     _COMPILED[kind] = path
-
-
-def _staleness(kind: str, path: Path) -> str | None:
-    """Returns why a library does not belong to these sources, read from the file: loading it would register it."""
-    wanted = source_hash(kind)
-    if wanted is None or f"jitaccel-sources:{wanted}".encode() in path.read_bytes():
-        return None
-    return f"{path.name} was built from other sources"
 
 
 def _warn() -> None:

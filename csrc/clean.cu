@@ -1,0 +1,75 @@
+// The clean estimates at the anchors, which lift_step_into (clean) and micro_flow_into lift.
+//
+//   clean[b, i] = state[b, anchors[b, i]] - level * velocity[b, i]         (or velocity[b, anchors[b, i]])
+//
+// Layout: state (B, N, D), velocity (B, M, D) or (B, N, D), clean (B, M, D) float32, contiguous; level = levels[0] on
+// the device. Moves 4 B M D bytes out, as many elements of both inputs in.
+//
+// It has a pass of its own for two reasons. A step writes the state that these values are taken from, so all of them
+// must be taken before. And each is gathered some 20 times by the blur, which then reads one row instead of two and
+// follows one index instead of two. Launch: a thread for each vector of 4 channels (1 where D or an address does not
+// allow 4).
+
+#include "lift_tile.cuh"
+
+namespace jitaccel {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct CleanEstimate {
+  AnyInput state, velocity;
+  const int64_t* anchors;
+  const float* levels;
+  float* clean;
+  int64_t rows, num_anchors, num_tokens, channels;
+  bool has_full_velocity;
+};
+
+template <int V>
+__global__ void clean_kernel(CleanEstimate from) {
+  const int64_t vectors = from.channels / V;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= from.rows * vectors) return;
+  const int64_t row = at / vectors, channel = at % vectors * V;
+  const int64_t token = row / from.num_anchors * from.num_tokens + from.anchors[row];
+  float y[V], v[V];
+  load<V>(from.state, token * from.channels + channel, y);
+  load<V>(from.velocity, (from.has_full_velocity ? token : row) * from.channels + channel, v);
+  const float level = from.levels[0];
+#pragma unroll
+  for (int c = 0; c < V; ++c) y[c] -= level * v[c];
+  store<V>(from.clean + row * from.channels + channel, y);
+}
+
+template <int V>
+void launch(const CleanEstimate& from, cudaStream_t stream) {
+  const unsigned blocks = num_blocks(from.rows * (from.channels / V), kThreads);
+  clean_kernel<V><<<blocks, kThreads, 0, stream>>>(from);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+Tensor clean_at_anchors(const Tensor& state, const Tensor& velocity, const Tensor& anchors, const Tensor& levels,
+                        cudaStream_t stream) {
+  const int64_t batch = anchors.size(0), num_anchors = anchors.size(1);
+  const int64_t num_tokens = state.size(1), channels = state.size(2);
+  Tensor clean = torch::stable::new_empty(state, {batch, num_anchors, channels}, ScalarType::Float);
+  // Where every token is an anchor the two forms of velocity are one.
+  const CleanEstimate from{any_input(state),
+                           any_input(velocity),
+                           anchors.const_data_ptr<int64_t>(),
+                           levels.const_data_ptr<float>(),
+                           clean.mutable_data_ptr<float>(),
+                           batch * num_anchors,
+                           num_anchors,
+                           num_tokens,
+                           channels,
+                           velocity.size(1) == num_tokens};
+  const bool is_aligned = takes_vectors(state, channels, 4) && takes_vectors(velocity, channels, 4);
+  is_aligned ? launch<4>(from, stream) : launch<1>(from, stream);
+  return clean;
+}
+
+}  // namespace jitaccel

@@ -1,0 +1,146 @@
+// What the CUDA operators share: stream, launch sizes, vector accesses, values of any dtype, reflection, index checks.
+#pragma once
+
+#include "check.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <limits>
+
+namespace jitaccel {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Returns how many blocks do `work`, of which each does `per_block`. A launch takes no more than 2^31 - 1 along x.
+inline unsigned num_blocks(int64_t work, int64_t per_block) {
+  const int64_t blocks = (work + per_block - 1) / per_block;
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "jitaccel: too many tokens for one launch");
+  return static_cast<unsigned>(blocks);
+}
+
+// With JITACCEL_CHECK_INDICES=1 in the environment these read indices on the device, wait for it, and fail where a row
+// of (B, L) does not rise strictly within 0..limit - 1, or where an index is not within 0..limit - 1. Otherwise, and
+// while a graph is captured, they do nothing. Contiguous tensors in. Defined in indices.cu.
+void check_rising(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream);
+void check_within(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream);
+
+// nearest (B, N) and anchors (B, M) of one lift.
+inline void check_plan_indices(const char* op, const Tensor& nearest, const Tensor& anchors, cudaStream_t stream) {
+  check_rising(op, "anchors", anchors, nearest.size(1), stream);
+  check_within(op, "nearest", nearest, anchors.size(1), stream);
+}
+
+// COUNT values that one access moves: 16 bytes at most.
+template <typename T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Pack {
+  T x[COUNT];
+};
+
+// V values of T go in accesses of this many.
+template <typename T, int V>
+constexpr int kPerAccess = V * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : V;
+
+// Whether accesses of V channels may be used: rows of `channels` keep the alignment that the first one has.
+inline bool takes_vectors(const Tensor& x, int64_t channels, int64_t vector) {
+  const int64_t bytes = vector * (x.scalar_type() == ScalarType::Float ? 4 : 2);
+  const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  return channels % vector == 0 && address % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0;
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void load(const T* from, float (&x)[V]) {
+  constexpr int kCount = kPerAccess<T, V>;
+#pragma unroll
+  for (int first = 0; first < V; first += kCount) {
+    const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from + first);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[first + i] = static_cast<float>(pack.x[i]);
+  }
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store(T* to, const float (&x)[V]) {
+  constexpr int kCount = kPerAccess<T, V>;
+#pragma unroll
+  for (int first = 0; first < V; first += kCount) {
+    Pack<T, kCount> pack;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pack.x[i] = static_cast<T>(x[first + i]);
+    *reinterpret_cast<Pack<T, kCount>*>(to + first) = pack;
+  }
+}
+
+// Bit for bit, which a way through float would not be for a NaN.
+template <int V, typename T>
+__device__ __forceinline__ void copy(const T* from, T* to) {
+  constexpr int kCount = kPerAccess<T, V>;
+#pragma unroll
+  for (int first = 0; first < V; first += kCount)
+    *reinterpret_cast<Pack<T, kCount>*>(to + first) = *reinterpret_cast<const Pack<T, kCount>*>(from + first);
+}
+
+// Values whose dtype is asked at run time. Every thread takes the same branch, so it costs next to nothing where a
+// value is touched once; a kernel for each combination of the tensors' dtypes would be compiled otherwise. What is read
+// many times has its dtype as a template argument.
+template <typename Void>
+struct AnyValues {
+  Void* data;
+  ScalarType type;
+};
+using AnyInput = AnyValues<const void>;
+using AnyState = AnyValues<void>;
+
+inline AnyInput any_input(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type()}; }
+inline AnyState any_state(const Tensor& x) { return {x.mutable_data_ptr(), x.scalar_type()}; }
+
+template <int V, typename Void>
+__device__ __forceinline__ void load(const AnyValues<Void>& from, int64_t offset, float (&x)[V]) {
+  if (from.type == ScalarType::Float) {
+    load<V>(static_cast<const float*>(from.data) + offset, x);
+  } else if (from.type == ScalarType::Half) {
+    load<V>(static_cast<const Half*>(from.data) + offset, x);
+  } else {
+    load<V>(static_cast<const BFloat16*>(from.data) + offset, x);
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void store(const AnyState& to, int64_t offset, const float (&x)[V]) {
+  if (to.type == ScalarType::Float) {
+    store<V>(static_cast<float*>(to.data) + offset, x);
+  } else if (to.type == ScalarType::Half) {
+    store<V>(static_cast<Half*>(to.data) + offset, x);
+  } else {
+    store<V>(static_cast<BFloat16*>(to.data) + offset, x);
+  }
+}
+
+__device__ __forceinline__ float rounded_to(ScalarType type, float x) {
+  if (type == ScalarType::Half) return static_cast<float>(static_cast<Half>(x));
+  if (type == ScalarType::BFloat16) return static_cast<float>(static_cast<BFloat16>(x));
+  return x;
+}
+
+// Returns where `position` of an axis lies after reflection at its ends, repeated where the axis is shorter than that.
+__device__ __forceinline__ int reflect(int position, int size) {
+  if (position >= 0 && position < size) return position;
+  const int period = size > 1 ? 2 * (size - 1) : 1;
+  const int folded = (position % period + period) % period;
+  return folded < period - folded ? folded : period - folded;
+}
+
+}  // namespace jitaccel

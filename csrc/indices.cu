@@ -1,0 +1,83 @@
+// Checks of indices on the device, to find the wrong one in an application: off unless JITACCEL_CHECK_INDICES=1.
+//
+//   rising: 0 <= rows[b, 0] < rows[b, 1] < ... < limit          within: 0 <= rows[b, i] < limit
+//
+// Layout: rows (B, L) int64, contiguous. Moves 8 B L bytes, and at most 24 to the host. Launch: a thread for each
+// index. The threads that find a wrong one agree on the first by atomicMin, whatever order they run in.
+
+#include "cuda_common.cuh"
+
+#include <cstdlib>
+#include <string>
+
+namespace jitaccel {
+namespace {
+
+using Position = unsigned long long;  // the type that atomicMin takes
+constexpr Position kNone = ~Position{0};
+constexpr int kThreads = 256;
+
+__global__ void find_wrong_kernel(const int64_t* rows, int64_t total, int64_t length, int64_t limit, bool must_rise,
+                                  Position* first_wrong) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= total) return;
+  const int64_t index = rows[at];
+  const bool rises = !must_rise || at % length == 0 || rows[at - 1] < index;
+  if (index < 0 || index >= limit || !rises) atomicMin(first_wrong, static_cast<Position>(at));
+}
+
+bool checks_indices() {
+  static const bool asked = [] {
+    const char* value = std::getenv("JITACCEL_CHECK_INDICES");
+    return value != nullptr && std::string(value) == "1";
+  }();
+  return asked;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+template <typename T>
+T read_back(const T* from, cudaStream_t stream) {
+  T value;
+  STD_CUDA_CHECK(cudaMemcpyAsync(&value, from, sizeof(T), cudaMemcpyDeviceToHost, stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return value;
+}
+
+// Returns the flat position of the first wrong index, or kNone.
+Position find_wrong(const Tensor& rows, int64_t limit, bool must_rise, cudaStream_t stream) {
+  if (!checks_indices() || rows.numel() == 0 || is_capturing(stream)) return kNone;
+  const Tensor scratch = torch::stable::new_empty(rows, {1}, ScalarType::Long);
+  auto* const first_wrong = reinterpret_cast<Position*>(scratch.mutable_data_ptr<int64_t>());
+  STD_CUDA_CHECK(cudaMemsetAsync(first_wrong, 0xff, sizeof(Position), stream));
+  find_wrong_kernel<<<num_blocks(rows.numel(), kThreads), kThreads, 0, stream>>>(
+      rows.const_data_ptr<int64_t>(), rows.numel(), rows.size(1), limit, must_rise, first_wrong);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return read_back(first_wrong, stream);
+}
+
+}  // namespace
+
+void check_rising(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream) {
+  const Position wrong = find_wrong(rows, limit, true, stream);
+  if (wrong == kNone) return;
+  const int64_t at = static_cast<int64_t>(wrong), length = rows.size(1);
+  const int64_t* indices = rows.const_data_ptr<int64_t>();
+  const int64_t before = at % length == 0 ? -1 : read_back(indices + at - 1, stream);
+  fail(op, name, text("rise strictly within 0..", limit - 1),
+       text(read_back(indices + at, stream), " after ", before, " in image ", at / length),
+       "sort them and check the grid");
+}
+
+void check_within(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream) {
+  const Position wrong = find_wrong(rows, limit, false, stream);
+  if (wrong == kNone) return;
+  fail(op, name, text("lie in 0..", limit - 1), text(read_back(rows.const_data_ptr<int64_t>() + wrong, stream)),
+       "use nearest_anchor");
+}
+
+}  // namespace jitaccel

@@ -1,0 +1,245 @@
+// Nearest fill and separable Gaussian blur on the device: what lift, lift_step_into and micro_flow_into share.
+//
+//   blurred[t, y, x] = sum_k w[k] sum_i w[i] sum_j w[j] values[nearest[r(t + i), r(y + j), r(x + k)]]
+//
+// r reflects at the ends, repeatedly where the axis is shorter than the kernel; a picture has no sum over i. Sums are
+// float32.
+//
+// Layout: values (B, M, D), all else (B, N, ...), channels innermost, contiguous; a block's tile lies in shared memory.
+//
+// A block takes one segment of one line of tokens (of one image, frame and row) and at most 32 channels. It fills a
+// tile of floats, segment plus reach on both sides, with what the outer axes' sum gives, gathered straight from the
+// anchors' rows; then it blurs along the line, from the tile. Nothing but anchor values and indices is read from
+// memory. Gathers overlap (K lines for each line written; K * K in a video) and are answered by the caches: at 64 x 64
+// tokens, 1310 anchors and 64 channels of bfloat16 all the anchors' values are 168 KB, less than one SM's first cache.
+//
+// Launch: threads are (channel vectors) x (columns), at most 256; a vector is 16 bytes of a gathered row. 32 channels
+// are 64 or 128 bytes in a row, whole sectors for gathers and writes, yet divide 64 channels between two blocks.
+// Segments are 64 columns, halved down to 16 until there are 256 blocks, about two for each of an H100's 132 SMs: 64 x
+// 64 tokens of 64 channels are 64 lines x 2 segments x 2 chunks. Wider segments repeat less of the reach, narrower ones
+// fill the machine.
+#pragma once
+
+#include "cuda_common.cuh"
+
+#include <algorithm>
+
+namespace jitaccel {
+
+constexpr int kTileThreads = 256;
+constexpr int kTileChannels = 32;
+constexpr int kTileSegment = 64, kTileSegmentMin = 16;
+constexpr int64_t kTileBlocks = 256;     // enough to fill the machine
+constexpr int64_t kTileBytes = 48 << 10;  // of shared memory, what every device gives without asking
+
+// One lift, and how a launch divides it.
+struct LiftTile {
+  const int64_t* nearest;  // (B, N)
+  const int64_t* anchors;  // (B, M)
+  const float* weights;    // (K,)
+  int64_t batch, num_tokens, num_anchors;
+  int channels, frames, height, width;
+  bool is_video;
+  int radius;  // K / 2
+  int segment, num_segments, num_chunks;
+
+  int64_t num_lines() const { return batch * frames * height; }
+  int widest_tile() const { return std::min(width, segment + 2 * radius); }
+};
+
+// Contiguous tensors in; they must outlive the launch.
+inline LiftTile make_lift_tile(const Grid& grid, const Tensor& nearest, const Tensor& anchors, const Tensor& weights,
+                               int64_t channels) {
+  const int radius = static_cast<int>(weights.size(0) / 2);
+  return {nearest.const_data_ptr<int64_t>(),
+          anchors.const_data_ptr<int64_t>(),
+          weights.const_data_ptr<float>(),
+          anchors.size(0),
+          grid.size(),
+          anchors.size(1),
+          static_cast<int>(channels),
+          static_cast<int>(grid.frames),
+          static_cast<int>(grid.height),
+          static_cast<int>(grid.width),
+          grid.is_video,
+          radius,
+          0,
+          0,
+          0};
+}
+
+// Adds the sum over the outer axes at one column to `sum`. `nearest` and `rows` are this image's, `rows` at this
+// channel. A frame is summed by itself: fewer terms in each sum, and the rounding of a separable blur.
+template <int V, typename T>
+__device__ __forceinline__ void blur_outer(const LiftTile& lift, const int64_t* nearest, const T* rows, int frame,
+                                           int row, int column, float (&sum)[V]) {
+  const int reach = lift.is_video ? lift.radius : 0;
+  for (int i = -reach; i <= reach; ++i) {
+    const int64_t first_line = static_cast<int64_t>(reflect(frame + i, lift.frames)) * lift.height;
+    float of_frame[V] = {};
+#pragma unroll 4
+    for (int j = -lift.radius; j <= lift.radius; ++j) {
+      const int64_t token = (first_line + reflect(row + j, lift.height)) * lift.width + column;
+      const float weight = lift.weights[lift.radius + j];
+      float x[V];
+      load<V>(rows + nearest[token] * lift.channels, x);
+#pragma unroll
+      for (int c = 0; c < V; ++c) of_frame[c] += weight * x[c];
+    }
+    const float weight = lift.is_video ? lift.weights[lift.radius + i] : 1.0f;
+#pragma unroll
+    for (int c = 0; c < V; ++c) sum[c] += weight * of_frame[c];
+  }
+}
+
+// The tile in shared memory: packs of at most 4 floats, all first packs of a vector before all second ones, so that
+// neighbouring threads (vectors, then columns) touch neighbouring packs.
+template <int V>
+struct Tile {
+  static constexpr int kCount = V < 4 ? V : 4;
+  using Part = Pack<float, kCount>;
+  Part* parts;
+  int vectors, vector;  // the block's, this thread's
+  int plane;            // packs of one kind
+
+  __device__ __forceinline__ void put(int column, const float (&x)[V]) const {
+#pragma unroll
+    for (int p = 0; p < V / kCount; ++p) {
+      Part part;
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) part.x[c] = x[p * kCount + c];
+      parts[p * plane + column * vectors + vector] = part;
+    }
+  }
+
+  // sum += weight * the tile at `column`
+  __device__ __forceinline__ void add(int column, float weight, float (&sum)[V]) const {
+#pragma unroll
+    for (int p = 0; p < V / kCount; ++p) {
+      const Part part = parts[p * plane + column * vectors + vector];
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sum[p * kCount + c] += weight * part.x[c];
+    }
+  }
+};
+
+// Which part of the output a block writes.
+struct TilePlace {
+  int64_t image;
+  int frame, row;
+  int begin, end;    // columns of the segment
+  int first, last;   // columns of the tile: the segment and its reach, as far as the line goes
+  int chunk;
+
+  __device__ explicit TilePlace(const LiftTile& lift) {
+    unsigned rest = blockIdx.x;
+    chunk = static_cast<int>(rest % lift.num_chunks);
+    rest /= lift.num_chunks;
+    begin = static_cast<int>(rest % lift.num_segments) * lift.segment;
+    const unsigned line = rest / lift.num_segments;
+    image = line / (lift.frames * lift.height);
+    frame = static_cast<int>(line / lift.height % lift.frames);
+    row = static_cast<int>(line % lift.height);
+    end = min(begin + lift.segment, lift.width);
+    first = max(begin - lift.radius, 0);
+    last = min(end + lift.radius, lift.width);
+  }
+};
+
+// Sink says what becomes of the blurred values, a vector of V channels at a time:
+//   wants(token)                          whether this token (of B * N) is written at all
+//   at_anchor<V>(anchor_offset, offset)   it is an anchor: its own value lies at anchor_offset in (B, M, D)
+//   elsewhere<V>(offset, blurred)         it is none; its place is at offset in (B, N, D)
+template <int V, typename T, typename Sink>
+__global__ void __launch_bounds__(kTileThreads, 2) lift_tile_kernel(const T* values, LiftTile lift, Sink sink) {
+  extern __shared__ float4 shared_tile[];
+  const TilePlace place(lift);
+  const int vectors = static_cast<int>(blockDim.x), vector = static_cast<int>(threadIdx.x);
+  const int channel = (place.chunk * vectors + vector) * V;
+  const bool has_channel = channel < lift.channels;
+  const Tile<V> tile{reinterpret_cast<typename Tile<V>::Part*>(shared_tile), vectors, vector,
+                     (place.last - place.first) * vectors};
+  const int64_t* nearest = lift.nearest + place.image * lift.num_tokens;
+  const int64_t first_anchor = place.image * lift.num_anchors;
+  const T* rows = values + first_anchor * lift.channels + channel;
+  const int step = static_cast<int>(blockDim.y), lane = static_cast<int>(threadIdx.y);
+
+  for (int column = place.first + lane; has_channel && column < place.last; column += step) {
+    float sum[V] = {};
+    blur_outer<V>(lift, nearest, rows, place.frame, place.row, column, sum);
+    tile.put(column - place.first, sum);
+  }
+  __syncthreads();
+  if (!has_channel) return;
+
+  const int64_t first_token = (static_cast<int64_t>(place.frame) * lift.height + place.row) * lift.width;
+  for (int column = place.begin + lane; column < place.end; column += step) {
+    const int64_t own = first_token + column, token = place.image * lift.num_tokens + own;
+    if (!sink.wants(token)) continue;
+    const int64_t anchor = first_anchor + nearest[own], offset = token * lift.channels + channel;
+    if (lift.anchors[anchor] == own) {
+      sink.template at_anchor<V>(anchor * lift.channels + channel, offset);
+      continue;
+    }
+    float sum[V] = {};
+    for (int k = -lift.radius; k <= lift.radius; ++k)
+      tile.add(reflect(column + k, lift.width) - place.first, lift.weights[lift.radius + k], sum);
+    sink.template elsewhere<V>(offset, sum);
+  }
+}
+
+// Whether one vector of V channels of the widest tile fits shared memory.
+inline bool tile_fits(LiftTile lift, int64_t vector) {
+  lift.segment = kTileSegmentMin;
+  return lift.widest_tile() * vector * static_cast<int64_t>(sizeof(float)) <= kTileBytes;
+}
+
+// Divides the work; see the launch paragraph at the top. Returns the channel vectors of a block.
+inline int divide_tile(LiftTile& lift, int vector) {
+  const int all_vectors = (lift.channels + vector - 1) / vector;
+  int vectors = std::min(kTileChannels / vector, all_vectors);
+  lift.segment = kTileSegment;
+  const auto count = [&](int size, int part) { return (size + part - 1) / part; };
+  const auto fits = [&] { return lift.widest_tile() * int64_t{4} * vector * vectors <= kTileBytes; };
+  while (vectors > 1 && !fits()) vectors /= 2;
+  lift.num_chunks = count(all_vectors, vectors);
+  const auto is_filling = [&] {
+    return lift.num_lines() * lift.num_chunks * count(lift.width, lift.segment) >= kTileBlocks;
+  };
+  while (lift.segment > kTileSegmentMin && !(fits() && is_filling())) lift.segment /= 2;
+  lift.num_segments = count(lift.width, lift.segment);
+  return vectors;
+}
+
+template <int V, typename T, typename Sink>
+void launch_lift_tile(LiftTile lift, const T* values, const Sink& sink, cudaStream_t stream) {
+  const int vectors = divide_tile(lift, V);
+  const int columns = std::min(kTileThreads / vectors, lift.widest_tile());
+  const dim3 threads(static_cast<unsigned>(vectors), static_cast<unsigned>(columns));
+  const unsigned blocks = num_blocks(lift.num_lines() * lift.num_chunks * lift.num_segments, 1);
+  const size_t bytes = static_cast<size_t>(lift.widest_tile()) * vectors * V * sizeof(float);
+  lift_tile_kernel<V><<<blocks, threads, bytes, stream>>>(values, lift, sink);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Lifts `values` (B, M, D) into `sink`. `is_aligned`: every tensor it touches takes vectors of 16 bytes of T.
+template <typename T, typename Sink>
+void run_lift_tile(const char* op, const LiftTile& lift, const T* values, const Sink& sink, bool is_aligned,
+                   cudaStream_t stream) {
+  constexpr int kVector = 16 / sizeof(T);
+  if (is_aligned && tile_fits(lift, kVector)) {
+    launch_lift_tile<kVector>(lift, values, sink, stream);
+  } else if (tile_fits(lift, 1)) {
+    launch_lift_tile<1>(lift, values, sink, stream);
+  } else {
+    fail(op, "weights", text("reach over fewer than ", kTileBytes / 4, " columns"), text(2 * lift.radius + 1, " taps"),
+         "use a narrower blur");
+  }
+}
+
+// Returns the clean estimates `state - level * velocity` (B, M, D) float32 at the anchors (B, M), level = levels[0].
+// state: (B, N, D). velocity: (B, M, D), or (B, N, D). Contiguous. Defined in clean.cu.
+Tensor clean_at_anchors(const Tensor& state, const Tensor& velocity, const Tensor& anchors, const Tensor& levels,
+                        cudaStream_t stream);
+
+}  // namespace jitaccel
