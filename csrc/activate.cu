@@ -12,8 +12,8 @@
 // moved: 4 N + 8 M in, 4 N out, and 5 times 4 N in from the caches, 8 count out. Atomics only count integers in shared
 // memory, so the result does not depend on their order.
 //
-// Launch: one block of 1024 threads for each image, because every step waits for the one before: 5 short passes over
-// 16 KB at 64 x 64 tokens. Another block would save less than a launch takes.
+// Launch: one block of 1024 threads for each image, because every step waits for the one before; at 64 x 64 tokens a
+// pass is 4 keys a thread. More blocks for an image would have to meet between the passes, in launches of their own.
 
 #include "cuda_common.cuh"
 

@@ -11,7 +11,7 @@
 // tile of floats, segment plus reach on both sides, with what the outer axes' sum gives, gathered straight from the
 // anchors' rows; then it blurs along the line, from the tile. Nothing but anchor values and indices is read from
 // memory. Gathers overlap (K lines for each line written; K * K in a video) and are answered by the caches: at 64 x 64
-// tokens, 1310 anchors and 64 channels of bfloat16 all the anchors' values are 168 KB, less than one SM's first cache.
+// tokens, 1310 anchors and 64 channels of bfloat16 all the anchors' values are 168 KB, less than an H100 SM's first cache.
 //
 // Launch: threads are (channel vectors) x (columns), at most 256; a vector is 16 bytes of a gathered row. 32 channels
 // are 64 or 128 bytes in a row, whole sectors for gathers and writes, yet divide 64 channels between two blocks.
@@ -29,7 +29,7 @@ namespace jitaccel {
 constexpr int kTileThreads = 256;
 constexpr int kTileChannels = 32;
 constexpr int kTileSegment = 64, kTileSegmentMin = 16;
-constexpr int64_t kTileBlocks = 256;     // enough to fill the machine
+constexpr int64_t kTileBlocks = 256;      // enough to fill the machine
 constexpr int64_t kTileBytes = 48 << 10;  // of shared memory, what every device gives without asking
 
 // One lift, and how a launch divides it.
@@ -232,7 +232,7 @@ void run_lift_tile(const char* op, const LiftTile& lift, const T* values, const 
   } else if (tile_fits(lift, 1)) {
     launch_lift_tile<1>(lift, values, sink, stream);
   } else {
-    fail(op, "weights", text("reach over fewer than ", kTileBytes / 4, " columns"), text(2 * lift.radius + 1, " taps"),
+    fail(op, "weights", text("reach over at most ", kTileBytes / 4, " columns"), text(2 * lift.radius + 1, " taps"),
          "use a narrower blur");
   }
 }

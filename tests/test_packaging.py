@@ -48,7 +48,7 @@ def test_embedded_pipeline_is_found() -> None:
     assert (folder / "model_index.json").is_file()
 
 
-@pytest.fixture(scope="module", params=["links", "no links"])
+@pytest.fixture(scope="module", params=["links", "no links", "sdist"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("with space")
@@ -60,25 +60,32 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for name in ("jitaccel", "patches", "assets", "csrc"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, sources / name, symlinks=True)
-    if request.param == "no links":  # a checkout on a file system that has none
+    environment = {**os.environ, "JITACCEL_CUDA": "0"}  # compiling for CUDA takes a while and is tested elsewhere
+    if request.param == "no links":  # a checkout on a file system that has none, and no compiler
+        environment["JITACCEL_CPU"] = "0"
         for name in ("patches", "assets"):
             (sources / "jitaccel" / name).unlink()
     for library in (sources / "jitaccel").glob("_C_*.so"):
         library.unlink()
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    # Compiling for CUDA takes a while and is tested elsewhere.
+    if request.param == "sdist":
+        make = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", make, str(folder)], cwd=sources, capture_output=True, check=True)
+        sources = next(folder.glob("jitaccel-*.tar.gz"))
     built = subprocess.run(
-        [*pip, "--wheel-dir", str(folder), str(sources)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JITACCEL_CUDA": "0"},
+        [*pip, "--wheel-dir", str(folder), str(sources)], capture_output=True, text=True, check=False, env=environment
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return zipfile.ZipFile(next(folder.glob("jitaccel-*.whl")))
 
 
-def test_wheel_holds_every_file_once(wheel: zipfile.ZipFile) -> None:
+@pytest.fixture
+def has_library(request: pytest.FixtureRequest) -> bool:
+    """Whether the wheel was built where there is a compiler."""
+    return "no links" not in request.node.callspec.id and shutil.which("g++") is not None
+
+
+def test_wheel_holds_every_file_once(wheel: zipfile.ZipFile, has_library: bool) -> None:
     expected = set()
     for folder, installed in {
         "jitaccel": "jitaccel",
@@ -89,7 +96,7 @@ def test_wheel_holds_every_file_once(wheel: zipfile.ZipFile) -> None:
         paths = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file())
         expected |= {f"{installed}/{path.as_posix()}" for path in paths if "__pycache__" not in path.parts}
     expected = {name for name in expected if not name.endswith(".so")}
-    if shutil.which("g++"):
+    if has_library:
         expected.add("jitaccel/_C_cpu.so")
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert sorted(names) == sorted(expected)
@@ -99,10 +106,19 @@ def test_wheel_serves_every_python(wheel: zipfile.ZipFile) -> None:
     assert "-py3-none-" in str(wheel.filename)
 
 
-def test_wheel_imports_from_where_it_is_unpacked(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    wheel.extractall(tmp_path)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import jitaccel.patches as p; print(p.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+def test_wheel_runs_from_where_it_is_installed(wheel: zipfile.ZipFile, has_library: bool, tmp_path: Path) -> None:
+    target = tmp_path / "with space"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*pip, str(wheel.filename)], capture_output=True, check=True)
+    code = """if True:
+        import sys, warnings; sys.path.insert(0, sys.argv[1]); warnings.simplefilter("ignore")
+        import torch, jitaccel.patches
+        from jitaccel import ops
+        print(jitaccel.patches.__file__)
+        print(jitaccel.embedded_model())
+        print(sorted(ops.compiled()), torch.ops.jitaccel.nearest_anchor(torch.tensor([[1, 2]]), [2, 2]).tolist())
+    """
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(target)], capture_output=True, text=True, check=True)
+    patches, model, result = done.stdout.splitlines()
+    assert Path(patches).is_relative_to(target) and Path(model).is_relative_to(target)
+    assert result == f"{['cpu'] if has_library else []} [[0, 0, 1, 0]]"
