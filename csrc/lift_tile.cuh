@@ -11,7 +11,7 @@
 // tile of floats, segment plus reach on both sides, with what the outer axes' sum gives, gathered straight from the
 // anchors' rows; then it blurs along the line, from the tile. Nothing but anchor values and indices is read from
 // memory. Gathers overlap (K lines for each line written; K * K in a video) and are answered by the caches: at 64 x 64
-// tokens, 1310 anchors and 64 channels of bfloat16 all the anchors' values are 168 KB, less than an H100 SM's first cache.
+// tokens, 1310 anchors and 64 channels of bfloat16 all the anchors' values are 168 KB, less than one H100 SM caches.
 //
 // Launch: threads are (channel vectors) x (columns), at most 256; a vector is 16 bytes of a gathered row. 32 channels
 // are 64 or 128 bytes in a row, whole sectors for gathers and writes, yet divide 64 channels between two blocks.

@@ -79,9 +79,11 @@ void run(const Plan& plan, const std::vector<float>& clean, const Tensor& noise,
     if (token == end || *token >= (line + 1) * width) return;
     scratch.blur.line(b, line, clean.data() + b * plan.num_anchors * channels, scratch.line.data());
     for (; token != end && *token < (line + 1) * width; ++token) {
-      const int64_t place = b * plan.grid.size() + *token;
-      move_token(scratch.line.data() + (*token - line * width) * channels, scratch.noise.row(place), channels, move,
-                 state + place * channels);
+      const int64_t place = b * plan.grid.size() + *token, a = plan.nearest_of(b, *token);
+      // A token that was an anchor already keeps its own clean estimate, as in every lift.
+      const float* prior = plan.is_anchor(b, *token, a) ? clean.data() + (b * plan.num_anchors + a) * channels
+                                                        : scratch.line.data() + (*token - line * width) * channels;
+      move_token(prior, scratch.noise.row(place), channels, move, state + place * channels);
     }
   });
 }

@@ -179,6 +179,12 @@ def test_image_of_a_batch_is_the_image_alone(name: str) -> None:
         assert torch.equal(call(compiled(name), name, ARGUMENTS[name](one)), together[k : k + 1])
 
 
+def test_micro_flow_takes_an_old_anchors_own_clean_estimate() -> None:
+    f = fields((6, 7), 12, 8)
+    tokens = f.anchors[:, ::3].contiguous()
+    check("micro_flow_into", Fields(**{**vars(f), "tokens": tokens}))
+
+
 # How they may be called
 
 

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="processes that train the transformer together")
     parser.add_argument("--updates", type=int, help="stop the transformer's phase after this many updates")
+    parser.add_argument("--start", type=Path, help="folder of weights to start the transformer's phase from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run: Path = options.run
@@ -59,7 +60,7 @@ def main() -> None:
     else:
         phase, start = (WINDOWS, None) if options.step == "windows" else (WHOLE, run / "windows")
         phase = phase.stopping_after(options.updates)
-        launch(options.workers, train_transformer, run / options.step, phase, start)
+        launch(options.workers, train_transformer, run / options.step, phase, options.start or start)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ class TextEncoders:
 def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> None:
     """Runs one phase and writes `last.pt` (to go on from) and `ema/` (to use) into `folder`.
 
-    Resumes from `folder/last.pt` where it exists; otherwise starts from the phase in the folder `start`, or afresh.
+    Resumes from `folder/last.pt` where it exists; otherwise starts from the folder `start`, of a phase or of weights
+    alone, or afresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "phase.json").write_text(json.dumps(asdict(phase), indent=1))
@@ -236,6 +237,11 @@ def _resume(folder: Path, start: Path | None, learner, average, optimizers) -> i
     """Loads the phase's last checkpoint and returns its update; else the one to start from, moments too: 0."""
     resumed = (folder / "last.pt").exists()
     if not resumed and start is None:
+        return 0
+    if start is not None and not resumed and not (start / "last.pt").exists():
+        weights = FluxTransformer2DModel.from_pretrained(start).state_dict()
+        learner.transformer.load_state_dict(weights)
+        average.load_state_dict(weights)
         return 0
     state = torch.load((folder if resumed else start) / "last.pt", weights_only=True)
     learner.load_state_dict(state["learner"])
