@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.cases import kernels
 from benchmarks.registry import Options, find_cases, percentiles
 from jitaccel import provenance
 
@@ -101,3 +102,35 @@ def test_provenance_names_device_versions_and_commit(monkeypatch: pytest.MonkeyP
     assert all(str(origin[name]) for name in ("device", "commit", "python", "diffusers"))
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() == "no commit"
+
+
+@pytest.mark.parametrize("grid", [(10, 12), (3, 8, 9)])
+def test_released_operations_compute_what_the_operators_do(grid: tuple[int, ...]) -> None:
+    options = Options(device=torch.device("cpu"), repeat=1, seed=0)
+    x = kernels.make_inputs(grid, 16, 0.4, torch.float32, options)
+    places = torch.stack(torch.unravel_index(torch.arange(x.state.shape[1]), grid), dim=-1)
+    maps = (x.nearest[0], kernels.released_nearest(x))
+    ours, released = ((places - places[x.anchors[0, at]]).square().sum(dim=1) for at in maps)
+    assert torch.equal(ours, released)  # of equally near ones the matrix takes any
+    importance = kernels.released_importance(x)
+    torch.testing.assert_close(importance, x.importance, rtol=1e-4, atol=1e-5)
+    assert set(kernels.released_activate(x).tolist()) == set(x.tokens[0].tolist())
+
+
+def test_kernels_are_measured_beside_the_released_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(kernels.GRIDS, "32", (6, 8))
+    monkeypatch.setattr(kernels, "CHANNELS", (8,))
+    monkeypatch.setattr(kernels, "DENSITIES", (0.4,))
+    monkeypatch.setattr(kernels, "_compiled_seconds", lambda *_: None)
+    assert main(["kernels", "--size", "32", "--repeat", "2", "--json", str(tmp_path / "rows.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["operator"] for row in rows] == [kernel.name for kernel in kernels.KERNELS]
+    for row in rows:
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["memory_limit_ms"] > 0
+        lifts = row["operator"].startswith("lift")
+        assert (row["plan_share_ms"] > 0) == lifts
+        if row["released_ms"] is not None:
+            charged = row["median_ms"] + row["plan_share_ms"]
+            assert row["speedup_to_released"] == pytest.approx(row["released_ms"] / charged, rel=1e-3)
