@@ -99,8 +99,11 @@ class VelocityRoute:
     def _find(self, call: ModelCall, level: float) -> Generation | None:
         """Returns the generation that this call belongs to, in its next step where it is due, or None for a new one."""
         known = [g for g in self._generations if g.seen.shape == call.state.shape and g.level >= level]
-        for place, kind in zip(*self._nearest(known, call.state, level), strict=True):
+        likely = self._nearest(known, call.state, level)
+        for place, kind in likely:
             generation = known[place]
+            if kind == "twin" and any(other != place and what == "next" for other, what in likely):
+                continue  # the same picture made once more: it has a generation of its own
             if kind == "branch":
                 return generation
             if kind == "restart":
@@ -118,7 +121,7 @@ class VelocityRoute:
                 return generation
         return None
 
-    def _nearest(self, known: list[Generation], state: Tensor, level: float) -> tuple[list[int], list[str]]:
+    def _nearest(self, known: list[Generation], state: Tensor, level: float) -> list[tuple[int, str]]:
         """Returns which of the generations the state may belong to, the most likely first, and as what.
 
         "branch": the state of the step under way (guidance). "next": of the next one. "restart": the generation's own
@@ -135,14 +138,14 @@ class VelocityRoute:
             if generation.may_go_to(level):
                 options.append((place, "next", _distance(state, generation.expected(level))))
         if not options:
-            return [], []
+            return []
         distances = torch.stack([distance for *_, distance in options]).tolist()
         likely = sorted(
             (distance, k)
             for k, distance in enumerate(distances)
             if distance < (1.0 if options[k][1] in ("branch", "restart") else _UNRELATED)
         )
-        return [options[k][0] for _, k in likely], [options[k][1] for _, k in likely]
+        return [(options[k][0], options[k][1]) for _, k in likely]
 
     def _begin(self, call: ModelCall, level: float) -> Generation:
         step = self._clock.follow(None, level)
@@ -179,7 +182,14 @@ def _differs(state: Tensor, other: Tensor) -> Tensor:
 
 
 def _distance(state: Tensor, expected: Tensor) -> Tensor:
-    """Returns the squared distance of two states, over the sum of both mean squares: about 1 for unrelated ones."""
+    """Returns the squared distance of two states, over the sum of both mean squares: about 1 for unrelated ones.
+
+    A state that is not finite continues, before any other, what was expected not to be: its generation says at which
+    step that began.
+    """
     state = state.float()
     scale = state.square().mean() + expected.square().mean()
-    return (state - expected).square().mean() / scale.clamp(min=1e-12)
+    distance = (state - expected).square().mean() / scale.clamp(min=1e-12)
+    is_finite, is_expected = state.isfinite().all(), expected.isfinite().all()
+    lost = torch.where(is_expected, 0.5, 0.0)
+    return torch.where(is_finite, torch.where(is_expected, distance, 1.0), lost)

@@ -475,6 +475,25 @@ def test_failure_of_one_image_leaves_the_others_alone(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_state_that_is_not_finite_belongs_to_the_image_that_broke(loop: Loop, given: bool) -> None:
+    levels, starts = LEVELS["7x"], [tiny.start(1), tiny.start(2)]
+    with jitaccel.apply(loop.model, "7x", noise_levels=levels if given else None):
+        expected = alone(loop, levels, starts)[0]
+        states = [loop.run(levels, start, steps=2)[-1] for start in starts]
+        states[1] = states[1] + torch.nan
+        for level, next_level in pairwise(levels[2:5]):  # to the end of the first stage
+            for k in (0, 1):
+                states[k] = states[k] + (next_level - level) * loop.velocity(states[k], level)
+        states[0] = states[0] + (levels[5] - levels[4]) * loop.velocity(states[0], levels[4])
+        with pytest.raises(jitaccel.NonFiniteVelocityError, match="at step 2"):
+            loop.velocity(states[1], levels[4])
+        first = states[0]
+        for level, next_level in pairwise(levels[5:]):
+            first = first + (next_level - level) * loop.velocity(first, level)
+        assert torch.equal(first, expected)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_state_edited_between_steps_stays_one_generation(loop: Loop, given: bool) -> None:
     levels, mask = LEVELS["7x"], (torch.arange(tiny.NUM_TOKENS) % 2 == 0)[:, None]
     original, noise = tiny.start(8), tiny.start(0)
