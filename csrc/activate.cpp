@@ -6,9 +6,12 @@
 //
 // Layout: importance (B, N) float32, anchors (B, M) in; (B, count) out, rising. Images are independent.
 
-#include "blur.h"
+#include "check.h"
 
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
 
 namespace jitaccel {
 namespace {

@@ -31,20 +31,6 @@ struct Plan {
   int64_t nearest_of(int64_t b, int64_t n) const { return nearest[b * grid.size() + n]; }
 };
 
-inline void check_rising(const char* op, const char* name, const int64_t* rows, int64_t batch, int64_t count,
-                         int64_t size) {
-  for (int64_t b = 0; b < batch; ++b) {
-    int64_t last = -1;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = rows[b * count + i];
-      if (token <= last || token >= size)
-        fail(op, name, text("rise strictly within 0..", size - 1), text(token, " after ", last, " in image ", b),
-             "sort them and check the grid");
-      last = token;
-    }
-  }
-}
-
 // Contiguous tensors in, checked down to their values; they must outlive the plan.
 inline Plan make_plan(const char* op, const Grid& grid, const Tensor& nearest, const Tensor& anchors,
                       const Tensor& weights) {

@@ -149,6 +149,21 @@ inline int64_t check_activation(const char* op, const Tensor& importance, const 
   return inactive;
 }
 
+// The rows (B, count) of a contiguous tensor on the CPU, checked down to their values.
+inline void check_rising(const char* op, const char* name, const int64_t* rows, int64_t batch, int64_t count,
+                         int64_t size) {
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t last = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = rows[b * count + i];
+      if (token <= last || token >= size)
+        fail(op, name, text("rise strictly within 0..", size - 1), text(token, " after ", last, " in image ", b),
+             "sort them and check the grid");
+      last = token;
+    }
+  }
+}
+
 inline void check_weight(const char* op, double weight) {
   if (!(weight >= 0.0 && weight <= 1.0))
     fail(op, "weight", "be in [0, 1]", text(weight), "take it from JiTConfig.move_weight");

@@ -10,7 +10,7 @@
 // The last two terms are zero away from the border, and at it they are not small differences.
 // Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D in (neighbours come from cache), N out.
 
-#include "blur.h"
+#include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 

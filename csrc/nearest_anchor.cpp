@@ -7,10 +7,11 @@
 // Layout: anchors (B, M) in; out (B, N), the index among the M anchors. Two pairs of arrays (distance, anchor) of N
 // beside, no N x M matrix. On the grids of this method an anchor is never far: two or three offsets.
 
-#include "blur.h"
+#include "check.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import ops
 from .errors import NonFiniteVelocityError
-from .ops.schema import check_activate
 
 
 def first_anchors(grid: tuple[int, int], count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -63,7 +62,6 @@ def activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
 
     Raises NonFiniteVelocityError where importance is not finite.
     """
-    check_activate("activate", importance, anchors, count)
     if not torch.isfinite(importance).all():
         images = (~torch.isfinite(importance)).any(dim=1).nonzero().squeeze(1).tolist()
         raise NonFiniteVelocityError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from jitaccel.clock import Step, is_rounding_of
@@ -121,7 +122,8 @@ class Generation:
                 share = self._owed / (now.step.next_level - now.step.noise_level)
                 velocity = (velocity.float() + share).to(velocity.dtype)
             now.calls += 1
-            got = velocity.detach().float()
+            # A copy: the loop may go on to write what it got.
+            got = velocity.detach().to(torch.float32, copy=True)
             now.returned = got if now.returned is None else now.returned + got
         return velocity
 

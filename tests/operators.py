@@ -34,10 +34,6 @@ class Fields:
     weights: Tensor
     levels: Tensor
 
-    def to(self, device: str) -> Fields:
-        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
-        return Fields(**moved)
-
     def double(self) -> Fields:
         """Returns the same in float64, but for weights, levels and importance."""
         kept = ("weights", "levels", "importance")

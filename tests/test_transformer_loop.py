@@ -430,6 +430,22 @@ def test_images_in_turn_on_levels_that_nobody_told_are_the_images_alone(loop: Lo
     assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_velocities_that_the_loop_writes_are_remembered_as_they_were(loop: Loop, given: bool) -> None:
+    levels, starts = LEVELS["7x"], [tiny.start(1), tiny.start(2)]
+    with jitaccel.apply(loop.model, "7x", noise_levels=levels if given else None) as handle:
+        expected = alone(loop, levels, starts)
+        states = [start.clone() for start in starts]
+        for level, next_level in pairwise(levels):
+            for k, state in enumerate(states):
+                velocity = loop.velocity(state, level)
+                states[k] = state + (next_level - level) * velocity
+                velocity.fill_(torch.nan)  # a buffer that is used again
+        assert handle.stats().generations == 4
+    for state, single in zip(states, expected, strict=True):
+        assert torch.equal(state, single)
+
+
 def test_images_of_different_shape_taken_in_turn_are_the_images_alone(loop: Loop) -> None:
     levels = noise_levels(SHORT)
     starts = [tiny.start(1), torch.cat([tiny.start(2), tiny.start(3)])]

@@ -19,6 +19,7 @@ from . import reference, schema
 
 _COMPILED: dict[str, Path] = {}
 _MISSING: dict[str, str] = {}
+_NO_CUDA = "torch is built without CUDA"  # the one reason that needs no warning
 
 
 def compiled() -> dict[str, Path]:
@@ -33,7 +34,7 @@ def missing() -> dict[str, str]:
 
 def _load(kind: str) -> None:
     if kind == "cuda" and torch.version.cuda is None:  # a property of the build: asking the driver would wake it
-        _MISSING[kind] = "torch is built without CUDA"
+        _MISSING[kind] = _NO_CUDA
         return
     folder = os.environ.get("JITACCEL_LIBRARIES")
     path = library_path(kind, Path(folder) if folder else None)
@@ -49,7 +50,7 @@ def _load(kind: str) -> None:
 
 
 def _warn() -> None:
-    wanted = {kind: why for kind, why in _MISSING.items() if why != "torch is built without CUDA"}
+    wanted = {kind: why for kind, why in _MISSING.items() if why != _NO_CUDA}
     if wanted:
         reasons = "; ".join(f"{kind}: {why}" for kind, why in wanted.items())
         warnings.warn(

@@ -126,7 +126,7 @@ def check_levels(operator: str, levels: Tensor, device: torch.device) -> None:
 
 def check_out(operator: str, name: str, out: Tensor) -> None:
     """Raises ValueError unless `out`, which is written, is contiguous."""
-    if not (out.is_contiguous()):
+    if not out.is_contiguous():
         _refuse(operator, name, "be contiguous", f"strides {out.stride()}", "pass a fresh buffer")
 
 
@@ -136,8 +136,8 @@ def check_device(operator: str, name: str, tensor: Tensor, device: torch.device)
         _refuse(operator, name, f"be on {device}", tensor.device, "move it there")
 
 
-def check_count(operator: str, importance: Tensor, anchors: Tensor, count: int) -> None:
-    """Raises ValueError unless `count` tokens of `importance` (B, N) are not in `anchors` (B, M)."""
+def check_activate(operator: str, importance: Tensor, anchors: Tensor, count: int) -> None:
+    """Raises ValueError unless the arguments of `activate` fit: `count` tokens of (B, N) are none of (B, M) anchors."""
     if not (importance.ndim == 2 and anchors.ndim == 2 and importance.shape[0] == anchors.shape[0]):
         _refuse(
             operator, "importance and anchors", "be (B, N) and (B, M)",
@@ -203,11 +203,6 @@ def check_importance(operator: str, velocity: Tensor, grid: Sequence[int], windo
     check_grid(operator, grid)
     check_velocity(operator, velocity, grid)
     check_window(operator, window)
-
-
-def check_activate(operator: str, importance: Tensor, anchors: Tensor, count: int) -> None:
-    """Raises ValueError unless the arguments of `activate` fit."""
-    check_count(operator, importance, anchors, count)
 
 
 def check_micro_flow_into(
