@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import apply, embedded_model
+    from .batch import Outcome, Request, generate_batch
     from .config import PRESETS, JiTConfig
     from .errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
     from .handle import Handle
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": "api",
     "embedded_model": "api",
+    "Outcome": "batch",
+    "Request": "batch",
+    "generate_batch": "batch",
     "JiTConfig": "config",
     "PRESETS": "config",
     "ConfigError": "errors",
@@ -46,10 +50,13 @@ __all__ = [
     "Handle",
     "JiTConfig",
     "NonFiniteVelocityError",
+    "Outcome",
+    "Request",
     "Stats",
     "UnsupportedModelError",
     "apply",
     "embedded_model",
+    "generate_batch",
     "noise_levels",
 ]
 

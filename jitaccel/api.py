@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import JiTConfig, resolve
 from .errors import ConfigError
+from .execution import Attention, Execution, Mode
 from .handle import Handle
 
 
@@ -18,6 +19,9 @@ def apply(
     preset: str | JiTConfig = "7x",
     *,
     noise_levels: Sequence[float] | None = None,
+    execution: Mode = "auto",
+    attention: Attention = "auto",
+    strict: bool = False,
     **overrides: Any,
 ) -> Handle:
     """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
@@ -30,6 +34,12 @@ def apply(
     preset: "4x", "7x", "dense", or a JiTConfig.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
+    execution: "packed" runs all images of a batch, and both branches of true CFG, in one forward on one packed
+        sequence; "indexed" runs the model's own forward on the anchors; "auto" packs what it covers.
+        `handle.stats()` says which, and why.
+    attention: what packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers" or
+        "sdpa".
+    strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
     Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
@@ -38,7 +48,8 @@ def apply(
 
     config = resolve(preset, **overrides)
     levels = None if noise_levels is None else _checked_levels(noise_levels)
-    return patches.find(target).apply(target, config, levels)
+    how = Execution(execution=execution, attention=attention, strict=strict)
+    return patches.find(target).apply(target, config, levels, how)
 
 
 def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:

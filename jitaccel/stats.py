@@ -36,6 +36,7 @@ class StepStats:
 class Stats:
     """The last generation. `flops` count every image of the batch; `dense_step_flops` is one dense step of it.
 
+    `execution`: "packed" or "indexed". `attention`: the backend of packed execution, None for the model's own.
     `anchors`: of each stage that ran, (B, M) raster indices, on the device that computed.
     """
 
@@ -44,6 +45,7 @@ class Stats:
     notes: tuple[str, ...]
     config: JiTConfig
     generations: int
+    attention: str | None = None
     batch: int = 0
     grid: tuple[int, int] = (0, 0)
     text_tokens: int = 0
@@ -80,7 +82,8 @@ class Stats:
         return tuple(sum(s.network_s + s.outside_s for s in self.steps if s.stage == k) for k in stages)
 
     def __str__(self) -> str:
-        lines = [f"{self.codebase}, {self.execution} execution, {self.generations} generations"]
+        how = f"{self.execution} execution" + (f" with {self.attention}" if self.attention else "")
+        lines = [f"{self.codebase}, {how}, {self.generations} generations"]
         lines += [f"note: {note}" for note in self.notes]
         if not self.steps:
             return "\n".join(lines)
@@ -163,12 +166,20 @@ def summarize(
     *,
     codebase: str,
     execution: str,
+    attention: str | None,
     notes: tuple[str, ...],
     config: JiTConfig,
     generations: int,
 ) -> Stats:
     """Returns the statistics of what a recorder saw; without one, those of a patch that has not run."""
-    ran = Stats(codebase=codebase, execution=execution, notes=notes, config=config, generations=generations)
+    ran = Stats(
+        codebase=codebase,
+        execution=execution,
+        attention=attention,
+        notes=notes,
+        config=config,
+        generations=generations,
+    )
     if recorder is None:
         return ran
     height, width = recorder.grid

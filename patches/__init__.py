@@ -11,18 +11,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jitaccel.batch import Outcome
 from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
+from jitaccel.execution import Execution
 from jitaccel.handle import Handle
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """How one codebase is patched. `matches` must not import it; `apply` gets target, settings and known levels."""
+    """How one codebase is patched. `matches` must not import it.
+
+    apply: gets target, settings, known levels and execution. generate_batch: gets pipeline, requests with their
+    settings, execution and the kind of output; None where there is none.
+    """
 
     name: str
     matches: Callable[[Any], bool]
-    apply: Callable[[Any, JiTConfig, tuple[float, ...] | None], Handle]
+    apply: Callable[[Any, JiTConfig, tuple[float, ...] | None, Execution], Handle]
+    generate_batch: Callable[..., list[Outcome]] | None = None
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
@@ -31,17 +38,14 @@ def is_instance_of(target: Any, package: str, *names: str) -> bool:
     Looks through `torch.compile`'s wrapper. Imports nothing.
     """
     target = getattr(target, "_orig_mod", target)
-    return any(
-        kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in type(target).__mro__
-    )
+    return any(kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in type(target).__mro__)
 
 
-def _lazily(module: str, function: str) -> Callable[..., Handle]:
-    def apply(*args: Any) -> Handle:
-        patch: Callable[..., Handle] = getattr(importlib.import_module(module, __name__), function)
-        return patch(*args)
+def _lazily(module: str, function: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module, __name__), function)(*args)
 
-    return apply
+    return call
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -49,6 +53,7 @@ PATCHES: tuple[Patch, ...] = (
         name="diffusers FluxPipeline",
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
         apply=_lazily(".diffusers_flux", "apply_to_pipeline"),
+        generate_batch=_lazily(".flux_batch", "generate_batch"),
     ),
     Patch(
         name="diffusers FluxTransformer2DModel",

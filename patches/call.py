@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -35,3 +36,16 @@ class ModelCall:
             text_tokens=self.text_tokens,
             device=self.state.device,
         )
+
+
+class Calls(Protocol):
+    """Who runs a codebase's network for a route, and what statistics say of it."""
+
+    @property
+    def execution(self) -> str: ...
+
+    @property
+    def attention(self) -> str | None: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...

@@ -11,13 +11,36 @@ from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 
 def calling_pipeline() -> Any:
     """Returns the innermost pipeline on this thread's call stack, or None: somebody's own loop."""
+    frame = _calling_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _calling_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if "self" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame.f_locals["self"]
+            return frame
         frame = frame.f_back
     return None
+
+
+def unguided_branch() -> dict[str, Tensor] | None:
+    """Returns what the calling pipeline's second call of each step will ask (true CFG), or None where it makes none.
+
+    Read off the pipeline's own variables; who relies on it compares it with the call when that comes.
+    """
+    frame = _calling_frame()
+    if frame is None or not frame.f_locals.get("do_true_cfg"):
+        return None
+    names = {
+        "encoder_hidden_states": "negative_prompt_embeds",
+        "pooled_projections": "negative_pooled_prompt_embeds",
+        "txt_ids": "negative_text_ids",
+    }
+    found = {argument: frame.f_locals.get(name) for argument, name in names.items()}
+    return found if all(isinstance(tensor, Tensor) for tensor in found.values()) else None  # type: ignore[return-value]

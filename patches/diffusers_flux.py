@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.execution import Execution
 from jitaccel.flops import flux_flops
 from jitaccel.handle import Handle
 from jitaccel.run import Run
@@ -22,11 +23,13 @@ from jitaccel.run import Run
 from . import is_instance_of
 from .call import ModelCall
 from .caller import calling_pipeline
+from .packed_calls import FluxCalls
 from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
 from .velocity_route import VelocityRoute
 
 _HOOK = "jitaccel"
 _PARAMETERS = inspect.signature(FluxTransformer2DModel.forward)
+_ATTENTION_ARGUMENTS = ("scale", "ip_adapter_image_embeds")  # those that any subset of the tokens may have
 _PER_IMAGE = ("encoder_hidden_states", "pooled_projections", "timestep", "guidance")
 _NOT_YET = {
     "controlnet_block_samples": "ControlNet residuals",
@@ -34,18 +37,21 @@ _NOT_YET = {
 }
 
 
-def apply_to_pipeline(pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None) -> Handle:
+def apply_to_pipeline(
+    pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+) -> Handle:
     """Returns the handle of a patched `FluxPipeline`."""
     if levels is not None:
         raise ConfigError(
             "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
-    _check_pipeline(pipeline)
+    check_pipeline(pipeline)
+    calls = FluxCalls(pipeline.transformer, config, execution, _run_indexed)
     for old in _handles_of(pipeline):
         old.remove()
     _refuse_shared_scheduler(pipeline)
-    route = SchedulerRoute(pipeline, config, codebase=f"diffusers {type(pipeline).__name__}")
+    route = SchedulerRoute(pipeline, config, codebase=f"diffusers {type(pipeline).__name__}", calls=calls)
     handle = Handle(pipeline, route)
     _install(pipeline.transformer, handle, route)
     route.install(handle)
@@ -57,7 +63,7 @@ def _handles_of(pipeline: Any) -> list[Handle]:
 
     Found at the transformer or at the scheduler: either may have been replaced since.
     """
-    hook = _hook_of(pipeline.transformer)
+    hook = hook_of(pipeline.transformer)
     found = [*hook.handles.values()] if hook else []
     if (handle := handle_of(pipeline.scheduler)) is not None:
         found.append(handle)
@@ -69,12 +75,15 @@ def _handles_of(pipeline: Any) -> list[Handle]:
     ]
 
 
-def apply_to_transformer(transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None) -> Handle:
+def apply_to_transformer(
+    transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+) -> Handle:
     """Returns the handle of a patched transformer that somebody's own loop calls."""
     if problems := _model_problems(transformer):
         raise UnsupportedModelError(_explain(transformer, problems))
-    route = VelocityRoute(config, levels, codebase=f"diffusers {type(transformer).__name__}")
-    hook = _hook_of(transformer)
+    calls = FluxCalls(transformer, config, execution, _run_indexed)
+    route = VelocityRoute(config, levels, codebase=f"diffusers {type(transformer).__name__}", calls=calls)
+    hook = hook_of(transformer)
     for other in hook.routes if hook else ():
         if isinstance(other, VelocityRoute):
             hook.handles[other].remove()
@@ -108,7 +117,7 @@ class _Hook(ModelHook):  # type: ignore[misc]
         arguments = dict(_PARAMETERS.bind(module, *args, **kwargs).arguments)
         del arguments["self"]
         try:
-            velocity = route.forward(_model_call(module, original, arguments))
+            velocity = route.forward(_model_call(module, self, original, route.calls, arguments))
         except BaseException:
             route.abandon()
             raise
@@ -124,7 +133,7 @@ class _Hook(ModelHook):  # type: ignore[misc]
 
 
 def _install(transformer: Any, handle: Handle, route: Any) -> None:
-    hook = _hook_of(transformer)
+    hook = hook_of(transformer)
     if hook is None:
         hook = _Hook()
         hook.before = {name: vars(transformer).get(name) for name in ("forward", "_diffusers_hook")}
@@ -152,12 +161,14 @@ def _uninstall(transformer: Any, hook: Any, route: Any) -> None:
             vars(transformer)[name] = value
 
 
-def _hook_of(transformer: Any) -> Any:
+def hook_of(transformer: Any) -> Any:
+    """Returns jitaccel's hook on a transformer, or None."""
     registry = vars(transformer).get("_diffusers_hook")
     return None if registry is None else registry.get_hook(_HOOK)
 
 
-def _check_pipeline(pipeline: Any) -> None:
+def check_pipeline(pipeline: Any) -> None:
+    """Raises UnsupportedModelError with every reason why a pipeline cannot be accelerated correctly."""
     problems = []
     if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
         problems.append(
@@ -183,8 +194,6 @@ def _model_problems(transformer: Any) -> list[str]:
         )
     if getattr(transformer, "is_cache_enabled", False):
         problems.append("transformer must have no cache enabled, got one: call transformer.disable_cache() first")
-    if getattr(transformer, "encoder_hid_proj", None) is not None:
-        problems.append("transformer must have no IP-Adapter loaded, got one, which is not accelerated yet")
     return problems
 
 
@@ -200,7 +209,9 @@ def _refuse_shared_scheduler(pipeline: Any) -> None:
         )
 
 
-def _model_call(module: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> ModelCall:
+def _model_call(
+    module: Any, hook: Any, original: Callable[..., Any], calls: FluxCalls, arguments: dict[str, Any]
+) -> ModelCall:
     _refuse_arguments(module, arguments)
     state = arguments["hidden_states"]
     return ModelCall(
@@ -209,14 +220,14 @@ def _model_call(module: Any, original: Callable[..., Any], arguments: dict[str, 
         cost=functools.partial(flux_flops, module.config),
         grid=lambda: grid_of_ids(arguments["img_ids"], state.shape[1]),
         noise_level=lambda: _single_level(arguments["timestep"]),
-        evaluate=functools.partial(_evaluate, original, arguments),
+        evaluate=functools.partial(calls.evaluate, module, hook, original, arguments),
     )
 
 
 def _refuse_arguments(module: Any, arguments: Mapping[str, Any]) -> None:
     found = {reason for name, reason in _NOT_YET.items() if arguments.get(name) is not None}
     extra = arguments.get("joint_attention_kwargs") or {}
-    found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name != "scale"}
+    found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in _ATTENTION_ARGUMENTS}
     if getattr(module, "is_cache_enabled", False):
         found.add("a cache enabled on the transformer")
     if found:
@@ -264,7 +275,7 @@ def _single_level(timestep: Tensor) -> float:
     return float(levels[0])
 
 
-def _evaluate(original: Callable[..., Any], arguments: dict[str, Any], run: Run, state: Tensor) -> Tensor:
+def _run_indexed(original: Callable[..., Any], arguments: dict[str, Any], run: Run, state: Tensor) -> Tensor:
     """Runs the model on the run's anchors of a state; image by image where their anchors differ."""
     if run.is_dense:
         return _velocity(original, arguments, hidden_states=state)
@@ -289,8 +300,16 @@ def _evaluate(original: Callable[..., Any], arguments: dict[str, Any], run: Run,
 def _of_image(arguments: Mapping[str, Any], image: int) -> dict[str, Any]:
     present = ((name, arguments.get(name)) for name in _PER_IMAGE)
     # One row serves every image of a batch, as it does in the model.
-    rows = ((name, value) for name, value in present if value is not None)
-    return {name: value[image : image + 1] if value.shape[0] > 1 else value for name, value in rows}
+    rows: dict[str, Any] = {name: _row(value, image) for name, value in present if value is not None}
+    extra = arguments.get("joint_attention_kwargs") or {}
+    if "ip_adapter_image_embeds" in extra:
+        embeds = [_row(adapter, image) for adapter in extra["ip_adapter_image_embeds"]]
+        rows["joint_attention_kwargs"] = {**extra, "ip_adapter_image_embeds": embeds}
+    return rows
+
+
+def _row(values: Tensor, image: int) -> Tensor:
+    return values[image : image + 1] if values.shape[0] > 1 else values
 
 
 def _velocity(original: Callable[..., Any], arguments: dict[str, Any], **changed: Any) -> Tensor:

@@ -134,15 +134,35 @@ class Generation:
     def _settle(self, state: Tensor, step: Step) -> None:
         """Takes stock of the step that the loop has made: the guided velocity it used, and what it paid of the move."""
         last = self._now.step
-        made, predicted = step.noise_level - last.noise_level, last.next_level - last.noise_level
-        if last.may_end_stage and made and (self._now.calls > 1 or _has_twins(self.seen)):
-            velocity = (state.float() - self.seen.float()) / made
+        rounded, predicted = step.noise_level - last.noise_level, last.next_level - last.noise_level
+        needed = last.may_end_stage or self._owed is not None
+        is_guided = needed and (self._now.calls > 1 or _has_twins(self.seen))
+        if last.may_end_stage and rounded and is_guided:
+            velocity = (state.float() - self.seen.float()) / rounded
             if self._owed is not None:
                 velocity = velocity - self._owed / predicted
             self._run.remember(last, self._now.entered, velocity.to(state.dtype))
         if self._owed is not None:
+            made = rounded if is_guided else _step_made(self._now, state, rounded)
             rest = 1.0 - made / predicted
             self._owed = None if abs(rest) < 1e-6 else self._owed * rest
+
+
+def _step_made(visit: _Visit, state: Tensor, rounded: float) -> float:
+    """Returns the length of the unguided step from `visit` to `state` (B, N, D); `rounded`: the one its levels tell.
+
+    Half precision rounds a level by up to a third of a short step. The step is then the least-squares fit of
+    `state = seen + made * returned`, where that leaves no more than rounding, and levels may be rounded by so much.
+    `rounded` stays where it explains the state too, or where neither does: the loop edited it. Waits for the device.
+    """
+    if visit.returned is None or state.dtype not in (torch.bfloat16, torch.float16):
+        return rounded
+    norm, eps = torch.linalg.vector_norm, torch.finfo(state.dtype).eps
+    state = state.detach().float()
+    moved, bound = state - visit.seen.float(), 0.5 * eps * norm(state)
+    fitted = float((moved * visit.returned).sum() / visit.returned.square().sum())
+    lengths = (rounded, fitted) if abs(fitted - rounded) <= 2.0 * eps * visit.level else (rounded,)
+    return next((made for made in lengths if norm(moved - made * visit.returned) <= bound), rounded)
 
 
 def _has_twins(state: Tensor) -> bool:

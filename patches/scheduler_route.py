@@ -24,7 +24,7 @@ from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 from jitaccel.stats import Recorder, Stats, summarize
 
-from .call import ModelCall
+from .call import Calls, ModelCall
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ _SCHEDULER_STATE = ("sigmas", "timesteps", "num_inference_steps", "_step_index",
 class SchedulerRoute:
     """The generations of one pipeline, one at a time. `codebase` names it in statistics."""
 
-    def __init__(self, pipeline: Any, config: JiTConfig, codebase: str) -> None:
+    def __init__(self, pipeline: Any, config: JiTConfig, codebase: str, calls: Calls) -> None:
         self.config = config
+        self.calls = calls
         self._pipeline = weakref.ref(pipeline)
         self._transformer = weakref.ref(pipeline.transformer)
         self._scheduler = pipeline.scheduler
@@ -92,8 +93,9 @@ class SchedulerRoute:
         return summarize(
             self._recorder,
             codebase=self._codebase,
-            execution="indexed",
-            notes=self._notes,
+            execution=self.calls.execution,
+            attention=self.calls.attention,
+            notes=(*self._notes, *self.calls.notes),
             config=self.config,
             generations=self._generations,
         )

@@ -17,7 +17,7 @@ from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError
 from jitaccel.stats import Recorder, Stats, summarize
 
-from .call import ModelCall
+from .call import Calls, ModelCall
 from .generation import Generation
 
 _MAX_IN_TURN = 64  # generations under way
@@ -30,8 +30,9 @@ _UNRELATED = 0.8
 class VelocityRoute:
     """The generations of one network. `levels`: of the loop, the final 0 included, or None."""
 
-    def __init__(self, config: JiTConfig, levels: tuple[float, ...] | None, codebase: str) -> None:
+    def __init__(self, config: JiTConfig, levels: tuple[float, ...] | None, codebase: str, calls: Calls) -> None:
         self.config = config
+        self.calls = calls
         if levels is None and (config.schedule == "native" or config.steps == "caller"):
             raise ConfigError(
                 f"apply: noise_levels must be given for a bare transformer with schedule={config.schedule!r}, "
@@ -64,8 +65,9 @@ class VelocityRoute:
         return summarize(
             self._recorder,
             codebase=self._codebase,
-            execution="indexed",
-            notes=self._notes(),
+            execution=self.calls.execution,
+            attention=self.calls.attention,
+            notes=(*self._notes(), *self.calls.notes),
             config=self.config,
             generations=self._begun,
         )

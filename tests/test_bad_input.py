@@ -237,13 +237,6 @@ def test_cache_enabled_afterwards_is_refused_at_the_call(pipe: Any) -> None:
         assert torch.equal(generate(pipe), sparse)
 
 
-def test_loaded_ip_adapter_is_refused(target: Any) -> None:
-    transformer = getattr(target, "transformer", target)
-    transformer.encoder_hid_proj = torch.nn.Identity()
-    with refused(UnsupportedModelError, "no IP-Adapter loaded"):
-        jitaccel.apply(target)
-
-
 # Calls
 
 
@@ -252,7 +245,6 @@ def test_loaded_ip_adapter_is_refused(target: Any) -> None:
     [
         ({"controlnet_block_samples": [torch.zeros(1)]}, ("ControlNet residuals",)),
         ({"controlnet_single_block_samples": [torch.zeros(1)]}, ("ControlNet residuals",)),
-        ({"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.zeros(1)]}}, ("'ip_adapter_image_embeds'",)),
         ({"joint_attention_kwargs": {"attention_mask": torch.ones(1)}}, ("'attention_mask'",)),
     ],
 )
@@ -263,13 +255,6 @@ def test_arguments_that_are_not_accelerated_are_refused(
         with refused(UnsupportedModelError, *words, "remove() the handle", model=model):
             call(model, **arguments)
         assert call(model).isfinite().all()
-
-
-def test_image_prompts_of_a_pipeline_are_refused(pipe: Any) -> None:
-    with jitaccel.apply(pipe, SHORT):
-        adapter = {"ip_adapter_image_embeds": [torch.zeros(1)]}
-        with refused(UnsupportedModelError, "'ip_adapter_image_embeds'", model=pipe.transformer):
-            generate(pipe, joint_attention_kwargs=adapter)
 
 
 def test_unknown_argument_of_a_call_is_not_swallowed(model: Any) -> None:

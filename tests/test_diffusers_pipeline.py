@@ -206,7 +206,7 @@ def test_decoded_picture_and_the_autoencoders_flags_are_the_users(pipe: Any) -> 
 def test_anchors_alone_enter_the_network(pipe: Any) -> None:
     config = SHORT
     counts = config.token_counts(tiny.NUM_TOKENS)
-    with jitaccel.apply(pipe, config), forwards(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, config, execution="indexed"), forwards(pipe.transformer) as seen:
         generate(pipe)
     assert [len(tokens) for tokens in seen] == [counts[0]] * 2 + [counts[1]] + [counts[2]] * 2
     assert all(set(a) <= set(b) for a, b in pairwise(seen))
@@ -218,7 +218,7 @@ def test_image_of_a_batch_is_the_image_alone(pipe: Any, call: dict[str, Any]) ->
     prompts, seeds = ["a red circle", "blue square", "green"], (5, 6, 7)
     call = {key: [value] * 3 if key == "negative_prompt" else value for key, value in call.items()}
     branches = 2 if call else 1
-    with jitaccel.apply(pipe, SHORT), forwards(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, SHORT, execution="indexed"), forwards(pipe.transformer) as seen:
         together = generate(pipe, seeds, prompt=prompts, **call)
         batched, seen[:] = list(seen), []
         for image, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -232,7 +232,7 @@ def test_image_of_a_batch_is_the_image_alone(pipe: Any, call: dict[str, Any]) ->
 
 def test_images_that_start_from_one_noise_are_the_images_alone(pipe: Any) -> None:
     prompts = ["a red circle", "blue square"]
-    with jitaccel.apply(pipe, SHORT), forwards(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, SHORT, execution="indexed"), forwards(pipe.transformer) as seen:
         together = generate(pipe, (5, 5), prompt=prompts)
         assert len(seen) < 2 * 2 + 2 + 2  # one batch as long as anchors are the same
         for image in range(2):
@@ -241,7 +241,7 @@ def test_images_that_start_from_one_noise_are_the_images_alone(pipe: Any) -> Non
 
 
 def test_images_of_a_batch_have_anchors_of_their_own(pipe: Any) -> None:
-    with jitaccel.apply(pipe, SHORT), forwards(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, SHORT, execution="indexed"), forwards(pipe.transformer) as seen:
         generate(pipe, (1, 2), prompt=["a red circle"] * 2)
     assert seen[0] != seen[1] and len(seen[0]) == len(seen[1])
 
@@ -263,7 +263,7 @@ def test_guided_branches_share_anchors_and_are_lifted_once(pipe: Any, monkeypatc
         return lift(values, plan)
 
     monkeypatch.setattr("jitaccel.lift.lift", counting)
-    with jitaccel.apply(pipe, SHORT) as handle, forwards(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, SHORT, execution="indexed") as handle, forwards(pipe.transformer) as seen:
         generate(pipe, **GUIDED)
     counts = SHORT.token_counts(tiny.NUM_TOKENS)
     assert lifted == [counts[0]] * 2 + [counts[1]] + [counts[2]] * 2
@@ -383,7 +383,7 @@ def test_callers_noise_is_not_written(pipe: Any) -> None:
 def test_number_of_steps_is_the_configurations_or_the_callers(
     pipe: Any, overrides: dict[str, Any], asked: int, steps: int
 ) -> None:
-    with jitaccel.apply(pipe, "7x", **overrides) as handle, forwards(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, "7x", **overrides, execution="indexed") as handle, forwards(pipe.transformer) as seen:
         calls: list[int] = []
         generate(pipe, num_inference_steps=asked, callback_on_step_end=lambda _, i, *__: calls.append(i) or {})  # type: ignore[func-returns-value]
         assert calls == list(range(steps)) and len(seen) == steps
@@ -431,7 +431,7 @@ def test_statistics_say_what_ran(pipe: Any) -> None:
     assert stats.dense_step_flops == 2 * cost(tiny.NUM_TOKENS, tiny.TEXT_TOKENS)
     assert stats.dense_steps == pytest.approx(stats.flops / stats.dense_step_flops)
     assert (stats.batch, stats.grid, stats.text_tokens) == (2, GRID, tiny.TEXT_TOKENS)
-    assert (stats.generations, stats.codebase, stats.execution) == (1, "diffusers FluxPipeline", "indexed")
+    assert (stats.generations, stats.codebase, stats.execution) == (1, "diffusers FluxPipeline", "packed")
     assert len(stats.stage_seconds) == 3
     assert sum(stats.stage_seconds) == pytest.approx(stats.network_s + stats.outside_s)
     assert all(step.network_s > 0 and step.outside_s > 0 for step in stats.steps)
@@ -589,7 +589,7 @@ def test_context_manager_removes_after_an_exception(pipe: Any) -> None:
 def test_remove_inside_a_generation_leaves_the_rest_dense(pipe: Any) -> None:
     plain = generate(pipe, num_inference_steps=5)
     for config in (DENSE, SHORT):
-        handle = jitaccel.apply(pipe, config)
+        handle = jitaccel.apply(pipe, config, execution="indexed")
 
         def remove(_: Any, step: int, *__: Any, handle: jitaccel.Handle = handle) -> dict[str, Any]:
             if step == 1:

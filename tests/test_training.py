@@ -86,6 +86,6 @@ def test_labels_say_what_is_drawn_where() -> None:
 
 
 def test_pictures_are_the_same_for_the_same_seed() -> None:
-    first, second = (Pictures(3, np.random.default_rng(5)) for _ in range(2))
+    first, second = (Pictures.random(3, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(first.tokens, second.tokens) and torch.equal(first.labels, second.labels)
     assert first.tokens.shape == (3, SIDE, SIDE, 32)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import PRESETS, ConfigError, JiTConfig, noise_levels
+from jitaccel.clock import Step
+from jitaccel.patches.generation import _step_made, _Visit
 from tests import reference, tiny
 from tests.tiny import GRID, SHORT, generate, relative_error
 
@@ -251,6 +253,75 @@ def test_owed_move_vanishes_on_levels_that_were_predicted_wrong(loop: Loop, leve
     assert errors[-1] < 1e-5
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["new states", "in place"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loop_in_half_precision_needs_not_tell_its_levels(dtype: torch.dtype, in_place: bool) -> None:
+    loop, start = Loop(dtype), torch.cat([tiny.start(1), tiny.start(2)])
+    with jitaccel.apply(loop.model, EXACT) as handle:
+        untold = loop.run(SHIFTED, start, in_place=in_place)[-1]
+        stages = [step.stage for step in handle.stats().steps]
+    ends = tuple(sum(stage <= last for stage in stages) / len(stages) for last in range(EXACT.num_stages))
+    same_stages = EXACT.replace(boundaries=ends, steps=len(stages))
+    with jitaccel.apply(loop.model, same_stages, noise_levels=SHIFTED) as handle:
+        told = loop.run(SHIFTED, start, in_place=in_place)[-1]
+        assert [step.stage for step in handle.stats().steps] == stages
+    error = torch.linalg.vector_norm(untold.float() - told.float()) / torch.linalg.vector_norm(told.float())
+    assert error < 2 * torch.finfo(dtype).eps
+
+
+PAINTED = (torch.arange(tiny.NUM_TOKENS) < tiny.NUM_TOKENS // 20)[:, None]
+EDITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda state, level: state,
+    "inpainting": lambda state, level: torch.where(
+        PAINTED, (1 - level) * tiny.start(8) + level * tiny.start(0), state.float()
+    ),
+    "inpainting with fresh noise": lambda state, level: torch.where(
+        PAINTED, (1 - level) * tiny.start(8) + level * tiny.start(int(1000 * level)), state.float()
+    ),
+    "scaling": lambda state, level: 0.99 * state.float(),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "order", "edit", "is_fitted"),
+    [
+        (torch.bfloat16, "none", "none", True),
+        (torch.float32, "none", "none", False),
+        (torch.bfloat16, "positive first", "none", False),
+        (torch.bfloat16, "batch", "none", False),
+        *((torch.bfloat16, "none", edit, False) for edit in EDITS if edit != "none"),
+    ],
+)
+def test_step_is_fitted_to_no_state_that_guidance_or_an_edit_made(
+    dtype: torch.dtype, order: str, edit: str, is_fitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(dtype)
+    loop.texts[1] = loop.texts[0]  # branches so alike that what they get does not tell of guidance
+
+    def image() -> Tensor:
+        state = tiny.start(0).to(dtype)
+        with jitaccel.apply(loop.model, EXACT) as handle:
+            for level, next_level in pairwise(SHIFTED):
+                velocity = loop.guided(state, level, order)
+                state = (state.float() + (next_level - level) * velocity.float()).to(dtype)
+                state = EDITS[edit](state, next_level).to(dtype)
+            assert handle.stats().generations == 1
+        return state
+
+    fitted = image()
+    monkeypatch.setattr("jitaccel.patches.generation._step_made", lambda visit, state, rounded: rounded)
+    assert torch.equal(fitted, image()) is not is_fitted
+
+
+@pytest.mark.parametrize(("off", "is_fitted"), [(0.007, True), (0.009, False)])
+def test_step_is_fitted_as_far_as_levels_are_rounded(off: float, is_fitted: bool) -> None:
+    seen, velocity, length = tiny.start(1).bfloat16(), tiny.start(2), -0.04
+    step = Step(index=3, stage=1, noise_level=0.5, next_level=0.45, may_end_stage=True)
+    visit = _Visit(step=step, level=0.5, seen=seen, entered=seen, calls=1, returned=velocity)
+    state = (seen.float() + length * velocity).bfloat16()
+    assert _step_made(visit, state, length + off) == pytest.approx(length + (0.0 if is_fitted else off), abs=2e-4)
+
+
 def test_given_levels_of_another_schedule_make_the_references_image(loop: Loop) -> None:
     with jitaccel.apply(loop.model, EXACT, noise_levels=SHIFTED):
         states = loop.run(SHIFTED, tiny.start())
@@ -345,7 +416,8 @@ def test_loop_with_more_steps_than_predicted_stays_one_generation(loop: Loop) ->
 @pytest.mark.parametrize("at", [0, 4])
 def test_level_that_is_not_one_of_those_given_raises(loop: Loop, at: int) -> None:
     levels = LEVELS["7x"]
-    with jitaccel.apply(loop.model, "7x", noise_levels=levels), tiny.forwards(loop.model) as seen:
+    handle = jitaccel.apply(loop.model, "7x", noise_levels=levels, execution="indexed")
+    with handle, tiny.forwards(loop.model) as seen:
         state = loop.run(levels, tiny.start(), steps=at)[-1] if at else tiny.start()
         seen.clear()
         with pytest.raises(ConfigError, match=r"noise_levels given to apply, got level 0\.5"):
@@ -391,8 +463,7 @@ def alone(loop: Loop, levels: Sequence[float], starts: Sequence[Tensor], **optio
         for k in range(len(starts))
     ]
     return [
-        in_turn(loop, levels, [start], delays=(0,), **single)[0]
-        for start, single in zip(starts, singles, strict=True)
+        in_turn(loop, levels, [start], delays=(0,), **single)[0] for start, single in zip(starts, singles, strict=True)
     ]
 
 

@@ -31,7 +31,17 @@ from .transformer import Phase, train_transformer
 TEXT_UPDATES = 1400
 DECODER_UPDATES = 600
 WINDOWS = Phase(window_tokens=256, num_pictures=12_000, batch=16, updates=3_040, alignment=0.5)
-WHOLE = Phase(window_tokens=None, num_pictures=6_000, batch=8, updates=1_300, alignment=0.2, decay_updates=650, seed=1)
+WHOLE = Phase(
+    window_tokens=None,
+    num_pictures=10_000,
+    batch=8,
+    updates=2_400,
+    alignment=0.3,
+    decay_updates=1_000,
+    half_share=0.5,
+    level_mean=1.6,
+    seed=2,
+)
 
 
 def main() -> None:

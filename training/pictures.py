@@ -18,18 +18,18 @@ from jitaccel.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene,
 from .patch_encoder import encode_tokens
 
 SIDE = 32  # tokens
-PICTURE_PX = 8 * SIDE
 NUM_LABELS = 1 + len(SHAPES) + len(COLOURS) + len(TEXTURES) + 3 + len(BACKGROUNDS)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of the token grid."""
+    """A rectangle of a token grid; `stride` is how far apart its tokens lie, in tokens of the whole picture."""
 
     row: int
     column: int
     rows: int
     columns: int
+    stride: int = 1
 
     def of(self, grid: Tensor) -> Tensor:
         """Returns the tokens `(B, rows * columns, ...)` of a grid `(B, SIDE, SIDE, ...)`."""
@@ -38,13 +38,14 @@ class Window:
 
     def ids(self) -> Tensor:
         """Returns the position ids `(rows * columns, 3)`, as FluxPipeline numbers them."""
-        rows = torch.arange(self.row, self.row + self.rows)
-        columns = torch.arange(self.column, self.column + self.columns)
+        rows = self.stride * torch.arange(self.row, self.row + self.rows)
+        columns = self.stride * torch.arange(self.column, self.column + self.columns)
         row, column = torch.meshgrid(rows, columns, indexing="ij")
         return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float()
 
 
 WHOLE = Window(0, 0, SIDE, SIDE)
+HALF = Window(0, 0, SIDE // 2, SIDE // 2, stride=2)
 
 
 def random_window(rng: np.random.Generator, num_tokens: int) -> Window:
@@ -64,37 +65,45 @@ def _offset(rng: np.random.Generator, size: int) -> int:
 class Pictures:
     """Scenes with their tokens `(n, SIDE, SIDE, 32)` and labels `(n, SIDE, SIDE, NUM_LABELS)`, in float16."""
 
-    def __init__(self, count: int, rng: np.random.Generator) -> None:
-        self.scenes = [random_scene(rng) for _ in range(count)]
-        self.tokens = torch.cat([_tokens(self.scenes[k : k + 50]) for k in range(0, count, 50)])
-        self.labels = torch.stack([torch.from_numpy(token_labels(scene)) for scene in self.scenes])
+    def __init__(self, scenes: list[Scene], side: int = SIDE) -> None:
+        self.scenes = scenes
+        self.tokens = torch.cat([_tokens(scenes[k : k + 50], side) for k in range(0, len(scenes), 50)])
+        self.labels = torch.stack([torch.from_numpy(token_labels(scene, side)) for scene in scenes])
+
+    @classmethod
+    def random(cls, count: int, rng: np.random.Generator) -> Pictures:
+        return cls([random_scene(rng) for _ in range(count)])
+
+    def halved(self) -> Pictures:
+        """Returns the same scenes drawn at half the size, on half the tokens a side."""
+        return Pictures(self.scenes, SIDE // 2)
 
     def caption(self, k: int, rng: np.random.Generator) -> str:
         return describe(self.scenes[k], rng)[0]
 
 
-def _tokens(scenes: list[Scene]) -> Tensor:
-    pictures = np.stack([draw(scene, PICTURE_PX) for scene in scenes])
-    return encode_tokens(pictures).half().unflatten(1, (SIDE, SIDE))
+def _tokens(scenes: list[Scene], side: int) -> Tensor:
+    pictures = np.stack([draw(scene, 8 * side) for scene in scenes])
+    return encode_tokens(pictures).half().unflatten(1, (side, side))
 
 
-def token_labels(scene: Scene) -> np.ndarray:
-    """Returns what is drawn in each token, `(SIDE, SIDE, NUM_LABELS)`.
+def token_labels(scene: Scene, side: int = SIDE) -> np.ndarray:
+    """Returns what is drawn in each token, `(side, side, NUM_LABELS)`.
 
     How much of it things cover; weighted by that, their shape, colour, texture and size, and where in the thing the
     token lies; and the background.
     """
-    labels = np.zeros((SIDE, SIDE, NUM_LABELS), np.float32)
+    labels = np.zeros((side, side, NUM_LABELS), np.float32)
     for thing in scene.things:
-        labels[..., : -len(BACKGROUNDS)] += _thing_labels(thing)
+        labels[..., : -len(BACKGROUNDS)] += _thing_labels(thing, side)
     labels[..., list(BACKGROUNDS).index(scene.background) - len(BACKGROUNDS)] = 1.0
     return labels.astype(np.float16)
 
 
-def _thing_labels(thing: Thing, sub: int = 2) -> np.ndarray:
-    inside, u, v = cover_local(thing, sub * SIDE)
+def _thing_labels(thing: Thing, side: int, sub: int = 2) -> np.ndarray:
+    inside, u, v = cover_local(thing, sub * side)
     kinds = ((SHAPES, thing.shape), (tuple(COLOURS), thing.colour), (TEXTURES, thing.texture))
     constant = [1.0] + [float(name == said) for names, said in kinds for name in names] + [4.0 * thing.radius]
     parts = [inside * value for value in constant] + [inside * u, inside * v]
-    cells = np.stack(parts, axis=-1).reshape(SIDE, sub, SIDE, sub, -1)
+    cells = np.stack(parts, axis=-1).reshape(side, sub, side, sub, -1)
     return cells.mean(axis=(1, 3))

@@ -65,16 +65,19 @@ def operators() -> Iterator[str]:
 
 
 def attention() -> Iterator[str]:
-    """Yields for each attention backend whether it is usable on the best device here, or every reason why not."""
+    """Yields for each attention of packed execution whether it is usable on the best device here, or why not."""
     import torch
 
     from ..attention import BACKENDS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    yield f"(for {str(dtype).removeprefix('torch.')} on {device}; models keep the backend their codebase chose)"
+    dtype, head_dim = torch.bfloat16 if device.type == "cuda" else torch.float32, 128
+    yield (
+        f"(packed execution takes the first usable one, here for {str(dtype).removeprefix('torch.')} "
+        f"with head dim {head_dim} on {device})"
+    )
     for backend in BACKENDS:
-        yield f"{backend.name:14}{'; '.join(backend.reasons_unusable(device, dtype)) or 'usable'}"
+        yield f"{backend.name:14}{'; '.join(backend.unsupported_reasons(device, dtype, head_dim)) or 'usable'}"
 
 
 def embedded() -> Iterator[str]:

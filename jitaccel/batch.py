@@ -1,0 +1,114 @@
+"""Many requests in one call, for servers: `jitaccel.generate_batch(pipe, [Request(...), ...])`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .config import JiTConfig, resolve
+from .errors import ConfigError, UnsupportedModelError
+from .execution import Attention, Execution, Mode
+
+OutputType = Literal["pil", "latent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture to make. Every request of a batch may differ from the others in every field.
+
+    height, width: pixels. seed: of the noise; the same seed gives the picture that the pipeline makes with
+    `torch.Generator().manual_seed(seed)`. preset: "4x", "7x", "dense" or a JiTConfig. steps: overrides its number.
+    negative_prompt, true_cfg_scale: true CFG, where a prompt is given and the scale is above 1. guidance_scale: of
+    models with embedded guidance. max_sequence_length: T5 tokens of the prompt.
+    """
+
+    prompt: str
+    height: int = 1024
+    width: int = 1024
+    seed: int = 0
+    preset: str | JiTConfig = "7x"
+    steps: int | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 512
+
+    @property
+    def has_true_cfg(self) -> bool:
+        """Whether an unguided branch runs beside the guided one."""
+        return self.negative_prompt is not None and self.true_cfg_scale > 1
+
+    def config(self) -> JiTConfig:
+        """Returns what runs. Raises ConfigError for an unknown preset or a number of steps that skips a stage."""
+        config = resolve(self.preset, **({} if self.steps is None else {"steps": self.steps}))
+        if config.steps == "caller":
+            raise ConfigError(
+                "Request: steps must be a number where the preset leaves it to the caller, got None; give steps="
+            )
+        return config
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request: a picture, or the error that it alone failed with."""
+
+    request: Request
+    error: Exception | None = None
+    token_steps: int = 0
+    _image: Any = field(default=None, repr=False)
+
+    @property
+    def image(self) -> Any:
+        """The picture, PIL or latents (N, D) as asked for. Raises the request's error where it failed."""
+        if self.error is not None:
+            raise self.error
+        return self._image
+
+
+def generate_batch(
+    target: Any,
+    requests: Sequence[Request],
+    *,
+    execution: Mode = "auto",
+    attention: Attention = "auto",
+    strict: bool = False,
+    output_type: OutputType = "pil",
+) -> list[Outcome]:
+    """Returns one outcome for each request, in their order; all share each forward of the network.
+
+    Requests may differ in size, text length, preset and hence stage. Outcome k is what request k gives alone, to
+    rounding. A request that fails on its way (a velocity that is not finite, say) fails alone.
+
+    target: a diffusers `FluxPipeline` that is not patched. execution, attention, strict: as in `apply`; "indexed" runs
+        the requests' forwards one after the other.
+
+    Raises ConfigError with every request that cannot be run, by index, before any is run; UnsupportedModelError for
+    pipelines that cannot be accelerated correctly.
+    """
+    from . import patches
+
+    how = Execution(execution=execution, attention=attention, strict=strict)
+    if output_type not in ("pil", "latent"):
+        raise ConfigError(f'generate_batch: output_type must be one of pil, latent, got {output_type!r}; use "pil"')
+    patch = patches.find(target)
+    if patch.generate_batch is None:
+        raise UnsupportedModelError(
+            f"generate_batch: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
+        )
+    return list(patch.generate_batch(target, checked_requests(requests), how, output_type))
+
+
+def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:
+    """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
+    checked, problems = [], []
+    for index, request in enumerate(requests):
+        try:
+            if not isinstance(request, Request):
+                raise ConfigError(f"must be a jitaccel.Request, got {type(request).__name__}; build one")
+            checked.append((request, request.config()))
+        except ConfigError as error:
+            problems.append(f"generate_batch: requests[{index}]: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return checked

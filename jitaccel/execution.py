@@ -1,0 +1,42 @@
+"""How the network runs: on which execution and attention, beside what the method computes (`JiTConfig`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import ConfigError, nearest_match
+
+Mode = Literal["auto", "packed", "indexed"]
+Attention = Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers", "sdpa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a network runs on the anchors.
+
+    execution: "packed" (the blocks run on one packed sequence: images of a batch with anchors of their own and both
+        branches of true CFG in one forward), "indexed" (the model's own forward on the anchors), or "auto": packed
+        where the model is covered and something is sparse.
+    attention: what packed execution attends with; "auto" takes the first that is usable.
+    strict: raise where a fallback would run instead of what was asked for.
+
+    Raises ConfigError for unknown names.
+    """
+
+    execution: Mode = "auto"
+    attention: Attention = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"apply: {name} must be one of {', '.join(allowed)}, got {value!r}; "
+            f'did you mean "{nearest_match(value, allowed)}"?'
+            for name, value, allowed in (
+                ("execution", self.execution, get_args(Mode)),
+                ("attention", self.attention, get_args(Attention)),
+            )
+            if value not in allowed
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))

@@ -1,0 +1,284 @@
+"""`generate_batch` for diffusers' `FluxPipeline`: requests of any size and stage in lock step, one forward for all.
+
+The pipeline encodes prompts, draws noise and decodes as it always does; only its denoising loop is taken over.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from jitaccel.attention import choose_backend, varlen_attention
+from jitaccel.batch import Outcome, OutputType, Request
+from jitaccel.clock import KnownLevels, Step
+from jitaccel.config import JiTConfig
+from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.execution import Execution
+from jitaccel.run import Run
+from jitaccel.schedule import noise_levels
+
+from .diffusers_flux import check_pipeline, hook_of
+from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, packed_forward, reasons_unpackable
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One branch of a request: text (L, E), pooled (P,), text_ids (L, 3)."""
+
+    text: Tensor
+    pooled: Tensor
+    text_ids: Tensor
+
+
+@dataclass(eq=False)
+class Job:
+    """One request under way. state: (1, N, D). guidance: (1,) or None."""
+
+    request: Request
+    clock: KnownLevels
+    run: Run
+    state: Tensor
+    ids: Tensor
+    prompts: tuple[Prompt, ...]
+    guidance: Tensor | None
+    index: int = 0
+    token_steps: int = 0
+
+    @property
+    def step(self) -> Step:
+        return self.clock.step(self.index)
+
+    def level(self) -> Tensor:
+        """Returns the level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
+        timestep = torch.tensor([1000 * self.step.noise_level], dtype=torch.float32)
+        return timestep.to(self.state.dtype).to(self.state.device) / 1000
+
+    def advance(self, branches: Sequence[Tensor]) -> bool:
+        """Takes the Euler step of the branches' velocities (M, D), guided first; returns whether it was the last."""
+        step, run = self.step, self.run
+        velocity = branches[0]
+        if len(branches) > 1:
+            velocity = branches[1] + self.request.true_cfg_scale * (branches[0] - branches[1])
+        self.token_steps += run.num_active
+        full = run.leave(step, self.state, velocity[None])
+        moved = self.state.float() + (step.next_level - step.noise_level) * full
+        self.state = moved.to(full.dtype)
+        self.index += 1
+        if self.index == self.clock.num_steps:
+            run.check_finite()
+            return True
+        self.state = run.enter(self.step, self.state)
+        return False
+
+
+def generate_batch(
+    pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]], how: Execution, output_type: OutputType
+) -> list[Outcome]:
+    """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
+    check_pipeline(pipeline)
+    if hook_of(pipeline.transformer) is not None:
+        raise ConfigError(
+            "generate_batch: target must not be patched, got a pipeline whose transformer is; "
+            "remove() its handle first, requests name their presets themselves"
+        )
+    forward = _forward_of(pipeline.transformer, how)
+    _check_sizes(pipeline, requests)
+    outcomes: dict[int, Outcome] = {}
+    with torch.no_grad():
+        jobs: dict[int, Job] = {}
+        for index, (request, config) in enumerate(requests):
+            job = _attempt(outcomes, index, request, functools.partial(_begin, pipeline, request, config))
+            if job is not None:
+                jobs[index] = job
+        while jobs:
+            velocities = _forward_each(forward, jobs, outcomes)
+            for index, branches in velocities.items():
+                job = jobs[index]
+                is_over = _attempt(outcomes, index, job.request, functools.partial(job.advance, branches))
+                if is_over:
+                    finish = functools.partial(_finish, pipeline, job, output_type)
+                    image = _attempt(outcomes, index, job.request, finish)
+                    outcomes.setdefault(index, Outcome(job.request, None, job.token_steps, image))
+            jobs = {index: job for index, job in jobs.items() if index not in outcomes}
+    pipeline.maybe_free_model_hooks()
+    return [outcomes[index] for index in range(len(requests))]
+
+
+def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Callable[[], Any]) -> Any:
+    """Returns what `work` returns; where it fails, its request has its outcome."""
+    try:
+        return work()
+    except Exception as error:  # the other requests go on
+        outcomes[index] = Outcome(request, error)
+        return None
+
+
+def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -> None:
+    """Raises ConfigError with every request whose size gives no token grid, or too few tokens for its first stage."""
+    unit = 2 * pipeline.vae_scale_factor
+    problems = []
+    for index, (request, config) in enumerate(requests):
+        where = f"generate_batch: requests[{index}]"
+        sizes = (request.height, request.width)
+        if any(not isinstance(size, int) or size < unit or size % unit for size in sizes):
+            problems.append(
+                f"{where}: height and width must be multiples of {unit} pixels, got {sizes[0]}x{sizes[1]}; "
+                f"round them to {max(unit, int(sizes[0]) // unit * unit)}x{max(unit, int(sizes[1]) // unit * unit)}"
+            )
+            continue
+        try:
+            config.token_counts(sizes[0] // unit * (sizes[1] // unit))
+        except ConfigError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
+    device = pipeline._execution_device
+    texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
+    prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
+    model = pipeline.transformer
+    generator = torch.Generator().manual_seed(request.seed)
+    channels, dtype = model.config.in_channels // 4, prompts[0].text.dtype
+    state, ids = pipeline.prepare_latents(1, channels, request.height, request.width, dtype, device, generator, None)
+    unit = 2 * pipeline.vae_scale_factor
+    clock = KnownLevels(config, _levels(pipeline, config, state.shape[1]))
+    run = Run(config, (request.height // unit, request.width // unit), clock.step(0), state)
+    guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
+    return Job(request, clock, run, state, ids, prompts, guidance)
+
+
+def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> Prompt:
+    words, pooled, ids = pipeline.encode_prompt(
+        prompt=text, prompt_2=None, device=device, num_images_per_prompt=1, max_sequence_length=length
+    )
+    return Prompt(words[0], pooled[0], ids)
+
+
+def _levels(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
+    if config.schedule != "native":
+        return noise_levels(config)
+    assert config.steps != "caller"
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    settings = scheduler.config
+    mu = calculate_shift(
+        num_tokens,
+        settings.get("base_image_seq_len", 256),
+        settings.get("max_image_seq_len", 4096),
+        settings.get("base_shift", 0.5),
+        settings.get("max_shift", 1.15),
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / config.steps, config.steps), mu=mu)
+    return tuple(scheduler.sigmas.tolist())
+
+
+Forward = Callable[[Sequence[Job]], list[tuple[Tensor, ...]]]
+"""Runs every branch of each job on its anchors: one tuple of velocities (M, D) a job."""
+
+
+def _forward_of(model: Any, how: Execution) -> Forward:
+    reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
+    if not reasons:
+        return _Packed(model, how)
+    if how.strict and how.execution != "indexed":
+        raise UnsupportedModelError(
+            f"generate_batch: execution must be covered with strict=True, got {'; '.join(reasons)}; "
+            f"use strict=False to run request after request"
+        )
+    return functools.partial(_one_by_one, model)
+
+
+def _forward_each(
+    forward: Forward, jobs: dict[int, Job], outcomes: dict[int, Outcome]
+) -> dict[int, tuple[Tensor, ...]]:
+    """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
+    try:
+        return dict(zip(jobs, forward([*jobs.values()]), strict=True))
+    except Exception:
+        if len(jobs) == 1:
+            index, job = next(iter(jobs.items()))
+            answers = _attempt(outcomes, index, job.request, lambda: forward([job]))
+            return {} if answers is None else {index: answers[0]}
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for index, job in jobs.items():
+        found |= _forward_each(forward, {index: job}, outcomes)
+    return found
+
+
+class _Packed:
+    """Runs all jobs packed; the pack is made anew where a job is over or in a new stage."""
+
+    def __init__(self, model: Any, how: Execution) -> None:
+        self._model, self._how = model, how
+        self._key: tuple[Any, ...] = ()
+        self._pack: Pack | None = None
+
+    def __call__(self, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
+        model, state = self._model, jobs[0].state
+        attention = choose_backend(self._how.attention, state.device, state.dtype, model.config.attention_head_dim)
+        each = [(job, prompt) for job in jobs for prompt in job.prompts]
+        inputs = PackedInputs(
+            image=torch.cat([job.run.gather(job.state)[0] for job, _ in each]),
+            text=torch.cat([prompt.text for _, prompt in each]),
+            pooled=torch.stack([prompt.pooled for _, prompt in each]),
+            level=torch.cat([job.level() for job, _ in each]),
+            guidance=None if jobs[0].guidance is None else torch.cat([job.guidance for job, _ in each]),  # type: ignore[misc]
+        )
+        with model_hooks(model, None, None):
+            velocity = packed_forward(
+                model, self._pack_of(jobs), inputs, lambda q, k, v, layout: varlen_attention(q, k, v, layout, attention)
+            )
+        parts = iter(velocity.split([job.run.num_active for job, _ in each]))
+        return [tuple(next(parts) for _ in job.prompts) for job in jobs]
+
+    def _pack_of(self, jobs: Sequence[Job]) -> Pack:
+        key = tuple(job.run.plan for job in jobs)
+        if (
+            self._pack is None
+            or len(key) != len(self._key)
+            or any(a is not b for a, b in zip(key, self._key, strict=True))
+        ):
+            each = [(job, prompt) for job in jobs for prompt in job.prompts]
+            text_ids = [prompt.text_ids for _, prompt in each]
+            self._key, self._pack = key, make_pack(self._model, text_ids, [_anchor_ids(job) for job, _ in each])
+        return self._pack
+
+
+def _one_by_one(model: Any, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
+    return [tuple(_alone(model, job, prompt) for prompt in job.prompts) for job in jobs]
+
+
+def _alone(model: Any, job: Job, prompt: Prompt) -> Tensor:
+    velocity: Tensor = model(
+        hidden_states=job.run.gather(job.state),
+        encoder_hidden_states=prompt.text[None],
+        pooled_projections=prompt.pooled[None],
+        timestep=job.level(),
+        img_ids=_anchor_ids(job),
+        txt_ids=prompt.text_ids,
+        guidance=job.guidance,
+        return_dict=False,
+    )[0]
+    return velocity[0]
+
+
+def _anchor_ids(job: Job) -> Tensor:
+    return job.ids if job.run.is_dense else job.ids[job.run.anchors[0]]
+
+
+def _finish(pipeline: Any, job: Job, output_type: OutputType) -> Any:
+    if output_type == "latent":
+        return job.state[0]
+    vae = pipeline.vae
+    latents = pipeline._unpack_latents(job.state, job.request.height, job.request.width, pipeline.vae_scale_factor)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")[0]

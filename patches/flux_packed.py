@@ -1,0 +1,261 @@
+"""diffusers' FLUX.1 transformer on one packed sequence: its own weights and modules, whatever number of images.
+
+Images of one batch may have anchors, prompts, sizes and noise levels of their own. Every leaf of the model is called as
+a module, so that LoRA layers, quantised weights and offloading of leaves work; hooks on what is not called (blocks, the
+model itself) are run beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor, nn
+
+from jitaccel.packing import PackedLayout, Rows
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
+"""Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
+
+_REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
+_BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
+_HALF_RANGE = 65504  # FLUX overflows float16; the model's own blocks clip
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """What a stage and batch share over all steps. `rotary`: cosines and sines (T, head_dim) of the documents."""
+
+    layout: PackedLayout
+    rotary: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedInputs:
+    """What one forward of S segments gets, each a sequence over all of them.
+
+    image: (T_image, channels). text: (T_text, E). pooled: (S, P). level, guidance: (S,); no guidance without embedding.
+    """
+
+    image: Tensor
+    text: Tensor
+    pooled: Tensor
+    level: Tensor
+    guidance: Tensor | None = None
+
+
+def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor]) -> Pack:
+    """Returns the pack of segments with these position ids, (L_k, 3) and (M_k, 3) each."""
+    device = image_ids[0].device
+    layout = PackedLayout.of([len(ids) for ids in text_ids], [len(ids) for ids in image_ids], device)
+    ids = layout.join(torch.cat([*text_ids]), torch.cat([*image_ids]))
+    return Pack(layout, model.pos_embed(ids))
+
+
+def packed_forward(model: Any, pack: Pack, inputs: PackedInputs, attend: Attend) -> Tensor:
+    """Returns the velocity (T_image, channels) of every segment's image tokens, as the model gives it to each alone."""
+    layout = pack.layout
+    image = model.x_embedder(inputs.image)
+    conditions = [1000 * inputs.level.to(image.dtype)]
+    if inputs.guidance is not None:
+        conditions.append(1000 * inputs.guidance.to(image.dtype))
+    condition = model.time_text_embed(*conditions, inputs.pooled)
+    text = model.context_embedder(inputs.text)
+    for block in model.transformer_blocks:
+        with _own_hooks(block):
+            text, image = _double(block, text, image, condition, pack, attend)
+    documents = layout.join(text, image)
+    for block in model.single_transformer_blocks:
+        with _own_hooks(block):
+            documents = _single(block, documents, condition, pack, attend)
+    out = model.norm_out
+    scale, shift = out.linear(out.silu(condition).to(documents.dtype)).chunk(2, dim=1)
+    image = _modulate(out.norm(layout.image_of(documents)), shift, scale, layout.image)
+    velocity: Tensor = model.proj_out(image)
+    return velocity
+
+
+def _double(
+    block: Any, text: Tensor, image: Tensor, condition: Tensor, pack: Pack, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    layout, attn = pack.layout, block.attn
+    image_parts, text_parts = (
+        norm.linear(norm.silu(condition)).chunk(6, dim=1) for norm in (block.norm1, block.norm1_context)
+    )
+    image_heads = _heads(attn, _modulate(block.norm1.norm(image), image_parts[0], image_parts[1], layout.image))
+    text_heads = _added_heads(
+        attn, _modulate(block.norm1_context.norm(text), text_parts[0], text_parts[1], layout.text)
+    )
+    query, key, value = (
+        layout.join(of_text, of_image) for of_text, of_image in zip(text_heads, image_heads, strict=True)
+    )
+    text_out, image_out = layout.split(_attended(query, key, value, pack, attend))
+    image = _add_gated(image, attn.to_out[1](attn.to_out[0](image_out)), image_parts[2], layout.image)
+    text = _add_gated(text, attn.to_add_out(text_out), text_parts[2], layout.text)
+    between = _modulate(block.norm2(image), image_parts[3], image_parts[4], layout.image)
+    image = _add_gated(image, block.ff(between), image_parts[5], layout.image)
+    between = _modulate(block.norm2_context(text), text_parts[3], text_parts[4], layout.text)
+    text = _add_gated(text, block.ff_context(between), text_parts[5], layout.text)
+    return _clip_half(text), image
+
+
+def _single(block: Any, documents: Tensor, condition: Tensor, pack: Pack, attend: Attend) -> Tensor:
+    rows = pack.layout.documents
+    shift, scale, gate = block.norm.linear(block.norm.silu(condition)).chunk(3, dim=1)
+    normed = _modulate(block.norm.norm(documents), shift, scale, rows)
+    attended = _attended(*_heads(block.attn, normed), pack, attend)
+    out = block.proj_out(torch.cat([attended, block.act_mlp(block.proj_mlp(normed))], dim=1))
+    return _clip_half(_add_gated(documents, out, gate, rows))
+
+
+def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries, keys and values (T, heads, head_dim) of image tokens, or of documents."""
+    fused = attn.fused_projections
+    query, key, value = attn.to_qkv(x).chunk(3, dim=-1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    return _normed_heads(attn, query, key, value, attn.norm_q, attn.norm_k)
+
+
+def _added_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries, keys and values (T, heads, head_dim) of text tokens."""
+    if attn.fused_projections:
+        query, key, value = attn.to_added_qkv(x).chunk(3, dim=-1)
+    else:
+        query, key, value = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+    return _normed_heads(attn, query, key, value, attn.norm_added_q, attn.norm_added_k)
+
+
+def _normed_heads(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, norm_q: nn.Module, norm_k: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+    return norm_q(query), norm_k(key), value
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, pack: Pack, attend: Attend) -> Tensor:
+    query, key = (apply_rotary_emb(x[None], pack.rotary, sequence_dim=1)[0] for x in (query, key))
+    return attend(query, key, value, pack.layout).flatten(1)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    x, shift, scale = rows.beside(x, shift, scale)
+    return rows.flat(x * (1 + scale) + shift)
+
+
+def _add_gated(x: Tensor, update: Tensor, gate: Tensor, rows: Rows) -> Tensor:
+    update, gate = rows.beside(update, gate)
+    return x + rows.flat(gate * update)
+
+
+def _clip_half(x: Tensor) -> Tensor:
+    return x.clip(-_HALF_RANGE, _HALF_RANGE) if x.dtype == torch.float16 else x
+
+
+@contextmanager
+def model_hooks(model: nn.Module, own: Any, lora_scale: float | None) -> Iterator[None]:
+    """Runs what the model's own forward would have run around it: offloading hooks inside `own`, and the LoRA scale."""
+    inside = []
+    for hook in _registered(model):
+        if hook is own:
+            break
+        inside.append(hook)
+    with _hooks(model, inside):
+        if lora_scale is None:
+            yield
+            return
+        scale_lora_layers(model, lora_scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(model, lora_scale)
+
+
+@contextmanager
+def _own_hooks(block: nn.Module) -> Iterator[None]:
+    if "forward" not in vars(block):
+        yield
+        return
+    with _hooks(block, _registered(block)):
+        yield
+
+
+@contextmanager
+def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
+    """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
+    accelerate = getattr(module, "_hf_hook", None)
+    hooks = [*([] if accelerate is None else [accelerate]), *registered]
+    for hook in reversed(hooks):
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
+
+
+def _registered(module: nn.Module) -> list[Any]:
+    registry = vars(module).get("_diffusers_hook")
+    return [] if registry is None else [*registry.hooks.values()]
+
+
+def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
+    """Returns why a packed forward would not be this model's own; nothing where it would. `own`: jitaccel's hook."""
+    if hasattr(model, "_orig_mod"):
+        return ["the transformer is compiled as a whole"]
+    reasons = []
+    for name, module in model.named_modules():
+        if module is model:
+            reasons += _reasons_of_hooks("the transformer", module, own)
+        elif isinstance(module, _REPLACED + _BYPASSED):
+            reasons += _reasons_of_module(name, module)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        if type(block) not in _REPLACED:
+            reasons.append(f"a block is a {type(block).__name__}")
+    if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
+        reasons.append("gradient checkpointing is on")
+    return list(dict.fromkeys(reasons))
+
+
+def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
+    kind = type(module).__name__
+    reasons = []
+    if isinstance(module, FluxAttention):
+        processor = module.processor
+        if type(processor) is not FluxAttnProcessor:
+            reasons.append(f"an attention processor is a {type(processor).__name__}")
+        elif processor._attention_backend is not None:
+            reasons.append(f"set_attention_backend chose {processor._attention_backend!s}")
+        elif processor._parallel_config is not None:
+            reasons.append("context parallelism is on")
+    if module._compiled_call_impl is not None:
+        reasons.append(f"a {kind} is compiled")
+    if module._forward_hooks or module._forward_pre_hooks:
+        reasons.append(f"{name} has forward hooks")
+    if isinstance(module, _BYPASSED):
+        if "forward" in vars(module):
+            reasons.append(f"forward of {name} is replaced")
+        return reasons
+    return reasons + _reasons_of_hooks(name, module, None)
+
+
+def _reasons_of_hooks(name: str, module: nn.Module, own: Any) -> list[str]:
+    """Returns what stands around a forward that is run here instead, and cannot be run beside it."""
+    registered = [hook for hook in _registered(module) if hook is not own]
+    reasons = [
+        f"{name} has a {type(hook).__name__}" for hook in registered if callable(getattr(hook, "new_forward", None))
+    ]
+    is_hooked = bool(_registered(module)) or hasattr(module, "_hf_hook")
+    if "forward" in vars(module) and not is_hooked:
+        reasons.append(f"forward of {name} is replaced")
+    return reasons
