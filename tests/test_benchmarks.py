@@ -134,3 +134,47 @@ def test_kernels_are_measured_beside_the_released_code(
         if row["released_ms"] is not None:
             charged = row["median_ms"] + row["plan_share_ms"]
             assert row["speedup_to_released"] == pytest.approx(row["released_ms"] / charged, rel=1e-3)
+
+
+def test_packing_rows_compare_all_ways_on_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    import functools
+
+    from benchmarks.cases import packing
+    from benchmarks.pipelines import random_transformer
+    from benchmarks.registry import Case
+
+    def small(options: Options) -> Any:
+        return random_transformer(TINY, options.device, torch.float32, options.seed)
+
+    sizes = {"equal": [(8, 8)], "mixed": [(4, 4), (8, 8)]}
+    run = functools.partial(packing.measure, make=small, sizes=sizes, text_tokens=4)
+    monkeypatch.setattr(packing, "BATCHES", (1, 3))
+    case = Case(group="packing", size="tiny", name="tiny", run=run, why_not=lambda options: None)
+    monkeypatch.setattr(packing, "CASES", (case,))
+    file = tmp_path / "rows.jsonl"
+    assert main(["packing", "--repeat", "2", "--device", "cpu", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    seen = [(row["mix"], row["batch"], row["way"]) for row in rows]
+    ways = ("loop", "padded", "packed sdpa")
+    assert seen == [(mix, n, way) for mix, n in (("equal", 1), ("equal", 3), ("mixed", 3)) for way in ways]
+    assert [row["tokens"] for row in rows[-3:]] == [2 * (5 + 4) + 20 + 4] * 3
+    assert all(row["speedup_to_loop"] == 1.0 for row in rows if row["way"] == "loop")
+    assert {"tokens_per_s", "gflop", "peak_mib_over_before", "median_s", "commit"} <= rows[0].keys()
+
+
+@torch.no_grad()
+def test_packing_compares_ways_that_give_the_same_velocity() -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases import packing
+    from benchmarks.pipelines import random_transformer
+    from jitaccel.attention import choose_backend
+
+    model = random_transformer(TINY, torch.device("cpu"), torch.float32, 0)
+    images = packing.make_images(model, [(4, 4), (8, 8)], 4, seed=0)
+    backend = choose_backend("sdpa", torch.device("cpu"), torch.float32, 16)
+    packed = packing.packed(model, images, backend)()
+    padded = packing.padded(model, images)()
+    expected = packing.loop(model, images)()
+    torch.testing.assert_close(packed, torch.cat(expected))
+    torch.testing.assert_close(torch.cat([padded[:5], padded[20:]]), torch.cat(expected))

@@ -2,7 +2,8 @@
 
     text         tokenizers and text encoders            (4 minutes on two cores)
     windows      transformer on windows of pictures      (about an hour on two cores; resumes where it stopped)
-    whole        transformer on whole pictures           (the same; starts from `windows`)
+    whole        transformer on whole pictures           (two hours on two cores; starts from `windows`)
+    guided       builds guidance into the transformer    (half an hour on two cores; starts from `whole`)
     autoencoder  decoder of the autoencoder              (5 minutes)
     judge        attribute classifier                    (6 minutes)
     assemble     puts all into assets/tiny-flux
@@ -13,7 +14,10 @@ All but `assemble` write below DIR, outside the checkout; the transformer's phas
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -43,10 +47,17 @@ WHOLE = Phase(
     seed=2,
 )
 
+GUIDED = replace(
+    WHOLE, updates=560, muon_rate=7e-4, adam_rate=4e-4, decay_updates=300, half_share=0.0, guidance=2.5, seed=3
+)
+PHASES: Mapping[str, tuple[Phase, str | None]] = MappingProxyType(
+    {"windows": (WINDOWS, None), "whole": (WHOLE, "windows"), "guided": (GUIDED, "whole")}
+)  # and where each starts from
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["text", "windows", "whole", "autoencoder", "judge", "assemble"])
+    parser.add_argument("step", choices=["text", *PHASES, "autoencoder", "judge", "assemble"])
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, outside the checkout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="processes that train the transformer together")
@@ -62,15 +73,15 @@ def main() -> None:
     elif options.step == "judge":
         train_judge(run / "judge")
     elif options.step == "assemble":
-        pipeline = assemble(run / "text", run / "vae", run / "whole" / "ema")
+        pipeline = assemble(run / "text", run / "vae", run / "guided" / "ema")
         save(pipeline, embedded_model())
         Judge.load(run / "judge").save(embedded_model() / "judge")
         logs = [run / "text" / "text.jsonl", run / "vae.jsonl"]
-        write_card(embedded_model(), pipeline.transformer, [run / "windows", run / "whole"], logs)
+        write_card(embedded_model(), pipeline.transformer, [run / name for name in PHASES], logs)
     else:
-        phase, start = (WINDOWS, None) if options.step == "windows" else (WHOLE, run / "windows")
-        phase = phase.stopping_after(options.updates)
-        launch(options.workers, train_transformer, run / options.step, phase, options.start or start)
+        phase, before = PHASES[options.step]
+        start = options.start or (None if before is None else run / before)
+        launch(options.workers, train_transformer, run / options.step, phase.stopping_after(options.updates), start)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Phase:
     """One phase of training. `window_tokens`: tokens of a window, `None` for whole pictures; `batch` is that of all
     together; `alignment` weighs the loss of what is drawn; `decay_updates` end the phase, and until they begin the
     share `half_share` of the batches has pictures of half the size, four times as many. Noise levels are logit-normal
-    around `level_mean`, one in six uniform."""
+    around `level_mean`, one in six uniform. `guidance` is the scale of classifier-free guidance that the velocity
+    learns to have built in, as FLUX.1-dev has; 1 for none."""
 
     window_tokens: int | None
     num_pictures: int
@@ -52,6 +53,7 @@ class Phase:
     decay_updates: int = 0
     half_share: float = 0.0
     level_mean: float = 0.5
+    guidance: float = 1.0
     seed: int = 0
 
     def stopping_after(self, updates: int | None) -> Phase:
@@ -151,7 +153,8 @@ def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> 
     for update, (tokens, labels, window, texts, length) in zip(
         range(done, phase.updates), _batches(phase, done), strict=False
     ):
-        flow, drawn = _losses(learner, tokens, labels, window, *text.embed(texts, length), phase.level_mean)
+        unguided = text.embed([""] * len(texts), length) if phase.guidance > 1 else None
+        flow, drawn = _losses(learner, tokens, labels, window, text.embed(texts, length), unguided, phase)
         (flow + phase.alignment * drawn).backward()
         parallel.average_(parameter.grad for parameter in learner.parameters() if parameter.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -214,16 +217,31 @@ def _batches(phase: Phase, skip: int) -> Iterator[tuple[Tensor, Tensor, Window, 
 
 
 def _losses(
-    learner: Learner, clean: Tensor, labels: Tensor, window: Window, words: Tensor, pooled: Tensor, level_mean: float
+    learner: Learner,
+    clean: Tensor,
+    labels: Tensor,
+    window: Window,
+    texts: tuple[Tensor, Tensor],
+    unguided: tuple[Tensor, Tensor] | None,
+    phase: Phase,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the flow-matching loss at logit-normal noise levels, some of them uniform, and that of what is drawn."""
+    """Returns the flow-matching loss at logit-normal noise levels, some of them uniform, and that of what is drawn.
+
+    unguided: the empty text for each picture, where guidance is to be built in. The target then is moved by what the
+    text changes (model guidance, Tang et al. 2025, arXiv:2502.12154): its fixed point is the velocity guided by that
+    scale.
+    """
     batch = clean.shape[0]
-    level = torch.sigmoid(level_mean + 1.1 * torch.randn(batch))
+    level = torch.sigmoid(phase.level_mean + 1.1 * torch.randn(batch))
     level = torch.where(torch.rand(batch) < 0.15, torch.rand(batch), level)
     noise = torch.randn_like(clean)
     state = clean + level[:, None, None] * (noise - clean)
-    velocity, drawn = learner(state, level, words, pooled, window)
-    return F.mse_loss(velocity, noise - clean), F.mse_loss(drawn, labels, reduction="sum") / labels[..., 0].numel()
+    velocity, drawn = learner(state, level, *texts, window)
+    target = noise - clean
+    if unguided is not None:
+        with torch.no_grad():
+            target += (1.0 - 1.0 / phase.guidance) * (velocity - learner(state, level, *unguided, window)[0])
+    return F.mse_loss(velocity, target), F.mse_loss(drawn, labels, reduction="sum") / labels[..., 0].numel()
 
 
 @torch.no_grad()

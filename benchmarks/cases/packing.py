@@ -82,8 +82,8 @@ Forward = Callable[[], Any]
 def loop(model: Any, images: Sequence[Image]) -> Forward:
     """Returns the model's own forward, image by image."""
 
-    def run() -> None:
-        for image in images:
+    def run() -> list[Tensor]:
+        return [
             model(
                 hidden_states=image.tokens[None],
                 encoder_hidden_states=image.text[None],
@@ -93,7 +93,9 @@ def loop(model: Any, images: Sequence[Image]) -> Forward:
                 txt_ids=image.text_ids,
                 guidance=image.guidance,
                 return_dict=False,
-            )
+            )[0][0]
+            for image in images
+        ]
 
     return run
 
