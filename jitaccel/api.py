@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ def apply(
     noise_levels: Sequence[float] | None = None,
     execution: Mode = "auto",
     attention: Attention = "auto",
+    compile: bool | str | Mapping[str, Any] = False,
     strict: bool = False,
     **overrides: Any,
 ) -> Handle:
@@ -39,6 +40,9 @@ def apply(
         `handle.stats()` says which, and why.
     attention: what packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers" or
         "sdpa".
+    compile: compiles the packed forward of each stage with static shapes: True, a mode of `torch.compile`
+        ("max-autotune", ...), or a dict of its arguments backend, mode and options. Graphs are made at the first
+        generation of each size and batch, or before it by `handle.warmup`.
     strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
@@ -48,8 +52,16 @@ def apply(
 
     config = resolve(preset, **overrides)
     levels = None if noise_levels is None else _checked_levels(noise_levels)
-    how = Execution(execution=execution, attention=attention, strict=strict)
+    how = Execution(execution=execution, attention=attention, compile=_compile_options(compile), strict=strict)
     return patches.find(target).apply(target, config, levels, how)
+
+
+def _compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:
+    if value is False:
+        return None
+    from .compile import compile_options  # here, because the compiler takes a second to import
+
+    return compile_options(value)
 
 
 def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:

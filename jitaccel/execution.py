@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError, nearest_match
 
@@ -19,13 +20,15 @@ class Execution:
         branches of true CFG in one forward), "indexed" (the model's own forward on the anchors), or "auto": packed
         where the model is covered and something is sparse.
     attention: what packed execution attends with; "auto" takes the first that is usable.
+    compile: what `torch.compile` gets for each stage's packed forward, or None to run it eagerly.
     strict: raise where a fallback would run instead of what was asked for.
 
-    Raises ConfigError for unknown names.
+    Raises ConfigError for unknown names, and for compilation of the model's own forward.
     """
 
     execution: Mode = "auto"
     attention: Attention = "auto"
+    compile: Mapping[str, Any] | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -38,5 +41,10 @@ class Execution:
             )
             if value not in allowed
         ]
+        if self.compile is not None and self.execution == "indexed":
+            problems.append(
+                'apply: execution must be "packed" or "auto" with compile, got "indexed"; '
+                "compile the model yourself before apply, or leave compile out"
+            )
         if problems:
             raise ConfigError("\n".join(problems))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
+
 from .config import JiTConfig
+from .errors import ConfigError
 from .stats import Stats
 
 MISSING = object()
@@ -65,6 +68,36 @@ class Handle:
         self._changes.append(what)
         if undo is not None:
             self._undo.callback(undo, *args)
+
+    def warmup(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        progress: bool = True,
+        **call: Any,
+    ) -> Stats:
+        """Makes one picture of each size and batch, and drops it: compiles every stage before the first request.
+
+        sizes: (height, width) in pixels. call: further arguments of the pipeline, as requests will have them: the
+            length of prompts (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
+        Returns the statistics. Raises ConfigError where what was patched is no pipeline: call your own loop once.
+        """
+        pipeline = self.target
+        if not hasattr(pipeline, "encode_prompt"):
+            raise ConfigError(
+                f"Handle.warmup: what was patched must be a pipeline, got {self._kind}; run your own loop once instead"
+            )
+        todo = [(height, width, batch) for height, width in sizes for batch in batch_sizes]
+        if progress:
+            from tqdm import tqdm
+
+            todo = tqdm(todo, desc="warm-up", unit="size")
+        for height, width, batch in todo:
+            settings = {"prompt": "", "num_images_per_prompt": batch, "output_type": "latent", **call}
+            generator = torch.Generator().manual_seed(0)
+            pipeline(height=height, width=width, generator=generator, **settings)
+        return self.stats()
 
     def stats(self) -> Stats:
         """Returns what the last generation did: tokens, operations and time of each step, and what ran and why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from .clock import Step
 from .config import JiTConfig
 from .stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from .compile import CompileStats
 
 Cost = Callable[[int, int], int]
 """Operations of one forward for one image: (image tokens, text tokens) -> FLOPs."""
@@ -37,6 +41,7 @@ class Stats:
     """The last generation. `flops` count every image of the batch; `dense_step_flops` is one dense step of it.
 
     `execution`: "packed" or "indexed". `attention`: the backend of packed execution, None for the model's own.
+    `compiled`: what compilation did since `apply`, None without it.
     `anchors`: of each stage that ran, (B, M) raster indices, on the device that computed.
     """
 
@@ -46,6 +51,7 @@ class Stats:
     config: JiTConfig
     generations: int
     attention: str | None = None
+    compiled: CompileStats | None = None
     batch: int = 0
     grid: tuple[int, int] = (0, 0)
     text_tokens: int = 0
@@ -84,6 +90,11 @@ class Stats:
     def __str__(self) -> str:
         how = f"{self.execution} execution" + (f" with {self.attention}" if self.attention else "")
         lines = [f"{self.codebase}, {how}, {self.generations} generations"]
+        if self.compiled is not None:
+            c = self.compiled
+            lines.append(
+                f"compiled: {c.graphs} graphs for {c.signatures} signatures, {c.calls} calls, {c.eager_calls} eager"
+            )
         lines += [f"note: {note}" for note in self.notes]
         if not self.steps:
             return "\n".join(lines)
@@ -167,6 +178,7 @@ def summarize(
     codebase: str,
     execution: str,
     attention: str | None,
+    compiled: CompileStats | None,
     notes: tuple[str, ...],
     config: JiTConfig,
     generations: int,
@@ -176,6 +188,7 @@ def summarize(
         codebase=codebase,
         execution=execution,
         attention=attention,
+        compiled=compiled,
         notes=notes,
         config=config,
         generations=generations,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from jitaccel.run import Run
 from jitaccel.stats import Cost, Recorder
+
+if TYPE_CHECKING:
+    from jitaccel.compile import CompileStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,9 @@ class Calls(Protocol):
 
     @property
     def attention(self) -> str | None: ...
+
+    @property
+    def compiled(self) -> CompileStats | None: ...
 
     @property
     def notes(self) -> tuple[str, ...]: ...

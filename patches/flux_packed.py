@@ -8,7 +8,7 @@ model itself) are run beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,14 @@ _HALF_RANGE = 65504  # FLUX overflows float16; the model's own blocks clip
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """What a stage and batch share over all steps. `rotary`: cosines and sines (T, head_dim) of the documents."""
+    """What a stage and batch share over all steps.
+
+    rotary: cosines and sines (T, head_dim) of the documents. hooked: whether hooks of blocks are to be run beside them.
+    """
 
     layout: PackedLayout
     rotary: tuple[Tensor, Tensor]
+    hooked: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,8 @@ def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor
     device = image_ids[0].device
     layout = PackedLayout.of([len(ids) for ids in text_ids], [len(ids) for ids in image_ids], device)
     ids = layout.join(torch.cat([*text_ids]), torch.cat([*image_ids]))
-    return Pack(layout, model.pos_embed(ids))
+    blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+    return Pack(layout, model.pos_embed(ids), hooked=any("forward" in vars(block) for block in blocks))
 
 
 def packed_forward(model: Any, pack: Pack, inputs: PackedInputs, attend: Attend) -> Tensor:
@@ -74,11 +79,11 @@ def packed_forward(model: Any, pack: Pack, inputs: PackedInputs, attend: Attend)
     condition = model.time_text_embed(*conditions, inputs.pooled)
     text = model.context_embedder(inputs.text)
     for block in model.transformer_blocks:
-        with _own_hooks(block):
+        with _block_hooks(block) if pack.hooked else nullcontext():
             text, image = _double(block, text, image, condition, pack, attend)
     documents = layout.join(text, image)
     for block in model.single_transformer_blocks:
-        with _own_hooks(block):
+        with _block_hooks(block) if pack.hooked else nullcontext():
             documents = _single(block, documents, condition, pack, attend)
     out = model.norm_out
     scale, shift = out.linear(out.silu(condition).to(documents.dtype)).chunk(2, dim=1)
@@ -181,13 +186,8 @@ def model_hooks(model: nn.Module, own: Any, lora_scale: float | None) -> Iterato
             unscale_lora_layers(model, lora_scale)
 
 
-@contextmanager
-def _own_hooks(block: nn.Module) -> Iterator[None]:
-    if "forward" not in vars(block):
-        yield
-        return
-    with _hooks(block, _registered(block)):
-        yield
+def _block_hooks(block: nn.Module) -> AbstractContextManager[None]:
+    return _hooks(block, _registered(block))
 
 
 @contextmanager

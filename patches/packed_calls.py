@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,9 @@ from jitaccel.run import Run
 
 from .caller import unguided_branch
 from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, packed_forward, reasons_unpackable
+
+if TYPE_CHECKING:
+    from jitaccel.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
@@ -102,10 +105,11 @@ class FluxCalls:
         self._options = options
         self._indexed = indexed
         # What is dense throughout stays the model's own, bit for bit.
-        is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
-        self._is_wanted = options.execution == "packed" or (options.execution == "auto" and is_sparse)
+        pays = config.densities[0] < 1.0 - _ALL_TOKENS or options.compile is not None
+        self._is_wanted = options.execution == "packed" or (options.execution == "auto" and pays)
         self._memories: WeakKeyDictionary[Run, _Memory] = WeakKeyDictionary()
         self._attention: Backend | None = None
+        self._compiler = None if options.compile is None else _compiler(options)
         self._reasons: tuple[str, ...] = ()
         if self._is_wanted:
             self._fall_back(tuple(reasons_unpackable(model)))
@@ -121,9 +125,15 @@ class FluxCalls:
         return self._attention.name if self._attention is not None and self.execution == "packed" else None
 
     @property
+    def compiled(self) -> CompileStats | None:
+        """What compilation did so far; None without it."""
+        return None if self._compiler is None else self._compiler.stats
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """Why the model runs indexed where packed was possible to ask for."""
-        return tuple(f"indexed execution, since {reason}" for reason in self._reasons)
+        """Why the model runs indexed where packed was asked for, and why stages are not compiled."""
+        indexed = tuple(f"indexed execution, since {reason}" for reason in self._reasons)
+        return indexed + (() if self._compiler is None else self._compiler.notes)
 
     def _fall_back(self, reasons: tuple[str, ...]) -> None:
         """Notes why a model runs indexed, or that nothing hinders it; an error where the user allowed no fallback."""
@@ -195,8 +205,38 @@ class FluxCalls:
             else _rows([branch["guidance"] for branch in branches], batch),
         )
         pack = _pack(module, memory, branches, run, batch)
-        velocity = packed_forward(module, pack, inputs, functools.partial(_attend, attention))
+        velocity = self._packed_forward(module, pack, inputs, attention)
         return [*velocity.unflatten(0, (len(branches), batch, -1)).unbind(0)]
+
+    def _packed_forward(self, module: Any, pack: Pack, inputs: PackedInputs, attention: Backend) -> Tensor:
+        if self._compiler is None:
+            return packed_forward(module, pack, inputs, functools.partial(_attend, attention))
+        signature = (
+            pack.layout.text.lengths,
+            pack.layout.image.lengths,
+            inputs.image.dtype,
+            inputs.image.device,
+            inputs.guidance is None,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            attention.name,
+        )
+
+        def stage(model: Any, pack: Pack, inputs: PackedInputs) -> Tensor:
+            return packed_forward(
+                model, pack, inputs, lambda q, k, v, layout: varlen_attention(q, k, v, layout, attention)
+            )
+
+        reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
+        velocity: Tensor = self._compiler.run(signature, stage, module, pack, inputs, reason=reason)
+        return velocity
+
+
+def _compiler(options: Execution) -> Compiler:
+    from jitaccel.compile import Compiler  # here, because the compiler takes a second to import
+
+    assert options.compile is not None
+    return Compiler(options.compile, options.strict)
 
 
 def _attend(attention: Backend, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:

@@ -95,6 +95,7 @@ class SchedulerRoute:
             codebase=self._codebase,
             execution=self.calls.execution,
             attention=self.calls.attention,
+            compiled=self.calls.compiled,
             notes=(*self._notes, *self.calls.notes),
             config=self.config,
             generations=self._generations,

@@ -67,6 +67,7 @@ class VelocityRoute:
             codebase=self._codebase,
             execution=self.calls.execution,
             attention=self.calls.attention,
+            compiled=self.calls.compiled,
             notes=(*self._notes(), *self.calls.notes),
             config=self.config,
             generations=self._begun,

@@ -48,7 +48,7 @@ WHOLE = Phase(
 )
 
 GUIDED = replace(
-    WHOLE, updates=560, muon_rate=7e-4, adam_rate=4e-4, decay_updates=300, half_share=0.0, guidance=2.5, seed=3
+    WHOLE, updates=440, muon_rate=7e-4, adam_rate=4e-4, decay_updates=260, half_share=0.0, guidance=2.5, seed=3
 )
 PHASES: Mapping[str, tuple[Phase, str | None]] = MappingProxyType(
     {"windows": (WINDOWS, None), "whole": (WHOLE, "windows"), "guided": (GUIDED, "whole")}
