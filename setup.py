@@ -1,8 +1,9 @@
 """What pyproject.toml cannot say: folders beside jitaccel/ install inside it, and operators are compiled.
 
-The checkout holds the links jitaccel/patches and jitaccel/assets, so that the package imports from there uninstalled
-and type checkers see it whole. The build never reads them: where git writes no links (Windows) or a copy drops them,
-an install is still complete. csrc/ installs too, so that `python -m jitaccel.build` can compile what a wheel lacks.
+The checkout holds links to them (jitaccel/patches, jitaccel/assets, jitaccel/benchmarks), so that the package imports
+from there uninstalled and type checkers see it whole. The build never reads them: where git writes no links (Windows)
+or a copy drops them, an install is still complete. csrc/ installs too, so that `python -m jitaccel.build` can compile
+what a wheel lacks.
 
 The operators are two shared libraries without any Python in them (jitaccel/build.py): one wheel serves every Python 3.
 """
@@ -14,7 +15,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FOLDERS = {"jitaccel.patches": "patches", "jitaccel.assets": "assets", "jitaccel.csrc": "csrc"}
+FOLDERS = {
+    "jitaccel.patches": "patches",
+    "jitaccel.assets": "assets",
+    "jitaccel.benchmarks": "benchmarks",
+    "jitaccel.csrc": "csrc",
+}
 
 # By its path: the folder of this file is not on the path of a build, and importing the package is not wanted.
 spec = importlib.util.spec_from_file_location("jitaccel_build", Path(__file__).parent / "jitaccel" / "build.py")

@@ -19,18 +19,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from jitaccel.cli import bench
 from jitaccel.cli.errors import CommandError
 from jitaccel.cli.loading import pick_device
 
+from .compare import ratio_to, read_rows
 from .registry import Case, Options, find_cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases that are asked for; 0, or 2 where there is none."""
-    arguments = _parser().parse_args(argv)
+    """Runs the cases that are asked for: `python -m benchmarks`, or `jitaccel bench`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    bench.add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 0, 1 where a time is above what --fail-above allows, 2 where there is nothing to run or compare with."""
     cases = find_cases()
     if arguments.list:
         for case in cases:
@@ -42,16 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"group and size must name a case, got {arguments.group} {arguments.size}; try {known}")
     try:
         device = pick_device(arguments.device)
-    except CommandError as error:
+        earlier = [] if arguments.compare is None else read_rows(arguments.compare)
+        if arguments.fail_above is not None and arguments.compare is None:
+            raise ValueError("--fail-above must come with --compare FILE, got it alone")
+    except (CommandError, ValueError) as error:
         return _refuse(str(error))
     options = Options(device=device, repeat=arguments.repeat, seed=arguments.seed)
 
     from jitaccel.provenance import first_line
 
     print(first_line(device), flush=True)
-    for case in chosen:
-        _run(case, options, arguments.json)
-    return 0
+    ratios = [ratio for case in chosen for ratio in _run(case, options, arguments.json, earlier)]
+    if arguments.compare is not None:
+        most = f", up to {max(ratios):.3f}x" if ratios else "; none of them has the same case, settings and device"
+        print(f"\n{len(ratios)} rows compared with {arguments.compare}{most}")
+    slower = [ratio for ratio in ratios if arguments.fail_above is not None and ratio > arguments.fail_above]
+    if slower:
+        print(f"benchmarks: {len(slower)} times are above {arguments.fail_above}x of the earlier ones", file=sys.stderr)
+    return 1 if slower else 0
 
 
 def _refuse(reason: str) -> int:
@@ -59,42 +78,27 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def _run(case: Case, options: Options, path: Path | None) -> None:
+def _run(case: Case, options: Options, path: Path | None, earlier: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Prints a case's rows, adds them to the file, and returns the times of those that an earlier run has, over its."""
     from jitaccel.provenance import provenance
 
     print(f"\n{case.group}: {case.name}", flush=True)
     reason = case.why_not(options)
     if reason is not None:
         print(f"not measured: {reason}")
-        return
+        return []
+    ratios = []
     origin = provenance(options.device)
     for row in case.run(options):
-        print(row.line, flush=True)
+        fields = {"benchmark": case.group, "case": case.name, **row.fields, **origin}
+        ratio = ratio_to(fields, earlier)
+        ratios += [] if ratio is None else [ratio]
+        print(row.line + ("" if ratio is None else f"  [{ratio:.3f}x of earlier]"), flush=True)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.write(json.dumps({"benchmark": case.group, "case": case.name, **row.fields, **origin}) + "\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("group", nargs="?", help="which group of cases, such as denoise; without it all")
-    parser.add_argument("--size", help="which size of model, such as small, large, flux; without it all")
-    parser.add_argument("--repeat", type=_positive, default=5, help="how often each method is timed (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and random weights (default: 0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add one JSON line for each measurement to this file")
-    parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+                file.write(json.dumps(fields) + "\n")
+    return ratios
 
 
 if __name__ == "__main__":

@@ -178,3 +178,82 @@ def test_packing_compares_ways_that_give_the_same_velocity() -> None:
     expected = packing.loop(model, images)()
     torch.testing.assert_close(packed, torch.cat(expected))
     torch.testing.assert_close(torch.cat([padded[:5], padded[20:]]), torch.cat(expected))
+
+
+def _timed(ms: float) -> Any:
+    """Returns a case of two rows that take so long."""
+    from benchmarks.registry import Case, Row
+
+    def run(options: Options) -> Any:
+        for operator in ("lift", "step"):
+            yield Row(line=operator, fields={"operator": operator, "grid": [8, 8], "median_ms": ms})
+
+    return Case(group="denoise", size="tiny", name="timed", run=run, why_not=lambda options: None)
+
+
+def test_rows_are_compared_with_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.cases import denoise
+
+    file, asked = tmp_path / "rows.jsonl", ["denoise", "--device", "cpu"]
+    monkeypatch.setattr(denoise, "CASES", (_timed(2.0),))
+    assert main([*asked, "--json", str(file)]) == 0
+    monkeypatch.setattr(denoise, "CASES", (_timed(2.5),))
+    capsys.readouterr()
+    assert main([*asked, "--compare", str(file)]) == 0
+    assert "lift  [1.250x of earlier]" in (out := capsys.readouterr().out) and "2 rows compared" in out
+    assert main([*asked, "--compare", str(file), "--fail-above", "1.3"]) == 0
+    assert main([*asked, "--compare", str(file), "--fail-above", "1.2"]) == 1
+    assert "2 times are above 1.2x" in capsys.readouterr().err
+
+
+def test_rows_of_another_device_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.cases import denoise
+
+    file, asked = tmp_path / "rows.jsonl", ["denoise", "--device", "cpu"]
+    monkeypatch.setattr(denoise, "CASES", (_timed(2.0),))
+    assert main([*asked, "--json", str(file)]) == 0
+    rows = [{**json.loads(line), "device": "another"} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert main([*asked, "--compare", str(file), "--fail-above", "0.1"]) == 0
+    assert "0 rows compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "no json", "{}", ""])
+def test_file_that_holds_no_rows_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert main(["kernels", "--size", "32", "--compare", str(file)]) == 2
+    captured = capsys.readouterr()
+    assert "--compare must" in captured.err and captured.out == ""
+    assert main(["kernels", "--size", "32", "--fail-above", "1.1"]) == 2
+
+
+def test_command_of_the_package_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    from jitaccel import cli
+
+    assert main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert cli.main(["bench", "--list"]) == 0
+    assert capsys.readouterr().out == listed and "startup" in listed
+    assert cli.main(["bench", "nothing"]) == 2
+
+
+def test_startup_rows_are_the_parts_of_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.cases import startup
+
+    if startup._why_not(Options(device=torch.device("cpu"), repeat=1, seed=0)):
+        pytest.skip("no embedded model")
+    file = tmp_path / "rows.jsonl"
+    assert main(["startup", "--repeat", "1", "--device", "cpu", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["what"] for row in rows][0::5] == ["import jitaccel", "second picture"] and len(rows) == 6
+    assert all(row["median_s"] >= 0 for row in rows)

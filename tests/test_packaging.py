@@ -57,13 +57,13 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, sources)
-    for name in ("jitaccel", "patches", "assets", "csrc"):
+    for name in ("jitaccel", "patches", "assets", "csrc", "benchmarks"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, sources / name, symlinks=True)
     environment = {**os.environ, "JITACCEL_CUDA": "0"}  # compiling for CUDA takes a while and is tested elsewhere
     if request.param == "no links":  # a checkout on a file system that has none, and no compiler
         environment["JITACCEL_CPU"] = "0"
-        for name in ("patches", "assets"):
+        for name in ("patches", "assets", "benchmarks"):
             (sources / "jitaccel" / name).unlink()
     for library in (sources / "jitaccel").glob("_C_*.so"):
         library.unlink()
@@ -92,10 +92,12 @@ def test_wheel_holds_every_file_once(wheel: zipfile.ZipFile, has_library: bool) 
         "patches": "jitaccel/patches",
         "assets": "jitaccel/assets",
         "csrc": "jitaccel/csrc",
+        "benchmarks": "jitaccel/benchmarks",
     }.items():
         paths = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file())
         expected |= {f"{installed}/{path.as_posix()}" for path in paths if "__pycache__" not in path.parts}
-    expected = {name for name in expected if not name.endswith(".so")}
+    measured = "jitaccel/benchmarks/results/"  # stays in the checkout
+    expected = {name for name in expected if not name.endswith(".so") and not name.startswith(measured)}
     if has_library:
         expected.add("jitaccel/_C_cpu.so")
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]

@@ -1,4 +1,4 @@
-"""The `jitaccel` command: generate a picture, look at the installation, run the demonstration."""
+"""The `jitaccel` command: generate a picture, run the demonstration, measure, look at the installation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import demo, doctor, generate
+from . import bench, demo, doctor, generate
 from .errors import CommandError
 
-_COMMANDS = {"generate": generate, "demo": demo, "doctor": doctor}
+_COMMANDS = {"generate": generate, "demo": demo, "bench": bench, "doctor": doctor}
 _EXPECTED = (CommandError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
 
 

@@ -1,0 +1,42 @@
+"""Measure speed on this machine: operators, denoising, packing, start-up."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments, which `python -m benchmarks` shares."""
+    parser.add_argument("group", nargs="?", help="kernels, denoise, packing or startup; without it all")
+    parser.add_argument("--size", help="which size of model, such as small, large, flux; without it all")
+    parser.add_argument("--repeat", type=_positive, default=5, help="how often each method is timed")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and random weights")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add one JSON line for each measurement to this file")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON lines of an earlier run to compare with")
+    parser.add_argument(
+        "--fail-above", type=_ratio, metavar="RATIO", help="exit with 1 where a time is above RATIO of --compare's"
+    )
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the cases that are asked for; 0, 1 where one is slower than --fail-above allows, 2 for bad input."""
+    # By its name: in a checkout the same folder is the package `benchmarks`, which type checkers would see twice.
+    return int(importlib.import_module("jitaccel.benchmarks.__main__").run(arguments))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _ratio(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be a ratio above 0, such as 1.1, got {text}")
+    return number
