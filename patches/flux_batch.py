@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from jitaccel.attention import choose_backend, varlen_attention
+from jitaccel.attention import choose_backend
 from jitaccel.batch import Outcome, OutputType, Request
 from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
@@ -26,7 +26,7 @@ from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 
 from .diffusers_flux import check_pipeline, hook_of
-from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, packed_forward, reasons_unpackable
+from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, reasons_unpackable, run_packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,9 +234,7 @@ class _Packed:
             guidance=None if jobs[0].guidance is None else torch.cat([job.guidance for job, _ in each]),  # type: ignore[misc]
         )
         with model_hooks(model, None, None):
-            velocity = packed_forward(
-                model, self._pack_of(jobs), inputs, lambda q, k, v, layout: varlen_attention(q, k, v, layout, attention)
-            )
+            velocity = run_packed(model, self._pack_of(jobs), inputs, attention)
         parts = iter(velocity.split([job.run.num_active for job, _ in each]))
         return [tuple(next(parts) for _ in job.prompts) for job in jobs]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -24,7 +24,12 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from jitaccel.attention import Backend, varlen_attention
+from jitaccel.execution import Execution
 from jitaccel.packing import PackedLayout, Rows
+
+if TYPE_CHECKING:
+    from jitaccel.compile import Compiler
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 """Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
@@ -89,6 +94,41 @@ def packed_forward(model: Any, pack: Pack, inputs: PackedInputs, attend: Attend)
     scale, shift = out.linear(out.silu(condition).to(documents.dtype)).chunk(2, dim=1)
     image = _modulate(out.norm(layout.image_of(documents)), shift, scale, layout.image)
     velocity: Tensor = model.proj_out(image)
+    return velocity
+
+
+def compiler_of(options: Execution) -> Compiler | None:
+    """Returns what compiles the forwards of one `apply`; None where they run eagerly."""
+    if options.compile is None:
+        return None
+    from jitaccel.compile import Compiler  # here, because the compiler takes a second to import
+
+    return Compiler(options.compile, options.strict)
+
+
+def run_packed(
+    model: nn.Module, pack: Pack, inputs: PackedInputs, attention: Backend, compiler: Compiler | None = None
+) -> Tensor:
+    """Returns `packed_forward`'s velocity with this attention, compiled for these lengths where there is a compiler."""
+    layout = pack.layout
+
+    def forward(model: nn.Module, pack: Pack, inputs: PackedInputs) -> Tensor:
+        return packed_forward(model, pack, inputs, lambda q, k, v, where: varlen_attention(q, k, v, where, attention))
+
+    if compiler is None:
+        return forward(model, pack, inputs)
+    signature = (
+        layout.text.lengths,
+        layout.image.lengths,
+        inputs.image.dtype,
+        inputs.image.device,
+        inputs.guidance is None,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        attention.name,
+    )
+    reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
+    velocity: Tensor = compiler.run(signature, forward, model, pack, inputs, reason=reason)
     return velocity
 
 

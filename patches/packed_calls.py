@@ -7,7 +7,6 @@ before, or from the pipeline that calls; it is compared when it comes, and run b
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +16,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from jitaccel.attention import Backend, choose_backend, varlen_attention
+from jitaccel.attention import Backend, choose_backend
 from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.lift import LiftPlan
-from jitaccel.packing import PackedLayout
 from jitaccel.run import Run
 
 from .caller import unguided_branch
-from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, packed_forward, reasons_unpackable
+from .flux_packed import (
+    Pack,
+    PackedInputs,
+    compiler_of,
+    make_pack,
+    model_hooks,
+    reasons_unpackable,
+    run_packed,
+)
 
 if TYPE_CHECKING:
-    from jitaccel.compile import Compiler, CompileStats
+    from jitaccel.compile import CompileStats
 
 _log = logging.getLogger(__name__)
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
@@ -109,7 +115,7 @@ class FluxCalls:
         self._is_wanted = options.execution == "packed" or (options.execution == "auto" and pays)
         self._memories: WeakKeyDictionary[Run, _Memory] = WeakKeyDictionary()
         self._attention: Backend | None = None
-        self._compiler = None if options.compile is None else _compiler(options)
+        self._compiler = compiler_of(options)
         self._reasons: tuple[str, ...] = ()
         if self._is_wanted:
             self._fall_back(tuple(reasons_unpackable(model)))
@@ -205,42 +211,8 @@ class FluxCalls:
             else _rows([branch["guidance"] for branch in branches], batch),
         )
         pack = _pack(module, memory, branches, run, batch)
-        velocity = self._packed_forward(module, pack, inputs, attention)
+        velocity = run_packed(module, pack, inputs, attention, self._compiler)
         return [*velocity.unflatten(0, (len(branches), batch, -1)).unbind(0)]
-
-    def _packed_forward(self, module: Any, pack: Pack, inputs: PackedInputs, attention: Backend) -> Tensor:
-        if self._compiler is None:
-            return packed_forward(module, pack, inputs, functools.partial(_attend, attention))
-        signature = (
-            pack.layout.text.lengths,
-            pack.layout.image.lengths,
-            inputs.image.dtype,
-            inputs.image.device,
-            inputs.guidance is None,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            attention.name,
-        )
-
-        def stage(model: Any, pack: Pack, inputs: PackedInputs) -> Tensor:
-            return packed_forward(
-                model, pack, inputs, lambda q, k, v, layout: varlen_attention(q, k, v, layout, attention)
-            )
-
-        reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
-        velocity: Tensor = self._compiler.run(signature, stage, module, pack, inputs, reason=reason)
-        return velocity
-
-
-def _compiler(options: Execution) -> Compiler:
-    from jitaccel.compile import Compiler  # here, because the compiler takes a second to import
-
-    assert options.compile is not None
-    return Compiler(options.compile, options.strict)
-
-
-def _attend(attention: Backend, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
-    return varlen_attention(query, key, value, layout, attention)
 
 
 def _reasons(module: Any, hook: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
