@@ -72,5 +72,5 @@ def test_statistics_print_as_one_line_a_step(pipe: Any) -> None:
     handle = jitaccel.apply(pipe, tiny.SHORT)
     tiny.generate(pipe)
     lines = str(handle.stats()).splitlines()
-    assert "indexed execution" in lines[0]
+    assert "packed execution with sdpa" in lines[0]
     assert len(lines) - next(i for i, line in enumerate(lines) if "tokens" in line and "stage" in line) - 1 == 5
