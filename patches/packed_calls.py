@@ -236,10 +236,9 @@ def _kept_answer(memory: _Memory, branch: _Branch, state: Tensor) -> Tensor | No
 
 def _foreseen(memory: _Memory, branch: _Branch, arguments: Mapping[str, Any], state: Tensor) -> list[_Branch]:
     """Returns the branches that will be asked for after this one, with the same state; notes where a step begins."""
+    memory.may_foresee &= not memory.kept  # what was foreseen did not come, or something else came before it
     if memory.is_branch(state):
         return []
-    if memory.kept:
-        memory.may_foresee = False  # what was foreseen did not come
     before, seen = memory.followers, memory.next_followers
     expected = [follower for follower in seen if any(follower.has_tensors_of(other) for other in before)]
     if memory.is_first_step:
