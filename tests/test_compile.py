@@ -78,6 +78,7 @@ def test_more_signatures_than_a_compiler_keeps_of_one_function_still_work(pipe: 
     assert count.graphs == len(shapes) > torch._dynamo.config.recompile_limit
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
 def test_inductor_makes_the_eager_image(pipe: Any) -> None:
     config = SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
     with jitaccel.apply(pipe, config, execution="packed"):
