@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from jitaccel.schedule import noise_levels
 
 from .diffusers_flux import check_pipeline, hook_of
 from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, reasons_unpackable, run_packed
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ def generate_batch(
             "generate_batch: target must not be patched, got a pipeline whose transformer is; "
             "remove() its handle first, requests name their presets themselves"
         )
-    forward = _forward_of(pipeline.transformer, how)
+    forward = _forward_of(pipeline, how)
     _check_sizes(pipeline, requests)
     outcomes: dict[int, Outcome] = {}
     with torch.no_grad():
@@ -185,15 +188,20 @@ Forward = Callable[[Sequence[Job]], list[tuple[Tensor, ...]]]
 """Runs every branch of each job on its anchors: one tuple of velocities (M, D) a job."""
 
 
-def _forward_of(model: Any, how: Execution) -> Forward:
+def _forward_of(pipeline: Any, how: Execution) -> Forward:
+    """Returns how forwards run. Raises ConfigError for an attention that cannot be used, before anything is run."""
+    model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
     if not reasons:
+        choose_backend(how.attention, pipeline._execution_device, model.dtype, model.config.attention_head_dim)
         return _Packed(model, how)
     if how.strict and how.execution != "indexed":
         raise UnsupportedModelError(
             f"generate_batch: execution must be covered with strict=True, got {'; '.join(reasons)}; "
             f"use strict=False to run request after request"
         )
+    level = logging.INFO if how.execution == "indexed" else logging.WARNING
+    _log.log(level, "jitaccel: requests run one after the other, since %s", "; ".join(reasons))
     return functools.partial(_one_by_one, model)
 
 
@@ -203,11 +211,13 @@ def _forward_each(
     """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
     try:
         return dict(zip(jobs, forward([*jobs.values()]), strict=True))
-    except Exception:
+    except Exception as error:
         if len(jobs) == 1:
             index, job = next(iter(jobs.items()))
-            answers = _attempt(outcomes, index, job.request, lambda: forward([job]))
-            return {} if answers is None else {index: answers[0]}
+            outcomes[index] = Outcome(job.request, error)
+            return {}
+        what = f"{type(error).__name__}: {error}"
+        _log.warning("jitaccel: the forward of %d requests failed (%s); trying each alone", len(jobs), what)
     found: dict[int, tuple[Tensor, ...]] = {}
     for index, job in jobs.items():
         found |= _forward_each(forward, {index: job}, outcomes)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel import ConfigError, NonFiniteVelocityError, Request, UnsupportedModelError, generate_batch
 from tests import tiny
-from tests.tiny import PIXELS_PER_TOKEN, SHORT, TEXT_TOKENS, relative_error
+from tests.tiny import PIXELS_PER_TOKEN, SHORT, TEXT_TOKENS, counted, relative_error
 
 LONGER = SHORT.replace(steps=7)
 NATIVE = SHORT.replace(schedule="native")
@@ -43,16 +41,6 @@ def through_pipeline(pipe: Any, asked: Request) -> Tensor:
             return_dict=False,
         )[0]
     return latents[0]
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[list[int]]:
-    seen: list[int] = []
-    hook = model.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).shape[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 BATCHES = {
@@ -165,7 +153,7 @@ def test_request_that_fails_on_its_way_fails_alone(pipe: Any, monkeypatch: pytes
         assert relative_error(outcomes[k].image, through_pipeline(pipe, asked[k])) < 1e-5
 
 
-def test_forward_that_fails_for_all_is_tried_for_each(pipe: Any) -> None:
+def test_forward_that_fails_for_all_is_tried_for_each(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     """As where memory suffices for one request and not for all of them."""
     expected = [through_pipeline(pipe, request(seed=seed)) for seed in (1, 2)]
     tokens = SHORT.token_counts(144)
@@ -180,6 +168,7 @@ def test_forward_that_fails_for_all_is_tried_for_each(pipe: Any) -> None:
     finally:
         hook.remove()
     assert all(relative_error(o.image, e) < 1e-5 for o, e in zip(outcomes, expected, strict=True))
+    assert "the forward of 2 requests failed (OutOfMemoryError: not enough for two)" in caplog.text
 
 
 def test_failing_forward_of_one_request_is_its_outcome(pipe: Any) -> None:
@@ -238,6 +227,18 @@ def test_patched_pipelines_and_bare_transformers_are_refused(pipe: Any) -> None:
         generate_batch(pipe.transformer, [request()])
     with pytest.raises(ConfigError, match="output_type must be one of"):
         generate_batch(pipe, [request()], output_type="np")  # type: ignore[arg-type]
+
+
+def test_backend_that_cannot_be_used_is_refused_before_any_request(pipe: Any) -> None:
+    with counted(pipe.transformer) as seen, pytest.raises(ConfigError, match="flash_attn_3"):
+        generate_batch(pipe, [request()], attention="flash_attn_3")
+    assert seen == []
+
+
+def test_fallbacks_are_logged(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pipe.transformer.single_transformer_blocks[0].register_forward_hook(lambda *_: None)
+    generate_batch(pipe, [request()], output_type="latent")
+    assert "requests run one after the other, since single_transformer_blocks.0 has forward hooks" in caplog.text
 
 
 def test_strict_refuses_a_model_that_is_not_covered(pipe: Any) -> None:

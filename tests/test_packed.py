@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,21 +20,10 @@ from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.attention import choose_backend, varlen_attention
 from jitaccel.patches.flux_packed import PackedInputs, make_pack, packed_forward, reasons_unpackable
 from tests import tiny
-from tests.tiny import DENSE, GRID, SHORT, TEXT_TOKENS, WIDTH, generate, ids, relative_error, start
+from tests.tiny import DENSE, GRID, SHORT, TEXT_TOKENS, WIDTH, counted, generate, ids, relative_error, start
 
 GUIDED: dict[str, Any] = {"negative_prompt": "green", "true_cfg_scale": 3.0}
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[list[int]]:
-    """Collects the image tokens of every forward, packed or not."""
-    seen: list[int] = []
-    hook = model.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).shape[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 # One forward

@@ -169,6 +169,17 @@ def forwards(model: Any, grid: tuple[int, int] = GRID) -> Iterator[list[list[int
         hook.remove()
 
 
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """Collects the image tokens of each forward that really runs, packed or not."""
+    seen: list[int] = []
+    hook = model.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).shape[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Returns the largest difference over the largest expected value."""
     assert actual.shape == expected.shape
