@@ -3,113 +3,207 @@
 Token counts are constants within a stage, so nothing is dynamic: as many graphs as there are stages and batch
 signatures. A compiler keeps few graphs of one function before it gives up (`recompile_limit`), so each signature has
 its own copy of it. What a graph rests on (shapes, which layers, LoRA scales) is guarded by the compiler, which makes
-another graph where that changes; weights are inputs.
+another graph where that changes; weights are inputs. On CUDA each graph is captured once and replayed (`graphs.py`),
+inside those guards: nothing stale is replayed.
 """
 
 from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch import Tensor
+from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 
 from .errors import ConfigError, UnsupportedModelError, nearest_match
+from .graphs import Counts, CudaGraphs, Recorder, RepeatedCalls, Replayed
 
 _log = logging.getLogger(__name__)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _FIXED = ("fullgraph", "dynamic")
+_KNOWN = ("backend", "mode", "options", "graphs")
+_MAX_VARIANTS = 6  # graphs of one signature, as for LoRA scales that alternate; a compiler keeps 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileStats:
     """What compilation did so far. `signatures`: sets of shapes seen. `graphs`: compiled; as many, if nothing changed.
 
-    `calls`: of compiled functions. `eager_calls`: where a graph could not be made, or must not be.
+    `calls`: of compiled functions. `eager_calls`: where a graph could not be made, or must not be. `captures`,
+    `replays`: CUDA graphs recorded, and calls that ran on one. `dropped`: graphs thrown away, since what they rested on
+    had changed.
     """
 
     signatures: int = 0
     graphs: int = 0
     calls: int = 0
     eager_calls: int = 0
+    captures: int = 0
+    replays: int = 0
+    dropped: int = 0
 
 
 def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns what `torch.compile` gets, or None for no compilation. Raises ConfigError for what it does not take.
+    """Returns the compiler's options, or None for no compilation. Raises ConfigError for what it does not take.
 
-    value: True, a mode, or arguments of `torch.compile` (backend, mode, options).
+    value: True, a mode, or arguments of `torch.compile` (backend, mode, options) and `graphs`: whether each stage is
+        captured as a CUDA graph. It is on CUDA, unless the mode is "max-autotune-no-cudagraphs"; True elsewhere replays
+        the recorded call, which gains nothing and behaves alike.
     """
     if isinstance(value, bool):
         return {} if value else None
-    if isinstance(value, str):
-        if value not in MODES:
-            raise ConfigError(
-                f"apply: compile must be True, False, a dict or one of {', '.join(MODES)}, got {value!r}; "
-                f'did you mean "{nearest_match(value, MODES)}"?'
-            )
-        return {"mode": value}
-    if not isinstance(value, Mapping) or any(name in _FIXED for name in value):
+    options = {"mode": value} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or any(name in _FIXED for name in options):
         raise ConfigError(
             f"apply: compile must be True, False, a mode or a dict of torch.compile's arguments without "
             f"{' and '.join(_FIXED)}, got {value!r}; shapes are static and every stage is one graph"
         )
-    unknown = sorted(set(value) - {"backend", "mode", "options"})
+    unknown = sorted(set(options) - set(_KNOWN))
     if unknown:
         raise ConfigError(
-            f"apply: compile must hold backend, mode or options, got {', '.join(unknown)}; leave the others out"
+            f"apply: compile must hold {', '.join(_KNOWN)}, got {', '.join(unknown)}; leave the others out"
         )
-    return dict(value)
+    _check_values(options)
+    return dict(options)
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    mode, inner, graphs = options.get("mode"), options.get("options"), options.get("graphs")
+    if mode is not None and mode not in MODES:
+        raise ConfigError(
+            f"apply: compile must be True, False, a dict or one of {', '.join(MODES)}, got {mode!r}; "
+            f'did you mean "{nearest_match(str(mode), MODES)}"?'
+        )
+    if mode is not None and inner is not None:
+        raise ConfigError(f"apply: compile must hold mode or options, got both ({mode!r}, {inner!r}); leave one out")
+    if graphs is not None and not isinstance(graphs, bool):
+        raise ConfigError(f"apply: compile must hold graphs as True or False, got {graphs!r}; leave it out for CUDA's")
+    if inner is None or options.get("backend", "inductor") != "inductor":
+        return
+    known = torch._inductor.list_options()
+    for name in inner:
+        if name not in known:
+            raise ConfigError(
+                f"apply: compile must hold options of torch's inductor, got {name!r}; "
+                f'did you mean "{nearest_match(name, tuple(known))}"?'
+            )
+
+
+@dataclass
+class _Compiled:
+    """One signature's function. `variants`: graphs that its compiler has made of it."""
+
+    run: Callable[..., Any]
+    variants: int = 0
 
 
 class Compiler:
-    """Compiled copies of functions by signature. options: of `torch.compile`. strict: a failure is an error."""
+    """Compiled copies of functions by signature. options: of `compile_options`. strict: a failure is an error."""
 
     def __init__(self, options: Mapping[str, Any], strict: bool = False) -> None:
         self._options = dict(options)
         self._strict = strict
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
-        self._codes: list[types.CodeType] = []
+        self._compiled: dict[Hashable, _Compiled] = {}
+        self._signatures: set[Hashable] = set()
         self._failed: dict[Hashable, str] = {}
-        self._calls = self._eager_calls = 0
+        self._unrecorded: list[str] = []
+        self._recorder: Recorder | None = None
+        self._counts = Counts()
+        self._copies = self._graphs = self._calls = self._eager_calls = self._dropped = 0
 
     @property
     def stats(self) -> CompileStats:
-        graphs = sum(len(_debug_get_cache_entry_list(code)) for code in self._codes)
         return CompileStats(
-            signatures=len(self._compiled), graphs=graphs, calls=self._calls, eager_calls=self._eager_calls
+            signatures=len(self._signatures),
+            graphs=self._graphs,
+            calls=self._calls,
+            eager_calls=self._eager_calls,
+            captures=self._counts.captures,
+            replays=self._counts.replays,
+            dropped=self._dropped + self._counts.dropped,
         )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why what runs eagerly does."""
-        return tuple(dict.fromkeys(f"not compiled, since {reason}" for reason in self._failed.values()))
+        """Why what runs eagerly does, and why what is not captured is not."""
+        eager = (f"not compiled, since {reason}" for reason in self._failed.values())
+        return tuple(dict.fromkeys([*eager, *self._unrecorded]))
+
+    def release(self) -> None:
+        """Lets go of every graph and its memory; counts stay."""
+        self._compiled.clear()
+        self._recorder = None
 
     def run(self, signature: Hashable, function: Callable[..., Any], *args: Any, reason: str | None = None) -> Any:
         """Returns `function(*args)`, compiled for this signature; eagerly where that fails, or where there is a reason.
 
-        function: a plain function, the same for one signature.
+        function: a plain function, the same for one signature, that returns tensors and writes none of its arguments.
         """
         if reason is not None:
             self._fail(signature, reason)
         if signature in self._failed:
             self._eager_calls += 1
             return function(*args)
-        if signature not in self._compiled:
-            copy = _copy(function, len(self._codes))
-            self._codes.append(copy.__code__)
-            self._compiled[signature] = torch.compile(copy, fullgraph=True, dynamic=False, **self._options)
+        compiled = self._compiled.get(signature) or self._compile(signature, function)
         try:
-            result = self._compiled[signature](*args)
+            result = compiled.run(*args)
         except TorchDynamoException as error:
             self._fail(signature, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             self._eager_calls += 1
             return function(*args)
         self._calls += 1
+        if compiled.variants > _MAX_VARIANTS:
+            self._dropped += compiled.variants
+            del self._compiled[signature]
         return result
+
+    def _compile(self, signature: Hashable, function: Callable[..., Any]) -> _Compiled:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            self._graphs += 1
+            compiled.variants += 1
+            run = self._run_of(graph, inputs)
+            recorder = self._recorder_for(inputs)
+            return run if recorder is None else Replayed(run, recorder, self._counts, self._note_unrecorded)
+
+        self._signatures.add(signature)
+        copy = _copy(function, self._copies)
+        self._copies += 1
+        compiled = self._compiled[signature] = _Compiled(
+            torch.compile(copy, fullgraph=True, dynamic=False, backend=backend)
+        )
+        return compiled
+
+    def _run_of(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Returns the graph compiled by the backend that was asked for."""
+        backend, mode, options = (self._options.get(name) for name in ("backend", "mode", "options"))
+        if backend in (None, "inductor"):
+            settings = torch._inductor.list_mode_options(mode) if mode else dict(options or {})
+            # Inductor's own CUDA graphs would be captured beside ours.
+            return torch._inductor.compile(graph, inputs, options={**settings, "triton.cudagraphs": False})
+        given = {name: value for name, value in (("mode", mode), ("options", options)) if value is not None}
+        run: Callable[..., Any] = lookup_backend(backend)(graph, inputs, **given)
+        return run
+
+    def _recorder_for(self, inputs: Sequence[Any]) -> Recorder | None:
+        is_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+        wanted = self._options.get("graphs", is_cuda and self._options.get("mode") != MODES[3])
+        if wanted and self._recorder is None:
+            self._recorder = CudaGraphs() if is_cuda else RepeatedCalls()
+        return self._recorder if wanted else None
+
+    def _note_unrecorded(self, reason: str) -> None:
+        if self._strict:
+            raise UnsupportedModelError(
+                f"jitaccel: every stage must be captured with strict=True, got {reason}; "
+                f"use strict=False, or compile={{'graphs': False}}"
+            )
+        _log.warning("jitaccel: %s", reason)
+        self._unrecorded.append(reason)
 
     def _fail(self, signature: Hashable, reason: str) -> None:
         if self._strict:

@@ -15,11 +15,19 @@ if TYPE_CHECKING:
     from jitaccel.compile import CompileStats
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A network's velocity at the anchors, `values` (B, M, D), and `lifted` (B, N, D) where that came along."""
+
+    values: Tensor
+    lifted: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelCall:
     """What a patch tells of one call of its model.
 
-    state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state, (B, M, D).
+    state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state.
     grid, noise_level: read from the arguments, and checked; both may wait for the device.
     """
 
@@ -28,7 +36,7 @@ class ModelCall:
     cost: Cost
     grid: Callable[[], tuple[int, int]]
     noise_level: Callable[[], float]
-    evaluate: Callable[[Run, Tensor], Tensor]
+    evaluate: Callable[[Run, Tensor], Answer]
 
     def recorder(self, grid: tuple[int, int]) -> Recorder:
         """Returns an empty record of the generation that this call is the first of."""
@@ -55,3 +63,5 @@ class Calls(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]: ...
+
+    def release(self) -> None: ...

@@ -53,6 +53,7 @@ def apply_to_pipeline(
     _refuse_shared_scheduler(pipeline)
     route = SchedulerRoute(pipeline, config, codebase=f"diffusers {type(pipeline).__name__}", calls=calls)
     handle = Handle(pipeline, route)
+    handle.on_remove(calls.release)
     _install(pipeline.transformer, handle, route)
     route.install(handle)
     return handle
@@ -89,6 +90,7 @@ def apply_to_transformer(
             hook.handles[other].remove()
             break
     handle = Handle(transformer, route)
+    handle.on_remove(calls.release)
     _install(transformer, handle, route)
     return handle
 

@@ -27,7 +27,7 @@ from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 
 from .diffusers_flux import check_pipeline, hook_of
-from .flux_packed import Pack, PackedInputs, make_pack, model_hooks, reasons_unpackable, run_packed
+from .flux_packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
 
 _log = logging.getLogger(__name__)
 
@@ -236,15 +236,15 @@ class _Packed:
         model, state = self._model, jobs[0].state
         attention = choose_backend(self._how.attention, state.device, state.dtype, model.config.attention_head_dim)
         each = [(job, prompt) for job in jobs for prompt in job.prompts]
-        inputs = PackedInputs(
-            image=torch.cat([job.run.gather(job.state)[0] for job, _ in each]),
+        tokens = torch.cat([job.run.gather(job.state)[0] for job, _ in each])
+        given = Conditions(
             text=torch.cat([prompt.text for _, prompt in each]),
             pooled=torch.stack([prompt.pooled for _, prompt in each]),
             level=torch.cat([job.level() for job, _ in each]),
             guidance=None if jobs[0].guidance is None else torch.cat([job.guidance for job, _ in each]),  # type: ignore[misc]
         )
         with model_hooks(model, None, None):
-            velocity = run_packed(model, self._pack_of(jobs), inputs, attention)
+            velocity = run_packed(model, self._pack_of(jobs), tokens, given, attention)
         parts = iter(velocity.split([job.run.num_active for job, _ in each]))
         return [tuple(next(parts) for _ in job.prompts) for job in jobs]
 

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from jitaccel.attention import Backend, varlen_attention
 from jitaccel.execution import Execution
+from jitaccel.lift import LiftPlan, lift
 from jitaccel.packing import PackedLayout, Rows
+from jitaccel.tokens import gather_tokens
 
 if TYPE_CHECKING:
     from jitaccel.compile import Compiler
@@ -52,13 +54,12 @@ class Pack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedInputs:
-    """What one forward of S segments gets, each a sequence over all of them.
+class Conditions:
+    """What one forward of S segments gets beside image tokens, each a sequence over all of them.
 
-    image: (T_image, channels). text: (T_text, E). pooled: (S, P). level, guidance: (S,); no guidance without embedding.
+    text: (T_text, E). pooled: (S, P). level, guidance: (S,); no guidance without embedding.
     """
 
-    image: Tensor
     text: Tensor
     pooled: Tensor
     level: Tensor
@@ -74,15 +75,18 @@ def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor
     return Pack(layout, model.pos_embed(ids), hooked=any("forward" in vars(block) for block in blocks))
 
 
-def packed_forward(model: Any, pack: Pack, inputs: PackedInputs, attend: Attend) -> Tensor:
-    """Returns the velocity (T_image, channels) of every segment's image tokens, as the model gives it to each alone."""
+def packed_forward(model: Any, pack: Pack, tokens: Tensor, given: Conditions, attend: Attend) -> Tensor:
+    """Returns the velocity (T_image, channels) of every segment's image tokens, as the model gives it to each alone.
+
+    tokens: (T_image, channels), segment after segment.
+    """
     layout = pack.layout
-    image = model.x_embedder(inputs.image)
-    conditions = [1000 * inputs.level.to(image.dtype)]
-    if inputs.guidance is not None:
-        conditions.append(1000 * inputs.guidance.to(image.dtype))
-    condition = model.time_text_embed(*conditions, inputs.pooled)
-    text = model.context_embedder(inputs.text)
+    image = model.x_embedder(tokens)
+    numbers = [1000 * given.level.to(image.dtype)]
+    if given.guidance is not None:
+        numbers.append(1000 * given.guidance.to(image.dtype))
+    condition = model.time_text_embed(*numbers, given.pooled)
+    text = model.context_embedder(given.text)
     for block in model.transformer_blocks:
         with _block_hooks(block) if pack.hooked else nullcontext():
             text, image = _double(block, text, image, condition, pack, attend)
@@ -106,30 +110,63 @@ def compiler_of(options: Execution) -> Compiler | None:
     return Compiler(options.compile, options.strict)
 
 
-def run_packed(
-    model: nn.Module, pack: Pack, inputs: PackedInputs, attention: Backend, compiler: Compiler | None = None
-) -> Tensor:
-    """Returns `packed_forward`'s velocity with this attention, compiled for these lengths where there is a compiler."""
-    layout = pack.layout
+def run_packed(model: nn.Module, pack: Pack, tokens: Tensor, given: Conditions, attention: Backend) -> Tensor:
+    """Returns `packed_forward`'s velocity with this attention."""
 
-    def forward(model: nn.Module, pack: Pack, inputs: PackedInputs) -> Tensor:
-        return packed_forward(model, pack, inputs, lambda q, k, v, where: varlen_attention(q, k, v, where, attention))
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+        return varlen_attention(query, key, value, layout, attention)
+
+    return packed_forward(model, pack, tokens, given, attend)
+
+
+def run_stage(
+    model: nn.Module,
+    pack: Pack,
+    plan: LiftPlan,
+    state: Tensor,
+    given: Conditions,
+    attention: Backend,
+    lifts: bool = False,
+    compiler: Compiler | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the velocity at the anchors of a state (B, N, D), (branches, B, M, D), and lifted from them, (B, N, D).
+
+    The pack has as many segments as branches times images. The second is there where `lifts`, for one sparse branch:
+    of several it is what they are combined to that is lifted. With a compiler all is one graph, made for these lengths.
+    """
+    layout = pack.layout
+    lifts = lifts and not plan.is_dense and len(layout.lengths) == state.shape[0]
+
+    def stage(
+        model: nn.Module, pack: Pack, plan: LiftPlan, state: Tensor, given: Conditions
+    ) -> tuple[Tensor, Tensor | None]:
+        batch = state.shape[0]
+        num_branches = len(pack.layout.lengths) // batch
+        tokens = (state if plan.is_dense else gather_tokens(state, plan.anchors)).flatten(0, 1)
+        velocity = run_packed(model, pack, tokens.repeat(num_branches, 1), given, attention)
+        values = velocity.unflatten(0, (num_branches, batch, -1))
+        return values, lift(values[0], plan) if lifts else None
 
     if compiler is None:
-        return forward(model, pack, inputs)
+        return stage(model, pack, plan, state, given)
     signature = (
         layout.text.lengths,
         layout.image.lengths,
-        inputs.image.dtype,
-        inputs.image.device,
-        inputs.guidance is None,
+        plan.grid if lifts else None,
+        state.shape,
+        state.dtype,
+        state.device,
+        given.guidance is None,
+        lifts,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         attention.name,
     )
     reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
-    velocity: Tensor = compiler.run(signature, forward, model, pack, inputs, reason=reason)
-    return velocity
+    result: tuple[Tensor, Tensor | None] = compiler.run(
+        signature, stage, model, pack, plan, state.contiguous(), given, reason=reason
+    )
+    return result
 
 
 def _double(

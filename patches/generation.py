@@ -113,9 +113,13 @@ class Generation:
         """
         now = self._now
         with self.recorder.network(now.step, self._run.anchors):
-            values = call.evaluate(self._run, now.entered)
+            answer = call.evaluate(self._run, now.entered)
         with self.recorder.outside(now.step.index):
-            velocity = self._run.leave(now.step, now.entered, values)
+            if answer.lifted is None:
+                velocity = self._run.leave(now.step, now.entered, answer.values)
+            else:
+                velocity = answer.lifted
+                self._run.remember(now.step, now.entered, velocity)
             if may_be_last:
                 self._run.check_finite()
             if self._owed is not None:

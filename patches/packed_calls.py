@@ -23,15 +23,16 @@ from jitaccel.execution import Execution
 from jitaccel.lift import LiftPlan
 from jitaccel.run import Run
 
+from .call import Answer
 from .caller import unguided_branch
 from .flux_packed import (
+    Conditions,
     Pack,
-    PackedInputs,
     compiler_of,
     make_pack,
     model_hooks,
     reasons_unpackable,
-    run_packed,
+    run_stage,
 )
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ class FluxCalls:
         self._memories: WeakKeyDictionary[Run, _Memory] = WeakKeyDictionary()
         self._attention: Backend | None = None
         self._compiler = compiler_of(options)
+        # In a graph the lift costs nothing; elsewhere it is the method's, and timed as such.
+        self._lifts = self._compiler is not None and config.lifter == "velocity"
         self._reasons: tuple[str, ...] = ()
         if self._is_wanted:
             self._fall_back(tuple(reasons_unpackable(model)))
@@ -153,6 +156,11 @@ class FluxCalls:
             _log.log(level, "jitaccel: indexed execution, since %s", "; ".join(reasons))
         self._reasons = reasons
 
+    def release(self) -> None:
+        """Lets go of compiled graphs and their memory."""
+        if self._compiler is not None:
+            self._compiler.release()
+
     def evaluate(
         self,
         module: Any,
@@ -161,20 +169,22 @@ class FluxCalls:
         arguments: dict[str, Any],
         run: Run,
         state: Tensor,
-    ) -> Tensor:
-        """Returns the network's velocity (B, M, D) at the run's anchors of a state (B, N, D)."""
+    ) -> Answer:
+        """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
         if not self._is_wanted:
-            return self._indexed(original, arguments, run, state)
+            return Answer(self._indexed(original, arguments, run, state))
         memory = self._memories.setdefault(run, _Memory())
         if memory.plan is not run.plan:
             memory.plan, memory.reasons = run.plan, _reasons(module, hook, arguments)
             memory.packs.clear()
         self._fall_back(memory.reasons)
         if memory.reasons:
-            return self._indexed(original, arguments, run, state)
+            return Answer(self._indexed(original, arguments, run, state))
         branch = _Branch.of(arguments)
         answer = _kept_answer(memory, branch, state)
-        return self._run_branches(module, hook, arguments, memory, branch, run, state) if answer is None else answer
+        if answer is not None:
+            return Answer(answer)
+        return self._run_branches(module, hook, arguments, memory, branch, run, state)
 
     def _run_branches(
         self,
@@ -185,24 +195,22 @@ class FluxCalls:
         branch: _Branch,
         run: Run,
         state: Tensor,
-    ) -> Tensor:
+    ) -> Answer:
         branches = [branch, *_foreseen(memory, branch, arguments, state)]
         with model_hooks(module, hook, branch.lora_scale):
-            answers = self._forward(module, memory, branches, run, state, arguments["timestep"])
-        memory.kept = [*zip(branches[1:], answers[1:], strict=True)]
-        return answers[0]
+            values, lifted = self._forward(module, memory, branches, run, state, arguments["timestep"])
+        memory.kept = [*zip(branches[1:], values[1:].unbind(0), strict=True)]
+        return Answer(values[0], lifted)
 
     def _forward(
         self, module: Any, memory: _Memory, branches: list[_Branch], run: Run, state: Tensor, level: Tensor
-    ) -> list[Tensor]:
-        """Returns each branch's velocity (B, M, D): one forward of as many segments as branches times images."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns each branch's velocity (branches, B, M, D), of one forward, and one branch's lifted in its graph."""
         batch = state.shape[0]
         attention = self._attention = choose_backend(
             self._options.attention, state.device, state.dtype, module.config.attention_head_dim
         )
-        tokens = run.gather(state).flatten(0, 1)
-        inputs = PackedInputs(
-            image=tokens.repeat(len(branches), 1),
+        given = Conditions(
             text=torch.cat([_expand(branch["encoder_hidden_states"], batch).flatten(0, 1) for branch in branches]),
             pooled=_rows([branch["pooled_projections"] for branch in branches], batch),
             level=_rows([level] * len(branches), batch),
@@ -211,8 +219,7 @@ class FluxCalls:
             else _rows([branch["guidance"] for branch in branches], batch),
         )
         pack = _pack(module, memory, branches, run, batch)
-        velocity = run_packed(module, pack, inputs, attention, self._compiler)
-        return [*velocity.unflatten(0, (len(branches), batch, -1)).unbind(0)]
+        return run_stage(module, pack, run.plan, state, given, attention, self._lifts, self._compiler)
 
 
 def _reasons(module: Any, hook: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Runs a pipeline whose scheduler can be reached: the state is moved in `scheduler.step`, exactly.
 
 The network returns its velocity at the anchors alone, zeros elsewhere. The pipeline combines guided and unguided
-branches of it, and `step` lifts the result, once.
+branches of it, and `step` lifts the result, once; or finds the very velocity that a compiled stage has lifted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jitaccel.clock import KnownLevels
+from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.handle import MISSING, Handle, restore_attributes
@@ -47,6 +47,7 @@ class SchedulerRoute:
         self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
         self._run: Run | None = None
         self._seen = -1
+        self._lifted: tuple[Tensor, int] | None = None  # what a call returned lifted, and how often it was written
         self._recorder: Recorder | None = None
         self._notes: tuple[str, ...] = ()
         self._generations = 0
@@ -82,7 +83,7 @@ class SchedulerRoute:
 
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
-        self._clock, self._is_by_hand, self._run, self._seen = None, False, None, -1
+        self._clock, self._is_by_hand, self._run, self._seen, self._lifted = None, False, None, -1, None
 
     def abandon(self) -> None:
         """Forgets the generation whose call failed."""
@@ -102,7 +103,7 @@ class SchedulerRoute:
         )
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (B, N, D) at the anchors, zeros elsewhere."""
+        """Returns the velocity (B, N, D) at the anchors; elsewhere zeros, or lifted."""
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
             raise RuntimeError(
@@ -116,10 +117,14 @@ class SchedulerRoute:
         self._check_follows(call, index)
         step = self._clock.step(index)
         with self._recorder.network(step, self._run.anchors):
-            values = call.evaluate(self._run, call.state)
-        self._seen = index
-        with self._recorder.outside(index):
-            return self._run.scatter(values)
+            answer = call.evaluate(self._run, call.state)
+        self._seen, self._lifted = index, None
+        if answer.lifted is None:
+            with self._recorder.outside(index):
+                return self._run.scatter(answer.values)
+        if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
+            self._lifted = answer.lifted, answer.lifted._version
+        return answer.lifted
 
     def _check_follows(self, call: ModelCall, index: int) -> None:
         run, clock, shape = self._run, self._clock, tuple(call.state.shape[:2])
@@ -171,7 +176,7 @@ class SchedulerRoute:
                 f"it was replaced, or its forward restored (offloading does), after apply: apply again"
             )
         with recorder.outside(index):
-            velocity = run.leave(clock.step(index), sample, run.gather(model_output))
+            velocity = self._velocity(run, clock.step(index), sample, model_output)
         output = original(velocity, timestep, sample, *args, **kwargs)
         if index + 1 == clock.num_steps:
             run.check_finite()
@@ -181,6 +186,13 @@ class SchedulerRoute:
             state = output[0]
             moved = run.enter(clock.step(index + 1), state)
         return output if moved is state else _with_state(output, moved)
+
+    def _velocity(self, run: Run, step: Step, sample: Tensor, model_output: Tensor) -> Tensor:
+        """Returns the velocity at every token: lifted from the anchors, unless the pipeline brings what a call did."""
+        if self._lifted is None or model_output is not self._lifted[0] or model_output._version != self._lifted[1]:
+            return run.leave(step, sample, run.gather(model_output))
+        run.remember(step, sample, model_output)
+        return model_output
 
     def _index(self) -> int:
         index = self._scheduler.step_index

@@ -18,7 +18,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.attention import choose_backend, varlen_attention
-from jitaccel.patches.flux_packed import PackedInputs, make_pack, packed_forward, reasons_unpackable
+from jitaccel.patches.flux_packed import Conditions, make_pack, packed_forward, reasons_unpackable
 from tests import tiny
 from tests.tiny import DENSE, GRID, SHORT, TEXT_TOKENS, WIDTH, counted, generate, ids, relative_error, start
 
@@ -46,15 +46,15 @@ def conditions(lengths: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> l
 
 def packed(model: Any, states: list[Tensor], image_ids: list[Tensor], each: list[dict[str, Tensor]]) -> list[Tensor]:
     backend = choose_backend("sdpa", CPU, states[0].dtype, 16)
-    inputs = PackedInputs(
-        image=torch.cat([state[0] for state in states]),
+    tokens = torch.cat([state[0] for state in states])
+    given = Conditions(
         text=torch.cat([c["encoder_hidden_states"][0] for c in each]),
         pooled=torch.cat([c["pooled_projections"] for c in each]),
         level=torch.cat([c["timestep"] for c in each]),
         guidance=torch.cat([c["guidance"] for c in each]),
     )
     pack = make_pack(model, [c["txt_ids"] for c in each], image_ids)
-    out = packed_forward(model, pack, inputs, lambda q, k, v, layout: varlen_attention(q, k, v, layout, backend))
+    out = packed_forward(model, pack, tokens, given, lambda q, k, v, layout: varlen_attention(q, k, v, layout, backend))
     return [*out.split([state.shape[1] for state in states])]
 
 

@@ -22,7 +22,7 @@ from jitaccel.api import embedded_model
 from jitaccel.attention import BACKENDS, Backend, choose_backend, varlen_attention
 from jitaccel.flops import flux_flops
 from jitaccel.packing import PackedLayout
-from jitaccel.patches.flux_packed import PackedInputs, make_pack, packed_forward
+from jitaccel.patches.flux_packed import Conditions, make_pack, packed_forward
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, random_transformer
 from ..registry import Case, Options, Row, percentiles
@@ -107,7 +107,7 @@ def packed(model: Any, images: Sequence[Image], attention: Backend) -> Forward:
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
         return varlen_attention(query, key, value, layout, attention)
 
-    return lambda: packed_forward(model, pack, _inputs(images), attend)
+    return lambda: packed_forward(model, pack, *_inputs(images), attend)
 
 
 def padded(model: Any, images: Sequence[Image]) -> Forward:
@@ -135,17 +135,16 @@ def padded(model: Any, images: Sequence[Image]) -> Forward:
         query, key, value = (x.unflatten(0, (len(wide), length)).transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
-    return lambda: packed_forward(model, pack, _inputs(wide), attend)
+    return lambda: packed_forward(model, pack, *_inputs(wide), attend)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
-def _inputs(images: Sequence[Image]) -> PackedInputs:
+def _inputs(images: Sequence[Image]) -> tuple[Tensor, Conditions]:
     guidance = [image.guidance for image in images if image.guidance is not None]
-    return PackedInputs(
-        image=torch.cat([image.tokens for image in images]),
+    return torch.cat([image.tokens for image in images]), Conditions(
         text=torch.cat([image.text for image in images]),
         pooled=torch.stack([image.pooled for image in images]),
         level=torch.cat([image.level for image in images]),
