@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import apply, embedded_model
+    from .artefacts import Exported, export, load_exported
     from .batch import Outcome, Request, generate_batch
     from .config import PRESETS, JiTConfig
-    from .errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
+    from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
     from .handle import Handle
     from .schedule import noise_levels
     from .stats import Stats
@@ -32,11 +33,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": "api",
     "embedded_model": "api",
+    "Exported": "artefacts",
+    "export": "artefacts",
+    "load_exported": "artefacts",
     "Outcome": "batch",
     "Request": "batch",
     "generate_batch": "batch",
     "JiTConfig": "config",
     "PRESETS": "config",
+    "ArtefactError": "errors",
     "ConfigError": "errors",
     "NonFiniteVelocityError": "errors",
     "UnsupportedModelError": "errors",
@@ -46,7 +51,9 @@ _HOMES = {
 }
 __all__ = [
     "PRESETS",
+    "ArtefactError",
     "ConfigError",
+    "Exported",
     "Handle",
     "JiTConfig",
     "NonFiniteVelocityError",
@@ -56,7 +63,9 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "embedded_model",
+    "export",
     "generate_batch",
+    "load_exported",
     "noise_levels",
 ]
 

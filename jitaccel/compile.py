@@ -190,11 +190,13 @@ class Compiler:
         return run
 
     def _recorder_for(self, inputs: Sequence[Any]) -> Recorder | None:
-        is_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-        wanted = self._options.get("graphs", is_cuda and self._options.get("mode") != MODES[3])
-        if wanted and self._recorder is None:
-            self._recorder = CudaGraphs() if is_cuda else RepeatedCalls()
-        return self._recorder if wanted else None
+        device = next((x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda), None)
+        by_default = device is not None and self._options.get("mode") != "max-autotune-no-cudagraphs"
+        if not self._options.get("graphs", by_default):
+            return None
+        if self._recorder is None:
+            self._recorder = RepeatedCalls() if device is None else CudaGraphs(device)
+        return self._recorder
 
     def _note_unrecorded(self, reason: str) -> None:
         if self._strict:

@@ -19,6 +19,10 @@ class NonFiniteVelocityError(RuntimeError):
     """A model returned NaN or infinity, so that tokens cannot be ranked by importance."""
 
 
+class ArtefactError(ValueError):
+    """Exported stages that are damaged, or were made for something else than what is asked of them."""
+
+
 def nearest_match(name: object, allowed: Iterable[str]) -> str:
     """Returns the allowed name most like `name`, ignoring case; an empty string when nothing is allowed."""
     by_folded = {candidate.casefold(): candidate for candidate in allowed}

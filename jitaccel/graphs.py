@@ -40,23 +40,30 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs in one memory pool."""
+    """CUDA graphs of one device in one memory pool."""
 
-    def __init__(self) -> None:
+    _capturing = threading.Lock()  # one capture at a time in the whole process: it synchronises the device
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
     def record(self, call: Callable[[], Sequence[Any]]) -> Recording:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with self._capturing, capture:
             outputs = call()
         return Recording(outputs, graph.replay)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        with self._lock:
+        with self._lock, torch.cuda.device(self._device):
             if self._done is not None:
                 torch.cuda.current_stream().wait_event(self._done)  # another thread's stream may be at work
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jitaccel.batch import Outcome
 from jitaccel.config import JiTConfig
@@ -17,19 +17,25 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.handle import Handle
 
+if TYPE_CHECKING:
+    from jitaccel.artefacts import Source
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
     """How one codebase is patched. `matches` must not import it.
 
     apply: gets target, settings, known levels and execution. generate_batch: gets pipeline, requests with their
-    settings, execution and the kind of output; None where there is none.
+    settings, execution and the kind of output. export: gets pipeline, settings, size, batch, text length and attention,
+    and returns the stages. apply_exported: gets pipeline and loaded stages. None where there is none.
     """
 
     name: str
     matches: Callable[[Any], bool]
     apply: Callable[[Any, JiTConfig, tuple[float, ...] | None, Execution], Handle]
     generate_batch: Callable[..., list[Outcome]] | None = None
+    export: Callable[..., Source] | None = None
+    apply_exported: Callable[..., Handle] | None = None
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
@@ -54,6 +60,8 @@ PATCHES: tuple[Patch, ...] = (
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
         apply=_lazily(".diffusers_flux", "apply_to_pipeline"),
         generate_batch=_lazily(".flux_batch", "generate_batch"),
+        export=_lazily(".flux_export", "export"),
+        apply_exported=_lazily(".flux_export", "apply_exported"),
     ),
     Patch(
         name="diffusers FluxTransformer2DModel",

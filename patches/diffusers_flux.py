@@ -171,17 +171,31 @@ def hook_of(transformer: Any) -> Any:
 
 def check_pipeline(pipeline: Any) -> None:
     """Raises UnsupportedModelError with every reason why a pipeline cannot be accelerated correctly."""
-    problems = []
-    if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
-        problems.append(
-            f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}, "
-            f"which is not accelerated yet"
-        )
-    else:
-        problems += [f"pipeline: {reason}" for reason in check_scheduler(pipeline.scheduler)]
+    problems = _pipeline_problems(pipeline)
+    if _is_text_to_image(pipeline):
         problems += _model_problems(pipeline.transformer)
     if problems:
         raise UnsupportedModelError(_explain(pipeline, problems))
+
+
+def check_without_transformer(pipeline: Any) -> None:
+    """Raises UnsupportedModelError like `check_pipeline`, for a pipeline whose transformer is not called."""
+    if problems := _pipeline_problems(pipeline):
+        raise UnsupportedModelError(_explain(pipeline, problems))
+
+
+def _pipeline_problems(pipeline: Any) -> list[str]:
+    if not _is_text_to_image(pipeline):
+        return [
+            f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}, "
+            f"which is not accelerated yet"
+        ]
+    return [f"pipeline: {reason}" for reason in check_scheduler(pipeline.scheduler)]
+
+
+def _is_text_to_image(pipeline: Any) -> bool:
+    """Returns whether this is diffusers' `FluxPipeline`, or derived from it."""
+    return any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__)
 
 
 def _model_problems(transformer: Any) -> list[str]:

@@ -154,7 +154,7 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     channels, dtype = model.config.in_channels // 4, prompts[0].text.dtype
     state, ids = pipeline.prepare_latents(1, channels, request.height, request.width, dtype, device, generator, None)
     unit = 2 * pipeline.vae_scale_factor
-    clock = KnownLevels(config, _levels(pipeline, config, state.shape[1]))
+    clock = KnownLevels(config, levels_of(pipeline, config, state.shape[1]))
     run = Run(config, (request.height // unit, request.width // unit), clock.step(0), state)
     guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
     return Job(request, clock, run, state, ids, prompts, guidance)
@@ -167,7 +167,8 @@ def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) 
     return Prompt(words[0], pooled[0], ids)
 
 
-def _levels(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
+def levels_of(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
+    """Returns the noise levels that a pipeline's scheduler gets for pictures of so many tokens; `steps` is a number."""
     if config.schedule != "native":
         return noise_levels(config)
     assert config.steps != "caller"

@@ -1,4 +1,4 @@
-"""The `jitaccel` command: generate a picture, run the demonstration, measure, look at the installation."""
+"""The `jitaccel` command: generate a picture, run the demonstration, export, measure, look at the installation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from ..errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, generate
+from ..errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
+from . import bench, demo, doctor, export, generate
 from .errors import CommandError
 
-_COMMANDS = {"generate": generate, "demo": demo, "bench": bench, "doctor": doctor}
-_EXPECTED = (CommandError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
+_COMMANDS = {"generate": generate, "demo": demo, "export": export, "bench": bench, "doctor": doctor}
+_EXPECTED = (CommandError, ArtefactError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

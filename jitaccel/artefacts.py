@@ -1,0 +1,279 @@
+"""Stages as files for deployment: `jitaccel.export` writes them, `jitaccel.load_exported` runs them.
+
+    jitaccel.export(pipe, "flux-7x", preset="7x", size=(1024, 1024))
+    handle = jitaccel.load_exported("flux-7x").apply(pipe)   # pipe may have been loaded with transformer=None
+
+One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the plan
+(`jitaccel/plan.py`). A stage is a function of tensors alone,
+
+    (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
+
+with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
+int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import ops
+from .config import JiTConfig, resolve
+from .errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
+from .execution import Attention
+from .handle import Handle
+from .plan import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
+
+Stage = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a codebase gives to export: its stages as modules of one network, and one call's arguments for each.
+
+    levels: S + 1. model: the network's configuration, which the stand-in shows. channels: D. device, dtype: of states.
+    """
+
+    codebase: str
+    stages: Sequence[tuple[nn.Module, tuple[Tensor, ...]]]
+    levels: tuple[float, ...]
+    grid: tuple[int, int]
+    model: Mapping[str, Any]
+    channels: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def export(
+    target: Any,
+    folder: str | Path,
+    preset: str | JiTConfig = "7x",
+    *,
+    size: tuple[int, int],
+    format: Format = "aoti",
+    batch_size: int = 1,
+    text_tokens: int = 512,
+    attention: Attention = "sdpa",
+    options: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Path:
+    """Writes one artefact for each stage of a preset, the weights and a plan into a new folder, and returns it.
+
+    target: a diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales. size: (height,
+        width) in pixels. format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each);
+        "torchscript" traces it, for runtimes that still load that. batch_size, text_tokens: of every later call; both
+        branches of true CFG are calls of their own. attention: "sdpa" runs anywhere torch does. options: of inductor.
+    overrides: fields of JiTConfig.
+
+    What is exported serves this size, batch, dtype, device type, processor and torch only.
+
+    Raises ConfigError for bad settings and a folder that exists, UnsupportedModelError for what cannot be exported.
+    """
+    from . import patches
+
+    if format not in get_args(Format):
+        raise ConfigError(
+            f"export: format must be one of {', '.join(get_args(Format))}, got {format!r}; "
+            f'did you mean "{nearest_match(format, get_args(Format))}"?'
+        )
+    config, folder = resolve(preset, **overrides), Path(folder)
+    if folder.exists():
+        raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")
+    for name, value in (("batch_size", batch_size), ("text_tokens", text_tokens)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"export: {name} must be a whole number above 0, got {value!r}; give that of later calls")
+    patch = patches.find(target)
+    if patch.export is None:
+        raise UnsupportedModelError(
+            f"export: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
+        )
+    source: Source = patch.export(target, config, size, batch_size, text_tokens, attention)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside it and moved, so that an export that is cut off leaves no folder that looks whole.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(partial, source, config, format, batch_size, text_tokens, attention, options or {})
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return folder
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    config: JiTConfig,
+    format: Format,
+    batch: int,
+    text_tokens: int,
+    attention: str,
+    options: Mapping[str, Any],
+) -> None:
+    weights = weights_of(source.stages[0][0])
+    write_tensors(folder / WEIGHTS, weights)
+    write_tensors(folder / TENSORS, plan_tensors(config, source.levels, source.grid))
+    counts = config.token_counts(source.grid[0] * source.grid[1])
+    device = source.device.type
+    plan = Plan(
+        format=format,
+        codebase=source.codebase,
+        config=config,
+        levels=source.levels,
+        tokens=counts,
+        grid=source.grid,
+        batch=batch,
+        text_tokens=text_tokens,
+        channels=source.channels,
+        dtype=str(source.dtype).removeprefix("torch."),
+        device=device,
+        processor=processor(source.device),
+        torch_version=torch.__version__,
+        attention=attention,
+        operators=(device,) if device in ops.compiled() and counts[0] < source.grid[0] * source.grid[1] else (),
+        model=source.model,
+        files={},
+    )
+    for (stage, arguments), name in zip(source.stages, plan.stage_files, strict=True):
+        _lower(stage, [*weights.values()], arguments, folder / name, format, options)
+    names = (WEIGHTS, TENSORS, *plan.stage_files)
+    Plan(**{**vars(plan), "files": {name: file_digest(folder / name) for name in names}}).write(folder)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers, detached, in the order of their names.
+
+    Raises UnsupportedModelError for weights that are no plain floating tensors: quantised ones call code that an
+    exported stage has not.
+    """
+    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, weight in found.items():
+        if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.is_meta:
+            raise UnsupportedModelError(
+                f"export: weights must be plain floating tensors, got {type(weight.data).__name__} of {weight.dtype} "
+                f"for {name}; export the model as it was before quantisation or offloading"
+            )
+    return {name: found[name].detach() for name in sorted(found)}
+
+
+class _Functional(nn.Module):
+    """A stage as a function of its weights too, which are no state of its own: stages then share them."""
+
+    def __init__(self, stage: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self._stage = [stage]  # in a list, so that it is no submodule
+        self._names = list(names)
+
+    def forward(self, weights: list[Tensor], *arguments: Tensor) -> Any:
+        return functional_call(self._stage[0], dict(zip(self._names, weights, strict=True)), arguments)
+
+
+def _lower(
+    stage: nn.Module,
+    weights: list[Tensor],
+    arguments: tuple[Tensor, ...],
+    path: Path,
+    format: Format,
+    options: Mapping[str, Any],
+) -> None:
+    with torch.no_grad(), _without_warnings():
+        module = _Functional(stage, sorted(weights_of(stage)))
+        program = torch.export.export(module, (weights, *arguments), strict=False)
+        if format == "aoti":
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
+            return
+        takes_guards = "check_guards" in inspect.signature(program.module).parameters
+        flat = program.module(check_guards=False) if takes_guards else program.module()
+        torch.jit.trace(flat, (weights, *arguments), check_trace=False, strict=False).save(str(path))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """TorchScript is deprecated, and asked for; tracing warns of checks on shapes, which are constants here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        yield
+
+
+class Exported:
+    """Loaded stages. `plan`: what they were made for. `device`: where they run."""
+
+    def __init__(self, plan: Plan, device: torch.device, stages: Sequence[Stage], weights: list[Tensor]) -> None:
+        self.plan, self.device = plan, device
+        self._stages, self._weights = stages, weights
+
+    def run(self, stage: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (velocity, next_state) of a stage, 0 the sparsest; arguments as the module's docstring lists them."""
+        with torch.no_grad():
+            velocity, state = self._stages[stage](self._weights, *arguments)
+        return velocity, state
+
+    def apply(self, pipeline: Any) -> Handle:
+        """Returns a handle to a pipeline that from now on denoises with these stages, in place of its transformer.
+
+        pipeline: of the kind that was exported; its own transformer is not called, and may be None. `remove()` puts it
+        back. Calls must have the size, batch and text length that the stages were made for.
+
+        Raises UnsupportedModelError for other pipelines, ConfigError for one that is patched already.
+        """
+        from . import patches
+
+        patch = patches.find(pipeline)
+        if patch.apply_exported is None:
+            raise UnsupportedModelError(
+                f"Exported.apply: pipeline must be a {self.plan.codebase}, got {type(pipeline).__name__}; pass one"
+            )
+        handle: Handle = patch.apply_exported(pipeline, self)
+        return handle
+
+
+def load_exported(folder: str | Path, device: str | torch.device | None = None) -> Exported:
+    """Returns the stages that `export` wrote into a folder, checked and ready to run; no code of the model is needed.
+
+    Stages are native programs: load only folders that you would run a program from. Nothing is unpickled by Python.
+
+    device: None for the kind that they were made for.
+
+    Raises ArtefactError for files that are missing, truncated or altered, and where torch, device or processor are not
+    those that the stages were made for.
+    """
+    folder = Path(folder)
+    plan = Plan.read(folder)
+    where = torch.device(plan.device if device is None else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ArtefactError("load_exported: device must be here, got stages for cuda and no CUDA device; use another")
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    plan.check_machine(where)
+    plan.check_files(folder)
+    weights = load_file(folder / WEIGHTS, device=str(where))
+    load = {"aoti": _load_aoti, "torchscript": _load_torchscript}[plan.format]
+    stages = [load(folder / name, where) for name in plan.stage_files]
+    return Exported(plan, where, stages, [weights[name] for name in sorted(weights)])
+
+
+def _load_aoti(path: Path, device: torch.device) -> Stage:
+    index = -1 if device.index is None else device.index
+    stage: Stage = torch._inductor.aoti_load_package(str(path), device_index=index)
+    return stage
+
+
+def _load_torchscript(path: Path, device: torch.device) -> Stage:
+    with _without_warnings():
+        stage: Stage = torch.jit.load(str(path), map_location=device)
+    return stage

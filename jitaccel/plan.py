@@ -1,0 +1,179 @@
+"""What an exported folder holds and was made for: `plan.json` for people and checks, `plan.safetensors` for programs.
+
+Every file is named in the plan with its SHA-256, and the plan with its own, so that a folder that is damaged or put
+together from several is refused. Checksums guard against accidents: they lie beside what they check, so load only what
+you would run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import JiTConfig
+from .errors import ArtefactError
+from .lift import blur_weights
+
+Format = Literal["aoti", "torchscript"]
+VERSION = 1
+JSON, TENSORS, WEIGHTS = "plan.json", "plan.safetensors", "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the stages in a folder compute, and what they were made for.
+
+    config, levels, tokens: the method's settings, the S + 1 noise levels, the anchors of each stage. grid, batch,
+    text_tokens, channels, dtype: of every call. device, processor, torch_version: of the machine. attention: what is
+    compiled in. operators: device types whose compiled operators the stages call. model: the network's own
+    configuration. files: SHA-256 of every other file.
+    """
+
+    format: Format
+    codebase: str
+    config: JiTConfig
+    levels: tuple[float, ...]
+    tokens: tuple[int, ...]
+    grid: tuple[int, int]
+    batch: int
+    text_tokens: int
+    channels: int
+    dtype: str
+    device: str
+    processor: str
+    torch_version: str
+    attention: str
+    operators: tuple[str, ...]
+    model: Mapping[str, Any]
+    files: Mapping[str, str]
+
+    @property
+    def stage_files(self) -> tuple[str, ...]:
+        """The stages' files, the sparsest first."""
+        suffix = {"aoti": "pt2", "torchscript": "pt"}[self.format]
+        return tuple(f"stage{stage}.{suffix}" for stage in range(len(self.tokens)))
+
+    def write(self, folder: Path) -> None:
+        """Writes `plan.json`."""
+        content = {"version": VERSION, **asdict(self), "config": self.config.to_dict()}
+        content = json.loads(json.dumps(content))
+        (folder / JSON).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan:
+        """Returns the plan of a folder. Raises ArtefactError where it is missing, damaged or of another version."""
+        path = folder / JSON
+        if not path.is_file():
+            raise ArtefactError(f"load_exported: folder must hold {JSON}, got {folder} without it; export anew")
+        try:
+            content = json.loads(path.read_text())
+            digest = content.pop("sha256")
+            version = content.pop("version")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ArtefactError(f"load_exported: {path} must be a plan, got something else; export anew") from error
+        if version != VERSION:
+            raise ArtefactError(
+                f"load_exported: plans of version {VERSION} are read, got version {version!r} in {path}; export anew"
+            )
+        if digest != _digest({"version": version, **content}):
+            raise ArtefactError(f"load_exported: {path} must be as it was written, got an altered one; export anew")
+        for name in ("levels", "tokens", "grid", "operators"):
+            content[name] = tuple(content[name])
+        content["config"] = JiTConfig.from_dict(content["config"])
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
+
+    def check_files(self, folder: Path) -> None:
+        """Raises ArtefactError for the first file that is missing or is not the one that was written."""
+        for name, expected in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise ArtefactError(f"load_exported: {folder} must hold {name}, got no such file; export anew")
+            if file_digest(path) != expected:
+                raise ArtefactError(
+                    f"load_exported: {path} must be as it was written (SHA-256 {expected[:12]}...), got another "
+                    f"content; copy the folder again, or export anew"
+                )
+
+    def check_machine(self, device: torch.device) -> None:
+        """Raises ArtefactError where torch, device or processor differ from those that the stages were made for."""
+        here = {"device": device.type, "torch_version": torch.__version__, "processor": processor(device)}
+        for name, value in here.items():
+            made_for = getattr(self, name)
+            if made_for != value:
+                raise ArtefactError(
+                    f"load_exported: {name} must be {made_for}, which the stages were made for, got {value}; "
+                    f"export on this machine"
+                )
+
+    def check_call(self, **values: Any) -> None:
+        """Raises ArtefactError where a call's batch, grid, text_tokens, dtype or device is not the plan's."""
+        for name, value in values.items():
+            made_for = getattr(self, name)
+            if made_for != value:
+                raise ArtefactError(
+                    f"jitaccel: {name} must be {_told(made_for)}, which the exported stages were made for, got "
+                    f"{_told(value)}; export for it too, or ask for the former"
+                )
+
+
+def _told(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Returns what a program without JSON needs of a plan, by name.
+
+    levels: (S + 1,) float32. stages: (S,) int64, of each step. tokens: (K,) int64. grid: (2,) int64. window: (1,)
+    int64, the importance window. move_weight: (1,) float64. own_noise: (1,) int64. blur_k: (W_k,) float32, of stage k.
+    """
+    steps, num_tokens = len(levels) - 1, grid[0] * grid[1]
+    counts = config.token_counts(num_tokens)
+    whole = {
+        "stages": [config.stage_of_step(step, steps) for step in range(steps)],
+        "tokens": list(counts),
+        "grid": list(grid),
+        "window": [config.importance_window],
+        "own_noise": [int(config.noise == "own")],
+    }
+    return {
+        "levels": torch.tensor(levels, dtype=torch.float32),
+        "move_weight": torch.tensor([config.move_weight], dtype=torch.float64),
+        **{name: torch.tensor(values, dtype=torch.int64) for name, values in whole.items()},
+        **{
+            f"blur_{stage}": blur_weights(count / num_tokens, config.blur_scale).float()
+            for stage, count in enumerate(counts)
+        },
+    }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file of tensors on any device."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors keeps it from other users
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def processor(device: torch.device) -> str:
+    """Returns what compiled code rests on: the instruction set of the CPU, or the GPU's compute capability."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,264 @@
+"""diffusers' FLUX.1 as exported stages: stages as modules, and what stands in for the transformer behind the patch."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from jitaccel import ops
+from jitaccel.anchors import first_anchors
+from jitaccel.artefacts import Exported, Source
+from jitaccel.attention import choose_backend
+from jitaccel.config import JiTConfig
+from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.flops import flux_flops
+from jitaccel.handle import Handle
+from jitaccel.lift import make_lift_plan
+from jitaccel.ops import reference
+from jitaccel.packing import PackedLayout
+from jitaccel.run import Run
+from jitaccel.tokens import gather_tokens
+
+from .call import Answer, ModelCall
+from .diffusers_flux import check_pipeline, check_without_transformer, grid_of_ids, hook_of
+from .flux_batch import levels_of
+from .flux_packed import Conditions, Pack, reasons_unpackable, run_packed
+from .scheduler_route import SchedulerRoute, handle_of
+
+_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "pooled_projections",
+    "timestep",
+    "img_ids",
+    "txt_ids",
+    "guidance",
+)
+
+
+class FluxStage(nn.Module):
+    """One stage of a FLUX transformer as a function of tensors, for images of one size and prompts of one length.
+
+    Its constants: position ids and how many tokens of each kind a document has. Anchors are an argument.
+    """
+
+    def __init__(
+        self, model: Any, config: JiTConfig, grid: tuple[int, int], layout: PackedLayout, attention: Any
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._config, self._grid, self._layout, self._attention = config, grid, layout, attention
+        self._is_dense = layout.image.lengths[0] == grid[0] * grid[1]
+        device = layout.order.device
+        rows, columns = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
+        self._image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+        self._text_ids = torch.zeros(sum(layout.text.lengths), 3, device=device)
+
+    def forward(
+        self,
+        state: Tensor,
+        anchors: Tensor,
+        nearest: Tensor,
+        blur: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: Tensor,
+        levels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        batch = state.shape[0]
+        tokens = state if self._is_dense else gather_tokens(state, anchors)
+        ids = self._image_ids.repeat(batch, 1) if self._is_dense else self._image_ids[anchors.flatten()]
+        rotary = self.model.pos_embed(self._layout.join(self._text_ids, ids))
+        given = Conditions(
+            text=text.flatten(0, 1),
+            pooled=pooled,
+            # Rounded as a pipeline does, which hands a timestep of 0 to 1000 on in the model's dtype.
+            level=((1000 * levels[0]).to(state.dtype) / 1000).expand(batch),
+            guidance=guidance if self.model.config.guidance_embeds else None,
+        )
+        pack = Pack(self._layout, rotary, hooked=False)
+        values = run_packed(self.model, pack, tokens.flatten(0, 1), given, self._attention).unflatten(0, (batch, -1))
+        velocity = values if self._is_dense else self._lift(values, state, anchors, nearest, blur, levels[0])
+        moved = state.float() + (levels[1] - levels[0]) * velocity.float()
+        return velocity, moved.to(state.dtype)
+
+    def _lift(
+        self, values: Tensor, state: Tensor, anchors: Tensor, nearest: Tensor, blur: Tensor, level: Tensor
+    ) -> Tensor:
+        if self._config.lifter == "velocity":
+            return ops.lift(values, nearest, anchors, self._grid, blur)
+        return reference.lift_clean(values, state, nearest, anchors, self._grid, blur, level, lift=ops.lift)
+
+
+def export(
+    pipeline: Any, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
+) -> Source:
+    """Returns the stages of a pipeline's transformer for one size in pixels, batch and length of prompts."""
+    check_pipeline(pipeline)
+    model, unit = pipeline.transformer, 2 * pipeline.vae_scale_factor
+    if hook_of(model) is not None:
+        raise ConfigError("export: target must not be patched, got a pipeline that is; remove() its handle first")
+    if reasons := reasons_unpackable(model):
+        raise UnsupportedModelError(f"export: the transformer must be diffusers' own, got: {'; '.join(reasons)}")
+    if len(size) != 2 or any(not isinstance(side, int) or side < unit or side % unit for side in size):
+        raise ConfigError(
+            f"export: size must be (height, width) in multiples of {unit} pixels, got {size!r}; round it"
+        )
+    if config.steps == "caller":
+        raise ConfigError("export: steps must be a number, got what the caller will ask for; give steps=")
+    grid = (size[0] // unit, size[1] // unit)
+    num_tokens, device = grid[0] * grid[1], model.device
+    backend = choose_backend(attention, device, model.dtype, model.config.attention_head_dim)
+    stages = []
+    for count in config.token_counts(num_tokens):
+        layout = PackedLayout.of([text_tokens] * batch, [count] * batch, device)
+        stage = FluxStage(model, config, grid, layout, backend).eval()
+        stages.append((stage, _arguments(model, config, grid, batch, text_tokens, count)))
+    return Source(
+        codebase="FluxPipeline",
+        stages=stages,
+        levels=levels_of(pipeline, config, num_tokens),
+        grid=grid,
+        model=dict(model.config),
+        channels=model.config.in_channels,
+        device=device,
+        dtype=model.dtype,
+    )
+
+
+def _arguments(
+    model: Any, config: JiTConfig, grid: tuple[int, int], batch: int, text_tokens: int, count: int
+) -> tuple[Tensor, ...]:
+    """Returns arguments of one call of a stage, to trace it with."""
+    settings, generator = model.config, torch.Generator().manual_seed(0)
+    anchors = torch.stack([first_anchors(grid, count, generator)] * batch).to(model.device)
+    plan = make_lift_plan(anchors, grid, config.blur_scale)
+    shapes = (
+        (batch, grid[0] * grid[1], settings.in_channels),
+        (batch, text_tokens, settings.joint_attention_dim),
+        (batch, settings.pooled_projection_dim),
+    )
+    state, text, pooled = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for shape in shapes)
+    guidance = torch.full((batch,), 3.5, device=model.device)
+    levels = torch.tensor([0.9, 0.8], device=model.device)
+    return state, anchors, plan.nearest, plan.weights, text, pooled, guidance, levels
+
+
+def apply_exported(pipeline: Any, exported: Exported) -> Handle:
+    """Returns the handle of a `FluxPipeline` that runs exported stages in place of its transformer."""
+    check_without_transformer(pipeline)
+    model = pipeline.transformer
+    if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
+        raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
+    stand_in = _StandIn(exported)
+    vars(pipeline)["transformer"] = stand_in  # the route looks at it
+    route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls=_Calls(exported))
+    vars(pipeline)["transformer"] = model
+    handle = Handle(pipeline, route)
+    handle.set_attribute(pipeline, "transformer", stand_in)
+    stand_in.route = route
+    route.install(handle)
+    return handle
+
+
+class _Calls:
+    """What statistics say of exported stages."""
+
+    execution = "exported"
+    compiled = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, exported: Exported) -> None:
+        self.attention: str | None = f"{exported.plan.attention}, {exported.plan.format}"
+
+    def release(self) -> None:
+        """Nothing to let go of: the stages are the caller's."""
+
+
+class _StandIn(nn.Module):
+    """What a `FluxPipeline` calls its transformer: checks a call against the plan, and runs the stage that is due."""
+
+    route: SchedulerRoute
+
+    def __init__(self, exported: Exported) -> None:
+        super().__init__()
+        self.config = FrozenDict(exported.plan.model)
+        self._exported = exported
+
+    @property
+    def device(self) -> torch.device:
+        return self._exported.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._exported.plan.dtype)
+        return dtype
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Stages keep nothing from call to call."""
+        return nullcontext()
+
+    def forward(self, *, return_dict: bool = True, **arguments: Any) -> Any:
+        try:
+            velocity = self.route.forward(self._call(arguments))
+        except BaseException:
+            self.route.abandon()
+            raise
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _call(self, arguments: dict[str, Any]) -> ModelCall:
+        extra = sorted(name for name, value in arguments.items() if name not in _ARGUMENTS and value not in (None, {}))
+        if extra:
+            raise UnsupportedModelError(
+                f"jitaccel: calls of exported stages must have {', '.join(_ARGUMENTS)} only, got {', '.join(extra)} "
+                f"too; use the model itself for this call"
+            )
+        state, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        self._exported.plan.check_call(
+            batch=state.shape[0],
+            text_tokens=text.shape[1],
+            channels=state.shape[2],
+            dtype=str(state.dtype).removeprefix("torch."),
+            device=state.device.type,
+        )
+        return ModelCall(
+            state=state,
+            text_tokens=text.shape[1],
+            cost=functools.partial(flux_flops, self.config),
+            grid=functools.partial(self._grid, arguments["img_ids"], state.shape[1]),
+            noise_level=lambda: float(arguments["timestep"].flatten()[0]),
+            evaluate=functools.partial(self._evaluate, arguments),
+        )
+
+    def _grid(self, img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
+        grid = grid_of_ids(img_ids, num_tokens)
+        self._exported.plan.check_call(grid=grid)
+        return grid
+
+    def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:
+        batch, plan = state.shape[0], run.plan
+        level = arguments["timestep"].float().flatten()[0]
+        guidance = arguments.get("guidance")
+        velocity, _ = self._exported.run(
+            run.stage,
+            state.contiguous(),
+            plan.anchors,
+            plan.nearest,
+            plan.weights,
+            _each(arguments["encoder_hidden_states"], batch),
+            _each(arguments["pooled_projections"], batch),
+            _each(torch.zeros(1, device=state.device) if guidance is None else guidance.float(), batch),
+            torch.stack([level, level]),  # the pipeline's scheduler takes the step
+        )
+        return Answer(run.gather(velocity), velocity)
+
+
+def _each(x: Tensor, batch: int) -> Tensor:
+    """Returns one row for each image, contiguous."""
+    return x.expand(batch, *x.shape[1:]).contiguous()

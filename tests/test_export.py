@@ -1,0 +1,293 @@
+"""Exported stages: the eager latents behind the same patch, and none that is used for what it was not made for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import jitaccel
+from jitaccel import ArtefactError, ConfigError, UnsupportedModelError
+from jitaccel.artefacts import weights_of
+from jitaccel.plan import Plan, plan_tensors
+from tests import tiny
+from tests.tiny import GRID, SHORT, TEXT_TOKENS, generate, relative_error
+
+SIZE = (GRID[0] * tiny.PIXELS_PER_TOKEN, GRID[1] * tiny.PIXELS_PER_TOKEN)
+TWO_STAGES = SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
+GUIDED: dict[str, Any] = {"negative_prompt": "green", "true_cfg_scale": 3.0}
+
+
+def export(pipe: Any, folder: Path, preset: Any = SHORT, **settings: Any) -> Path:
+    defaults: dict[str, Any] = {"size": SIZE, "format": "torchscript", "text_tokens": TEXT_TOKENS}
+    return jitaccel.export(pipe, folder, preset, **{**defaults, **settings})
+
+
+def eager(pipe: Any, config: Any = SHORT, **call: Any) -> torch.Tensor:
+    with jitaccel.apply(pipe, config):
+        return generate(pipe, **call)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages of the pipeline with seed 0, traced."""
+    return export(tiny.pipeline(), tmp_path_factory.mktemp("artefacts") / "with space")
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("call", [{}, {"seed": 3}, GUIDED], ids=["plain", "other seed", "guided"])
+def test_stages_make_the_eager_latents(pipe: Any, exported: Path, call: dict[str, Any]) -> None:
+    expected = eager(pipe, **call)
+    pipe.transformer = None  # not needed any more
+    with jitaccel.load_exported(exported).apply(pipe) as handle:
+        for _ in range(2):
+            assert relative_error(generate(pipe, **call), expected) < 1e-5
+        stats = handle.stats()
+    assert (stats.execution, stats.attention, stats.token_steps) == ("exported", "sdpa, torchscript", 481)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
+def test_aoti_makes_the_eager_latents(pipe: Any, tmp_path: Path) -> None:
+    expected = eager(pipe, TWO_STAGES)
+    folder = export(
+        pipe, tmp_path / "aoti", TWO_STAGES, format="aoti", options={"aot_inductor.compile_wrapper_opt_level": "O0"}
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "plan.json", "plan.safetensors", "stage0.pt2", "stage1.pt2", "weights.safetensors",
+    ]  # fmt: skip
+    with jitaccel.load_exported(folder).apply(pipe):
+        assert relative_error(generate(pipe), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lifter": "clean"}, {"noise": "own"}, {"schedule": "native"}, {"micro_flow": "none"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_are_exported(pipe: Any, tmp_path: Path, settings: Mapping[str, Any]) -> None:
+    config = TWO_STAGES.replace(**settings)
+    expected = eager(pipe, config)
+    with jitaccel.load_exported(export(pipe, tmp_path / "x", config)).apply(pipe):
+        assert relative_error(generate(pipe), expected) < 1e-5
+
+
+def test_batch_of_images_with_anchors_of_their_own(pipe: Any, tmp_path: Path) -> None:
+    call: dict[str, Any] = {"seed": (1, 2), "prompt": ["a", "red circle"]}
+    expected = eager(pipe, TWO_STAGES, **call)
+    with jitaccel.load_exported(export(pipe, tmp_path / "x", TWO_STAGES, batch_size=2)).apply(pipe):
+        assert relative_error(generate(pipe, **call), expected) < 1e-5
+
+
+def test_half_precision_stays_within_its_own_error(pipe: Any, tmp_path: Path) -> None:
+    exact, half = eager(pipe, TWO_STAGES), copy.deepcopy(pipe).to(torch.bfloat16)
+    usual = eager(half, TWO_STAGES)
+    with jitaccel.load_exported(export(half, tmp_path / "x", TWO_STAGES)).apply(half):
+        made = generate(half)
+    assert made.dtype == torch.bfloat16
+    assert relative_error(made, exact) <= 2 * relative_error(usual, exact)
+
+
+def test_lora_layers_are_exported_with_their_scale(pipe: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = eager(pipe, TWO_STAGES)
+    lora = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "proj_mlp"])
+    pipe.transformer.add_adapter(lora, adapter_name="one")
+    pipe.transformer.set_adapters(["one"], [0.5])
+    expected = eager(pipe, TWO_STAGES)
+    assert relative_error(expected, plain) > 1e-3
+    with jitaccel.load_exported(export(pipe, tmp_path / "x", TWO_STAGES)).apply(pipe):
+        assert relative_error(generate(pipe), expected) < 1e-5
+
+
+def test_weights_are_stored_once_and_read_from_their_file(exported: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        stage = torch.jit.load(str(exported / "stage0.pt"))
+    assert not list(stage.parameters())
+    loaded = jitaccel.load_exported(exported)
+    model = tiny.pipeline().transformer
+    expected = [weight for _, weight in sorted(model.named_parameters())]
+    assert all(torch.equal(one, other) for one, other in zip(loaded._weights, expected, strict=True))
+
+
+def test_removed_handle_leaves_the_pipeline_as_it_was(pipe: Any, exported: Path) -> None:
+    expected = generate(pipe, num_inference_steps=3)
+    before, state = pipe.transformer, dict(vars(pipe))
+    handle = jitaccel.load_exported(exported).apply(pipe)
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(pipe, callback_on_step_end=_stop)
+    generate(pipe)
+    handle.remove()
+    assert pipe.transformer is before and vars(pipe).keys() == state.keys()
+    assert torch.equal(generate(pipe, num_inference_steps=3), expected)
+
+
+def _stop(*_: Any) -> dict[str, Any]:
+    raise RuntimeError("stop")
+
+
+def test_exported_and_patched_pipelines_do_not_mix(pipe: Any, exported: Path, tmp_path: Path) -> None:
+    loaded = jitaccel.load_exported(exported)
+    with jitaccel.apply(pipe, SHORT):
+        with pytest.raises(ConfigError, match="must not be patched"):
+            loaded.apply(pipe)
+        with pytest.raises(ConfigError, match="must not be patched"):
+            export(pipe, tmp_path / "x")
+    with loaded.apply(pipe), pytest.raises(ConfigError, match="must not be patched"):
+        loaded.apply(pipe)
+    with pytest.raises(UnsupportedModelError, match="must be a FluxPipeline"):
+        loaded.apply(pipe.transformer)
+
+
+# What an artefact was not made for
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"grid": (12, 14)}, "grid must be 12x12, .* got 12x14"),
+        ({"grid": (9, 16)}, "grid must be 12x12, .* got 9x16"),
+        ({"seed": (1, 2), "prompt": ["a", "red"]}, "batch must be 1, .* got 2"),
+        ({"max_sequence_length": 7}, "text_tokens must be 8, .* got 7"),
+        ({"joint_attention_kwargs": {"scale": 0.5}}, "got joint_attention_kwargs too"),
+    ],
+)
+def test_call_that_stages_were_not_made_for_is_refused(
+    pipe: Any, exported: Path, call: dict[str, Any], words: str
+) -> None:
+    expected = eager(pipe)
+    with jitaccel.load_exported(exported).apply(pipe):
+        with pytest.raises((ArtefactError, UnsupportedModelError), match=words):
+            generate(pipe, **call)
+        assert relative_error(generate(pipe), expected) < 1e-5
+
+
+def test_other_dtype_is_refused(pipe: Any, exported: Path) -> None:
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
+    with (
+        jitaccel.load_exported(exported).apply(half),
+        pytest.raises(ArtefactError, match=r"dtype must be float32, .* got bfloat16"),
+    ):
+        generate(half)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "words"),
+    [
+        ({"torch_version": "2.9.0"}, r"torch_version must be 2\.9\.0, .* got " + torch.__version__.replace("+", r"\+")),
+        ({"processor": "sparc"}, "processor must be sparc, .* got "),
+        ({"device": "meta"}, "device must be meta, .* got cpu"),
+    ],
+)
+def test_other_machine_is_refused(folder: Path, made_for: dict[str, str], words: str) -> None:
+    replace(Plan.read(folder), **made_for).write(folder)
+    with pytest.raises(ArtefactError, match=words):
+        jitaccel.load_exported(folder, device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_device_that_is_not_here_is_refused(exported: Path) -> None:
+    with pytest.raises(ArtefactError, match="no CUDA device"):
+        jitaccel.load_exported(exported, device="cuda")
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def _alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _alter, Path.unlink], ids=["truncated", "altered", "missing"])
+@pytest.mark.parametrize("name", ["stage1.pt", "weights.safetensors", "plan.safetensors", "plan.json"])
+def test_damaged_folder_is_refused(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(folder / name)
+    with pytest.raises(ArtefactError, match=name.replace(".", r"\.")):
+        jitaccel.load_exported(folder)
+
+
+def test_plan_with_another_number_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "plan.json").read_text())
+    content["levels"][1] = 0.5
+    (folder / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match="altered"):
+        jitaccel.load_exported(folder)
+    (folder / "plan.json").write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(ArtefactError, match="version 1 are read, got version 99"):
+        jitaccel.load_exported(folder)
+
+
+def test_nothing_is_unpickled_by_python(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    jitaccel.load_exported(exported)
+
+
+def test_plan_reads_what_it_wrote(exported: Path) -> None:
+    plan = Plan.read(exported)
+    assert plan.config == SHORT and plan.tokens == SHORT.token_counts(144) and len(plan.levels) == 6
+    tensors = plan_tensors(plan.config, plan.levels, plan.grid)
+    assert tensors["stages"].tolist() == [0, 0, 1, 2, 2] and tensors["tokens"].tolist() == [50, 93, 144]
+    assert tensors["levels"][-1] == 0 and tensors["blur_0"].shape[0] % 2 == 1
+
+
+# What cannot be exported
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"format": "onnx"}, "must be one of aoti, torchscript, got 'onnx'"),
+        ({"size": (50, 48)}, "multiples of 4 pixels"),
+        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"text_tokens": 1.5}, "text_tokens must be a whole number"),
+        ({"steps": "caller"}, "steps must be a number"),
+        ({"attention": "flash"}, "attention must be one of"),
+    ],
+)
+def test_bad_settings_are_refused_and_leave_nothing(
+    pipe: Any, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        export(pipe, tmp_path / "x", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folder_is_kept(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must not exist"):
+        export(pipe, tmp_path)
+
+
+def test_export_that_fails_leaves_no_folder(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jitaccel.artefacts._lower", _stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        export(pipe, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bare_transformers_and_quantised_weights_are_refused(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="must be a pipeline"):
+        export(pipe.transformer, tmp_path / "x")
+    linear = torch.nn.Linear(2, 2)
+    linear.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"plain floating tensors, got Tensor of torch\.int8 for weight"):
+        weights_of(linear)
