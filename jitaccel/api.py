@@ -40,9 +40,9 @@ def apply(
         `handle.stats()` says which, and why.
     attention: what packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers" or
         "sdpa".
-    compile: compiles the packed forward of each stage with static shapes: True, a mode of `torch.compile`
-        ("max-autotune", ...), or a dict of its arguments backend, mode and options. Graphs are made at the first
-        generation of each size and batch, or before it by `handle.warmup`.
+    compile: compiles each stage with static shapes, and on CUDA captures it as a CUDA graph: True, a mode of
+        `torch.compile` ("max-autotune", ...), or a dict of its arguments backend, mode and options, and `graphs`:
+        whether to capture. Graphs are made at the first generation of each size and batch, or before it by `handle.warmup`.
     strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 

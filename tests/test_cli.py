@@ -232,3 +232,56 @@ def test_psnr_of_equal_pictures_is_infinite() -> None:
     picture = np.full((4, 4, 3), 0.5)
     assert psnr_db(picture, picture) == float("inf")
     assert psnr_db(picture, picture + 0.1) == pytest.approx(20.0)
+
+
+# Export
+
+
+def test_export_writes_stages_that_run_without_the_transformer(command: Command, model: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import FluxPipeline
+
+    import jitaccel
+    from tests.tiny import generate
+
+    folder = tmp_path / "stages of it"
+    status, out, _ = command(
+        "export", "--model", model, "--size", "48x40", "--format", "torchscript", "--out", folder, "--text-tokens", 8,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0 and out.startswith(f"{folder}: plan.json, plan.safetensors, stage0.pt, ")
+    call = {"grid": (12, 10), "seed": 1}
+    pipe = FluxPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    with jitaccel.apply(pipe, "7x"):
+        expected = generate(pipe, **call)
+    pipe = FluxPipeline.from_pretrained(model, transformer=None)
+    pipe.set_progress_bar_config(disable=True)
+    with jitaccel.load_exported(folder).apply(pipe):
+        torch.testing.assert_close(generate(pipe, **call), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "1024"), "--size must be HEIGHTxWIDTH in pixels, got '1024'"),
+        (("--size", "50x48"), "multiples of 4 pixels"),
+        (("--preset", "9x"), "preset"),
+        (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
+        (("--text-tokens", 513), "--text-tokens must be in 1..512, got 513"),
+    ],
+)
+def test_export_refuses_bad_input_in_one_line(
+    command: Command, model: Path, tmp_path: Path, arguments: tuple[Any, ...], words: str
+) -> None:
+    settings = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    rest = [x for pair in {"--size": "48x48", **settings}.items() for x in pair]
+    status, _, err = command("export", "--model", model, "--out", tmp_path / "x", "--device", "cpu", *rest)
+    said = err.splitlines()[-1]  # the loader's bars come before
+    assert status == 2 and words in said and said.startswith("jitaccel export: ") and "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_keeps_a_folder_that_exists(command: Command, tmp_path: Path) -> None:
+    status, _, err = command("export", "--out", tmp_path)
+    assert status == 2 and "--out must not exist" in err

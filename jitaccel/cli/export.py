@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from ..config import PRESETS
+from ..config import PRESETS, resolve
 from .errors import CommandError
 
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the folder and says what it holds."""
     size = None if arguments.size is None else _size(arguments.size)
+    config = resolve(arguments.preset)
+    _check_numbers(arguments)
 
     import jitaccel
 
     from .loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
-    if arguments.out.exists():
-        raise CommandError(f"--out must not exist, got {str(arguments.out)!r}; give another name, or remove it")
     pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
     side = picture_side(pipe)
     text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = jitaccel.export(
         pipe,
         arguments.out,
-        arguments.preset,
+        config,
         size=size or (side, side),
         format=arguments.format,
         batch_size=arguments.batch_size,
@@ -54,6 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}, {seconds:.1f} s")
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises CommandError for what can be told before a model is loaded."""
+    if arguments.out.exists():
+        raise CommandError(f"--out must not exist, got {str(arguments.out)!r}; give another name, or remove it")
+    if arguments.batch_size < 1:
+        raise CommandError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
+        raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
 
 
 def _size(text: str) -> tuple[int, int]:
