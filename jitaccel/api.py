@@ -42,7 +42,7 @@ def apply(
         "sdpa".
     compile: compiles each stage with static shapes, and on CUDA captures it as a CUDA graph: True, a mode of
         `torch.compile` ("max-autotune", ...), or a dict of its arguments backend, mode and options, and `graphs`:
-        whether to capture. Graphs are made at the first generation of each size and batch, or before it by `handle.warmup`.
+        whether to capture. Graphs are made at the first generation of each size and batch, or by `handle.warmup`.
     strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
