@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import jitaccel
-from jitaccel import ArtefactError, ConfigError, UnsupportedModelError
+from jitaccel import ArtefactError, ConfigError, UnsupportedModelError, ops
 from jitaccel.artefacts import weights_of
-from jitaccel.plan import Plan, plan_tensors
+from jitaccel.plan import Plan, plan_tensors, write_tensors
 from tests import tiny
 from tests.tiny import GRID, SHORT, TEXT_TOKENS, generate, relative_error
 
@@ -59,17 +62,23 @@ def test_stages_make_the_eager_latents(pipe: Any, exported: Path, call: dict[str
     assert (stats.execution, stats.attention, stats.token_steps) == ("exported", "sdpa, torchscript", 481)
 
 
+@pytest.fixture(scope="module")
+def aoti(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of the pipeline with seed 0, compiled."""
+    if " " in torch.__file__:
+        pytest.skip("torch's inductor does not quote its own path to the C++ compiler")
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    folder = tmp_path_factory.mktemp("artefacts") / "aoti"
+    return export(tiny.pipeline(), folder, TWO_STAGES, format="aoti", options=options)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
-def test_aoti_makes_the_eager_latents(pipe: Any, tmp_path: Path) -> None:
+def test_aoti_makes_the_eager_latents(pipe: Any, aoti: Path) -> None:
     expected = eager(pipe, TWO_STAGES)
-    folder = export(
-        pipe, tmp_path / "aoti", TWO_STAGES, format="aoti", options={"aot_inductor.compile_wrapper_opt_level": "O0"}
-    )
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert sorted(path.name for path in aoti.iterdir()) == [
         "plan.json", "plan.safetensors", "stage0.pt2", "stage1.pt2", "weights.safetensors",
     ]  # fmt: skip
-    with jitaccel.load_exported(folder).apply(pipe):
+    with jitaccel.load_exported(aoti).apply(pipe):
         assert relative_error(generate(pipe), expected) < 1e-5
 
 
@@ -291,3 +300,90 @@ def test_bare_transformers_and_quantised_weights_are_refused(pipe: Any, tmp_path
     linear.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"plain floating tensors, got Tensor of torch\.int8 for weight"):
         weights_of(linear)
+
+
+# The C++ example
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`examples/cpp`, built as its README says, in a folder with a space in its name."""
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        pytest.skip("no C++ compiler")
+    if "cpu" not in ops.compiled():
+        pytest.skip("the CPU operators are not built")
+    source = Path(__file__).parents[1] / "examples" / "cpp"
+    folder = tmp_path_factory.mktemp("an example") / "cpp"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("generate"))
+    done = subprocess.run(
+        ["make", f"PYTHON={sys.executable}", "CXXFLAGS=-O0"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    return folder / "generate"
+
+
+def _run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(argument) for argument in (program, *arguments, ops.compiled()["cpu"])]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _inputs(pipe: Any, path: Path, seeds: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Writes what the program needs, and returns what the pipeline is called with."""
+    text, pooled, _ = pipe.encode_prompt(
+        "a red circle", None, num_images_per_prompt=len(seeds), max_sequence_length=TEXT_TOKENS
+    )
+    state = torch.cat([tiny.start(seed) for seed in seeds])
+    write_tensors(path, {"state": state, "text": text, "pooled": pooled, "guidance": torch.full((len(seeds),), 3.5)})
+    return {"latents": state}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchscript", "aoti"])
+def test_cpp_program_makes_the_same_latents(
+    pipe: Any, program: Path, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, config = {"torchscript": ("exported", SHORT), "aoti": ("aoti", TWO_STAGES)}[kind]
+    call = _inputs(pipe, tmp_path / "in.safetensors", (5,))
+    done = _run(program, request.getfixturevalue(folder), tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    made = load_file(tmp_path / "out.safetensors")["state"]
+    assert relative_error(made, eager(pipe, config, guidance_scale=3.5, **call)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["own", "fresh"])
+def test_cpp_program_makes_a_batch_with_few_and_many_anchors(
+    pipe: Any, program: Path, noise: str, tmp_path: Path
+) -> None:
+    """Fewer anchors than the regular ones, and more: both are drawn at random, and then the noise."""
+    densities = {"own": (0.2, 0.7, 1.0), "fresh": (0.6, 0.8, 1.0)}[noise]
+    config = SHORT.replace(densities=densities, noise=noise)
+    folder = export(pipe, tmp_path / "x", config, batch_size=2)
+    call = _inputs(pipe, tmp_path / "in.safetensors", (5, 6))
+    done = _run(program, folder, tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    expected = eager(pipe, config, num_images_per_prompt=2, guidance_scale=3.5, **call)
+    assert relative_error(load_file(tmp_path / "out.safetensors")["state"], expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_cpp_program_says_what_is_wrong_in_one_line(pipe: Any, program: Path, folder: Path, tmp_path: Path) -> None:
+    inputs, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    _inputs(pipe, inputs, (5,))
+    whole = inputs.read_bytes()
+    for content, words in (
+        (whole[:-4], "must lie within the file"),
+        (whole[:20], "fewer than its header tells"),
+        (b"", "got 0 bytes"),
+        (len(b"[1]").to_bytes(8, "little") + b"[1]", "expected {"),
+        (whole.replace(b'"pooled"', b'"poolex"'), "must hold a tensor pooled, got none"),
+        (whole.replace(b'"F32"', b'"F12"'), "got F12"),
+    ):
+        inputs.write_bytes(content)
+        done = _run(program, folder, inputs, out)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    inputs.write_bytes(whole)
+    (folder / "stage1.pt").unlink()
+    done = _run(program, folder, inputs, out)
+    assert done.returncode == 2 and "must hold stage1.pt2 or .pt, got neither" in done.stderr
+    assert _run(program, folder).returncode == 2 and not out.exists()

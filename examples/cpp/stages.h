@@ -1,0 +1,107 @@
+// The stages that `jitaccel export` wrote, and the operators that stand between them.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/script.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "safetensors.h"
+
+// What a stage is given beside the weights: jitaccel/artefacts.py describes each.
+struct StageInputs {
+  at::Tensor state, anchors, nearest, blur, text, pooled, guidance, levels;
+
+  std::vector<at::Tensor> in_order() const { return {state, anchors, nearest, blur, text, pooled, guidance, levels}; }
+};
+
+struct StageOutputs {
+  at::Tensor velocity, next_state;
+};
+
+class Stage {
+ public:
+  virtual ~Stage() = default;
+  virtual StageOutputs run(const std::vector<at::Tensor>& weights, const StageInputs& inputs) = 0;
+};
+
+class CompiledStage : public Stage {
+ public:
+  explicit CompiledStage(const std::string& path) : loader_(path) {}
+
+  StageOutputs run(const std::vector<at::Tensor>& weights, const StageInputs& inputs) override {
+    std::vector<at::Tensor> all = weights;
+    for (auto& tensor : inputs.in_order()) all.push_back(tensor);
+    const auto outputs = loader_.run(all);
+    return {outputs.at(0), outputs.at(1)};
+  }
+
+ private:
+  torch::inductor::AOTIModelPackageLoader loader_;
+};
+
+class TracedStage : public Stage {
+ public:
+  TracedStage(const std::string& path, at::Device device) : module_(torch::jit::load(path, device)) {}
+
+  StageOutputs run(const std::vector<at::Tensor>& weights, const StageInputs& inputs) override {
+    std::vector<c10::IValue> all = {c10::IValue(weights)};
+    for (auto& tensor : inputs.in_order()) all.emplace_back(tensor);
+    const auto outputs = module_.forward(all).toTuple();
+    return {outputs->elements().at(0).toTensor(), outputs->elements().at(1).toTensor()};
+  }
+
+ private:
+  torch::jit::Module module_;
+};
+
+inline std::unique_ptr<Stage> load_stage(const std::filesystem::path& folder, size_t number, at::Device device) {
+  const auto path = folder / ("stage" + std::to_string(number));
+  if (std::filesystem::exists(path.string() + ".pt2")) return std::make_unique<CompiledStage>(path.string() + ".pt2");
+  if (std::filesystem::exists(path.string() + ".pt")) {
+    return std::make_unique<TracedStage>(path.string() + ".pt", device);
+  }
+  throw std::runtime_error(folder.string() + " must hold " + path.filename().string() +
+                           ".pt2 or .pt, got neither; export anew");
+}
+
+// Operators of the library that `python -m jitaccel.build` compiles (jitaccel/ops documents them).
+namespace operators {
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline at::Tensor nearest_anchor(const at::Tensor& anchors, at::IntArrayRef grid) {
+  static const auto op = find<at::Tensor(const at::Tensor&, at::IntArrayRef)>("jitaccel::nearest_anchor");
+  return op.call(anchors, grid);
+}
+
+inline at::Tensor importance(const at::Tensor& velocity, at::IntArrayRef grid, int64_t window) {
+  static const auto op = find<at::Tensor(const at::Tensor&, at::IntArrayRef, int64_t)>("jitaccel::importance");
+  return op.call(velocity, grid, window);
+}
+
+inline at::Tensor activate(const at::Tensor& scores, const at::Tensor& anchors, int64_t count) {
+  static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)>("jitaccel::activate");
+  return op.call(scores, anchors, count);
+}
+
+inline void micro_flow_into(at::Tensor state, const at::Tensor& previous, const at::Tensor& velocity,
+                            const at::Tensor& noise, const at::Tensor& tokens, const at::Tensor& nearest,
+                            const at::Tensor& anchors, at::IntArrayRef grid, const at::Tensor& blur,
+                            const at::Tensor& levels, double weight) {
+  static const auto op =
+      find<void(at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                const at::Tensor&, const at::Tensor&, at::IntArrayRef, const at::Tensor&, const at::Tensor&, double)>(
+          "jitaccel::micro_flow_into");
+  op.call(state, previous, velocity, noise, tokens, nearest, anchors, grid, blur, levels, weight);
+}
+
+}  // namespace operators
