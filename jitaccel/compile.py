@@ -26,7 +26,8 @@ from .graphs import Counts, CudaGraphs, Recorder, RepeatedCalls, Replayed
 _log = logging.getLogger(__name__)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _FIXED = ("fullgraph", "dynamic")
-_KNOWN = ("backend", "mode", "options", "graphs")
+_KNOWN = ("backend", "mode", "options", "graphs", "regions")
+_FLAGS = ("graphs", "regions")
 _MAX_VARIANTS = 6  # graphs of one signature, as for LoRA scales that alternate; a compiler keeps 8
 
 
@@ -51,9 +52,10 @@ class CompileStats:
 def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the compiler's options, or None for no compilation. Raises ConfigError for what it does not take.
 
-    value: True, a mode, or arguments of `torch.compile` (backend, mode, options) and `graphs`: whether each stage is
-        captured as a CUDA graph. It is on CUDA, unless the mode is "max-autotune-no-cudagraphs"; True elsewhere replays
-        the recorded call, which gains nothing and behaves alike.
+    value: True, a mode, or arguments of `torch.compile` (backend, mode, options) and two of ours. `graphs`: whether a
+        stage is captured as a CUDA graph. It is on CUDA, unless the mode is "max-autotune-no-cudagraphs"; elsewhere
+        True replays the recorded call, which gains nothing and behaves alike. `regions`: whether blocks that repeat
+        get code once (the default), which takes a fraction of the time.
     """
     if isinstance(value, bool):
         return {} if value else None
@@ -73,7 +75,7 @@ def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
-    mode, inner, graphs = options.get("mode"), options.get("options"), options.get("graphs")
+    mode, inner = options.get("mode"), options.get("options")
     if mode is not None and mode not in MODES:
         raise ConfigError(
             f"apply: compile must be True, False, a dict or one of {', '.join(MODES)}, got {mode!r}; "
@@ -81,8 +83,11 @@ def _check_values(options: Mapping[str, Any]) -> None:
         )
     if mode is not None and inner is not None:
         raise ConfigError(f"apply: compile must hold mode or options, got both ({mode!r}, {inner!r}); leave one out")
-    if graphs is not None and not isinstance(graphs, bool):
-        raise ConfigError(f"apply: compile must hold graphs as True or False, got {graphs!r}; leave it out for CUDA's")
+    for name in _FLAGS:
+        if not isinstance(options.get(name, True), bool):
+            raise ConfigError(
+                f"apply: compile must hold {name} as True or False, got {options[name]!r}; leave it out for the default"
+            )
     if inner is None or options.get("backend", "inductor") != "inductor":
         return
     known = torch._inductor.list_options()
@@ -96,9 +101,10 @@ def _check_values(options: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Compiled:
-    """One signature's function. `variants`: graphs that its compiler has made of it."""
+    """One signature's function. `variants`: graphs that its compiler has made of it. `is_regional`: of regions."""
 
     run: Callable[..., Any]
+    is_regional: bool
     variants: int = 0
 
 
@@ -139,21 +145,38 @@ class Compiler:
         self._compiled.clear()
         self._recorder = None
 
-    def run(self, signature: Hashable, function: Callable[..., Any], *args: Any, reason: str | None = None) -> Any:
+    def run(
+        self,
+        signature: Hashable,
+        function: Callable[..., Any],
+        *args: Any,
+        regional: Callable[..., Any] | None = None,
+        reason: str | None = None,
+    ) -> Any:
         """Returns `function(*args)`, compiled for this signature; eagerly where that fails, or where there is a reason.
 
         function: a plain function, the same for one signature, that returns tensors and writes none of its arguments.
+        regional: the same with regions that repeat (`torch.compiler.nested_compile_region`), compiled in its place
+            where that works.
         """
         if reason is not None:
             self._fail(signature, reason)
         if signature in self._failed:
             self._eager_calls += 1
             return function(*args)
-        compiled = self._compiled.get(signature) or self._compile(signature, function)
+        compiled = self._compiled.get(signature)
+        if compiled is None:
+            use_regions = regional is not None and self._options.get("regions", True)
+            compiled = self._compile(signature, regional if use_regions else function, use_regions)
         try:
             result = compiled.run(*args)
         except TorchDynamoException as error:
-            self._fail(signature, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if compiled.is_regional:
+                _log.info("jitaccel: a stage is compiled without regions, since %s", what)
+                self._compile(signature, function, is_regional=False)
+                return self.run(signature, function, *args)
+            self._fail(signature, what)
             self._eager_calls += 1
             return function(*args)
         self._calls += 1
@@ -162,7 +185,7 @@ class Compiler:
             del self._compiled[signature]
         return result
 
-    def _compile(self, signature: Hashable, function: Callable[..., Any]) -> _Compiled:
+    def _compile(self, signature: Hashable, function: Any, is_regional: bool) -> _Compiled:
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self._graphs += 1
             compiled.variants += 1
@@ -174,7 +197,7 @@ class Compiler:
         copy = _copy(function, self._copies)
         self._copies += 1
         compiled = self._compiled[signature] = _Compiled(
-            torch.compile(copy, fullgraph=True, dynamic=False, backend=backend)
+            torch.compile(copy, fullgraph=True, dynamic=False, backend=backend), is_regional
         )
         return compiled
 

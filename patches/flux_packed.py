@@ -7,10 +7,11 @@ model itself) are run beside it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 """Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
+
+StageFunction = Callable[[nn.Module, "Pack", LiftPlan, Tensor, "Conditions"], tuple[Tensor, Tensor | None]]
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
 _BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
@@ -75,11 +78,32 @@ def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor
     return Pack(layout, model.pos_embed(ids), hooked=any("forward" in vars(block) for block in blocks))
 
 
-def packed_forward(model: Any, pack: Pack, tokens: Tensor, given: Conditions, attend: Attend) -> Tensor:
+class Blocks(NamedTuple):
+    """What runs a double and a single block."""
+
+    double: Callable[[Any, Tensor, Tensor, Tensor, Pack, Attend], tuple[Tensor, Tensor]]
+    single: Callable[[Any, Tensor, Tensor, Pack, Attend], Tensor]
+
+
+def plain_blocks() -> Blocks:
+    """Returns the blocks as they are."""
+    return Blocks(_double, _single)
+
+
+@functools.cache
+def regional_blocks() -> Blocks:
+    """Returns blocks that a compiler makes code for once, and reuses wherever they repeat in a graph."""
+    return Blocks(torch.compiler.nested_compile_region(_double), torch.compiler.nested_compile_region(_single))
+
+
+def packed_forward(
+    model: Any, pack: Pack, tokens: Tensor, given: Conditions, attend: Attend, blocks: Blocks | None = None
+) -> Tensor:
     """Returns the velocity (T_image, channels) of every segment's image tokens, as the model gives it to each alone.
 
-    tokens: (T_image, channels), segment after segment.
+    tokens: (T_image, channels), segment after segment. blocks: None for the plain ones.
     """
+    double, single = blocks or plain_blocks()
     layout = pack.layout
     image = model.x_embedder(tokens)
     numbers = [1000 * given.level.to(image.dtype)]
@@ -89,11 +113,11 @@ def packed_forward(model: Any, pack: Pack, tokens: Tensor, given: Conditions, at
     text = model.context_embedder(given.text)
     for block in model.transformer_blocks:
         with _block_hooks(block) if pack.hooked else nullcontext():
-            text, image = _double(block, text, image, condition, pack, attend)
+            text, image = double(block, text, image, condition, pack, attend)
     documents = layout.join(text, image)
     for block in model.single_transformer_blocks:
         with _block_hooks(block) if pack.hooked else nullcontext():
-            documents = _single(block, documents, condition, pack, attend)
+            documents = single(block, documents, condition, pack, attend)
     out = model.norm_out
     scale, shift = out.linear(out.silu(condition).to(documents.dtype)).chunk(2, dim=1)
     image = _modulate(out.norm(layout.image_of(documents)), shift, scale, layout.image)
@@ -110,13 +134,20 @@ def compiler_of(options: Execution) -> Compiler | None:
     return Compiler(options.compile, options.strict)
 
 
-def run_packed(model: nn.Module, pack: Pack, tokens: Tensor, given: Conditions, attention: Backend) -> Tensor:
+def run_packed(
+    model: nn.Module,
+    pack: Pack,
+    tokens: Tensor,
+    given: Conditions,
+    attention: Backend,
+    blocks: Blocks | None = None,
+) -> Tensor:
     """Returns `packed_forward`'s velocity with this attention."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
         return varlen_attention(query, key, value, layout, attention)
 
-    return packed_forward(model, pack, tokens, given, attend)
+    return packed_forward(model, pack, tokens, given, attend, blocks)
 
 
 def run_stage(
@@ -137,18 +168,22 @@ def run_stage(
     layout = pack.layout
     lifts = lifts and not plan.is_dense and len(layout.lengths) == state.shape[0]
 
-    def stage(
-        model: nn.Module, pack: Pack, plan: LiftPlan, state: Tensor, given: Conditions
-    ) -> tuple[Tensor, Tensor | None]:
-        batch = state.shape[0]
-        num_branches = len(pack.layout.lengths) // batch
-        tokens = (state if plan.is_dense else gather_tokens(state, plan.anchors)).flatten(0, 1)
-        velocity = run_packed(model, pack, tokens.repeat(num_branches, 1), given, attention)
-        values = velocity.unflatten(0, (num_branches, batch, -1))
-        return values, lift(values[0], plan) if lifts else None
+    def stage_of(blocks: Blocks) -> StageFunction:
+        def stage(
+            model: nn.Module, pack: Pack, plan: LiftPlan, state: Tensor, given: Conditions
+        ) -> tuple[Tensor, Tensor | None]:
+            batch = state.shape[0]
+            num_branches = len(pack.layout.lengths) // batch
+            tokens = (state if plan.is_dense else gather_tokens(state, plan.anchors)).flatten(0, 1)
+            velocity = run_packed(model, pack, tokens.repeat(num_branches, 1), given, attention, blocks)
+            values = velocity.unflatten(0, (num_branches, batch, -1))
+            return values, lift(values[0], plan) if lifts else None
 
+        return stage
+
+    plain = stage_of(plain_blocks())
     if compiler is None:
-        return stage(model, pack, plan, state, given)
+        return plain(model, pack, plan, state, given)
     signature = (
         layout.text.lengths,
         layout.image.lengths,
@@ -163,8 +198,9 @@ def run_stage(
         attention.name,
     )
     reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
+    arguments = (model, pack, plan, state.contiguous(), given)
     result: tuple[Tensor, Tensor | None] = compiler.run(
-        signature, stage, model, pack, plan, state.contiguous(), given, reason=reason
+        signature, plain, *arguments, regional=stage_of(regional_blocks()), reason=reason
     )
     return result
 

@@ -376,6 +376,32 @@ def test_stage_that_cannot_be_compiled_runs_eagerly_and_says_why(pipe: Any) -> N
         generate(pipe)
 
 
+@pytest.mark.parametrize("why", ["the backend refuses regions", "more kinds of blocks than regions may have"])
+def test_stage_that_cannot_have_regions_is_compiled_whole(why: str) -> None:
+    model = tiny.transformer(num_single_layers=10)
+    count = Counting()
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        has_regions = any("invoke_subgraph" in str(node.target) for node in graph.graph.nodes)
+        if has_regions and why.startswith("the backend"):
+            raise ValueError("no regions")
+        return count(graph, inputs)
+
+    if why.startswith("more"):
+        peft = pytest.importorskip("peft")
+        ranks = {f"single_transformer_blocks.{k}.proj_mlp": k + 1 for k in range(10)}
+        lora = peft.LoraConfig(r=1, init_lora_weights=False, target_modules=["proj_mlp"], rank_pattern=ranks)
+        model.add_adapter(lora, adapter_name="one")
+    pipe = tiny.pipeline(transformer=model)
+    config = SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
+    with jitaccel.apply(pipe, config, execution="packed"):
+        eager = generate(pipe)
+    with jitaccel.apply(pipe, config, compile={"backend": backend}, strict=True) as handle:
+        assert relative_error(generate(pipe), eager) < 1e-6
+        assert handle.stats().compiled.eager_calls == 0
+    assert count.graphs == 2
+
+
 def test_offloaded_blocks_run_eagerly(pipe: Any) -> None:
     cpu = torch.device("cpu")
     pipe.transformer.enable_group_offload(
@@ -403,7 +429,7 @@ def test_error_of_the_model_itself_is_raised(pipe: Any) -> None:
         ("max-autotun", 'did you mean "max-autotune"'),
         ({"dynamic": True}, "shapes are static"),
         ({"fullgraph": False}, "every stage is one graph"),
-        ({"bakend": "eager"}, "must hold backend, mode, options, graphs, got bakend"),
+        ({"bakend": "eager"}, "must hold backend, mode, options, graphs, regions, got bakend"),
         ({"graphs": "yes"}, "graphs as True or False, got 'yes'"),
         ({"options": {"max_autotun": True}}, 'did you mean "max_autotune"'),
         ({"mode": "default", "options": {"max_autotune": True}}, "mode or options, got both"),
