@@ -19,9 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from jitaccel.cli import bench
 from jitaccel.cli.errors import CommandError
@@ -48,14 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{case.group:10} {case.size:8} {case.name}")
         return 0
     chosen = [c for c in cases if arguments.group in (None, c.group) and arguments.size in (None, c.size)]
+    chosen = [c for c in chosen if arguments.only is None or arguments.only in c.name]
     if not chosen:
         known = ", ".join(sorted({f"{case.group} --size {case.size}" for case in cases}))
-        return _refuse(f"group and size must name a case, got {arguments.group} {arguments.size}; try {known}")
+        asked = " ".join(str(part) for part in (arguments.group, arguments.size, arguments.only) if part)
+        return _refuse(f"group, size and --only must name a case, got {asked}; try {known}, or --list")
     try:
         device = pick_device(arguments.device)
         earlier = [] if arguments.compare is None else read_rows(arguments.compare)
         if arguments.fail_above is not None and arguments.compare is None:
             raise ValueError("--fail-above must come with --compare FILE, got it alone")
+        if arguments.resume and arguments.json is None:
+            raise ValueError("--resume must come with --json FILE, got it alone")
     except (CommandError, ValueError) as error:
         return _refuse(str(error))
     options = Options(device=device, repeat=arguments.repeat, seed=arguments.seed)
@@ -63,7 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
     from jitaccel.provenance import first_line
 
     print(first_line(device), flush=True)
-    ratios = [ratio for case in chosen for ratio in _run(case, options, arguments.json, earlier)]
+    done = _done(arguments.json, device) if arguments.resume else set()
+    started, ratios, left = time.monotonic(), [], 0
+    for case in chosen:
+        if (case.group, case.name) in done:
+            print(f"\n{case.group}: {case.name}\nmeasured before", flush=True)
+        elif arguments.within is not None and time.monotonic() - started > arguments.within:
+            left += 1
+        else:
+            ratios += _run(case, options, arguments.json, earlier)
+    if left:
+        print(f"\n{left} cases were not begun within {arguments.within:g} s; --resume goes on with them")
     if arguments.compare is not None:
         most = f", up to {max(ratios):.3f}x" if ratios else "; none of them has the same case, settings and device"
         print(f"\n{len(ratios)} rows compared with {arguments.compare}{most}")
@@ -71,6 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
     if slower:
         print(f"benchmarks: {len(slower)} times are above {arguments.fail_above}x of the earlier ones", file=sys.stderr)
     return 1 if slower else 0
+
+
+def _done(path: Path, device: torch.device) -> set[tuple[str, str]]:
+    """Returns the group and name of each case that a file has rows of, from this device and commit."""
+    from jitaccel.provenance import provenance
+
+    if not path.exists():
+        return set()
+    origin = provenance(device)
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    here = [row for row in rows if all(row.get(name) == origin[name] for name in ("device", "commit"))]
+    return {(row["benchmark"], row["case"]) for row in here if "error" not in row}
 
 
 def _refuse(reason: str) -> int:

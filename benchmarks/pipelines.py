@@ -69,6 +69,13 @@ def random_subject(
     text_tokens: int,
 ) -> Subject:
     """Returns a FLUX pipeline of random weights, made on the device, without text encoders and autoencoder."""
+    pipe = random_pipeline(model, device, dtype, seed)
+    call = random_call(pipe, grid, seed, text_tokens)
+    return Subject(pipe=pipe, call=call, grid=grid, text_tokens=text_tokens, has_quality=False)
+
+
+def random_pipeline(model: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """Returns a pipeline of nothing but a scheduler and a transformer of random weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     pipe = FluxPipeline(
@@ -80,16 +87,21 @@ def random_subject(
         tokenizer_2=None,
         transformer=random_transformer(model, device, dtype, seed),
     )
-    generator = torch.Generator(device).manual_seed(seed)
+    return _quiet(pipe)
+
+
+def random_call(pipe: Any, grid: tuple[int, int], seed: int, text_tokens: int) -> dict[str, Any]:
+    """Returns the arguments of a call for latents of a grid, with a prompt of random embeddings."""
+    settings, dtype = pipe.transformer.config, pipe.transformer.dtype
+    generator = torch.Generator(pipe.transformer.device).manual_seed(seed)
     cell = 2 * pipe.vae_scale_factor
-    call = {
-        "prompt_embeds": _normal(generator, dtype, 1, text_tokens, model["joint_attention_dim"]),
-        "pooled_prompt_embeds": _normal(generator, dtype, 1, model["pooled_projection_dim"]),
+    return {
+        "prompt_embeds": _normal(generator, dtype, 1, text_tokens, settings.joint_attention_dim),
+        "pooled_prompt_embeds": _normal(generator, dtype, 1, settings.pooled_projection_dim),
         "output_type": "latent",
         "height": grid[0] * cell,
         "width": grid[1] * cell,
     }
-    return Subject(pipe=_quiet(pipe), call=call, grid=grid, text_tokens=text_tokens, has_quality=False)
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:

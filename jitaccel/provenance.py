@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -12,13 +13,14 @@ import torch
 
 
 def provenance(device: torch.device | None = None) -> dict[str, str | int]:
-    """Returns what a measurement has to name: device, cores, threads, versions and commit.
+    """Returns what a measurement has to name: date, device, cores, threads, versions and commit.
 
     device: the one that computes; None: the CPU. Asking for a CUDA device initialises it.
     """
     is_cuda = device is not None and device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_cuda else processor_name()
     return {
+        "date": datetime.date.today().isoformat(),
         "device": name,
         "machine": platform.machine(),
         "cores": num_usable_cores(),

@@ -250,10 +250,92 @@ def test_startup_rows_are_the_parts_of_a_fresh_process(
 ) -> None:
     from benchmarks.cases import startup
 
-    if startup._why_not(Options(device=torch.device("cpu"), repeat=1, seed=0)):
+    if startup.no_embedded(Options(device=torch.device("cpu"), repeat=1, seed=0)):
         pytest.skip("no embedded model")
     file = tmp_path / "rows.jsonl"
-    assert main(["startup", "--repeat", "1", "--device", "cpu", "--json", str(file)]) == 0
+    chosen = ["--size", "small", "--only", "fresh processes"]
+    assert main(["startup", *chosen, "--repeat", "1", "--device", "cpu", "--json", str(file)]) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["what"] for row in rows][0::5] == ["import jitaccel", "second picture"] and len(rows) == 6
     assert all(row["median_s"] >= 0 for row in rows)
+
+
+# The record
+
+
+def _record(variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
+    """Runs one variant on a tiny random pipeline through the command, and returns the file's rows."""
+    import functools
+
+    from benchmarks.cases import record
+
+    make = functools.partial(record.Cached(), model=TINY, grid=(8, 8), text_tokens=8)
+    case = record._case("small", "tiny", variant, make, (8, 8), lambda options: None)
+    monkeypatch.setattr(record, "CASES", (case,))
+    file = tmp_path / "rows.jsonl"
+    assert main(["record", "--repeat", "2", "--device", "cpu", "--json", str(file), *arguments]) == 0
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_record_has_every_way_at_two_sizes() -> None:
+    pytest.importorskip("diffusers")
+    names = [case.name for case in find_cases() if (case.group, case.size) == ("record", "flux")]
+    assert len(names) == len(set(names)) == 30
+    for size in ("1024x1024", "2048x2048"):
+        for way in ("eager", "packed", "compiled", "captured", "float8"):
+            assert sum(f"{size}: 7x, {way}" in name for name in names) == 1
+        assert sum(f"{size}: dense, " in name for name in names) == 5
+
+
+@pytest.mark.parametrize(("method", "way", "steps"), [("dense", "eager", 3), ("7x", "packed", 0), ("7x", "eager", 0)])
+def test_record_rows_hold_what_was_measured(
+    method: str, way: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases.record import Variant
+
+    (row,) = _record(Variant(method=method, way=way, steps=steps), tmp_path, monkeypatch)
+    assert (row["method"], row["way"], row["steps"]) == (method, way, steps or 11)
+    assert row["denoise_p20_s"] <= row["denoise_median_s"] <= row["denoise_p80_s"]
+    assert row["gflop"] > 0 and row["peak_memory_mib"] is None and row["compiled"] is None
+    assert (row["outside_share_of_sparse_steps"] is None) == (method == "dense")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
+def test_record_captures_dense_steps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases.record import Variant
+
+    (row,) = _record(Variant(method="dense", way="captured", steps=2), tmp_path, monkeypatch)
+    assert row["compiled"] == {
+        "signatures": 1, "graphs": 1, "calls": 6, "eager_calls": 0, "captures": 1, "replays": 5, "dropped": 0,
+    }  # fmt: skip
+    (_, row) = _record(Variant(method="dense", way="compiled", steps=2), tmp_path, monkeypatch)
+    assert row["compiled"] is None and "error" not in row
+
+
+def test_case_that_fails_is_a_row_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases import record
+
+    variant = record.Variant(method="7x", way="packed")
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "timed", lambda *_, **__: 1 / 0)
+        (row,) = _record(variant, tmp_path, monkeypatch)
+        assert row["error"] == "ZeroDivisionError: division by zero"
+    assert len(_record(variant, tmp_path, monkeypatch, "--resume")) == 2
+    assert len(_record(variant, tmp_path, monkeypatch, "--resume")) == 2  # measured now
+
+
+def test_no_case_is_begun_after_the_time_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.__main__.time.monotonic", iter(range(0, 10_000, 100)).__next__)
+    file = tmp_path / "rows.jsonl"
+    assert main(["kernels", "--device", "cpu", "--json", str(file), "--resume", "--within", "50"]) == 0
+    assert "5 cases were not begun within 50 s; --resume goes on" in capsys.readouterr().out and not file.exists()
+
+
+def test_resume_needs_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "--resume"]) == 2 and "--resume must come with --json" in capsys.readouterr().err

@@ -161,12 +161,14 @@ def _flux(options: Options) -> Subject:
     return random_subject(FLUX_DEV, options.device, torch.bfloat16, (64, 64), options.seed, text_tokens=512)
 
 
-def _no_embedded(options: Options) -> str | None:
+def no_embedded(options: Options) -> str | None:
+    """Returns why the embedded model cannot be measured, or None."""
     folder = embedded_model()
     return None if (folder / "model_index.json").is_file() else f"no embedded model in {folder}"
 
 
-def _no_large_cuda(options: Options) -> str | None:
+def no_large_cuda(options: Options) -> str | None:
+    """Returns why 12 billion weights cannot be measured, or None."""
     if options.device.type != "cuda":
         return "no CUDA device"
     gib = torch.cuda.get_device_properties(options.device).total_memory / 2**30
@@ -180,7 +182,7 @@ CASES: tuple[Case, ...] = (
             size="small",
             name=f"embedded model, {side}x{side} tokens",
             run=functools.partial(_run, make=functools.partial(_embedded, grid=(side, side)), timed_dense_steps=timed),
-            why_not=_no_embedded,
+            why_not=no_embedded,
         )
         for side, timed in (
             (32, None),
@@ -199,6 +201,6 @@ CASES: tuple[Case, ...] = (
         size="flux",
         name="FLUX.1-dev's size (12 billion random weights, bfloat16), 1024x1024",
         run=functools.partial(_run, make=_flux),
-        why_not=_no_large_cuda,
+        why_not=no_large_cuda,
     ),
 )

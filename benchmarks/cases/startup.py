@@ -1,15 +1,18 @@
-"""What a process pays before its first picture: imports, loading, `apply`, and the first picture against the second."""
+"""What a process pays before its first picture: imports, loading, `apply`, the first picture, compilation."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
-
-from jitaccel.api import embedded_model
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..registry import Case, Options, Row, percentiles
+from .denoise import no_embedded, no_large_cuda
 
 _SCRIPT = """
 import json, sys, time
@@ -33,33 +36,81 @@ for name in ("first picture", "second picture"):
 print(json.dumps({name: after - before for name, before, after in zip(names, marks, marks[1:])}))
 """
 
+_COMPILE = """
+import json, sys, time
+import torch
+import jitaccel
+from jitaccel.benchmarks.pipelines import FLUX_DEV, embedded_subject, random_subject
+device = torch.device(sys.argv[1])
+if sys.argv[2] == "flux":
+    subject = random_subject(FLUX_DEV, device, torch.bfloat16, (64, 64), 0, text_tokens=512)
+else:
+    subject = embedded_subject(device, (32, 32), 0)
+call = dict(subject.call)
+size = call.pop("height"), call.pop("width")
+call.setdefault("prompt", None)
+handle = jitaccel.apply(subject.pipe, "7x", compile={"graphs": True}, strict=True)
+start = time.perf_counter()
+stats = handle.warmup([size], progress=False, **{**call, "output_type": "latent"})
+assert stats.compiled.captures == 3, stats
+print(json.dumps(time.perf_counter() - start))
+"""
+
+
+def measure_compilation(options: Options, size: str) -> Iterator[Row]:
+    """Yields how long three stages of 7x take to compile and capture, with an empty cache and with a filled one."""
+    with tempfile.TemporaryDirectory() as folder:
+        cold = _json(_COMPILE, str(options.device), size, TORCHINDUCTOR_CACHE_DIR=folder)
+        warm = [
+            _json(_COMPILE, str(options.device), size, TORCHINDUCTOR_CACHE_DIR=folder) for _ in range(options.repeat)
+        ]
+    yield _row("compile and capture three stages, cold cache", [cold], options)
+    yield _row("compile and capture three stages, warm cache", warm, options)
+
 
 def measure(options: Options) -> Iterator[Row]:
     """Yields a row for each part, of fresh processes."""
-    runs = [_run(options) for _ in range(options.repeat)]
+    runs = [_json(_SCRIPT, str(options.device)) for _ in range(options.repeat)]
     for what in runs[0]:
-        median, low, high = percentiles([run[what] for run in runs])
-        fields = {
-            "what": what,
-            "seed": options.seed,
-            "repeats": options.repeat,
-            "median_s": round(median, 5),
-            "p20_s": round(low, 5),
-            "p80_s": round(high, 5),
-        }
-        yield Row(line=f"{what:28} {median:8.3f} s ({low:.3f} to {high:.3f})", fields=fields)
+        yield _row(what, [run[what] for run in runs], options)
 
 
-def _run(options: Options) -> dict[str, float]:
-    command = [sys.executable, "-c", _SCRIPT, str(options.device)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return seconds
+def _row(what: str, seconds: Sequence[float], options: Options) -> Row:
+    median, low, high = percentiles(seconds)
+    fields = {
+        "what": what,
+        "seed": options.seed,
+        "repeats": len(seconds),
+        "median_s": round(median, 5),
+        "p20_s": round(low, 5),
+        "p80_s": round(high, 5),
+    }
+    return Row(line=f"{what:46} {median:8.3f} s ({low:.3f} to {high:.3f})", fields=fields)
 
 
-def _why_not(options: Options) -> str | None:
-    folder = embedded_model()
-    return None if (folder / "model_index.json").is_file() else f"no embedded model in {folder}"
+def _json(script: str, *arguments: str, **environment: str) -> Any:
+    """Returns what a script prints last, run in a process of its own."""
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-CASES = (Case(group="startup", size="small", name="embedded model, fresh processes", run=measure, why_not=_why_not),)
+CASES = (
+    Case(group="startup", size="small", name="embedded model, fresh processes", run=measure, why_not=no_embedded),
+    Case(
+        group="startup",
+        size="small",
+        name="embedded model, 32x32 tokens, compilation",
+        run=functools.partial(measure_compilation, size="small"),
+        why_not=no_embedded,
+    ),
+    Case(
+        group="startup",
+        size="flux",
+        name="FLUX.1-dev's size, 1024x1024, compilation",
+        run=functools.partial(measure_compilation, size="flux"),
+        why_not=no_large_cuda,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Measure speed on this machine: operators, denoising, packing, start-up."""
+"""Measure speed on this machine: operators, denoising, packing, compiled stages, start-up."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments, which `python -m benchmarks` shares."""
-    parser.add_argument("group", nargs="?", help="kernels, denoise, packing or startup; without it all")
+    parser.add_argument("group", nargs="?", help="kernels, denoise, packing, record or startup; without it all")
     parser.add_argument("--size", help="which size of model, such as small, large, flux; without it all")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose name holds this text")
     parser.add_argument("--repeat", type=_positive, default=5, help="how often each method is timed")
     parser.add_argument("--seed", type=int, default=0, help="of noise and random weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add one JSON line for each measurement to this file")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that --json's file has from this commit")
+    parser.add_argument("--within", type=_ratio, metavar="SECONDS", help="begin no case after so many seconds")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON lines of an earlier run to compare with")
     parser.add_argument(
         "--fail-above", type=_ratio, metavar="RATIO", help="exit with 1 where a time is above RATIO of --compare's"
@@ -38,5 +41,5 @@ def _positive(text: str) -> int:
 def _ratio(text: str) -> float:
     number = float(text)
     if not number > 0:
-        raise argparse.ArgumentTypeError(f"must be a ratio above 0, such as 1.1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 1.1, got {text}")
     return number

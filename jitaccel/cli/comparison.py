@@ -16,6 +16,7 @@ import jitaccel
 from ..config import PRESETS, JiTConfig
 from ..control import dense_control, schedule_flops
 from ..flops import flux_flops
+from ..handle import Handle
 from ..stats import Stats
 
 DENSE_STEPS = 50
@@ -66,14 +67,22 @@ def _steps(config: JiTConfig) -> int:
 
 def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = None, **call: Any) -> Generation:
     """Returns what `pipe(**call)` makes by a method; `on_step` is called after every step."""
-    clock = _DenoisingClock(pipe, on_step)
     accelerated = nullcontext() if method.config is None else jitaccel.apply(pipe, method.config)
-    with accelerated as handle, clock.watch():
+    with accelerated as handle:
+        return timed(pipe, method.steps, handle, on_step, **call)
+
+
+def timed(
+    pipe: Any, steps: int, handle: Handle | None, on_step: Callable[[], object] | None = None, **call: Any
+) -> Generation:
+    """Returns what `pipe(**call)` makes as it stands, with the handle of what is applied to it, if anything is."""
+    clock = _DenoisingClock(pipe, on_step)
+    with clock.watch():
         start = clock.now()
-        pictures = pipe(num_inference_steps=method.steps, callback_on_step_end=clock.on_step_end, **call).images
+        pictures = pipe(num_inference_steps=steps, callback_on_step_end=clock.on_step_end, **call).images
         whole_s = clock.now() - start
-        stats = None if handle is None else handle.stats()
-    flops, token_steps = _dense_cost(pipe, method, clock) if stats is None else (stats.flops, stats.token_steps)
+    stats = None if handle is None else handle.stats()
+    flops, token_steps = _dense_cost(pipe, steps, clock) if stats is None else (stats.flops, stats.token_steps)
     return Generation(
         pictures=pictures,
         denoise_s=clock.seconds,
@@ -90,11 +99,11 @@ def warm_up(pipe: Any, **call: Any) -> None:
         generate(pipe, Method(name=name, steps=4, config=PRESETS[name].replace(steps=4)), **call)
 
 
-def _dense_cost(pipe: Any, method: Method, clock: _DenoisingClock) -> tuple[int, int]:
+def _dense_cost(pipe: Any, steps: int, clock: _DenoisingClock) -> tuple[int, int]:
     batch, tokens, text_tokens = clock.shape
     cost = functools.partial(flux_flops, pipe.transformer.config)
-    flops = schedule_flops(PRESETS["dense"], tokens, text_tokens, cost, method.steps)
-    return batch * flops, method.steps * tokens
+    flops = schedule_flops(PRESETS["dense"], tokens, text_tokens, cost, steps)
+    return batch * flops, steps * tokens
 
 
 class _DenoisingClock:

@@ -1,0 +1,263 @@
+"""The record: the same generation dense and sparse, by every way of running it, each a case of its own.
+
+Cases can be taken up again one by one (`--resume`), as a GPU that is lent for minutes needs. `dense` is the control: it
+gets the compiler and the CUDA graphs that the sparse presets get. Rows hold what was measured; ratios are made of them
+where they are shown (`benchmarks/table.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import jitaccel
+from jitaccel.cli.comparison import Generation, timed
+
+from ..pipelines import FLUX_DEV, embedded_subject, random_call, random_pipeline
+from ..registry import Case, Options, Row, percentiles
+from .denoise import no_embedded, no_large_cuda
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to make one picture.
+
+    method: "dense", "4x" or "7x". steps: of dense. way: "eager" (dense: the pipeline untouched; sparse: the model's own
+    forward on the anchors), "packed", "compiled", "captured" (compiled, and replayed as CUDA graphs), "float8"
+    (captured, with torchao's float8 weights and activations).
+    """
+
+    method: str
+    way: str
+    steps: int = 0
+
+    @property
+    def name(self) -> str:
+        method = f"dense, {self.steps} steps" if self.method == "dense" else self.method
+        return f"{method}, {self.way}"
+
+
+# In the order of their weight, for a device that is lent for minutes.
+VARIANTS = (
+    Variant(method="dense", steps=50, way="eager"),
+    Variant(method="dense", steps=50, way="captured"),
+    Variant(method="7x", way="captured"),
+    Variant(method="dense", steps=7, way="captured"),
+    Variant(method="7x", way="packed"),
+    Variant(method="7x", way="eager"),
+    Variant(method="dense", steps=50, way="compiled"),
+    Variant(method="7x", way="compiled"),
+    Variant(method="4x", way="captured"),
+    Variant(method="7x", way="float8"),
+    Variant(method="dense", steps=7, way="compiled"),
+    Variant(method="4x", way="packed"),
+    Variant(method="4x", way="eager"),
+    Variant(method="4x", way="compiled"),
+    Variant(method="4x", way="float8"),
+)
+
+Make = Callable[[Options, bool], tuple[Any, Mapping[str, Any]]]
+"""Makes a pipeline, quantised or not, and the arguments of a call."""
+
+
+def measure(options: Options, variant: Variant, make: Make, grid: tuple[int, int]) -> Iterator[Row]:
+    """Yields one row: the variant's generations, the first of which compiles, or why there is none."""
+    fields: dict[str, Any] = {
+        "method": variant.method,
+        "way": variant.way,
+        "grid": grid,
+        "batch": 1,
+        "seed": options.seed,
+        "repeats": options.repeat,
+    }
+    try:
+        fields |= _measured(options, variant, *make(options, variant.way == "float8"))
+    except Exception as error:  # one case that fails must not keep the others from being measured
+        fields["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    yield Row(line=_line(fields), fields=fields)
+
+
+def _measured(options: Options, variant: Variant, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    device = options.device
+
+    def generation() -> Generation:
+        generator = torch.Generator().manual_seed(options.seed)
+        steps = variant.steps if handle is None else handle.config.steps
+        return timed(pipe, steps, handle, generator=generator, **call)
+
+    with applied(pipe, variant) as handle, torch.no_grad():
+        start = time.perf_counter()
+        generation()
+        first_s = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        made = [generation() for _ in range(options.repeat)]
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        stats = None if handle is None else handle.stats()
+    median, low, high = percentiles([g.denoise_s for g in made])
+    compiled = None if stats is None or stats.compiled is None else asdict(stats.compiled)
+    return {
+        "steps": variant.steps if stats is None else len(stats.steps),
+        "text_tokens": _text_tokens(call),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "attention": None if stats is None else stats.attention,
+        "denoise_median_s": round(median, 5),
+        "denoise_p20_s": round(low, 5),
+        "denoise_p80_s": round(high, 5),
+        "first_s": round(first_s, 3),
+        "first_over_later_s": round(first_s - percentiles([g.whole_s for g in made])[0], 3),
+        "outside_share_of_sparse_steps": _outside_share(made),
+        "gflop": round(made[0].flops / 1e9, 3),
+        "tflop_per_s": round(made[0].flops / 1e12 / median, 3),
+        "peak_memory_mib": None if peak is None else round(peak, 1),
+        "compiled": compiled,
+    }
+
+
+def _text_tokens(call: Mapping[str, Any]) -> int:
+    """Returns the length of the prompt."""
+    return int(call["prompt_embeds"].shape[1] if "prompt_embeds" in call else call["max_sequence_length"])
+
+
+@contextlib.contextmanager
+def applied(pipe: Any, variant: Variant) -> Iterator[Any]:
+    """Makes the pipeline run a variant while it lasts, and yields its handle; None where nothing is applied."""
+    if variant.method == "dense" and variant.way == "eager":
+        yield None
+        return
+    if variant.method == "dense" and variant.way == "compiled":
+        with compiled_as_usual(pipe):
+            yield None
+        return
+    preset: Any = variant.method
+    if variant.method == "dense":
+        preset = jitaccel.JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=variant.steps)
+    settings: dict[str, Any] = {
+        "eager": {"execution": "indexed"},
+        "packed": {"execution": "packed"},
+        "compiled": {"compile": {"graphs": False}},
+        "captured": {"compile": {"graphs": True}},
+        "float8": {"compile": {"graphs": True}},
+    }[variant.way]
+    with jitaccel.apply(pipe, preset, strict=True, **settings) as handle:
+        yield handle
+
+
+@contextlib.contextmanager
+def compiled_as_usual(pipe: Any) -> Iterator[None]:
+    """Compiles the transformer whole, as somebody without jitaccel does."""
+    plain = pipe.transformer
+    pipe.transformer = torch.compile(plain, fullgraph=True, dynamic=False)
+    try:
+        yield
+    finally:
+        pipe.transformer = plain
+        torch._dynamo.reset()
+
+
+def _outside_share(made: list[Generation]) -> float | None:
+    """Returns the share of the sparse steps' time spent outside the transformer; None without such steps."""
+    steps = [s for g in made if g.stats for s in g.stats.steps if s.stage < len(g.stats.anchors) - 1]
+    total = sum(step.network_s + step.outside_s for step in steps)
+    return sum(step.outside_s for step in steps) / total if total else None
+
+
+def _line(f: Mapping[str, Any]) -> str:
+    if "error" in f:
+        return f"not measured: {f['error']}"
+    outside, peak = f["outside_share_of_sparse_steps"], f["peak_memory_mib"]
+    parts = [
+        f"{f['steps']:3d} steps {f['denoise_median_s']:8.3f} s ({f['denoise_p20_s']:.3f} to {f['denoise_p80_s']:.3f})",
+        f"{f['tflop_per_s']:.2f} TFLOP/s",
+        f"first picture {f['first_over_later_s']:.1f} s more",
+    ]
+    parts += [] if outside is None else [f"outside {100 * outside:.1f} % of sparse steps"]
+    parts += [] if peak is None else [f"peak {peak:,.0f} MiB"]
+    return ", ".join(parts)
+
+
+class Cached:
+    """Makes a random pipeline once for all cases in a row that want the same; lets go of one before the next is made.
+
+    Quantising changes weights in place, so a quantised pipeline is another one.
+    """
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._pipe: Any = None
+
+    def __call__(
+        self, options: Options, is_float8: bool, *, model: Mapping[str, Any], grid: tuple[int, int], text_tokens: int
+    ) -> tuple[Any, Mapping[str, Any]]:
+        key = (options.device, options.seed, is_float8, id(model))
+        if key != self._key:
+            self._key = self._pipe = None
+            gc.collect()
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()
+            pipe = random_pipeline(model, options.device, torch.bfloat16, options.seed)
+            if is_float8:
+                quantise(pipe.transformer)
+            self._key, self._pipe = key, pipe
+        return self._pipe, random_call(self._pipe, grid, options.seed, text_tokens)
+
+
+def quantise(transformer: Any) -> None:
+    """Makes linear layers of the blocks multiply in float8, scaled by row; embeddings and the output stay."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    def is_chosen(module: Any, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and "norm" not in name
+
+    quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=is_chosen)
+
+
+def _embedded(options: Options, is_float8: bool, *, grid: tuple[int, int]) -> tuple[Any, Mapping[str, Any]]:
+    subject = embedded_subject(options.device, grid, options.seed)
+    return subject.pipe, {**subject.call, "output_type": "latent"}
+
+
+def _why_not(options: Options, variant: Variant, missing: Callable[[Options], str | None]) -> str | None:
+    if (reason := missing(options)) is not None:
+        return reason
+    if variant.way != "float8":
+        return None
+    if options.device.type != "cuda" or torch.cuda.get_device_capability(options.device) < (8, 9):
+        return "float8 needs a CUDA device of compute capability 8.9"
+    return None if importlib.util.find_spec("torchao") else "torchao is not installed"
+
+
+def _case(
+    size: str, what: str, variant: Variant, make: Make, grid: tuple[int, int], missing: Callable[[Options], str | None]
+) -> Case:
+    return Case(
+        group="record",
+        size=size,
+        name=f"{what}: {variant.name}",
+        run=functools.partial(measure, variant=variant, make=make, grid=grid),
+        why_not=functools.partial(_why_not, variant=variant, missing=missing),
+    )
+
+
+def _cases() -> Iterator[Case]:
+    make: Any = functools.partial(_embedded, grid=(32, 32))
+    for variant in VARIANTS:
+        yield _case("small", "embedded model, 32x32 tokens", variant, make, (32, 32), no_embedded)
+    cached = Cached()
+    for side in (64, 128):
+        make = functools.partial(cached, model=FLUX_DEV, grid=(side, side), text_tokens=512)
+        # Quantised ones last: each change of the weights makes 12 billion anew.
+        for variant in sorted(VARIANTS, key=lambda variant: variant.way == "float8"):
+            what = f"FLUX.1-dev's size (12 billion random weights, bfloat16), {16 * side}x{16 * side}"
+            yield _case("flux", what, variant, make, (side, side), no_large_cuda)
+
+
+CASES = tuple(_cases())

@@ -1,0 +1,237 @@
+"""Makes README's tables from the committed rows: `python -m benchmarks.table [--check] [README.md]`.
+
+What stands between `<!-- table: NAME -->` and `<!-- /table -->` is replaced. A number comes from the newest row of its
+kind, and its line ends in the date and commit of that row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .compare import identity
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+
+Fields = Mapping[str, Any]
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Returns the newest row of each kind in a folder of JSON lines, with the date that its file is named after."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.jsonl"), key=lambda path: (_date_of(path), path.name)):
+        for line in path.read_text().splitlines():
+            row = {"date": _date_of(path), **json.loads(line)}
+            if "error" not in row:
+                newest.pop(identity(row), None)
+                newest[identity(row)] = row
+    return [*newest.values()]
+
+
+def _date_of(path: Path) -> str:
+    found = _DATE.search(path.stem)
+    return found[0] if found else ""
+
+
+def denoise(rows: Sequence[Fields]) -> str:
+    """Denoising on the embedded model, against 50 steps and against the control that costs the same."""
+    chosen = [row for row in rows if row["benchmark"] == "denoise" and row["case"].startswith("embedded")]
+    return _each_device(chosen, _denoise)
+
+
+def _each_device(rows: Sequence[Fields], table: Callable[[Sequence[Fields]], str]) -> str:
+    devices = dict.fromkeys((row["device"], row["threads"]) for row in rows)
+    return "\n".join(
+        f"On {device}, {threads} threads:\n\n"
+        + table([row for row in rows if (row["device"], row["threads"]) == (device, threads)])
+        for device, threads in devices
+    )
+
+
+_DENOISE = (
+    "tokens|method|steps|cost in dense steps|denoising, s|against 50 steps|by FLOPs|against control|by FLOPs|measured"
+)
+
+
+def _denoise(rows: Sequence[Fields]) -> str:
+    lines = []
+    for row in rows:
+        timed = "" if row["timed_steps"] == row["steps"] else f", {row['timed_steps']} timed"
+        ratios = [
+            f"{row[f'{kind}_to_{other}']:.2f}x" for other in ("dense", "control") for kind in ("speedup", "flop_ratio")
+        ]
+        line = [_side(row["grid"]), row["method"], f"{row['steps']}{timed}", f"{row['cost_dense_steps']:.2f}"]
+        lines.append([*line, _seconds(row), *ratios, _origin(row)])
+    return _table(_DENOISE, lines)
+
+
+def kernels(rows: Sequence[Fields]) -> str:
+    """Operators on two grids, against the released code's way and against the compiled reference."""
+    return _each_device([row for row in rows if row["benchmark"] == "kernels"], _kernels)
+
+
+def _kernels(rows: Sequence[Fields]) -> str:
+    head, lines = ["operator"], []
+    found: dict[str, list[str]] = {}
+    for side in (64, 128):
+        head += [f"{side}x{side}, ms", "released", "compiled reference"]
+        for row in rows:
+            shown = {"grid": [side, side], "density": 0.32, "channels": 64, "dtype": "float32"}
+            if all(row[name] == value for name, value in shown.items()):
+                found.setdefault(row["operator"], [_origin(row)])
+                others = (_against(row, "released"), _against(row, "compiled_reference"))
+                found[row["operator"]] += [_short(row["median_ms"]), *others]
+    for operator, (origin, *cells) in found.items():
+        if len(cells) == len(head) - 1:
+            lines.append([" and ".join(f"`{name.strip()}`" for name in operator.split("+")), *cells, origin])
+    return _table("|".join([*head, "measured"]), lines)
+
+
+def _against(row: Fields, other: str) -> str:
+    milliseconds = row[f"{other}_ms"]
+    return "" if milliseconds is None else f"{_short(milliseconds)} ({_ratio(row[f'speedup_to_{other}'])})"
+
+
+def packing(rows: Sequence[Fields]) -> str:
+    """Images in one forward, against a loop over them and against padding."""
+    return _each_device([row for row in rows if row["benchmark"] == "packing"], _packing)
+
+
+def _packing(rows: Sequence[Fields]) -> str:
+    lines = []
+    for case, mix in dict.fromkeys((row["case"], row["mix"]) for row in rows):
+        of = [row for row in rows if (row["case"], row["mix"]) == (case, mix)]
+        packed = sorted((row for row in of if row["way"].startswith("packed")), key=lambda row: row["batch"])
+        padded = {row["batch"]: row for row in of if row["way"] == "padded"}
+        cells = (
+            [str(row["batch"]) for row in packed],
+            [f"{row['tokens_per_s']:,.0f}" for row in packed],
+            [f"{row['speedup_to_loop']:.2f}x" for row in packed],
+            [f"{padded[row['batch']]['speedup_to_loop']:.2f}x" for row in packed if row["batch"] in padded],
+        )
+        lines.append([case.split(",")[0], mix, *(" / ".join(cell) for cell in cells), _origin(packed[0])])
+    return _table("model|sizes|images|tokens/s packed|against loop|padded against loop|measured", lines)
+
+
+def record(rows: Sequence[Fields]) -> str:
+    """Every way of running the same generation, each against 50 dense steps run plainly, and run in the same way."""
+    chosen = [row for row in rows if row["benchmark"] == "record"]
+    parts = []
+    for device, what in dict.fromkeys((row["device"], row["case"].rpartition(":")[0]) for row in chosen):
+        here = [row for row in chosen if (row["device"], row["case"].rpartition(":")[0]) == (device, what)]
+        order = ("dense", "4x", "7x")
+        here.sort(key=lambda row: (order.index(row["method"]), -row["steps"], row["denoise_median_s"] * -1))
+        parts.append(f"{what}, on {device}:\n\n" + _table(_RECORD, [_record_line(row, here) for row in here]))
+    if all(row["peak_memory_mib"] is None for row in chosen):
+        parts.append("On a GPU: not measured.\n")
+    return "\n".join(parts)
+
+
+_RECORD = (
+    "method|run|steps|denoising, s|against 50 plain|against 50 run alike|by FLOPs|TFLOP/s|outside, % of sparse steps|"
+    "peak, MiB|first picture, s more|measured"
+)
+
+
+def _record_line(row: Fields, others: Sequence[Fields]) -> list[str]:
+    def dense(way: str) -> Fields | None:
+        return next((o for o in others if (o["method"], o["steps"], o["way"]) == ("dense", 50, way)), None)
+
+    plain, alike = dense("eager"), dense("captured" if row["way"] == "float8" else row["way"])
+    outside, peak = row["outside_share_of_sparse_steps"], row["peak_memory_mib"]
+    return [
+        row["method"],
+        row["way"],
+        str(row["steps"]),
+        _seconds(row),
+        "" if plain is None else f"{plain['denoise_median_s'] / row['denoise_median_s']:.2f}x",
+        "" if alike is None else f"{alike['denoise_median_s'] / row['denoise_median_s']:.2f}x",
+        "" if plain is None else f"{plain['gflop'] / row['gflop']:.2f}x",
+        f"{row['tflop_per_s']:.3g}",
+        "" if outside is None else f"{100 * outside:.1f}",
+        "" if peak is None else f"{peak:,.0f}",
+        f"{row['first_over_later_s']:.1f}",
+        _origin(row),
+    ]
+
+
+def _seconds(row: Fields) -> str:
+    median, low, high = (row[f"denoise_{name}_s"] for name in ("median", "p20", "p80"))
+    digits = 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:,.0f}x"
+
+
+def _short(milliseconds: float) -> str:
+    digits = 3 if milliseconds < 0.1 else 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
+    return f"{milliseconds:.{digits}f}"
+
+
+def _side(grid: Sequence[int]) -> str:
+    return "x".join(map(str, grid))
+
+
+def _origin(row: Fields) -> str:
+    return f"{row['date']}, {row['commit']}"
+
+
+def _table(head: str, lines: Iterable[Sequence[str]]) -> str:
+    names = head.split("|")
+    rows = [names, ["---"] * len(names), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" if row[0] != "---" else f"|{'|'.join(row)}|\n" for row in rows)
+
+
+TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
+    "denoise": denoise,
+    "kernels": kernels,
+    "packing": packing,
+    "record": record,
+}
+
+
+def filled(text: str, rows: Sequence[Fields]) -> str:
+    """Returns a text with each table between markers made anew. Raises ValueError for a name that is no table's."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"tables must be one of {', '.join(TABLES)}, got {name!r}; correct the marker")
+        return f"{match[1]}{TABLES[name](rows)}{match[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 where `--check` finds tables that the rows do not give."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where a table is not up to date"
+    )
+    arguments = parser.parse_args(argv)
+    before = arguments.file.read_text()
+    try:
+        after = filled(before, read_results(arguments.results))
+    except ValueError as error:
+        print(f"benchmarks.table: {error}", file=sys.stderr)
+        return 2
+    if arguments.check:
+        return int(before != after)
+    arguments.file.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""README's tables: made of rows alone, the newest of each kind, with the date and commit of each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.table import README, RESULTS, TABLES, filled, main, read_results
+
+RECORD: dict[str, Any] = {
+    "benchmark": "record",
+    "method": "dense",
+    "way": "eager",
+    "grid": [64, 64],
+    "batch": 1,
+    "steps": 50,
+    "dtype": "bfloat16",
+    "seed": 0,
+    "denoise_median_s": 8.0,
+    "denoise_p20_s": 7.9,
+    "denoise_p80_s": 8.1,
+    "first_over_later_s": 0.25,
+    "outside_share_of_sparse_steps": None,
+    "gflop": 7000.0,
+    "tflop_per_s": 437.25,
+    "peak_memory_mib": 30000.4,
+    "device": "NVIDIA H200",
+    "threads": 16,
+    "torch": "2.11.0+cu130",
+    "commit": "abc",
+}
+
+
+def write(folder: Path, name: str, *rows: dict[str, Any]) -> None:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def record(name: str, **changed: Any) -> dict[str, Any]:
+    return {**RECORD, "case": f"FLUX, 1024x1024: {name}", **changed}
+
+
+def test_record_divides_by_dense_run_plainly_and_alike(tmp_path: Path) -> None:
+    sparse = {"method": "7x", "steps": 11, "way": "captured", "gflop": 1000.0, "outside_share_of_sparse_steps": 0.004}
+    write(
+        tmp_path,
+        "record-h200-2026-12-01.jsonl",
+        record("dense, eager"),
+        record("dense, captured", way="captured", denoise_median_s=6.0),
+        record("7x, captured", **sparse, denoise_median_s=1.0, denoise_p20_s=0.9, denoise_p80_s=1.1),
+        record("7x, float8", error="OutOfMemoryError: no memory"),
+    )
+    lines = [row.split(" | ") for row in TABLES["record"](read_results(tmp_path)).splitlines()[4:]]
+    assert [line[:7] for line in lines] == [
+        ["| dense", "eager", "50", "8.00 (7.90 to 8.10)", "1.00x", "1.00x", "1.00x"],
+        ["| dense", "captured", "50", "6.00 (7.90 to 8.10)", "1.33x", "1.00x", "1.00x"],
+        ["| 7x", "captured", "11", "1.00 (0.90 to 1.10)", "8.00x", "6.00x", "7.00x"],
+    ]
+    assert [line[7:] for line in lines] == [
+        ["437", outside, "30,000", "0.2", "2026-12-01, abc |"] for outside in ("", "", "0.4")
+    ]
+
+
+def test_newest_row_of_a_kind_counts(tmp_path: Path) -> None:
+    write(tmp_path, "z-2026-11-01.jsonl", record("dense, eager", denoise_median_s=9.0, commit="old"))
+    write(tmp_path, "a-2026-12-01.jsonl", record("dense, eager", commit="new"))
+    (row,) = read_results(tmp_path)
+    assert (row["commit"], row["date"]) == ("new", "2026-12-01")
+
+
+def test_devices_have_tables_of_their_own(tmp_path: Path) -> None:
+    operator = {
+        "benchmark": "kernels",
+        "operator": "lift",
+        "density": 0.32,
+        "channels": 64,
+        "dtype": "float32",
+        "median_ms": 0.5,
+        "released_ms": 5.0,
+        "speedup_to_released": 10.0,
+        "compiled_reference_ms": None,
+        "threads": 2,
+        "commit": "abc",
+    }
+    rows = [
+        {**operator, "case": f"{side}", "grid": [side, side], "device": device}
+        for device in ("CPU", "GPU")
+        for side in (64, 128)
+    ]
+    write(tmp_path, "kernels-2026-12-01.jsonl", *rows)
+    text = TABLES["kernels"](read_results(tmp_path))
+    line = "| `lift` | 0.50 | 5.00 (10x) |  | 0.50 | 5.00 (10x) |  | 2026-12-01, abc |"
+    assert [row for row in text.splitlines() if row.startswith(("On", "| `"))] == [
+        "On CPU, 2 threads:", line, "On GPU, 2 threads:", line,
+    ]  # fmt: skip
+
+
+def test_without_rows_of_a_gpu_the_record_says_so() -> None:
+    assert TABLES["record"]([]) == "On a GPU: not measured.\n"
+    cpu = {**record("dense, eager"), "peak_memory_mib": None, "date": "2026-12-01"}
+    assert TABLES["record"]([cpu]).endswith("\nOn a GPU: not measured.\n")
+
+
+def test_text_beside_the_tables_is_kept_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- table: record -->\nold\n<!-- /table -->\nafter\n")
+    arguments = [str(file), "--results", str(tmp_path)]
+    assert main([*arguments, "--check"]) == 1 and "old" in file.read_text()
+    assert main(arguments) == 0 and main([*arguments, "--check"]) == 0
+    expected = "before\n<!-- table: record -->\nOn a GPU: not measured.\n<!-- /table -->\nafter\n"
+    assert file.read_text() == expected
+
+
+def test_unknown_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("<!-- table: speed -->\n<!-- /table -->\n")
+    assert main([str(file)]) == 2 and "got 'speed'" in capsys.readouterr().err
+
+
+def test_readme_shows_the_committed_rows() -> None:
+    text = README.read_text()
+    assert all(f"<!-- table: {name} -->" in text for name in TABLES)
+    assert filled(text, read_results(RESULTS)) == text, "run python -m benchmarks.table"
