@@ -1,7 +1,7 @@
 """Makes README's tables from the committed rows: `python -m benchmarks.table [--check] [README.md]`.
 
 What stands between `<!-- table: NAME -->` and `<!-- /table -->` is replaced. A number comes from the newest row of its
-kind, and its line ends in the date and commit of that row.
+kind, and its line ends in the date and commit of that row. Only rows of one commit and torch are divided by each other.
 """
 
 from __future__ import annotations
@@ -81,17 +81,19 @@ def kernels(rows: Sequence[Fields]) -> str:
 def _kernels(rows: Sequence[Fields]) -> str:
     head, lines = ["operator"], []
     found: dict[str, list[str]] = {}
+    origins: dict[str, list[Fields]] = {}
     for side in (64, 128):
         head += [f"{side}x{side}, ms", "released", "compiled reference"]
         for row in rows:
             shown = {"grid": [side, side], "density": 0.32, "channels": 64, "dtype": "float32"}
             if all(row[name] == value for name, value in shown.items()):
-                found.setdefault(row["operator"], [_origin(row)])
+                origins.setdefault(row["operator"], []).append(row)
                 others = (_against(row, "released"), _against(row, "compiled_reference"))
-                found[row["operator"]] += [_short(row["median_ms"]), *others]
-    for operator, (origin, *cells) in found.items():
+                found.setdefault(row["operator"], []).extend([_short(row["median_ms"]), *others])
+    for operator, cells in found.items():
         if len(cells) == len(head) - 1:
-            lines.append([" and ".join(f"`{name.strip()}`" for name in operator.split("+")), *cells, origin])
+            names = " and ".join(f"`{name.strip()}`" for name in operator.split("+"))
+            lines.append([names, *cells, _origin(*origins[operator])])
     return _table("|".join([*head, "measured"]), lines)
 
 
@@ -117,7 +119,7 @@ def _packing(rows: Sequence[Fields]) -> str:
             [f"{row['speedup_to_loop']:.2f}x" for row in packed],
             [f"{padded[row['batch']]['speedup_to_loop']:.2f}x" for row in packed if row["batch"] in padded],
         )
-        lines.append([case.split(",")[0], mix, *(" / ".join(cell) for cell in cells), _origin(packed[0])])
+        lines.append([case.split(",")[0], mix, *(" / ".join(cell) for cell in cells), _origin(*of)])
     return _table("model|sizes|images|tokens/s packed|against loop|padded against loop|measured", lines)
 
 
@@ -143,7 +145,8 @@ _RECORD = (
 
 def _record_line(row: Fields, others: Sequence[Fields]) -> list[str]:
     def dense(way: str) -> Fields | None:
-        return next((o for o in others if (o["method"], o["steps"], o["way"]) == ("dense", 50, way)), None)
+        alike = [o for o in others if (o["commit"], o["torch"]) == (row["commit"], row["torch"])]
+        return next((o for o in alike if (o["method"], o["steps"], o["way"]) == ("dense", 50, way)), None)
 
     plain, alike = dense("eager"), dense("captured" if row["way"] == "float8" else row["way"])
     outside, peak = row["outside_share_of_sparse_steps"], row["peak_memory_mib"]
@@ -182,8 +185,8 @@ def _side(grid: Sequence[int]) -> str:
     return "x".join(map(str, grid))
 
 
-def _origin(row: Fields) -> str:
-    return f"{row['date']}, {row['commit']}"
+def _origin(*rows: Fields) -> str:
+    return "; ".join(dict.fromkeys(f"{row['date']}, {row['commit']}" for row in rows))
 
 
 def _table(head: str, lines: Iterable[Sequence[str]]) -> str:
@@ -213,7 +216,7 @@ def filled(text: str, rows: Sequence[Fields]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 where `--check` finds tables that the rows do not give."""
+    """Returns 0, 1 where `--check` finds tables that the rows do not give, or 2 for a name that is no table's."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=README)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -228,7 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2
     if arguments.check:
-        return int(before != after)
+        pairs = zip(_BLOCK.finditer(before), _BLOCK.finditer(after), strict=True)
+        stale = [old["name"] for old, new in pairs if old[0] != new[0]]
+        if stale:
+            print(
+                f"benchmarks.table: {arguments.file} is not up to date in {', '.join(stale)}; "
+                f"run python -m benchmarks.table {arguments.file}",
+                file=sys.stderr,
+            )
+        return int(bool(stale))
     arguments.file.write_text(after)
     return 0
 

@@ -10,14 +10,20 @@ from . import ops
 from .errors import NonFiniteVelocityError
 
 
-def first_anchors(grid: tuple[int, int], count: int, generator: torch.Generator | None = None) -> Tensor:
+def first_anchors(
+    grid: tuple[int, int],
+    count: int,
+    generator: torch.Generator | None = None,
+    forced: Tensor | None = None,
+) -> Tensor:
     """Returns the anchors of the sparsest stage of one image, `(count,)` int64 on the CPU.
 
     The even rows and columns plus the whole border; where that is fewer than `count`, more tokens are drawn
     at random among the others; where more, some are dropped at random (arXiv:2603.10744, nested token
     sets, as its released code builds them). Departs from that code, which draws from the global generator.
 
-    grid: (grid_h, grid_w). count: 1..grid_h * grid_w. generator: needed where something is drawn.
+    grid: (grid_h, grid_w). count: 1..grid_h * grid_w. generator: needed where something is drawn. forced: (N,) bool,
+    tokens that are anchors whatever comes, `count` of them at most; the rest is placed among the others.
     """
     height, width = grid
     num_tokens = height * width
@@ -30,14 +36,19 @@ def first_anchors(grid: tuple[int, int], count: int, generator: torch.Generator 
     regular[::2, ::2] = True
     regular[[0, -1], :] = True
     regular[:, [0, -1]] = True
-    inside = regular.flatten().nonzero().squeeze(1)
+    regular = regular.flatten()
+    always = torch.zeros(num_tokens, dtype=torch.bool) if forced is None else forced.cpu()
+    count -= int(always.sum())
+    if count < 0:
+        raise ValueError(f"first_anchors: forced must be at most count tokens, got {-count} more; raise the count")
+    inside = (regular & ~always).nonzero().squeeze(1)
     missing = count - len(inside)
     if missing > 0:
-        outside = (~regular).flatten().nonzero().squeeze(1)
+        outside = (~regular & ~always).nonzero().squeeze(1)
         inside = torch.cat([inside, outside[_draw(len(outside), missing, generator)]])
     elif missing < 0:
         inside = inside[_draw(len(inside), count, generator)]
-    return inside.sort().values
+    return torch.cat([always.nonzero().squeeze(1), inside]).sort().values
 
 
 def _draw(population: int, count: int, generator: torch.Generator | None) -> Tensor:

@@ -138,6 +138,8 @@ def _write(
         batch=batch,
         text_tokens=text_tokens,
         channels=source.channels,
+        text_width=source.stages[0][1][4].shape[2],
+        pooled_width=source.stages[0][1][5].shape[1],
         dtype=str(source.dtype).removeprefix("torch."),
         device=device,
         processor=processor(source.device),
@@ -218,9 +220,13 @@ class Exported:
         self._stages, self._weights = stages, weights
 
     def run(self, stage: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (velocity, next_state) of a stage, 0 the sparsest; arguments as the module's docstring lists them."""
+        """Returns (velocity, next_state) of a stage, 0 the sparsest; arguments as the module's docstring lists them.
+
+        Raises ArtefactError for an argument of another shape, dtype or device than the stage was made for.
+        """
+        self.plan.check_arguments(stage, arguments)
         with torch.no_grad():
-            velocity, state = self._stages[stage](self._weights, *arguments)
+            velocity, state = self._stages[stage](self._weights, *(x.contiguous() for x in arguments))
         return velocity, state
 
     def apply(self, pipeline: Any) -> Handle:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend
+from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
 from torch._dynamo.exc import TorchDynamoException
 
 from .errors import ConfigError, UnsupportedModelError, nearest_match
@@ -104,6 +105,7 @@ class _Compiled:
     """One signature's function. `variants`: graphs that its compiler has made of it. `is_regional`: of regions."""
 
     run: Callable[..., Any]
+    code: types.CodeType
     is_regional: bool
     variants: int = 0
 
@@ -142,8 +144,13 @@ class Compiler:
 
     def release(self) -> None:
         """Lets go of every graph and its memory; counts stay."""
-        self._compiled.clear()
+        for signature in [*self._compiled]:
+            self._forget(signature)
         self._recorder = None
+
+    def _forget(self, signature: Hashable) -> None:
+        """Drops one function and its graphs, which the compiler would keep as long as the process lives."""
+        reset_code(self._compiled.pop(signature).code)
 
     def run(
         self,
@@ -174,6 +181,7 @@ class Compiler:
             what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if compiled.is_regional:
                 _log.info("jitaccel: a stage is compiled without regions, since %s", what)
+                self._forget(signature)
                 self._compile(signature, function, is_regional=False)
                 return self.run(signature, function, *args)
             self._fail(signature, what)
@@ -182,7 +190,7 @@ class Compiler:
         self._calls += 1
         if compiled.variants > _MAX_VARIANTS:
             self._dropped += compiled.variants
-            del self._compiled[signature]
+            self._forget(signature)
         return result
 
     def _compile(self, signature: Hashable, function: Any, is_regional: bool) -> _Compiled:
@@ -197,7 +205,7 @@ class Compiler:
         copy = _copy(function, self._copies)
         self._copies += 1
         compiled = self._compiled[signature] = _Compiled(
-            torch.compile(copy, fullgraph=True, dynamic=False, backend=backend), is_regional
+            torch.compile(copy, fullgraph=True, dynamic=False, backend=backend), copy.__code__, is_regional
         )
         return compiled
 

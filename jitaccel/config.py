@@ -200,14 +200,20 @@ class JiTConfig:
             raise ConfigError(f"stage_of_step: step must be in 0..{steps - 1}, got {step!r}; count from 0")
         return bisect_right(ends, step)
 
-    def token_counts(self, num_tokens: int) -> tuple[int, ...]:
+    def token_counts(self, num_tokens: int, num_forced: int = 0, multiple: int = 1) -> tuple[int, ...]:
         """Returns the number of anchors of each stage: the whole part of `density * num_tokens`.
 
         Two stages may get equal counts on a small grid: the later one then activates nothing, which is
         harmless. Rounds as `stage_ends` does.
 
-        num_tokens: tokens of the grid. Raises ConfigError where a stage would get no token.
+        num_tokens: tokens of the grid. num_forced: of them, those that are anchors in every stage; the densities then
+        are shares of the others. multiple: what counts are rounded up to, the grid's at most.
+        Raises ConfigError where a stage would get no token.
         """
+        if num_forced or multiple > 1:
+            others = num_tokens - num_forced
+            asked = (num_forced + _whole_part(density, others) for density in self.densities)
+            return tuple(min(max(-(-count // multiple), 1) * multiple, num_tokens) for count in asked)
         if not _is_whole(num_tokens) or num_tokens < 1:
             raise ConfigError(
                 f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; "

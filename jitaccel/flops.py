@@ -1,4 +1,4 @@
-"""Floating-point operations of a FLUX transformer, attention and text counted; a multiply-add is two."""
+"""Floating-point operations of FLUX transformers, attention and text counted; a multiply-add is two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,40 @@ def flux_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, b
     conditions = 2 if config["guidance_embeds"] else 1
     embedding = conditions * (_TIME_CHANNELS * width + width**2)
     embedding += config["pooled_projection_dim"] * width + width**2
+    return 2 * batch * (projections + attention + modulation + embedding + _ends(config, image_tokens, text_tokens))
+
+
+def flux2_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, batch: int = 1) -> int:
+    """Returns the operations of one forward of diffusers' `Flux2Transformer2DModel`, as `flux_flops` counts them."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens = image_tokens + text_tokens
+    blocks = config["num_layers"] + config["num_single_layers"]
+    hidden = int(width * config["mlp_ratio"])
+    projections = blocks * tokens * (4 * width**2 + 3 * hidden * width)  # gated: two ways in, one out
+    attention = blocks * 2 * tokens**2 * width
+    modulation = (6 + 6 + 3 + 2) * width**2  # shared by the blocks
+    conditions = 2 if config["guidance_embeds"] else 1
+    embedding = conditions * (config["timestep_guidance_channels"] * width + width**2)
+    return 2 * batch * (projections + attention + modulation + embedding + _ends(config, image_tokens, text_tokens))
+
+
+def chroma_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, batch: int = 1) -> int:
+    """Returns the operations of one forward of diffusers' `ChromaTransformer2DModel`, as `flux_flops` counts them."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens = image_tokens + text_tokens
+    blocks = config["num_layers"] + config["num_single_layers"]
+    projections = blocks * tokens * (4 + 2 * _MLP_RATIO) * width**2
+    attention = blocks * 2 * tokens**2 * width
+    hidden = config["approximator_hidden_dim"]
+    rows = 12 * config["num_layers"] + 3 * config["num_single_layers"] + 2  # of modulation, all made by one network
+    approximator = config["approximator_num_channels"] * hidden
+    approximator += config["approximator_layers"] * 2 * hidden**2 + hidden * width
+    ends = _ends(config, image_tokens, text_tokens)
+    return 2 * batch * (projections + attention + rows * approximator + ends)
+
+
+def _ends(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
     out_channels = config.get("out_channels") or config["in_channels"]
-    ends = image_tokens * (config["in_channels"] + out_channels) * width
-    ends += text_tokens * config["joint_attention_dim"] * width
-    return 2 * batch * (projections + attention + modulation + embedding + ends)
+    per_image_token = (config["in_channels"] + out_channels) * width
+    return image_tokens * per_image_token + text_tokens * config["joint_attention_dim"] * width

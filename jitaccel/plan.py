@@ -33,9 +33,9 @@ class Plan:
     """What the stages in a folder compute, and what they were made for.
 
     config, levels, tokens: the method's settings, the S + 1 noise levels, the anchors of each stage. grid, batch,
-    text_tokens, channels, dtype: of every call. device, processor, torch_version: of the machine. attention: what is
-    compiled in. operators: device types whose compiled operators the stages call. model: the network's own
-    configuration. files: SHA-256 of every other file.
+    text_tokens, channels, text_width, pooled_width, dtype: of every call. device, processor, torch_version: of the
+    machine. attention: what is compiled in. operators: device types whose compiled operators the stages call. model:
+    the network's own configuration. files: SHA-256 of every other file.
     """
 
     format: Format
@@ -47,6 +47,8 @@ class Plan:
     batch: int
     text_tokens: int
     channels: int
+    text_width: int
+    pooled_width: int
     dtype: str
     device: str
     processor: str
@@ -112,6 +114,34 @@ class Plan:
                 raise ArtefactError(
                     f"load_exported: {name} must be {made_for}, which the stages were made for, got {value}; "
                     f"export on this machine"
+                )
+
+    def check_arguments(self, stage: int, arguments: Sequence[Tensor]) -> None:
+        """Raises ArtefactError for the first argument of a stage that has not the shape and dtype it was made for.
+
+        Compiled stages check nothing themselves, and would read beyond the end of what is too small.
+        """
+        batch, num_tokens, count = self.batch, self.grid[0] * self.grid[1], self.tokens[stage]
+        dtype = getattr(torch, self.dtype)
+        expected = {
+            "state": ((batch, num_tokens, self.channels), dtype),
+            "anchors": ((batch, count), torch.int64),
+            "nearest": ((batch, num_tokens), torch.int64),
+            "blur": (tuple(blur_weights(count / num_tokens, self.config.blur_scale).shape), torch.float32),
+            "text": ((batch, self.text_tokens, self.text_width), dtype),
+            "pooled": ((batch, self.pooled_width), dtype),
+            "guidance": ((batch,), torch.float32),
+            "levels": ((2,), torch.float32),
+        }
+        if len(arguments) != len(expected):
+            raise ArtefactError(
+                f"Exported.run: arguments must be {', '.join(expected)}, got {len(arguments)} of them; pass all"
+            )
+        for (name, (shape, kind)), given in zip(expected.items(), arguments, strict=True):
+            if tuple(given.shape) != shape or given.dtype != kind or given.device.type != self.device:
+                raise ArtefactError(
+                    f"Exported.run: {name} must be {kind} {shape} on {self.device}, which stages were made for, got "
+                    f"{given.dtype} {tuple(given.shape)} on {given.device}; export for it too"
                 )
 
     def check_call(self, **values: Any) -> None:

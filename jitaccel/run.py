@@ -34,7 +34,9 @@ class Run:
     and an image of a batch makes the choices that it makes alone. (The released code draws both from global
     generators, once for the whole batch.)
 
-    state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation.
+    state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation. forced:
+    (B, N) bool, tokens that are anchors from the first stage on (a mask that is painted anew); densities are shares of
+    the others. multiple: what numbers of anchors are rounded up to.
 
     Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1.
     """
@@ -48,6 +50,8 @@ class Run:
         *,
         anchors: Tensor | None = None,
         noise: Tensor | None = None,
+        forced: Tensor | None = None,
+        multiple: int = 1,
     ) -> None:
         num_tokens = grid[0] * grid[1]
         if state.ndim != 3 or state.shape[1] != num_tokens:
@@ -61,13 +65,16 @@ class Run:
                 f"{step.noise_level:g}; the state no longer is the noise it started from"
             )
         self.config, self.grid, self.stage = config, grid, step.stage
-        self._counts = config.token_counts(num_tokens)
+        num_forced = 0 if forced is None else int(forced.sum(dim=1).max())
+        self._counts = config.token_counts(num_tokens, num_forced, multiple)
         self._generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: _Left | None = None
         self._finite: list[tuple[int, Tensor]] = []
         if anchors is None:
-            drawn = [first_anchors(grid, self._counts[self.stage], g) for g in self._generators]
+            masks = [None] * len(self._generators) if forced is None else forced.cpu().unbind(0)
+            count = self._counts[self.stage]
+            drawn = [first_anchors(grid, count, g, m) for g, m in zip(self._generators, masks, strict=True)]
             anchors = torch.stack(drawn).to(state.device)
         self._plan(anchors)
 

@@ -56,7 +56,7 @@ def _lazily(module: str, function: str) -> Callable[..., Any]:
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        name="diffusers FluxPipeline",
+        name="diffusers FluxPipeline and other pipelines of FLUX.1, FLUX.2 and Chroma",
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
         apply=_lazily(".diffusers_flux", "apply_to_pipeline"),
         generate_batch=_lazily(".flux_batch", "generate_batch"),
@@ -64,8 +64,10 @@ PATCHES: tuple[Patch, ...] = (
         apply_exported=_lazily(".flux_export", "apply_exported"),
     ),
     Patch(
-        name="diffusers FluxTransformer2DModel",
-        matches=lambda target: is_instance_of(target, "diffusers", "FluxTransformer2DModel"),
+        name="diffusers FluxTransformer2DModel, Flux2Transformer2DModel, ChromaTransformer2DModel",
+        matches=lambda target: is_instance_of(
+            target, "diffusers", "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"
+        ),
         apply=_lazily(".diffusers_flux", "apply_to_transformer"),
     ),
 )

@@ -28,7 +28,8 @@ class ModelCall:
     """What a patch tells of one call of its model.
 
     state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state.
-    grid, noise_level: read from the arguments, and checked; both may wait for the device.
+    grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
+    that are painted anew where only those are, or None.
     """
 
     state: Tensor
@@ -36,6 +37,7 @@ class ModelCall:
     cost: Cost
     grid: Callable[[], tuple[int, int]]
     noise_level: Callable[[], float]
+    mask: Callable[[], Tensor | None] = lambda: None
     evaluate: Callable[[Run, Tensor], Answer]
 
     def recorder(self, grid: tuple[int, int]) -> Recorder:

@@ -44,3 +44,15 @@ def unguided_branch() -> dict[str, Tensor] | None:
     }
     found = {argument: frame.f_locals.get(name) for argument, name in names.items()}
     return found if all(isinstance(tensor, Tensor) for tensor in found.values()) else None  # type: ignore[return-value]
+
+
+def inpainting_mask() -> Tensor | None:
+    """Returns the mask (B, N, C) of latents with which the calling pipeline blends after each step, or None.
+
+    Read off the pipeline's own variables: an inpainting pipeline tells its transformer nothing of it.
+    """
+    frame = _calling_frame()
+    if frame is None or "Inpaint" not in type(frame.f_locals["self"]).__name__:
+        return None
+    mask = frame.f_locals.get("mask")
+    return mask if isinstance(mask, Tensor) else None

@@ -1,14 +1,14 @@
-"""diffusers' FLUX.1: `FluxPipeline`, and a bare `FluxTransformer2DModel`."""
+"""diffusers' FLUX.1, FLUX.2 and Chroma: their pipelines, and bare transformers."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
@@ -16,38 +16,32 @@ from torch import Tensor
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution import Execution
-from jitaccel.flops import flux_flops
 from jitaccel.handle import Handle
-from jitaccel.run import Run
 
 from . import is_instance_of
 from .call import ModelCall
-from .caller import calling_pipeline
+from .caller import calling_pipeline, inpainting_mask
+from .kinds import MODELS, PIPELINES, Kind, kind_of
 from .packed_calls import FluxCalls
 from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
+from .split import Split, num_generated
 from .velocity_route import VelocityRoute
 
 _HOOK = "jitaccel"
-_PARAMETERS = inspect.signature(FluxTransformer2DModel.forward)
-_ATTENTION_ARGUMENTS = ("scale", "ip_adapter_image_embeds")  # those that any subset of the tokens may have
-_PER_IMAGE = ("encoder_hidden_states", "pooled_projections", "timestep", "guidance")
-_NOT_YET = {
-    "controlnet_block_samples": "ControlNet residuals",
-    "controlnet_single_block_samples": "ControlNet residuals",
-}
+_FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
 
 def apply_to_pipeline(
     pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Handle:
-    """Returns the handle of a patched `FluxPipeline`."""
+    """Returns the handle of a patched pipeline."""
     if levels is not None:
         raise ConfigError(
             "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
     check_pipeline(pipeline)
-    calls = FluxCalls(pipeline.transformer, config, execution, _run_indexed)
+    calls = FluxCalls(pipeline.transformer, config, execution)
     for old in _handles_of(pipeline):
         old.remove()
     _refuse_shared_scheduler(pipeline)
@@ -82,7 +76,7 @@ def apply_to_transformer(
     """Returns the handle of a patched transformer that somebody's own loop calls."""
     if problems := _model_problems(transformer):
         raise UnsupportedModelError(_explain(transformer, problems))
-    calls = FluxCalls(transformer, config, execution, _run_indexed)
+    calls = FluxCalls(transformer, config, execution)
     route = VelocityRoute(config, levels, codebase=f"diffusers {type(transformer).__name__}", calls=calls)
     hook = hook_of(transformer)
     for other in hook.routes if hook else ():
@@ -104,6 +98,7 @@ class _Hook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.handles: dict[Any, Handle] = {}
         self.before: dict[str, Any] = {}
+        self._ids: tuple[weakref.ref[Tensor], int] | None = None
 
     @property
     def routes(self) -> tuple[Any, ...]:
@@ -116,14 +111,27 @@ class _Hook(ModelHook):  # type: ignore[misc]
         route = next((route for route in self.routes if route.accepts(caller)), None)
         if route is None:
             return original(*args, **kwargs)
-        arguments = dict(_PARAMETERS.bind(module, *args, **kwargs).arguments)
+        arguments = dict(_signature(module).bind(module, *args, **kwargs).arguments)
         del arguments["self"]
         try:
-            velocity = route.forward(_model_call(module, self, original, route.calls, arguments))
+            split = self._split(module, arguments)
+            velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
         except BaseException:
             route.abandon()
             raise
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
+
+    def _split(self, module: Any, arguments: Mapping[str, Any]) -> Split:
+        """Returns what of a call is generated; ids seen at the call before are not looked at again."""
+        ids, hidden = arguments["img_ids"], arguments["hidden_states"]
+        if self._ids is None or self._ids[0]() is not ids:
+            self._ids = weakref.ref(ids), num_generated(one_image(ids))
+        if ids.shape[-2] != hidden.shape[1]:
+            raise ValueError(
+                f"jitaccel: img_ids must be the raster of the {hidden.shape[1]} tokens given, and of references after "
+                f"them, got {ids.shape[-2]} ids; build them as the pipelines do"
+            )
+        return Split(hidden, self._ids[1], module.config.out_channels or module.config.in_channels)
 
     def reset_state(self, module: Any) -> Any:
         """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
@@ -171,46 +179,43 @@ def hook_of(transformer: Any) -> Any:
 
 def check_pipeline(pipeline: Any) -> None:
     """Raises UnsupportedModelError with every reason why a pipeline cannot be accelerated correctly."""
-    problems = _pipeline_problems(pipeline)
-    if _is_text_to_image(pipeline):
-        problems += _model_problems(pipeline.transformer)
+    names = [kind.__name__ for kind in type(pipeline).__mro__]
+    models = [model for model, pipelines in PIPELINES.items() if any(name in pipelines for name in names)]
+    if not models:
+        known = ", ".join(name for pipelines in PIPELINES.values() for name in pipelines)
+        problems = [f"pipeline must be one of {known}, got {type(pipeline).__name__}, which is not accelerated yet"]
+    else:
+        problems = _scheduler_problems(pipeline) + _model_problems(pipeline.transformer, models[:1])
     if problems:
         raise UnsupportedModelError(_explain(pipeline, problems))
 
 
-def check_without_transformer(pipeline: Any) -> None:
-    """Raises UnsupportedModelError like `check_pipeline`, for a pipeline whose transformer is not called."""
-    if problems := _pipeline_problems(pipeline):
+def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
+    """Raises UnsupportedModelError like `check_pipeline`, and for all but FLUX.1's `FluxPipeline`.
+
+    has_transformer: whether the pipeline's own transformer is called.
+    """
+    if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
+        problems = [f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}"]
+    elif has_transformer:
+        check_pipeline(pipeline)
+        return
+    else:
+        problems = _scheduler_problems(pipeline)
+    if problems:
         raise UnsupportedModelError(_explain(pipeline, problems))
 
 
-def _pipeline_problems(pipeline: Any) -> list[str]:
-    if not _is_text_to_image(pipeline):
-        return [
-            f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}, "
-            f"which is not accelerated yet"
-        ]
+def _scheduler_problems(pipeline: Any) -> list[str]:
     return [f"pipeline: {reason}" for reason in check_scheduler(pipeline.scheduler)]
 
 
-def _is_text_to_image(pipeline: Any) -> bool:
-    """Returns whether this is diffusers' `FluxPipeline`, or derived from it."""
-    return any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__)
-
-
-def _model_problems(transformer: Any) -> list[str]:
-    if not is_instance_of(transformer, "diffusers", "FluxTransformer2DModel"):
-        return [f"transformer must be a FluxTransformer2DModel, got {type(transformer).__name__}"]
-    problems = []
-    config = transformer.config
-    if config.out_channels not in (None, config.in_channels):
-        problems.append(
-            f"transformer must have as many channels out as in, got {config.in_channels} in and {config.out_channels} "
-            f"out (Fill and Control models are not accelerated yet)"
-        )
+def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[str]:
+    if not is_instance_of(transformer, "diffusers", *models):
+        return [f"transformer must be a {' or '.join(models)}, got {type(transformer).__name__}"]
     if getattr(transformer, "is_cache_enabled", False):
-        problems.append("transformer must have no cache enabled, got one: call transformer.disable_cache() first")
-    return problems
+        return ["transformer must have no cache enabled, got one: call transformer.disable_cache() first"]
+    return []
 
 
 def _explain(target: Any, problems: list[str]) -> str:
@@ -226,24 +231,54 @@ def _refuse_shared_scheduler(pipeline: Any) -> None:
 
 
 def _model_call(
-    module: Any, hook: Any, original: Callable[..., Any], calls: FluxCalls, arguments: dict[str, Any]
+    module: Any,
+    hook: Any,
+    original: Callable[..., Any],
+    calls: FluxCalls,
+    arguments: dict[str, Any],
+    split: Split,
 ) -> ModelCall:
-    _refuse_arguments(module, arguments)
-    state = arguments["hidden_states"]
+    kind = kind_of(module)
+    assert kind is not None
+    _refuse_arguments(module, kind, arguments)
+    state = split.state
+    cost = functools.partial(kind.cost, module.config)
     return ModelCall(
         state=state,
         text_tokens=arguments["encoder_hidden_states"].shape[1],
-        cost=functools.partial(flux_flops, module.config),
-        grid=lambda: grid_of_ids(arguments["img_ids"], state.shape[1]),
+        cost=lambda image_tokens, text_tokens: cost(image_tokens + split.num_references, text_tokens),
+        grid=lambda: grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1]),
         noise_level=lambda: _single_level(arguments["timestep"]),
-        evaluate=functools.partial(calls.evaluate, module, hook, original, arguments),
+        mask=lambda: _mask(split),
+        evaluate=functools.partial(calls.evaluate, module, hook, original, arguments, split),
     )
 
 
-def _refuse_arguments(module: Any, arguments: Mapping[str, Any]) -> None:
-    found = {reason for name, reason in _NOT_YET.items() if arguments.get(name) is not None}
+def _mask(split: Split) -> Tensor | None:
+    """Returns the tokens (B, N) that are painted anew, where a Fill model or a pipeline has a mask."""
+    is_fill = split.hidden.shape[2] == _FILL_CHANNELS * split.channels or "Fill" in type(calling_pipeline()).__name__
+    if split.extra is not None and is_fill:
+        return (split.extra[..., split.channels :] > 0).any(dim=2)
+    mask = inpainting_mask()
+    if mask is None or mask.ndim != 3 or mask.shape[1] != split.num_tokens:
+        return None
+    return (mask > 0).any(dim=2).expand(split.hidden.shape[0], -1)
+
+
+def _signature(module: Any) -> inspect.Signature:
+    model: Any = type(getattr(module, "_orig_mod", module))
+    return _signature_of(model)
+
+
+@functools.cache
+def _signature_of(model: Any) -> inspect.Signature:
+    return inspect.signature(model.forward)
+
+
+def _refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:
+    found = {reason for name, reason in kind.refused.items() if arguments.get(name) is not None}
     extra = arguments.get("joint_attention_kwargs") or {}
-    found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in _ATTENTION_ARGUMENTS}
+    found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
     if getattr(module, "is_cache_enabled", False):
         found.add("a cache enabled on the transformer")
     if found:
@@ -253,29 +288,30 @@ def _refuse_arguments(module: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
-    """Returns (grid_h, grid_w) of position ids (N, 3) or (B, N, 3), rows (0, row, column) in raster order.
+def one_image(ids: Tensor) -> Tensor:
+    """Returns position ids (S, A) of ids that may be given for each image, (B, S, A)."""
+    if ids.ndim == 2:
+        return ids
+    if ids.shape[0] > 1 and not bool((ids == ids[:1]).all()):
+        raise ValueError("jitaccel: img_ids must be the same for every image, got ids that differ; pass (N, 3)")
+    return ids[0]
 
-    Waits for the device. Raises UnsupportedModelError for reference tokens (first id 1 and above), ValueError for
-    ids that are no raster, differ between images, or are not as many as the tokens.
+
+def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
+    """Returns (grid_h, grid_w) of position ids (N, A), rows (0, row, column) or (0, row, column, 0) in raster order.
+
+    Waits for the device. Raises ValueError for ids that are no raster, or not as many as the tokens.
     """
-    ids = img_ids.detach()
-    if ids.ndim == 3:
-        if not bool((ids == ids[:1]).all()):
-            raise ValueError("jitaccel: img_ids must be the same for every image, got ids that differ; pass (N, 3)")
-        ids = ids[0]
-    if bool((ids[:, 0] != 0).any()):
-        raise UnsupportedModelError(
-            "jitaccel: img_ids must start with 0 (generated tokens), got reference tokens; "
-            "Kontext is not accelerated yet"
-        )
-    height, width = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
+    ids = one_image(img_ids.detach())
+    height, width = (int(ids[:, axis].max()) + 1 if len(ids) else 0 for axis in (1, 2))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     raster = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-    if ids.shape[0] != num_tokens or height * width != num_tokens or not torch.equal(ids.cpu().long(), raster):
+    found = ids.cpu().long()
+    is_raster = torch.equal(found[:, :3], raster) and not found[:, 3:].any()
+    if ids.shape[0] != num_tokens or height * width != num_tokens or not is_raster:
         raise ValueError(
             f"jitaccel: img_ids must be the raster of the {num_tokens} tokens given, got {ids.shape[0]} ids up to row "
-            f"{height - 1}, column {width - 1}; build them as FluxPipeline does"
+            f"{height - 1}, column {width - 1}; build them as the pipelines do"
         )
     return height, width
 
@@ -289,45 +325,3 @@ def _single_level(timestep: Tensor) -> float:
     if not 0.0 < levels[0] <= 1.0:
         raise ValueError(f"jitaccel: timestep must be a noise level in (0, 1], got {levels[0]:g}; divide it by 1000")
     return float(levels[0])
-
-
-def _run_indexed(original: Callable[..., Any], arguments: dict[str, Any], run: Run, state: Tensor) -> Tensor:
-    """Runs the model on the run's anchors of a state; image by image where their anchors differ."""
-    if run.is_dense:
-        return _velocity(original, arguments, hidden_states=state)
-    ids = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    tokens = run.gather(state)
-    if run.has_shared_anchors:
-        return _velocity(original, arguments, hidden_states=tokens, img_ids=ids[run.anchors[0]])
-    return torch.cat(
-        [
-            _velocity(
-                original,
-                {**arguments, **_of_image(arguments, image)},
-                hidden_states=tokens[image : image + 1],
-                img_ids=ids[run.anchors[image]],
-            )
-            for image in range(state.shape[0])
-        ]
-    )
-
-
-def _of_image(arguments: Mapping[str, Any], image: int) -> dict[str, Any]:
-    present = ((name, arguments.get(name)) for name in _PER_IMAGE)
-    # One row serves every image of a batch, as it does in the model.
-    rows: dict[str, Any] = {name: _row(value, image) for name, value in present if value is not None}
-    extra = arguments.get("joint_attention_kwargs") or {}
-    if "ip_adapter_image_embeds" in extra:
-        embeds = [_row(adapter, image) for adapter in extra["ip_adapter_image_embeds"]]
-        rows["joint_attention_kwargs"] = {**extra, "ip_adapter_image_embeds": embeds}
-    return rows
-
-
-def _row(values: Tensor, image: int) -> Tensor:
-    return values[image : image + 1] if values.shape[0] > 1 else values
-
-
-def _velocity(original: Callable[..., Any], arguments: dict[str, Any], **changed: Any) -> Tensor:
-    velocity: Tensor = original(**{**arguments, **changed, "return_dict": False})[0]
-    return velocity

@@ -26,7 +26,7 @@ from jitaccel.execution import Execution
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 
-from .diffusers_flux import check_pipeline, hook_of
+from .diffusers_flux import check_text_to_image, hook_of
 from .flux_packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def generate_batch(
     pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]], how: Execution, output_type: OutputType
 ) -> list[Outcome]:
     """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
-    check_pipeline(pipeline)
+    check_text_to_image(pipeline)
     if hook_of(pipeline.transformer) is not None:
         raise ConfigError(
             "generate_batch: target must not be patched, got a pipeline whose transformer is; "

@@ -26,7 +26,7 @@ from jitaccel.run import Run
 from jitaccel.tokens import gather_tokens
 
 from .call import Answer, ModelCall
-from .diffusers_flux import check_pipeline, check_without_transformer, grid_of_ids, hook_of
+from .diffusers_flux import check_text_to_image, grid_of_ids, hook_of
 from .flux_batch import levels_of
 from .flux_packed import Conditions, Pack, reasons_unpackable, run_packed
 from .scheduler_route import SchedulerRoute, handle_of
@@ -100,7 +100,7 @@ def export(
     pipeline: Any, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
 ) -> Source:
     """Returns the stages of a pipeline's transformer for one size in pixels, batch and length of prompts."""
-    check_pipeline(pipeline)
+    check_text_to_image(pipeline)
     model, unit = pipeline.transformer, 2 * pipeline.vae_scale_factor
     if hook_of(model) is not None:
         raise ConfigError("export: target must not be patched, got a pipeline that is; remove() its handle first")
@@ -152,7 +152,7 @@ def _arguments(
 
 def apply_exported(pipeline: Any, exported: Exported) -> Handle:
     """Returns the handle of a `FluxPipeline` that runs exported stages in place of its transformer."""
-    check_without_transformer(pipeline)
+    check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
     if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
         raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")

@@ -31,13 +31,15 @@ from jitaccel.lift import LiftPlan, lift
 from jitaccel.packing import PackedLayout, Rows
 from jitaccel.tokens import gather_tokens
 
+from .split import beside
+
 if TYPE_CHECKING:
     from jitaccel.compile import Compiler
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 """Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
 
-StageFunction = Callable[[nn.Module, "Pack", LiftPlan, Tensor, "Conditions"], tuple[Tensor, Tensor | None]]
+StageFunction = Callable[[nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions"], tuple[Tensor, Tensor | None]]
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
 _BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
@@ -76,6 +78,14 @@ def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor
     ids = layout.join(torch.cat([*text_ids]), torch.cat([*image_ids]))
     blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
     return Pack(layout, model.pos_embed(ids), hooked=any("forward" in vars(block) for block in blocks))
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a model is shown beside a state: further channels of its tokens (B, N, E), then references (B, R, C)."""
+
+    extra: Tensor | None = None
+    references: Tensor | None = None
 
 
 class Blocks(NamedTuple):
@@ -155,6 +165,7 @@ def run_stage(
     pack: Pack,
     plan: LiftPlan,
     state: Tensor,
+    shown: Shown,
     given: Conditions,
     attention: Backend,
     lifts: bool = False,
@@ -170,20 +181,23 @@ def run_stage(
 
     def stage_of(blocks: Blocks) -> StageFunction:
         def stage(
-            model: nn.Module, pack: Pack, plan: LiftPlan, state: Tensor, given: Conditions
+            model: nn.Module, pack: Pack, plan: LiftPlan, state: Tensor, shown: Shown, given: Conditions
         ) -> tuple[Tensor, Tensor | None]:
             batch = state.shape[0]
             num_branches = len(pack.layout.lengths) // batch
-            tokens = (state if plan.is_dense else gather_tokens(state, plan.anchors)).flatten(0, 1)
+            extra = None if shown.extra is None else _gathered(shown.extra, plan)
+            tokens = beside(_gathered(state, plan), extra, shown.references).flatten(0, 1)
             velocity = run_packed(model, pack, tokens.repeat(num_branches, 1), given, attention, blocks)
             values = velocity.unflatten(0, (num_branches, batch, -1))
+            if shown.references is not None:
+                values = values[:, :, : plan.anchors.shape[1]]
             return values, lift(values[0], plan) if lifts else None
 
         return stage
 
     plain = stage_of(plain_blocks())
     if compiler is None:
-        return plain(model, pack, plan, state, given)
+        return plain(model, pack, plan, state, shown, given)
     signature = (
         layout.text.lengths,
         layout.image.lengths,
@@ -191,6 +205,8 @@ def run_stage(
         state.shape,
         state.dtype,
         state.device,
+        shown.extra is None,
+        None if shown.references is None else shown.references.shape,
         given.guidance is None,
         lifts,
         torch.is_grad_enabled(),
@@ -198,11 +214,16 @@ def run_stage(
         attention.name,
     )
     reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
-    arguments = (model, pack, plan, state.contiguous(), given)
+    shown = Shown(*(None if x is None else x.contiguous() for x in (shown.extra, shown.references)))
+    arguments = (model, pack, plan, state.contiguous(), shown, given)
     result: tuple[Tensor, Tensor | None] = compiler.run(
         signature, plain, *arguments, regional=stage_of(regional_blocks()), reason=reason
     )
     return result
+
+
+def _gathered(x: Tensor, plan: LiftPlan) -> Tensor:
+    return x if plan.is_dense else gather_tokens(x, plan.anchors)
 
 
 def _double(

@@ -7,6 +7,7 @@ before, or from the pipeline that calls; it is compared when it comes, and run b
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,12 +29,16 @@ from .caller import unguided_branch
 from .flux_packed import (
     Conditions,
     Pack,
+    Shown,
     compiler_of,
     make_pack,
     model_hooks,
     reasons_unpackable,
     run_stage,
 )
+from .indexed import run_indexed
+from .kinds import kind_of
+from .split import Split
 
 if TYPE_CHECKING:
     from jitaccel.compile import CompileStats
@@ -41,9 +46,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
 _CONDITIONS = ("encoder_hidden_states", "pooled_projections", "txt_ids")
-
-Indexed = Callable[[Callable[..., Any], dict[str, Any], Run, Tensor], Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class _Branch:
@@ -102,15 +104,19 @@ class _Memory:
 
     def is_branch(self, state: Tensor) -> bool:
         """Whether a call is of the step under way: its state is the very one, and was not written since."""
-        return state is self.state and self.state_version is not None and self.state_version == _version(state)
+        if self.state is None or self.state_version is None or self.state_version != _version(state):
+            return False
+        return state is self.state or _is_same_view(state, self.state)
 
 
 class FluxCalls:
-    """Answers one route's calls, packed or indexed. `indexed`: runs the model's own forward on a run's anchors."""
+    """Answers one route's calls, packed or indexed."""
 
-    def __init__(self, model: Any, config: JiTConfig, options: Execution, indexed: Indexed) -> None:
+    def __init__(self, model: Any, config: JiTConfig, options: Execution) -> None:
         self._options = options
-        self._indexed = indexed
+        kind = kind_of(model)
+        assert kind is not None
+        self._kind = kind
         # What is dense throughout stays the model's own, bit for bit.
         pays = config.densities[0] < 1.0 - _ALL_TOKENS or options.compile is not None
         self._is_wanted = options.execution == "packed" or (options.execution == "auto" and pays)
@@ -120,7 +126,11 @@ class FluxCalls:
         # In a graph the lift costs nothing; elsewhere it is the method's, and timed as such.
         self._lifts = self._compiler is not None and config.lifter == "velocity"
         self._reasons: tuple[str, ...] = ()
-        if self._is_wanted:
+        if self._is_wanted and not kind.packs:
+            self._is_wanted = False
+            if options.execution == "packed" or options.compile is not None:
+                self._fall_back((f"packed execution does not know {kind.model}",))
+        elif self._is_wanted:
             self._fall_back(tuple(reasons_unpackable(model)))
 
     @property
@@ -167,30 +177,35 @@ class FluxCalls:
         hook: Any,
         original: Callable[..., Any],
         arguments: dict[str, Any],
+        split: Split,
         run: Run,
         state: Tensor,
     ) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
+        indexed = functools.partial(run_indexed, self._kind, original, arguments, split, run, state)
         if not self._is_wanted:
-            return Answer(self._indexed(original, arguments, run, state))
+            return Answer(indexed())
         memory = self._memories.setdefault(run, _Memory())
         if memory.plan is not run.plan:
             memory.plan, memory.reasons = run.plan, _reasons(module, hook, arguments)
             memory.packs.clear()
-        self._fall_back(memory.reasons)
-        if memory.reasons:
-            return Answer(self._indexed(original, arguments, run, state))
+        residuals = ("ControlNet residuals",) if any(arguments.get(n) is not None for n in self._kind.residuals) else ()
+        reasons = memory.reasons + tuple(f"the call has {what}" for what in residuals)
+        self._fall_back(reasons)
+        if reasons:
+            return Answer(indexed())
         branch = _Branch.of(arguments)
         answer = _kept_answer(memory, branch, state)
         if answer is not None:
             return Answer(answer)
-        return self._run_branches(module, hook, arguments, memory, branch, run, state)
+        return self._run_branches(module, hook, arguments, split, memory, branch, run, state)
 
     def _run_branches(
         self,
         module: Any,
         hook: Any,
         arguments: dict[str, Any],
+        split: Split,
         memory: _Memory,
         branch: _Branch,
         run: Run,
@@ -198,12 +213,19 @@ class FluxCalls:
     ) -> Answer:
         branches = [branch, *_foreseen(memory, branch, arguments, state)]
         with model_hooks(module, hook, branch.lora_scale):
-            values, lifted = self._forward(module, memory, branches, run, state, arguments["timestep"])
+            values, lifted = self._forward(module, memory, branches, split, run, state, arguments["timestep"])
         memory.kept = [*zip(branches[1:], values[1:].unbind(0), strict=True)]
         return Answer(values[0], lifted)
 
     def _forward(
-        self, module: Any, memory: _Memory, branches: list[_Branch], run: Run, state: Tensor, level: Tensor
+        self,
+        module: Any,
+        memory: _Memory,
+        branches: list[_Branch],
+        split: Split,
+        run: Run,
+        state: Tensor,
+        level: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns each branch's velocity (branches, B, M, D), of one forward, and one branch's lifted in its graph."""
         batch = state.shape[0]
@@ -218,8 +240,9 @@ class FluxCalls:
             if branches[0]["guidance"] is None
             else _rows([branch["guidance"] for branch in branches], batch),
         )
-        pack = _pack(module, memory, branches, run, batch)
-        return run_stage(module, pack, run.plan, state, given, attention, self._lifts, self._compiler)
+        pack = _pack(module, memory, branches, split, run, batch)
+        shown = Shown(split.extra, split.references)
+        return run_stage(module, pack, run.plan, state, shown, given, attention, self._lifts, self._compiler)
 
 
 def _reasons(module: Any, hook: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -266,7 +289,9 @@ def _told_by_pipeline(branch: _Branch, arguments: Mapping[str, Any]) -> list[_Br
     return [_Branch.of({**arguments, **unguided})]
 
 
-def _pack(module: Any, memory: _Memory, branches: list[_Branch], run: Run, batch: int) -> Pack:
+def _pack(
+    module: Any, memory: _Memory, branches: list[_Branch], split: Split, run: Run, batch: int
+) -> Pack:
     """Returns the pack of these branches' position ids, the one made before where they are the same tensors."""
     ids = tuple(_flat_ids(branch[name]) for branch in branches for name in ("txt_ids", "img_ids"))
     given = tuple(branch[name] for branch in branches for name in ("txt_ids", "img_ids"))
@@ -274,7 +299,8 @@ def _pack(module: Any, memory: _Memory, branches: list[_Branch], run: Run, batch
         if len(known) == len(given) and all(one is other for one, other in zip(known, given, strict=True)):
             return pack
     text_ids = [text for text in ids[::2] for _ in range(batch)]
-    image_ids = [image if run.is_dense else image[run.anchors[k]] for image in ids[1::2] for k in range(batch)]
+    anchors = [None if run.is_dense else run.anchors[k] for k in range(batch)]
+    image_ids = [split.ids_at(image, of_image) for image in ids[1::2] for of_image in anchors]
     pack = make_pack(module, text_ids, image_ids)
     memory.packs = [*memory.packs[-1:], (given, pack)]
     return pack
@@ -291,6 +317,13 @@ def _rows(tensors: list[Tensor], batch: int) -> Tensor:
 
 def _expand(tensor: Tensor, batch: int) -> Tensor:
     return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
+
+
+def _is_same_view(one: Tensor, other: Tensor) -> bool:
+    """Returns whether both are the same part of one tensor."""
+    if one._base is None or one._base is not other._base:
+        return False
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _version(tensor: Tensor | None) -> int | None:

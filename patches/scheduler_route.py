@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
-from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.errors import ConfigError
 from jitaccel.handle import MISSING, Handle, restore_attributes
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
@@ -43,7 +43,9 @@ class SchedulerRoute:
         self._scheduler = pipeline.scheduler
         self._default_steps = _default_steps(pipeline)
         self._codebase = codebase
+        self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
+        self._first = 0  # the scheduler's index of the step that the generation starts with
         self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
         self._run: Run | None = None
         self._seen = -1
@@ -83,7 +85,8 @@ class SchedulerRoute:
 
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
-        self._clock, self._is_by_hand, self._run, self._seen, self._lifted = None, False, None, -1, None
+        self._levels = self._clock = self._run = self._lifted = None
+        self._is_by_hand, self._seen = False, -1
 
     def abandon(self) -> None:
         """Forgets the generation whose call failed."""
@@ -115,12 +118,12 @@ class SchedulerRoute:
             self._begin(call, index)
         assert self._run is not None and self._recorder is not None and self._clock is not None
         self._check_follows(call, index)
-        step = self._clock.step(index)
+        step = self._clock.step(index - self._first)
         with self._recorder.network(step, self._run.anchors):
             answer = call.evaluate(self._run, call.state)
         self._seen, self._lifted = index, None
         if answer.lifted is None:
-            with self._recorder.outside(index):
+            with self._recorder.outside(step.index):
                 return self._run.scatter(answer.values)
         if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
             self._lifted = answer.lifted, answer.lifted._version
@@ -130,8 +133,9 @@ class SchedulerRoute:
         run, clock, shape = self._run, self._clock, tuple(call.state.shape[:2])
         assert run is not None and clock is not None
         expected = (run.anchors.shape[0], run.grid[0] * run.grid[1])
-        is_next = index in (self._seen, self._seen + 1) and index < clock.num_steps
-        if not is_next or clock.step(index).stage != run.stage or shape != expected:
+        step = index - self._first
+        is_next = index in (self._seen, self._seen + 1) and step < clock.num_steps
+        if not is_next or clock.step(step).stage != run.stage or shape != expected:
             raise RuntimeError(
                 f"jitaccel: a call of the transformer must be of the scheduler's next step, with {expected[0]} images "
                 f"of {expected[1]} tokens, got step {index} after step {self._seen} with {shape[0]} of {shape[1]}; "
@@ -139,26 +143,23 @@ class SchedulerRoute:
             )
 
     def _begin(self, call: ModelCall, index: int) -> None:
-        if self._clock is None:
+        if self._levels is None:
             raise RuntimeError(
                 "jitaccel: set_timesteps of the patched scheduler must be called before the transformer, got none; "
                 "start the generation with it, and give it a scheduler that no other one uses meanwhile"
             )
-        if index != 0:
-            raise UnsupportedModelError(
-                f"jitaccel: a generation must start at step 0, got step {index}; "
-                f"image-to-image is not accelerated yet: remove() the handle for it"
-            )
+        self._first, self._seen = index, index - 1
+        self._clock = KnownLevels(self.config, self._levels[index:])
         grid = call.grid()
         self._recorder = call.recorder(grid)
         self._generations += 1
         with self._recorder.outside(0):
-            self._run = Run(self.config, grid, self._clock.step(0), call.state)
+            self._run = Run(self.config, grid, self._clock.step(0), call.state, forced=call.mask())
 
     def _step(
         self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._clock is None or not self.accepts(calling_pipeline()):
+        if self._levels is None or not self.accepts(calling_pipeline()):
             return original(model_output, timestep, sample, *args, **kwargs)
         try:
             return self._sparse_step(original, model_output, timestep, sample, *args, **kwargs)
@@ -175,16 +176,17 @@ class SchedulerRoute:
                 f"jitaccel: the patched transformer must run before scheduler.step, got no call at step {index}; "
                 f"it was replaced, or its forward restored (offloading does), after apply: apply again"
             )
-        with recorder.outside(index):
-            velocity = self._velocity(run, clock.step(index), sample, model_output)
+        step = index - self._first
+        with recorder.outside(step):
+            velocity = self._velocity(run, clock.step(step), sample, model_output)
         output = original(velocity, timestep, sample, *args, **kwargs)
-        if index + 1 == clock.num_steps:
+        if step + 1 == clock.num_steps:
             run.check_finite()
             self.reset()
             return output
-        with recorder.outside(index):
+        with recorder.outside(step):
             state = output[0]
-            moved = run.enter(clock.step(index + 1), state)
+            moved = run.enter(clock.step(step + 1), state)
         return output if moved is state else _with_state(output, moved)
 
     def _velocity(self, run: Run, step: Step, sample: Tensor, model_output: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class SchedulerRoute:
             self._write_levels(levels)
         else:
             levels = tuple(self._scheduler.sigmas.tolist())
-        self._clock, self._is_by_hand = KnownLevels(self.config, levels), caller is None
+        self._levels, self._is_by_hand = levels, caller is None
 
     def _check_transformer(self, pipeline: Any) -> None:
         """Raises where the pipeline would run another network; a wrapper around the patched one is none."""

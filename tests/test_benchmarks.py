@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +83,6 @@ def test_rows_name_units_origin_and_control(
 
 
 def _case(module: Any, make: Any) -> Any:
-    import functools
-
     from benchmarks.registry import Case
 
     run = functools.partial(module._run, make=make, timed_dense_steps=5)
@@ -138,8 +142,6 @@ def test_kernels_are_measured_beside_the_released_code(
 
 def test_packing_rows_compare_all_ways_on_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    import functools
-
     from benchmarks.cases import packing
     from benchmarks.pipelines import random_transformer
     from benchmarks.registry import Case
@@ -245,9 +247,7 @@ def test_command_of_the_package_is_the_same(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["bench", "nothing"]) == 2
 
 
-def test_startup_rows_are_the_parts_of_a_fresh_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_startup_rows_are_the_parts_of_a_fresh_process(tmp_path: Path) -> None:
     from benchmarks.cases import startup
 
     if startup.no_embedded(Options(device=torch.device("cpu"), repeat=1, seed=0)):
@@ -260,13 +260,61 @@ def test_startup_rows_are_the_parts_of_a_fresh_process(
     assert all(row["median_s"] >= 0 for row in rows)
 
 
+def test_startup_compiles_with_a_cold_cache_and_then_a_warm_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.cases import startup
+
+    caches: list[str] = []
+
+    def run(script: str, *arguments: str, **environment: str) -> float:
+        assert "captures == 3" in script and arguments == ("cpu", "small")
+        caches.append(environment["TORCHINDUCTOR_CACHE_DIR"])
+        return float(len(caches))
+
+    monkeypatch.setattr(startup, "_json", run)
+    cold, warm = startup.measure_compilation(Options(device=torch.device("cpu"), repeat=3, seed=0), "small")
+    assert len(caches) == 4 and len(set(caches)) == 1 and not Path(caches[0]).exists()
+    assert [row.fields["repeats"] for row in (cold, warm)] == [1, 3]
+    assert (cold.fields["median_s"], warm.fields["median_s"]) == (1.0, 3.0) and "cold" in cold.line
+
+
+def test_script_that_fails_says_why() -> None:
+    from benchmarks.cases import startup
+
+    with pytest.raises(RuntimeError, match="ValueError: no such device"):
+        startup._json("raise ValueError('no such device')")
+    with pytest.raises(RuntimeError, match="the process ended with 3"):
+        startup._json("import sys; sys.exit(3)")
+
+
+# The script for machines with a GPU
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_gpu_script_leaves_out_what_is_done_and_begins_nothing_after_its_budget(tmp_path: Path) -> None:
+    calls, out, python = tmp_path / "calls", tmp_path / "out", tmp_path / "python"
+    left = "cases were not begun within 1 s"
+    python.write_text(f'#!/bin/sh\necho "$*" >>"{calls}"\ncase "$*" in *" packing "*) echo "3 {left}";; esac\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+
+    def lines(*steps: str, budget: str = "540") -> list[str]:
+        environment = {**os.environ, "PYTHON": str(python), "BUDGET": budget}
+        asked = ["bash", str(script), str(out), *steps]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+    assert lines("kernels", budget="0")[0] == "kernels: not begun within 0 s, run the script again"
+    assert lines("kernels", "packing")[:2] == ["kernels: done in 0 s", "packing: begun, run the script again"]
+    assert lines("kernels", "packing")[:2] == ["kernels: done before", "packing: begun, run the script again"]
+    benched = [line for line in calls.read_text().splitlines() if line.startswith("-m benchmarks ")]
+    assert [line.split()[2] for line in benched] == ["kernels", "packing", "packing"]
+    assert all(f"--device cuda --json {out}/rows.jsonl --resume --within" in line for line in benched)
+
+
 # The record
 
 
 def _record(variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
     """Runs one variant on a tiny random pipeline through the command, and returns the file's rows."""
-    import functools
-
     from benchmarks.cases import record
 
     make = functools.partial(record.Cached(), model=TINY, grid=(8, 8), text_tokens=8)
@@ -298,7 +346,30 @@ def test_record_rows_hold_what_was_measured(
     assert (row["method"], row["way"], row["steps"]) == (method, way, steps or 11)
     assert row["denoise_p20_s"] <= row["denoise_median_s"] <= row["denoise_p80_s"]
     assert row["gflop"] > 0 and row["peak_memory_mib"] is None and row["compiled"] is None
-    assert (row["outside_share_of_sparse_steps"] is None) == (method == "dense")
+    parts = ("outside_share_of_sparse_steps", "outside_median_s", "network_median_s")
+    assert all((row[name] is None) == (method == "dense") for name in parts)
+    assert row["peak_reserved_mib"] is None and row["first_s"] > 0
+
+
+def test_embedded_model_has_every_way_but_float8() -> None:
+    pytest.importorskip("diffusers")
+    names = [case.name for case in find_cases() if (case.group, case.size) == ("record", "small")]
+    assert len(names) == 13 and not any("float8" in name for name in names)
+
+
+@pytest.mark.parametrize("way", ["eager", "packed", "compiled", "captured", "float8"])
+@pytest.mark.parametrize("method", ["dense", "4x"])
+def test_record_leaves_the_pipeline_as_it_was(method: str, way: str) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases.record import Variant, applied
+    from benchmarks.pipelines import random_pipeline
+
+    pipe = random_pipeline(TINY, torch.device("cpu"), torch.bfloat16, 0)
+    before = dict(vars(pipe.transformer)), dict(vars(pipe.scheduler)), pipe.transformer
+    with contextlib.suppress(KeyboardInterrupt), applied(pipe, Variant(method=method, way=way, steps=5)) as handle:
+        assert (handle is None) == (method == "dense" and way in ("eager", "compiled"))
+        raise KeyboardInterrupt
+    assert (dict(vars(pipe.transformer)), dict(vars(pipe.scheduler)), pipe.transformer) == before
 
 
 @pytest.mark.slow
@@ -313,6 +384,20 @@ def test_record_captures_dense_steps_too(tmp_path: Path, monkeypatch: pytest.Mon
     }  # fmt: skip
     (_, row) = _record(Variant(method="dense", way="compiled", steps=2), tmp_path, monkeypatch)
     assert row["compiled"] is None and "error" not in row
+
+
+def test_record_keeps_nothing_of_earlier_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    import jitaccel
+    from benchmarks.cases import record
+    from jitaccel.graphs import Replayed
+
+    apply = functools.partial(jitaccel.apply, compile={"graphs": True, "backend": "eager"})
+    monkeypatch.setattr(jitaccel, "apply", lambda *args, **settings: apply(*args))
+    (row,) = _record(record.Variant(method="7x", way="captured"), tmp_path, monkeypatch)
+    assert (row["compiled"]["captures"], row["compiled"]["replays"], row["compiled"]["eager_calls"]) == (3, 30, 0)
+    record.forget_earlier_cases(torch.device("cpu"))
+    assert not [x for x in gc.get_objects() if type(x) is Replayed]
 
 
 def test_case_that_fails_is_a_row_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,25 @@ def test_call_that_stages_were_not_made_for_is_refused(
         assert relative_error(generate(pipe), expected) < 1e-5
 
 
+def test_argument_of_a_stage_that_it_was_not_made_for_is_refused(exported: Path) -> None:
+    """A compiled stage would read beyond the end of it."""
+    loaded, plan = jitaccel.load_exported(exported), Plan.read(exported)
+    blur = plan_tensors(plan.config, plan.levels, plan.grid)["blur_0"]
+    anchors = torch.arange(plan.tokens[0])[None]
+    arguments = [
+        tiny.start(), anchors, torch.zeros(1, 144, dtype=torch.int64), blur, torch.zeros(1, TEXT_TOKENS, tiny.WIDTH),
+        torch.zeros(1, tiny.WIDTH), torch.ones(1), torch.tensor([0.9, 0.8]),
+    ]  # fmt: skip
+    velocity, state = loaded.run(0, *arguments)
+    assert velocity.shape == state.shape == tiny.start().shape
+    for place, name in enumerate(("state", "anchors", "nearest", "blur", "text", "pooled", "guidance", "levels")):
+        for wrong in (arguments[place][..., :-1], arguments[place].to(torch.float16)):
+            with pytest.raises(ArtefactError, match=rf"{name} must be torch\.\w+ .* got torch"):
+                loaded.run(0, *arguments[:place], wrong, *arguments[place + 1 :])
+    with pytest.raises(ArtefactError, match="got 7 of them"):
+        loaded.run(0, *arguments[:-1])
+
+
 def test_other_dtype_is_refused(pipe: Any, exported: Path) -> None:
     half = copy.deepcopy(pipe).to(torch.bfloat16)
     with (

@@ -63,6 +63,27 @@ def test_record_divides_by_dense_run_plainly_and_alike(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_another_commit_or_torch_are_not_divided_by(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "record-h200-2026-12-01.jsonl",
+        record("dense, eager"),
+        record("7x, packed", method="7x", steps=11, way="packed", commit="later"),
+        record("4x, packed", method="4x", steps=18, way="packed", torch="2.12.0"),
+    )
+    _, *sparse = [row.split(" | ") for row in TABLES["record"](read_results(tmp_path)).splitlines()[4:]]
+    assert [line[4:7] for line in sparse] == [["", "", ""]] * 2
+
+
+def test_line_of_several_rows_names_every_origin(tmp_path: Path) -> None:
+    row = {"benchmark": "packing", "case": "tiny, 8x8", "mix": "equal", "way": "packed sdpa", "tokens_per_s": 1200.0}
+    row |= {"device": "CPU", "threads": 2, "speedup_to_loop": 1.5}
+    for date, batch in (("2026-12-01", 1), ("2026-12-02", 2)):
+        write(tmp_path, f"packing-{date}.jsonl", {**row, "batch": batch, "commit": f"abc{batch}"})
+    line = TABLES["packing"](read_results(tmp_path)).splitlines()[-1]
+    assert line == ("| tiny | equal | 1 / 2 | 1,200 / 1,200 | 1.50x / 1.50x |  | 2026-12-01, abc1; 2026-12-02, abc2 |")
+
+
 def test_newest_row_of_a_kind_counts(tmp_path: Path) -> None:
     write(tmp_path, "z-2026-11-01.jsonl", record("dense, eager", denoise_median_s=9.0, commit="old"))
     write(tmp_path, "a-2026-12-01.jsonl", record("dense, eager", commit="new"))
@@ -117,6 +138,14 @@ def test_unknown_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "page.md"
     file.write_text("<!-- table: speed -->\n<!-- /table -->\n")
     assert main([str(file)]) == 2 and "got 'speed'" in capsys.readouterr().err
+
+
+def test_check_names_the_tables_that_are_not_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("<!-- table: packing -->\n<!-- /table -->\n<!-- table: record -->\n<!-- /table -->\n")
+    assert main([str(file), "--results", str(tmp_path), "--check"]) == 1
+    error = capsys.readouterr().err
+    assert "not up to date in record; run" in error and "packing" not in error
 
 
 def test_readme_shows_the_committed_rows() -> None:

@@ -93,7 +93,7 @@ def _json(script: str, *arguments: str, **environment: str) -> Any:
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 

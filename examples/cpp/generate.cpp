@@ -6,6 +6,7 @@
 // LIBRARY  the operators: jitaccel/_C_cpu.so, and on CUDA jitaccel/_C_cuda.so
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <iostream>
 
 #include "sampler.h"
@@ -21,15 +22,26 @@ struct Arguments {
   at::Device device = at::kCPU;
 };
 
+at::Device device_of(const std::string& name) {
+  if (name.rfind("cpu", 0) != 0 && name.rfind("cuda", 0) != 0) {
+    throw std::runtime_error("--device must be cpu or cuda, got " + name + "; leave it out for cpu");
+  }
+  const at::Device device(name);
+  if (device.is_cuda() && !torch::cuda::is_available()) {
+    throw std::runtime_error("--device must be here, got " + name + " and no CUDA device; leave it out for cpu");
+  }
+  return device;
+}
+
 Arguments parse(int argc, char** argv) {
   std::vector<std::string> words;
   Arguments arguments;
   for (int k = 1; k < argc; ++k) {
     const std::string word = argv[k];
-    if (word != "--device") {
+    if (word.rfind("--", 0) != 0) {
       words.push_back(word);
-    } else if (++k < argc) {
-      arguments.device = at::Device(argv[k]);
+    } else if (word == "--device" && ++k < argc) {
+      arguments.device = device_of(argv[k]);
     } else {
       throw std::runtime_error(kUsage);
     }
@@ -52,6 +64,11 @@ void load_operators(const std::vector<std::string>& libraries) {
                                (reason == nullptr ? "no reason" : reason) + "); python -m jitaccel.build makes it");
     }
   }
+  // The CPU library defines what the CUDA library then adds kernels to.
+  if (!c10::Dispatcher::singleton().findSchema({"jitaccel::nearest_anchor", ""})) {
+    throw std::runtime_error(
+        "LIBRARY must define the operators jitaccel::*, got none that does; give jitaccel/_C_cpu.so");
+  }
 }
 
 at::Tensor input(const safetensors::Tensors& tensors, const std::string& name, int64_t dims, const Arguments& given) {
@@ -63,15 +80,33 @@ at::Tensor input(const safetensors::Tensors& tensors, const std::string& name, i
   return tensor.to(given.device);
 }
 
+// What can be told without the model; a compiled stage compares the rest with what it was made for (see main).
+void check(const StageInputs& inputs, const Plan& plan, const std::string& path) {
+  const auto& state = inputs.state;
+  const auto require = [&](bool holds, const std::string& name, const std::string& rule, const at::Tensor& got) {
+    if (holds) return;
+    throw std::runtime_error(path + ": " + name + " must " + rule + ", got " + Fields::kind(got) + "; write it anew");
+  };
+  require(state.is_floating_point() && state.size(0) >= 1 && state.size(1) == plan.num_tokens(), "state",
+          "be floating (B, " + std::to_string(plan.num_tokens()) + ", D), B above 0", state);
+  const std::string like = "have the batch and dtype of state, " + Fields::kind(state);
+  for (const auto& [name, tensor] : {std::pair{"text", inputs.text}, {"pooled", inputs.pooled}}) {
+    require(tensor.size(0) == state.size(0) && tensor.scalar_type() == state.scalar_type(), name, like, tensor);
+  }
+  require(inputs.guidance.size(0) == state.size(0) && inputs.guidance.scalar_type() == at::kFloat, "guidance",
+          "be Float [" + std::to_string(state.size(0)) + "]", inputs.guidance);
+}
+
 void generate(const Arguments& arguments) {
   load_operators(arguments.libraries);
   const auto inputs = safetensors::load(arguments.inputs);
-  const auto state = input(inputs, "state", 3, arguments);
+  StageInputs given;
+  given.state = input(inputs, "state", 3, arguments);
+  given.text = input(inputs, "text", 3, arguments);
+  given.pooled = input(inputs, "pooled", 2, arguments);
+  given.guidance = input(inputs, "guidance", 1, arguments);
   auto plan = load_plan(arguments.folder, arguments.device);
-  if (state.size(1) != plan.num_tokens()) {
-    throw std::runtime_error(arguments.inputs + ": state must have " + std::to_string(plan.num_tokens()) +
-                             " tokens, which the stages were made for, got " + std::to_string(state.size(1)));
-  }
+  check(given, plan, arguments.inputs);
   std::vector<at::Tensor> weights;  // in the order of their names
   for (const auto& [name, weight] : safetensors::load((arguments.folder / "weights.safetensors").string())) {
     weights.push_back(weight.to(arguments.device));
@@ -81,22 +116,20 @@ void generate(const Arguments& arguments) {
     stages.push_back(load_stage(arguments.folder, stage, arguments.device));
   }
   Sampler sampler(std::move(plan), std::move(stages), std::move(weights));
-  const auto latents = sampler.run(state, input(inputs, "text", 3, arguments), input(inputs, "pooled", 2, arguments),
-                                   input(inputs, "guidance", 1, arguments));
+  const auto latents = sampler.run(given.state, given.text, given.pooled, given.guidance);
   safetensors::save(arguments.out, {{"state", latents}});
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  // Without it a compiled stage trusts shapes and dtypes, and reads past the end of inputs that it was not made for.
+  setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", /*overwrite=*/1);
   const c10::InferenceMode no_gradients;
   try {
     generate(parse(argc, argv));
-  } catch (const c10::Error& error) {  // torch's own errors carry a stack trace after the first line
-    std::cerr << "generate: " << error.what_without_backtrace() << "\n";
-    return 2;
   } catch (const std::exception& error) {
-    std::cerr << "generate: " << error.what() << "\n";
+    std::cerr << "generate: " << reason(error) << "\n";
     return 2;
   }
   return 0;

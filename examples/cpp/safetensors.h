@@ -6,9 +6,11 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <stdexcept>
@@ -38,6 +40,7 @@ class HeaderParser {
         object([&](const std::string&) { string(); });
         return;
       }
+      if (entries.count(name) > 0) fail(name + " is there twice");
       Entry& entry = entries[name];
       object([&](const std::string& field) {
         if (field == "dtype") {
@@ -51,6 +54,8 @@ class HeaderParser {
         }
       });
     });
+    skip_spaces();
+    if (at_ != text_.size()) fail("more follows it");
     return entries;
   }
 
@@ -59,8 +64,12 @@ class HeaderParser {
     throw std::runtime_error(path_ + " must be a safetensors file, got a header that is none: " + why);
   }
 
-  char next() {
+  void skip_spaces() {
     while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) ++at_;
+  }
+
+  char next() {
+    skip_spaces();
     if (at_ >= text_.size()) fail("it ends early");
     return text_[at_];
   }
@@ -82,14 +91,53 @@ class HeaderParser {
     while (at_ < text_.size() && text_[at_] != '"') {
       if (text_[at_] == '\\') {
         ++at_;
-        if (at_ >= text_.size() || (text_[at_] != '"' && text_[at_] != '\\' && text_[at_] != '/')) {
-          fail("an escape that names of tensors have no need of");
-        }
+        value += escaped();
+      } else {
+        value += text_[at_++];
       }
-      value += text_[at_++];
     }
     expect('"');
     return value;
+  }
+
+  // Metadata is free text, so that every escape of JSON may occur in it.
+  std::string escaped() {
+    static const std::string letters = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
+    if (at_ >= text_.size()) fail("it ends early");
+    const char letter = text_[at_++];
+    if (letter == 'u') return utf8(code_point());
+    const size_t which = letters.find(letter);
+    if (which == std::string::npos) fail("an unknown escape");
+    return std::string(1, meanings[which]);
+  }
+
+  uint32_t code_point() {
+    const uint32_t high = code_unit();
+    if (high < 0xD800 || high > 0xDFFF) return high;
+    if (high > 0xDBFF || text_.compare(at_, 2, "\\u") != 0) fail("half of a surrogate pair");
+    at_ += 2;
+    const uint32_t low = code_unit();
+    if (low < 0xDC00 || low > 0xDFFF) fail("half of a surrogate pair");
+    return 0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00);
+  }
+
+  uint32_t code_unit() {
+    uint32_t unit = 0;
+    for (int digit = 0; digit < 4; ++digit, ++at_) {
+      if (at_ >= text_.size() || !std::isxdigit(static_cast<unsigned char>(text_[at_]))) fail("an unknown escape");
+      unit = 16 * unit + static_cast<uint32_t>(std::stoi(text_.substr(at_, 1), nullptr, 16));
+    }
+    return unit;
+  }
+
+  static std::string utf8(uint32_t point) {
+    const auto byte = [&](uint32_t mark, int shift, uint32_t mask) {
+      return static_cast<char>(mark | ((point >> shift) & mask));
+    };
+    if (point < 0x80) return {byte(0, 0, 0x7F)};
+    if (point < 0x800) return {byte(0xC0, 6, 0x1F), byte(0x80, 0, 0x3F)};
+    if (point < 0x10000) return {byte(0xE0, 12, 0x0F), byte(0x80, 6, 0x3F), byte(0x80, 0, 0x3F)};
+    return {byte(0xF0, 18, 0x07), byte(0x80, 12, 0x3F), byte(0x80, 6, 0x3F), byte(0x80, 0, 0x3F)};
   }
 
   int64_t number() {
@@ -142,15 +190,17 @@ inline const std::map<std::string, at::ScalarType>& dtypes() {
 inline int64_t num_bytes(const std::vector<int64_t>& shape, int64_t item) {
   int64_t bytes = item;
   for (const int64_t size : shape) {
-    if (size != 0 && bytes > INT64_MAX / size) return -1;
-    bytes *= size;
+    if (bytes > INT64_MAX / std::max<int64_t>(size, 1)) return -1;
+    bytes *= std::max<int64_t>(size, 1);  // torch multiplies strides like that, and refuses those that overflow
   }
-  return bytes;
+  return std::count(shape.begin(), shape.end(), 0) > 0 ? 0 : bytes;
 }
 
 inline Tensors load(const std::string& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
-  if (!file) throw std::runtime_error(path + " must be a file that can be read; check the path");
+  if (!file || !std::filesystem::is_regular_file(path)) {
+    throw std::runtime_error(path + " must be a file that can be read, got none; check the path");
+  }
   const int64_t size = file.tellg();
   file.seekg(0);
   uint64_t length = 0;  // little-endian, as is every machine that torch runs on
@@ -159,13 +209,16 @@ inline Tensors load(const std::string& path) {
                              " bytes, fewer than its header tells; copy it again");
   }
   std::string header(length, '\0');
-  file.read(header.data(), static_cast<std::streamsize>(length));
+  if (!file.read(header.data(), static_cast<std::streamsize>(length))) {
+    throw std::runtime_error(path + " must be a file that can be read, got an error in its header; copy it again");
+  }
   const int64_t start = 8 + static_cast<int64_t>(length);
   Tensors tensors;
   for (const auto& [name, entry] : HeaderParser(header, path).parse()) {
     const auto dtype = dtypes().find(entry.dtype);
     if (dtype == dtypes().end()) {
-      throw std::runtime_error(path + ": " + name + " must be of F64, F32, F16, BF16, I64 or I32, got " + entry.dtype);
+      throw std::runtime_error(path + ": " + name + " must be of F64, F32, F16, BF16, I64 or I32, got " +
+                               (entry.dtype.empty() ? "none" : entry.dtype) + "; convert it");
     }
     const int64_t bytes = num_bytes(entry.shape, static_cast<int64_t>(c10::elementSize(dtype->second)));
     const auto& at = entry.offsets;
@@ -208,6 +261,7 @@ inline void save(const std::string& path, const Tensors& tensors) {
   for (const auto& tensor : contents) {
     file.write(static_cast<const char*>(tensor.data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
   }
+  file.close();  // what is still buffered meets a full disk here
   if (!file) throw std::runtime_error(path + " must be a file that can be written; check the folder and the disk");
 }
 

@@ -3,6 +3,8 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <algorithm>
+
 #include "stages.h"
 
 struct Plan {
@@ -20,28 +22,96 @@ struct Plan {
 
 inline const at::Tensor& at_name(const safetensors::Tensors& tensors, const std::string& name, const std::string& in) {
   const auto found = tensors.find(name);
-  if (found == tensors.end()) throw std::runtime_error(in + " must hold a tensor " + name + ", got none; write it anew");
+  if (found == tensors.end()) {
+    throw std::runtime_error(in + " must hold a tensor " + name + ", got none; write it anew");
+  }
   return found->second;
 }
 
+// A file of tensors, by name, each with the dtype and number of axes that it must have.
+class Fields {
+ public:
+  explicit Fields(std::string path) : path_(std::move(path)), tensors_(safetensors::load(path_)) {}
+
+  const at::Tensor& get(const std::string& name, at::ScalarType dtype, int64_t dims) const {
+    const auto& tensor = at_name(tensors_, name, path_);
+    require(tensor.scalar_type() == dtype && tensor.dim() == dims, name,
+            std::string("be ") + c10::toString(dtype) + " of " + std::to_string(dims) + " axes", kind(tensor));
+    return tensor;
+  }
+
+  std::vector<int64_t> whole(const std::string& name) const {
+    const auto& tensor = get(name, at::kLong, 1);
+    return {tensor.data_ptr<int64_t>(), tensor.data_ptr<int64_t>() + tensor.numel()};
+  }
+
+  void require(bool holds, const std::string& name, const std::string& rule, const std::string& got) const {
+    if (!holds) throw std::runtime_error(path_ + ": " + name + " must " + rule + ", got " + got + "; write it anew");
+  }
+
+  static std::string kind(const at::Tensor& tensor) {
+    return std::string(c10::toString(tensor.scalar_type())) + " " + c10::str(tensor.sizes());
+  }
+
+ private:
+  std::string path_;
+  safetensors::Tensors tensors_;
+};
+
+// What the sampler and the operators rest on: a plan that was put together by hand fails here, and not in step 7.
+inline void check(const Plan& plan, const Fields& fields) {
+  const auto told = [](const std::vector<int64_t>& values) { return c10::str(at::IntArrayRef(values)); };
+  const auto rise = [](const std::vector<int64_t>& values, int64_t least, int64_t most) {
+    return !values.empty() && std::is_sorted(values.begin(), values.end()) && values.front() >= least &&
+           values.back() <= most;
+  };
+  const auto& grid = plan.grid;
+  fields.require(grid.size() == 2 && std::min(grid[0], grid[1]) >= 1 && std::max(grid[0], grid[1]) <= 1 << 20, "grid",
+                 "be height and width in tokens", told(grid));
+  fields.require(rise(plan.tokens, 1, plan.num_tokens()), "tokens", "rise from 1 at least to the grid's number at most",
+                 told(plan.tokens));
+  const auto num_stages = static_cast<int64_t>(plan.tokens.size());
+  fields.require(rise(plan.stages, 0, num_stages - 1), "stages", "rise within the stages that tokens lists",
+                 told(plan.stages));
+  const auto steps = static_cast<int64_t>(plan.stages.size());
+  // Neighbours may be equal: float32 makes one of levels near 1 that fall in the exporter's float64.
+  const bool fall = plan.levels.numel() == steps + 1 && plan.levels.diff().le(0).all().item<bool>() &&
+                    plan.levels[0].item<float>() <= 1.0f && plan.levels[steps].item<float>() == 0.0f;
+  fields.require(fall, "levels", "be " + std::to_string(steps + 1) + " numbers that fall from 1 at most to 0",
+                 std::to_string(plan.levels.numel()) + " others");
+  fields.require(plan.window >= 1 && plan.window % 2 == 1, "window", "be odd and above 0", std::to_string(plan.window));
+  fields.require(plan.move_weight >= 0.0 && plan.move_weight <= 1.0, "move_weight", "be in [0, 1]",
+                 std::to_string(plan.move_weight));
+  // Below level 1 the first state no longer is the noise that it started from.
+  const bool may_own = num_stages == 1 || plan.levels[0].item<float>() >= 1.0f;
+  fields.require(!plan.own_noise || may_own, "own_noise", "be 0 where the first level is below 1", "1");
+  for (size_t stage = 0; stage < plan.blurs.size(); ++stage) {
+    fields.require(plan.blurs[stage].numel() % 2 == 1, "blur_" + std::to_string(stage), "have an odd number of weights",
+                   std::to_string(plan.blurs[stage].numel()));
+  }
+}
+
 inline Plan load_plan(const std::filesystem::path& folder, at::Device device) {
-  const std::string path = (folder / "plan.safetensors").string();
-  const auto tensors = safetensors::load(path);
-  const auto whole = [&](const std::string& name) {
-    const auto tensor = at_name(tensors, name, path).to(at::kLong).contiguous();
-    return std::vector<int64_t>(tensor.data_ptr<int64_t>(), tensor.data_ptr<int64_t>() + tensor.numel());
+  const Fields fields((folder / "plan.safetensors").string());
+  const auto only = [&](const std::string& name, at::ScalarType dtype) {
+    const auto& tensor = fields.get(name, dtype, 1);
+    fields.require(tensor.numel() == 1, name, "be one number", std::to_string(tensor.numel()));
+    return tensor;
   };
   Plan plan;
-  plan.levels = at_name(tensors, "levels", path).to(device);
-  plan.stages = whole("stages");
-  plan.tokens = whole("tokens");
-  plan.grid = whole("grid");
-  plan.window = whole("window").at(0);
-  plan.own_noise = whole("own_noise").at(0) != 0;
-  plan.move_weight = at_name(tensors, "move_weight", path).item<double>();
+  plan.levels = fields.get("levels", at::kFloat, 1);
+  plan.stages = fields.whole("stages");
+  plan.tokens = fields.whole("tokens");
+  plan.grid = fields.whole("grid");
+  plan.window = only("window", at::kLong).item<int64_t>();
+  plan.own_noise = only("own_noise", at::kLong).item<int64_t>() != 0;
+  plan.move_weight = only("move_weight", at::kDouble).item<double>();
   for (size_t stage = 0; stage < plan.tokens.size(); ++stage) {
-    plan.blurs.push_back(at_name(tensors, "blur_" + std::to_string(stage), path).to(device));
+    plan.blurs.push_back(fields.get("blur_" + std::to_string(stage), at::kFloat, 1));
   }
+  check(plan, fields);
+  plan.levels = plan.levels.to(device);
+  for (auto& blur : plan.blurs) blur = blur.to(device);
   return plan;
 }
 
@@ -106,8 +176,9 @@ class Sampler {
         if (!noise.defined()) noise = fresh_noise(state, generators);
         inputs.state = started(inputs, ++stage, before, velocity, noise, plan_.levels.slice(0, step - 1, step + 1));
       }
-      inputs.levels = plan_.levels.slice(0, step, step + 2);
-      const auto outputs = stages_.at(stage)->run(weights_, inputs);
+      // A copy: a compiled stage wants the start of each input aligned.
+      inputs.levels = plan_.levels.slice(0, step, step + 2).clone();
+      const auto outputs = run_stage(stage, inputs);
       before = inputs.state;
       velocity = outputs.velocity;
       inputs.state = outputs.next_state;
@@ -117,6 +188,17 @@ class Sampler {
   }
 
  private:
+  StageOutputs run_stage(int64_t stage, const StageInputs& inputs) const {
+    try {
+      return stages_.at(stage)->run(weights_, inputs);
+    } catch (const std::exception& error) {
+      throw std::runtime_error("stage " + std::to_string(stage) + " must be given what plan.json says it was made " +
+                               "for, got: " + reason(error) + " (of its inputs the first " +
+                               std::to_string(weights_.size()) + " are the weights, then state, anchors, nearest, " +
+                               "blur, text, pooled, guidance, levels); export for these inputs too");
+    }
+  }
+
   static at::Tensor fresh_noise(const at::Tensor& state, std::vector<at::Generator>& generators) {
     std::vector<at::Tensor> rows;
     for (auto& generator : generators) {

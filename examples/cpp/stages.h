@@ -7,6 +7,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,7 +33,8 @@ class Stage {
 
 class CompiledStage : public Stage {
  public:
-  explicit CompiledStage(const std::string& path) : loader_(path) {}
+  CompiledStage(const std::string& path, at::Device device)
+      : loader_(path, "model", /*run_single_threaded=*/false, /*num_runners=*/1, device.index()) {}
 
   StageOutputs run(const std::vector<at::Tensor>& weights, const StageInputs& inputs) override {
     std::vector<at::Tensor> all = weights;
@@ -60,11 +62,29 @@ class TracedStage : public Stage {
   torch::jit::Module module_;
 };
 
+// Returns the line of an error that tells the reason: torch adds stack traces below it, TorchScript above it.
+inline std::string reason(const std::exception& error) {
+  const auto* torchs = dynamic_cast<const c10::Error*>(&error);
+  const std::string text = torchs != nullptr ? torchs->what_without_backtrace() : error.what();
+  const bool is_last = text.find("Traceback of TorchScript") != std::string::npos;
+  std::istringstream lines(text);
+  std::string found;
+  for (std::string line; std::getline(lines, line) && (is_last || found.empty());) {
+    if (line.find_first_not_of(" \t\r") != std::string::npos) found = line;
+  }
+  return found;
+}
+
 inline std::unique_ptr<Stage> load_stage(const std::filesystem::path& folder, size_t number, at::Device device) {
   const auto path = folder / ("stage" + std::to_string(number));
-  if (std::filesystem::exists(path.string() + ".pt2")) return std::make_unique<CompiledStage>(path.string() + ".pt2");
-  if (std::filesystem::exists(path.string() + ".pt")) {
-    return std::make_unique<TracedStage>(path.string() + ".pt", device);
+  const bool is_compiled = std::filesystem::exists(path.string() + ".pt2");
+  const std::string file = path.string() + (is_compiled ? ".pt2" : ".pt");
+  try {
+    if (is_compiled) return std::make_unique<CompiledStage>(file, device);
+    if (std::filesystem::exists(file)) return std::make_unique<TracedStage>(file, device);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(file + " must be a stage that loads here, got: " + reason(error) +
+                             "; export anew, on this machine");
   }
   throw std::runtime_error(folder.string() + " must hold " + path.filename().string() +
                            ".pt2 or .pt, got neither; export anew");

@@ -1,0 +1,77 @@
+"""Runs a model's own forward on the anchors: tokens, position ids, masks and residuals of those alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitaccel.run import Run
+
+from .kinds import Kind
+from .split import Split
+
+
+def run_indexed(
+    kind: Kind, original: Callable[..., Any], arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+) -> Tensor:
+    """Returns the velocity (B, M, D) at a run's anchors of a state (B, N, D); image by image where anchors differ."""
+    ids = arguments["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    if run.is_dense:
+        return _velocity(original, arguments, split, run, hidden_states=split.tokens(run, state))
+    changed = {"hidden_states": split.tokens(run, state), **_at_anchors(kind, arguments, split, run)}
+    if run.has_shared_anchors:
+        return _velocity(original, arguments, split, run, **changed, img_ids=split.ids_at(ids, run.anchors[0]))
+    of_images = []
+    for image in range(state.shape[0]):
+        own = _of_image(kind, {**arguments, **changed}, image)
+        of_images.append(
+            _velocity(original, arguments, split, run, **own, img_ids=split.ids_at(ids, run.anchors[image]))
+        )
+    return torch.cat(of_images)
+
+
+def _at_anchors(kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run) -> dict[str, Any]:
+    """Returns the masks and residuals that are given for every token, of those that enter."""
+    batch, text_tokens = run.anchors.shape[0], arguments["encoder_hidden_states"].shape[1]
+    found: dict[str, Any] = {}
+    for name in kind.masks:
+        if arguments.get(name) is not None:
+            found[name] = split.at_anchors(run, _expand(arguments[name], batch), before=text_tokens)
+    for name in kind.residuals:
+        if arguments.get(name) is not None:
+            found[name] = [split.at_anchors(run, _expand(residual, batch)) for residual in arguments[name]]
+    return found
+
+
+def _of_image(kind: Kind, arguments: Mapping[str, Any], image: int) -> dict[str, Any]:
+    """Returns the arguments that have a row for each image, of one image."""
+    present = ((name, arguments.get(name)) for name in ("hidden_states", *kind.per_image))
+    # One row serves every image of a batch, as it does in the model.
+    rows: dict[str, Any] = {name: _row(value, image) for name, value in present if value is not None}
+    for name in kind.residuals:
+        if arguments.get(name) is not None:
+            rows[name] = [_row(residual, image) for residual in arguments[name]]
+    extra = arguments.get("joint_attention_kwargs") or {}
+    if "ip_adapter_image_embeds" in extra:
+        embeds = [_row(adapter, image) for adapter in extra["ip_adapter_image_embeds"]]
+        rows["joint_attention_kwargs"] = {**extra, "ip_adapter_image_embeds": embeds}
+    return rows
+
+
+def _expand(x: Tensor, batch: int) -> Tensor:
+    return x if x.shape[0] == batch else x.expand(batch, *x.shape[1:])
+
+
+def _row(values: Tensor, image: int) -> Tensor:
+    return values[image : image + 1] if values.shape[0] > 1 else values
+
+
+def _velocity(
+    original: Callable[..., Any], arguments: Mapping[str, Any], split: Split, run: Run, **changed: Any
+) -> Tensor:
+    velocity: Tensor = original(**{**arguments, **changed, "return_dict": False})[0]
+    return velocity[:, : run.num_active] if split.num_references else velocity

@@ -1,0 +1,80 @@
+"""What the FLUX transformers of diffusers have in common, and in what they differ, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One transformer class.
+
+    per_image: arguments with a row for each image, or one for all. masks: those over text and image tokens, (B, T + S).
+    residuals: lists of what is added to image tokens, (B, S, width). refused: arguments that cannot be accelerated, and
+    what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
+    cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it.
+    """
+
+    model: str
+    cost: Callable[[Mapping[str, Any], int, int], int]
+    per_image: tuple[str, ...]
+    masks: tuple[str, ...] = ()
+    residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
+    refused: Mapping[str, str] = field(default_factory=dict)
+    attention_arguments: tuple[str, ...] = ("scale", "ip_adapter_image_embeds")
+    packs: bool = False
+
+
+KINDS = (
+    Kind(
+        model="FluxTransformer2DModel",
+        cost=flux_flops,
+        per_image=("encoder_hidden_states", "pooled_projections", "timestep", "guidance"),
+        packs=True,
+    ),
+    Kind(
+        model="Flux2Transformer2DModel",
+        cost=flux2_flops,
+        per_image=("encoder_hidden_states", "timestep", "guidance"),
+        residuals=(),
+        refused={"kv_cache": "a cache of keys and values", "kv_cache_mode": "a cache of keys and values"},
+        attention_arguments=("scale",),
+    ),
+    Kind(
+        model="ChromaTransformer2DModel",
+        cost=chroma_flops,
+        per_image=("encoder_hidden_states", "timestep", "attention_mask"),
+        masks=("attention_mask",),
+    ),
+)
+MODELS = tuple(kind.model for kind in KINDS)
+
+# Pipelines by the transformer that they run. What is repainted under a mask is where anchors are placed.
+PIPELINES: Mapping[str, tuple[str, ...]] = {
+    "FluxTransformer2DModel": (
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+        "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxFillPipeline",
+        "FluxControlPipeline",
+        "FluxControlImg2ImgPipeline",
+        "FluxControlInpaintPipeline",
+    ),
+    "Flux2Transformer2DModel": ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+    "ChromaTransformer2DModel": ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+}
+
+
+def kind_of(model: Any) -> Kind | None:
+    """Returns the kind of a transformer, through `torch.compile`'s wrapper and derived classes; None for others."""
+    names = [kind.__name__ for kind in type(getattr(model, "_orig_mod", model)).__mro__]
+    return next((kind for kind in KINDS if kind.model in names), None)

@@ -1,0 +1,96 @@
+"""What of a call's image tokens is generated, and what a model is only shown beside it.
+
+Reference tokens stand after the generated ones (Kontext, FLUX.2), and further channels beside those of the state (Fill,
+Control). References stay dense; further channels go with their tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jitaccel.errors import UnsupportedModelError
+from jitaccel.run import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """hidden: (B, S, C), all that a model is given of images. num_tokens, channels: N and D, which come first in it."""
+
+    hidden: Tensor
+    num_tokens: int
+    channels: int
+
+    @property
+    def state(self) -> Tensor:
+        """What is generated, (B, N, D); the very tensor where that is all."""
+        is_all = self.num_tokens == self.hidden.shape[1] and self.channels == self.hidden.shape[2]
+        return self.hidden if is_all else self.hidden[:, : self.num_tokens, : self.channels]
+
+    @property
+    def num_references(self) -> int:
+        """How many reference tokens there are."""
+        return self.hidden.shape[1] - self.num_tokens
+
+    @property
+    def extra(self) -> Tensor | None:
+        """The further channels of generated tokens, (B, N, C - D)."""
+        if self.channels == self.hidden.shape[2]:
+            return None
+        return self.hidden[:, : self.num_tokens, self.channels :]
+
+    @property
+    def references(self) -> Tensor | None:
+        """The reference tokens, (B, R, C)."""
+        return self.hidden[:, self.num_tokens :] if self.num_references else None
+
+    def tokens(self, run: Run, state: Tensor) -> Tensor:
+        """Returns what enters the network, (B, M + R, C): a state's anchors (B, N, D), and what is shown with them."""
+        return beside(run.gather(state), None if self.extra is None else run.gather(self.extra), self.references)
+
+    def at_anchors(self, run: Run, x: Tensor, before: int = 0) -> Tensor:
+        """Returns of `x` (B, before + S, ...), given for every token, what belongs to those that enter the network.
+
+        before: how many entries of text come first; they stay.
+        """
+        if run.is_dense:
+            return x
+        text, image = x[:, :before], x[:, before:]
+        parts = (text, run.gather(image[:, : self.num_tokens].contiguous()), image[:, self.num_tokens :])
+        return torch.cat([part for part in parts if part.shape[1]], dim=1)
+
+    def ids_at(self, ids: Tensor, anchors: Tensor | None) -> Tensor:
+        """Returns the position ids (M + R, A) of anchors (M,) among those of every token (S, A); None for all."""
+        if anchors is None:
+            return ids
+        return torch.cat([ids[: self.num_tokens][anchors], ids[self.num_tokens :]])
+
+    def whole(self, velocity: Tensor) -> Tensor:
+        """Returns a velocity (B, N, D) as a model does, (B, S, D): zeros at references, which nobody reads."""
+        if not self.num_references:
+            return velocity
+        return torch.cat([velocity, velocity.new_zeros(len(velocity), self.num_references, self.channels)], dim=1)
+
+
+def beside(tokens: Tensor, extra: Tensor | None, references: Tensor | None) -> Tensor:
+    """Returns tokens (B, M, D) with their further channels, and references after them."""
+    if extra is not None:
+        tokens = torch.cat([tokens, extra], dim=2)
+    return tokens if references is None else torch.cat([tokens, references], dim=1)
+
+
+def num_generated(ids: Tensor) -> int:
+    """Returns how many of the position ids (S, A) are of generated tokens, whose first id is 0. Waits for the device.
+
+    Raises UnsupportedModelError where those do not come first.
+    """
+    is_reference = ids[:, 0] != 0
+    count = len(ids) - int(is_reference.sum())
+    if bool(is_reference[:count].any()):
+        raise UnsupportedModelError(
+            "jitaccel: img_ids must list generated tokens (first id 0) before references, got references among them; "
+            "remove() the handle for this call"
+        )
+    return count
