@@ -25,8 +25,9 @@ lint: setup ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+# A process a core, of one thread each: threads of several processes on one core wait for each other.
 test: lint operators ## lint, compile all operators, then pytest $(ARGS)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 demo: setup ## the embedded pipeline with and without acceleration; jitaccel demo $(ARGS)
 	$(RUN) -m jitaccel demo $(ARGS)

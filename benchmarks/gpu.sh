@@ -6,6 +6,7 @@
 # Each step writes OUT/STEP.log, and rows to OUT/rows.jsonl. Nothing is begun after $BUDGET seconds (540); run it again to
 # go on: a step that is done is left out, and `record` goes on with the cases that OUT/rows.jsonl has not.
 # Steps: build tests record kernels packing denoise startup. Copy rows.jsonl to benchmarks/results/WHAT-GPU-DATE.jsonl.
+# Where the checkout has no history, JITACCEL_COMMIT names the commit that the rows are of.
 # Needs Python with torch; jitaccel runs from this checkout. Where diffusers is missing, its wheel is taken from
 # $WHEELS (pip download --no-deps diffusers), since such machines often reach no index; torchao's too, if it is there.
 set -u

@@ -68,7 +68,12 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Returns the commit of the checkout this package runs from, "-dirty" where files differ; "no commit" elsewhere."""
+    """Returns the commit of the checkout this package runs from, "-dirty" where files differ; "no commit" elsewhere.
+
+    A copy that came without its history may be told: JITACCEL_COMMIT.
+    """
+    if told := os.environ.get("JITACCEL_COMMIT"):
+        return told
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

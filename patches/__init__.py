@@ -7,6 +7,7 @@ a subset of tokens, and which call of a step this is.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,15 @@ def is_instance_of(target: Any, package: str, *names: str) -> bool:
     return any(kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in type(target).__mro__)
 
 
+def is_bfl_flux(target: Any) -> bool:
+    """Returns whether this is Black Forest Labs' `Flux` or a copy of it, told by its name and how it is called."""
+    forward = getattr(type(target), "forward", None)
+    if type(target).__name__ != "Flux" or forward is None:
+        return False
+    names = [*inspect.signature(forward).parameters][1:7]
+    return names == ["img", "img_ids", "txt", "txt_ids", "timesteps", "y"]
+
+
 def _lazily(module: str, function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module, __name__), function)(*args)
@@ -70,14 +80,29 @@ PATCHES: tuple[Patch, ...] = (
         ),
         apply=_lazily(".diffusers_flux", "apply_to_transformer"),
     ),
+    Patch(
+        name="black-forest-labs Flux",
+        matches=is_bfl_flux,
+        apply=_lazily(".bfl_flux", "apply"),
+    ),
 )
+_REGISTERED: list[Patch] = []  # those of other packages, the newest first
+
+
+def register(patch: Patch) -> None:
+    """Adds a patch of another package, which is asked before all others; one of the same name is replaced.
+
+    docs/adding-a-model.md shows one.
+    """
+    _REGISTERED[:] = [patch, *(other for other in _REGISTERED if other.name != patch.name)]
 
 
 def find(target: Any) -> Patch:
     """Returns the patch for a target. Raises UnsupportedModelError, naming what is supported, where there is none."""
-    for patch in PATCHES:
+    known = (*_REGISTERED, *PATCHES)
+    for patch in known:
         if patch.matches(target):
             return patch
-    supported = ", ".join(patch.name for patch in PATCHES)
+    supported = ", ".join(patch.name for patch in known)
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
     raise UnsupportedModelError(f"apply: target must be one of: {supported}; got {kind}; pass the pipeline itself")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from jitaccel.errors import UnsupportedModelError
+from jitaccel.execution import Execution
 from jitaccel.run import Run
 from jitaccel.stats import Cost, Recorder
 
 if TYPE_CHECKING:
     from jitaccel.compile import CompileStats
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +72,29 @@ class Calls(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
     def release(self) -> None: ...
+
+
+class IndexedCalls:
+    """Statistics of a model that always runs its own forward on the anchors.
+
+    Raises UnsupportedModelError, or notes, that packed or compiled execution was asked for and does not know it.
+    """
+
+    execution = "indexed"
+    attention = None
+    compiled = None
+
+    def __init__(self, model: str, options: Execution) -> None:
+        self.notes: tuple[str, ...] = ()
+        if options.execution != "packed" and options.compile is None:
+            return
+        reason = f"packed execution does not know {model}"
+        if options.strict:
+            raise UnsupportedModelError(
+                f"jitaccel: execution must be covered with strict=True, got {reason}; use strict=False to run indexed"
+            )
+        _log.warning("jitaccel: indexed execution, since %s", reason)
+        self.notes = (f"indexed execution, since {reason}",)
+
+    def release(self) -> None:
+        """Nothing is kept."""

@@ -106,6 +106,8 @@ def test_provenance_names_device_versions_and_commit(monkeypatch: pytest.MonkeyP
     assert all(str(origin[name]) for name in ("device", "commit", "python", "diffusers"))
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() == "no commit"
+    monkeypatch.setenv("JITACCEL_COMMIT", "0123456789ab")
+    assert provenance.commit() == "0123456789ab"
 
 
 @pytest.mark.parametrize("grid", [(10, 12), (3, 8, 9)])

@@ -10,7 +10,7 @@ import torch
 from benchmarks.pipelines import FLUX_DEV
 from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.control import dense_control, equivalent_dense_steps, schedule_flops
-from jitaccel.flops import flux_flops
+from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
 
 COST = functools.partial(flux_flops, FLUX_DEV)
 
@@ -52,6 +52,36 @@ def test_flops_are_those_that_torch_counts(guidance: bool) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**arguments)
     assert flux_flops(model.config, tokens, text_tokens, batch) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("model", ["Flux2Transformer2DModel", "ChromaTransformer2DModel"])
+def test_flops_of_other_models_are_those_that_torch_counts(model: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = {
+        "in_channels": 12, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 20, "axes_dims_rope": (2, 2, 2, 2) if model.startswith("Flux2") else (2, 2, 4),
+    }  # fmt: skip
+    own = {"mlp_ratio": 2.5} if model.startswith("Flux2") else {"approximator_hidden_dim": 6, "approximator_layers": 2}
+    batch, tokens, text_tokens = 2, 9, 5
+    axes = len(settings["axes_dims_rope"])
+    with torch.device("meta"):
+        network = getattr(diffusers, model)(**settings, **own)
+        arguments = {
+            "hidden_states": torch.empty(batch, tokens, 12),
+            "encoder_hidden_states": torch.empty(batch, text_tokens, 20),
+            "timestep": torch.empty(batch),
+            "img_ids": torch.empty(tokens, axes),
+            "txt_ids": torch.empty(text_tokens, axes),
+        }
+        if model.startswith("Flux2"):
+            arguments["guidance"] = torch.empty(batch)
+    cost = {"Flux2Transformer2DModel": flux2_flops, "ChromaTransformer2DModel": chroma_flops}[model]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        network(**arguments)
+    assert cost(network.config, tokens, text_tokens, batch) == counter.get_total_flops()
 
 
 def test_control_has_the_nearest_whole_number_of_dense_steps_on_the_same_levels() -> None:

@@ -1,0 +1,51 @@
+"""What the arguments of a FLUX model say: the grid of its tokens, and the noise level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jitaccel.errors import UnsupportedModelError
+
+
+def one_image(ids: Tensor) -> Tensor:
+    """Returns position ids (S, A) of ids that may be given for each image, (B, S, A)."""
+    if ids.ndim == 2:
+        return ids
+    if ids.shape[0] > 1 and not bool((ids == ids[:1]).all()):
+        raise ValueError("jitaccel: img_ids must be the same for every image, got ids that differ; pass (N, 3)")
+    return ids[0]
+
+
+def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
+    """Returns (grid_h, grid_w) of position ids (N, A), rows (0, row, column) or (0, row, column, 0) in raster order.
+
+    Waits for the device. Raises ValueError for ids that are no raster, or not as many as the tokens.
+    """
+    ids = one_image(img_ids.detach())
+    height, width = (int(ids[:, axis].max()) + 1 if len(ids) else 0 for axis in (1, 2))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    raster = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    found = ids.cpu().long()
+    is_raster = torch.equal(found[:, :3], raster) and not found[:, 3:].any()
+    if ids.shape[0] != num_tokens or height * width != num_tokens or not is_raster:
+        raise ValueError(
+            f"jitaccel: img_ids must be the raster of the {num_tokens} tokens given, got {ids.shape[0]} ids up to row "
+            f"{height - 1}, column {width - 1}; build them as the pipelines do"
+        )
+    return height, width
+
+
+def single_level(timestep: Tensor) -> float:
+    """Returns the noise level that all images of a batch have. Waits for the device.
+
+    Raises UnsupportedModelError where they differ, ValueError for what is no level.
+    """
+    levels = timestep.detach().float().flatten().tolist()
+    if any(level != levels[0] for level in levels):
+        raise UnsupportedModelError(
+            f"jitaccel: timestep must be one noise level for the whole batch, got {levels}; call image by image"
+        )
+    if not 0.0 < levels[0] <= 1.0:
+        raise ValueError(f"jitaccel: timestep must be a noise level in (0, 1], got {levels[0]:g}; divide it by 1000")
+    return float(levels[0])

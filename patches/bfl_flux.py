@@ -1,0 +1,105 @@
+"""Black Forest Labs' own `Flux` (github.com/black-forest-labs/flux), and its copies in kohya's scripts and x-flux.
+
+    forward(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, ...)
+
+Its position ids have a row for each image, so that every image of a batch has anchors of its own in one forward. Nobody
+tells it the next noise level: give `noise_levels=` what `get_schedule` returned, or they are predicted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitaccel.config import JiTConfig
+from jitaccel.execution import Execution
+from jitaccel.flops import flux_flops
+from jitaccel.handle import Handle
+from jitaccel.run import Run
+
+from .arguments import grid_of_ids, one_image, single_level
+from .call import Answer, IndexedCalls, ModelCall
+from .split import Split, num_generated
+from .velocity_route import VelocityRoute
+
+_RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
+_HANDLE = "_jitaccel_handle"
+
+
+def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Handle:
+    """Returns the handle of a patched `Flux`."""
+    calls = IndexedCalls("Flux", execution)
+    old = getattr(vars(model).get("forward"), _HANDLE, None)
+    if old is not None:
+        old.remove()
+    route = VelocityRoute(config, levels, codebase=f"{type(model).__module__} Flux", calls=calls)
+    handle = Handle(model, route)
+    original, signature = model.forward, inspect.signature(model.forward)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        extra = arguments.pop("kwargs", {})
+        try:
+            call, split = _model_call(model, original, {**arguments, **extra})
+            return split.whole(route.forward(call))
+        except BaseException:
+            route.abandon()
+            raise
+
+    setattr(forward, _HANDLE, handle)
+    handle.set_attribute(model, "forward", forward)
+    return handle
+
+
+def _model_call(model: Any, original: Callable[..., Tensor], arguments: dict[str, Any]) -> tuple[ModelCall, Split]:
+    ids, params = arguments["img_ids"], model.params
+    num_tokens = num_generated(one_image(ids))
+    channels = getattr(model, "out_channels", None) or params.in_channels
+    split = Split(arguments["img"], num_tokens, channels)
+    config = _config(params, channels)
+    call = ModelCall(
+        state=split.state,
+        text_tokens=arguments["txt"].shape[1],
+        cost=lambda image_tokens, text_tokens: flux_flops(config, image_tokens + split.num_references, text_tokens),
+        grid=lambda: grid_of_ids(one_image(ids)[:num_tokens], split.state.shape[1]),
+        noise_level=lambda: single_level(arguments["timesteps"]),
+        evaluate=functools.partial(_evaluate, original, arguments, split),
+    )
+    return call, split
+
+
+def _evaluate(
+    original: Callable[..., Tensor], arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+) -> Answer:
+    """Runs the model on the anchors: their tokens, position ids and residuals."""
+    batch = state.shape[0]
+    changed: dict[str, Any] = {"img": split.tokens(run, state)}
+    if not run.is_dense:
+        ids = one_image(arguments["img_ids"])
+        changed["img_ids"] = torch.stack([split.ids_at(ids, anchors) for anchors in run.anchors])
+        for name in _RESIDUALS:
+            if arguments.get(name) is not None:
+                whole = [residual.expand(batch, *residual.shape[1:]) for residual in arguments[name]]
+                changed[name] = [split.at_anchors(run, residual) for residual in whole]
+    return Answer(original(**{**arguments, **changed})[:, : run.num_active])
+
+
+def _config(params: Any, out_channels: int) -> dict[str, Any]:
+    """Returns the configuration in diffusers' words, from which costs follow."""
+    return {
+        "num_attention_heads": params.num_heads,
+        "attention_head_dim": params.hidden_size // params.num_heads,
+        "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks,
+        "guidance_embeds": params.guidance_embed,
+        "pooled_projection_dim": params.vec_in_dim,
+        "joint_attention_dim": params.context_in_dim,
+        "in_channels": params.in_channels,
+        "out_channels": out_channels,
+    }
