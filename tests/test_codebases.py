@@ -435,58 +435,36 @@ def test_pipeline_route_and_bare_route_agree_on_references() -> None:
         assert relative_error(subject.loop(hidden[:, :NUM_TOKENS]), expected) < 1e-4
 
 
-def _klein() -> Any:
+def _flux2_pipeline(name: str) -> Any:
     vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=CHANNELS // 4,
     )  # fmt: skip
-    pipe = diffusers.Flux2KleinPipeline(
-        scheduler=tiny.scheduler(),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=flux2_transformer(guidance_embeds=False),
+    model = flux2_transformer(guidance_embeds=name == "Flux2Pipeline")
+    pipe = getattr(diffusers, name)(
+        scheduler=tiny.scheduler(), vae=vae.eval(), text_encoder=None, tokenizer=None, transformer=model
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _generate_klein(pipe: Any, **call: Any) -> Tensor:
-    settings: dict[str, Any] = {
-        "prompt_embeds": noise(1, 1, TEXT_TOKENS, WIDTH), "negative_prompt_embeds": noise(2, 1, TEXT_TOKENS, WIDTH),
-        "guidance_scale": 3.0, "height": 4 * GRID[0], "width": 4 * GRID[1], "num_inference_steps": 5,
-        "output_type": "latent", "generator": torch.Generator().manual_seed(0),
-    }  # fmt: skip
-    latents: Tensor = pipe(**{**settings, **call}, return_dict=False)[0]
-    return latents
-
-
-@pytest.mark.parametrize("call", [{"guidance_scale": 1.0}, {}], ids=["plain", "guided"])
-def test_flux2_klein(call: dict[str, Any]) -> None:
-    pipe = _klein()
-    expected = _generate_klein(pipe, **call)
-    with jitaccel.apply(pipe, DENSE):
-        assert torch.equal(_generate_klein(pipe, **call), expected)
-    with jitaccel.apply(pipe, SHORT) as handle:
-        assert _generate_klein(pipe, **call).isfinite().all()
-        stats = handle.stats()
-    assert [step.tokens for step in stats.steps] == [50, 50, 93, 144, 144]
-    assert {step.calls for step in stats.steps} == {1 if call else 2}
-
-
-def test_chroma_pipeline() -> None:
-    parts = {name: part for name, part in tiny.pipeline().components.items() if name in ("vae", "scheduler")}
-    pipe = diffusers.ChromaPipeline(**parts, text_encoder=None, tokenizer=None, transformer=chroma_transformer())
-    pipe.set_progress_bar_config(disable=True)
-    mask = torch.ones(1, TEXT_TOKENS)
-    mask[:, 5:] = 0.0
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("Flux2Pipeline", {}),
+        ("Flux2KleinPipeline", {"guidance_scale": 1.0}),
+        ("Flux2KleinPipeline", {"guidance_scale": 3.0, "negative_prompt_embeds": noise(2, 1, TEXT_TOKENS, WIDTH)}),
+    ],
+    ids=["dev", "klein", "klein guided"],
+)
+def test_flux2_pipelines(name: str, call: dict[str, Any]) -> None:
+    pipe = _flux2_pipeline(name)
 
     def make() -> Tensor:
         return pipe(
-            prompt_embeds=noise(1, 1, TEXT_TOKENS, WIDTH), prompt_attention_mask=mask,
-            negative_prompt_embeds=noise(2, 1, TEXT_TOKENS, WIDTH), negative_prompt_attention_mask=mask,
-            height=4 * GRID[0], width=4 * GRID[1], num_inference_steps=5, output_type="latent",
-            generator=torch.Generator().manual_seed(0), return_dict=False,
+            prompt_embeds=noise(1, 1, TEXT_TOKENS, WIDTH), height=4 * GRID[0], width=4 * GRID[1],
+            num_inference_steps=5, output_type="latent", generator=torch.Generator().manual_seed(0), return_dict=False,
+            **call,
         )[0]  # fmt: skip
 
     expected = make()
@@ -494,7 +472,42 @@ def test_chroma_pipeline() -> None:
         assert torch.equal(make(), expected)
     with jitaccel.apply(pipe, SHORT) as handle:
         assert make().isfinite().all()
-        assert [step.tokens for step in handle.stats().steps] == [50, 50, 93, 144, 144]
+        stats = handle.stats()
+    assert [step.tokens for step in stats.steps] == [50, 50, 93, 144, 144]
+    assert {step.calls for step in stats.steps} == {2 if "negative_prompt_embeds" in call else 1}
+
+
+@pytest.mark.parametrize("name", PIPELINES["ChromaTransformer2DModel"])
+def test_chroma_pipelines(name: str) -> None:
+    parts = {part: given for part, given in tiny.pipeline().components.items() if part in ("vae", "scheduler")}
+    pipe = getattr(diffusers, name)(**parts, text_encoder=None, tokenizer=None, transformer=chroma_transformer())
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.ones(1, TEXT_TOKENS)
+    mask[:, 5:] = 0.0
+    call: dict[str, Any] = {
+        "prompt_embeds": noise(1, 1, TEXT_TOKENS, WIDTH), "prompt_attention_mask": mask,
+        "negative_prompt_embeds": noise(2, 1, TEXT_TOKENS, WIDTH), "negative_prompt_attention_mask": mask,
+        "height": 4 * GRID[0], "width": 4 * GRID[1], "num_inference_steps": 8, "output_type": "latent",
+        "return_dict": False,
+    }  # fmt: skip
+    if name != "ChromaPipeline":
+        call |= {"image": _picture(1), "strength": 0.7}
+    if "Inpaint" in name:
+        if not hasattr(pipe.transformer.config, "guidance_embeds"):
+            pytest.skip("this diffusers' own pipeline asks its transformer for a setting that it has not")
+        call["mask_image"] = _mask_picture()
+
+    def make() -> Tensor:
+        return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+
+    expected = make()
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(make(), expected)
+    with jitaccel.apply(pipe, SHORT.replace(steps=8)) as handle:
+        assert make().isfinite().all()
+        stats = handle.stats()
+    assert len(stats.steps) == (8 if name == "ChromaPipeline" else 6)
+    assert (stats.steps[0].tokens == 50) == ("Inpaint" not in name) and stats.steps[-1].tokens == NUM_TOKENS
 
 
 def test_names_of_pipelines_are_those_of_diffusers() -> None:
