@@ -34,7 +34,7 @@ class ModelCall:
 
     state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state.
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
-    that are painted anew where only those are, or None.
+    that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to.
     """
 
     state: Tensor
@@ -43,6 +43,7 @@ class ModelCall:
     grid: Callable[[], tuple[int, int]]
     noise_level: Callable[[], float]
     mask: Callable[[], Tensor | None] = lambda: None
+    multiple: int = 1
     evaluate: Callable[[Run, Tensor], Answer]
 
     def recorder(self, grid: tuple[int, int]) -> Recorder:

@@ -21,7 +21,7 @@ from . import is_instance_of
 from .arguments import grid_of_ids, one_image, single_level
 from .call import ModelCall
 from .caller import calling_pipeline, inpainting_mask
-from .kinds import MODELS, PIPELINES, Kind, kind_of
+from .kinds import MODELS, PIPELINES, Kind, kind_of, token_multiple
 from .packed_calls import FluxCalls
 from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
 from .split import Split, num_generated
@@ -250,6 +250,7 @@ def _model_call(
         grid=lambda: grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1]),
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: _mask(split),
+        multiple=token_multiple(module),
         evaluate=functools.partial(calls.evaluate, module, hook, original, arguments, split),
     )
 

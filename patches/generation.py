@@ -54,7 +54,7 @@ class Generation:
         grid = call.grid()
         self.recorder = call.recorder(grid)
         with self.recorder.outside(step.index):
-            self._run = Run(config, grid, step, call.state, forced=call.mask())
+            self._run = Run(config, grid, step, call.state, forced=call.mask(), multiple=call.multiple)
         self._owed: Tensor | None = None  # what the state still lacks of its last move
         self._before: _Visit | None = None
         self._now = self._visit(call, step, level)

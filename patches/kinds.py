@@ -74,6 +74,15 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_NUNCHAKU_TOKENS = 256  # its kernels pad a sequence to a multiple of this
+
+
+def token_multiple(model: Any) -> int:
+    """Returns what numbers of anchors are rounded up to: nunchaku's models compute the padding anyway."""
+    is_nunchaku = any(kind.__name__.startswith("Nunchaku") for kind in type(model).__mro__)
+    return _NUNCHAKU_TOKENS if is_nunchaku else 1
+
+
 def kind_of(model: Any) -> Kind | None:
     """Returns the kind of a transformer, through `torch.compile`'s wrapper and derived classes; None for others."""
     names = [kind.__name__ for kind in type(getattr(model, "_orig_mod", model)).__mro__]

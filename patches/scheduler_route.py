@@ -154,7 +154,9 @@ class SchedulerRoute:
         self._recorder = call.recorder(grid)
         self._generations += 1
         with self._recorder.outside(0):
-            self._run = Run(self.config, grid, self._clock.step(0), call.state, forced=call.mask())
+            self._run = Run(
+                self.config, grid, self._clock.step(0), call.state, forced=call.mask(), multiple=call.multiple
+            )
 
     def _step(
         self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any

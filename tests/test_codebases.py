@@ -265,6 +265,29 @@ def test_fill_model_paints_its_mask_from_the_first_stage_on() -> None:
     assert inside <= set(stats.anchors[0][0].tolist())
 
 
+@torch.no_grad()
+def test_nunchaku_gets_numbers_of_anchors_that_its_kernels_pad_to() -> None:
+    """A class of its name: the package itself needs a GPU."""
+
+    class NunchakuFluxTransformer2dModel(diffusers.FluxTransformer2DModel):  # type: ignore[misc]
+        pass
+
+    model = randomised(NunchakuFluxTransformer2dModel.from_config(tiny.transformer().config))
+    levels, state = jitaccel.noise_levels(SHORT), tiny.start(grid=(24, 30))
+    subject = _flux(model=model)
+    with jitaccel.apply(model, SHORT, noise_levels=levels, execution="indexed") as handle:
+        for level, after in itertools.pairwise(levels):
+            velocity = model(
+                state,
+                img_ids=tiny.ids((24, 30)),
+                timestep=torch.tensor([level]),
+                return_dict=False,
+                **subject.arguments,
+            )[0]
+            state = state + (after - level) * velocity
+        assert [anchors.shape[1] for anchors in handle.stats().anchors] == [256, 512, 720]
+
+
 # Pipelines
 
 
