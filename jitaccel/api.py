@@ -30,8 +30,9 @@ def apply(
     Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
     it back bit for bit. Applying to the same target again replaces what was applied before.
 
-    target: a diffusers `FluxPipeline` (the scheduler is followed, and the state moved in its `step`), or a bare
-        `FluxTransformer2DModel` in somebody's own Euler loop (the move rides on the returned velocity).
+    target: a diffusers pipeline of FLUX.1, FLUX.2 or Chroma (the scheduler is followed, and the state moved in its
+        `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
+        rides on the returned velocity). docs/codebases.md lists them.
     preset: "4x", "7x", "dense", or a JiTConfig.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
