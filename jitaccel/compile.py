@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import lookup_backend
-from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
 from torch._dynamo.exc import TorchDynamoException
 
 from .errors import ConfigError, UnsupportedModelError, nearest_match
