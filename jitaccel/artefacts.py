@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -150,9 +150,9 @@ def _write(
         files={},
     )
     for (stage, arguments), name in zip(source.stages, plan.stage_files, strict=True):
-        _lower(stage, [*weights.values()], arguments, folder / name, format, options)
+        _lower(stage, weights, arguments, folder / name, format, options)
     names = (WEIGHTS, TENSORS, *plan.stage_files)
-    Plan(**{**vars(plan), "files": {name: file_digest(folder / name) for name in names}}).write(folder)
+    replace(plan, files={name: file_digest(folder / name) for name in names}).write(folder)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -185,21 +185,21 @@ class _Functional(nn.Module):
 
 def _lower(
     stage: nn.Module,
-    weights: list[Tensor],
+    weights: Mapping[str, Tensor],
     arguments: tuple[Tensor, ...],
     path: Path,
     format: Format,
     options: Mapping[str, Any],
 ) -> None:
     with torch.no_grad(), _without_warnings():
-        module = _Functional(stage, sorted(weights_of(stage)))
-        program = torch.export.export(module, (weights, *arguments), strict=False)
+        inputs = ([*weights.values()], *arguments)
+        program = torch.export.export(_Functional(stage, [*weights]), inputs, strict=False)
         if format == "aoti":
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
             return
         takes_guards = "check_guards" in inspect.signature(program.module).parameters
         flat = program.module(check_guards=False) if takes_guards else program.module()
-        torch.jit.trace(flat, (weights, *arguments), check_trace=False, strict=False).save(str(path))
+        torch.jit.trace(flat, inputs, check_trace=False, strict=False).save(str(path))
 
 
 @contextmanager

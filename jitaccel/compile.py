@@ -119,7 +119,7 @@ class Compiler:
         self._compiled: dict[Hashable, _Compiled] = {}
         self._signatures: set[Hashable] = set()
         self._failed: dict[Hashable, str] = {}
-        self._unrecorded: list[str] = []
+        self._notes: list[str] = []
         self._recorder: Recorder | None = None
         self._counts = Counts()
         self._copies = self._graphs = self._calls = self._eager_calls = self._dropped = 0
@@ -138,9 +138,9 @@ class Compiler:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why what runs eagerly does, and why what is not captured is not."""
+        """Why what runs eagerly does, and why what is not captured, or not compiled in regions, is not."""
         eager = (f"not compiled, since {reason}" for reason in self._failed.values())
-        return tuple(dict.fromkeys([*eager, *self._unrecorded]))
+        return tuple(dict.fromkeys([*eager, *self._notes]))
 
     def release(self) -> None:
         """Lets go of every graph and its memory; counts stay."""
@@ -180,7 +180,8 @@ class Compiler:
         except TorchDynamoException as error:
             what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if compiled.is_regional:
-                _log.info("jitaccel: a stage is compiled without regions, since %s", what)
+                self._notes.append(f"compiled without regions, since {what}")
+                _log.info("jitaccel: a stage is %s", self._notes[-1])
                 self._forget(signature)
                 self._compile(signature, function, is_regional=False)
                 return self.run(signature, function, *args)
@@ -236,7 +237,7 @@ class Compiler:
                 f"use strict=False, or compile={{'graphs': False}}"
             )
         _log.warning("jitaccel: %s", reason)
-        self._unrecorded.append(reason)
+        self._notes.append(reason)
 
     def _fail(self, signature: Hashable, reason: str) -> None:
         if self._strict:

@@ -210,22 +210,19 @@ class JiTConfig:
         are shares of the others. multiple: what counts are rounded up to, the grid's at most.
         Raises ConfigError where a stage would get no token.
         """
-        if num_forced or multiple > 1:
-            others = num_tokens - num_forced
-            asked = (num_forced + _whole_part(density, others) for density in self.densities)
-            return tuple(min(max(-(-count // multiple), 1) * multiple, num_tokens) for count in asked)
         if not _is_whole(num_tokens) or num_tokens < 1:
             raise ConfigError(
                 f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; "
                 f"pass grid_h * grid_w"
             )
-        counts = tuple(_whole_part(density, num_tokens) for density in self.densities)
+        others = num_tokens - num_forced
+        counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
         if counts[0] < 1:
             raise ConfigError(
                 f"token_counts: num_tokens must give every stage a token, got {num_tokens} tokens at "
                 f"density {self.densities[0]}; use {math.ceil(1 / self.densities[0])} tokens or more"
             )
-        return counts
+        return tuple(min(-(-count // multiple) * multiple, num_tokens) for count in counts)
 
     def replace(self, **overrides: Any) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError."""

@@ -24,7 +24,7 @@ from jitaccel.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
 from .call import Answer, IndexedCalls, ModelCall
-from .split import Split, num_generated
+from .split import SeenIds, Split
 from .velocity_route import VelocityRoute
 
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
@@ -39,14 +39,14 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
         old.remove()
     route = VelocityRoute(config, levels, codebase=f"{type(model).__module__} Flux", calls=calls)
     handle = Handle(model, route)
-    original, signature = model.forward, inspect.signature(model.forward)
+    original, signature, seen = model.forward, inspect.signature(model.forward), SeenIds()
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         extra = arguments.pop("kwargs", {})
         try:
-            call, split = _model_call(model, original, {**arguments, **extra})
+            call, split = _model_call(model, original, {**arguments, **extra}, seen)
             return split.whole(route.forward(call))
         except BaseException:
             route.abandon()
@@ -57,9 +57,11 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
     return handle
 
 
-def _model_call(model: Any, original: Callable[..., Tensor], arguments: dict[str, Any]) -> tuple[ModelCall, Split]:
+def _model_call(
+    model: Any, original: Callable[..., Tensor], arguments: dict[str, Any], seen: SeenIds
+) -> tuple[ModelCall, Split]:
     ids, params = arguments["img_ids"], model.params
-    num_tokens = num_generated(one_image(ids))
+    num_tokens = seen.num_generated(ids)
     channels = getattr(model, "out_channels", None) or params.in_channels
     split = Split(arguments["img"], num_tokens, channels)
     config = _config(params, channels)
@@ -81,7 +83,7 @@ def _evaluate(
     batch = state.shape[0]
     changed: dict[str, Any] = {"img": split.tokens(run, state)}
     if not run.is_dense:
-        ids = one_image(arguments["img_ids"])
+        ids = arguments["img_ids"][0]  # the same for every image, as was checked
         changed["img_ids"] = torch.stack([split.ids_at(ids, anchors) for anchors in run.anchors])
         for name in _RESIDUALS:
             if arguments.get(name) is not None:

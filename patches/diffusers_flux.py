@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from .caller import calling_pipeline, inpainting_mask
 from .kinds import MODELS, PIPELINES, Kind, kind_of, token_multiple
 from .packed_calls import FluxCalls
 from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
-from .split import Split, num_generated
+from .split import SeenIds, Split
 from .velocity_route import VelocityRoute
 
 _HOOK = "jitaccel"
@@ -98,7 +97,7 @@ class _Hook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.handles: dict[Any, Handle] = {}
         self.before: dict[str, Any] = {}
-        self._ids: tuple[weakref.ref[Tensor], int] | None = None
+        self._ids = SeenIds()
 
     @property
     def routes(self) -> tuple[Any, ...]:
@@ -122,16 +121,14 @@ class _Hook(ModelHook):  # type: ignore[misc]
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 
     def _split(self, module: Any, arguments: Mapping[str, Any]) -> Split:
-        """Returns what of a call is generated; ids seen at the call before are not looked at again."""
+        """Returns what of a call is generated."""
         ids, hidden = arguments["img_ids"], arguments["hidden_states"]
-        if self._ids is None or self._ids[0]() is not ids:
-            self._ids = weakref.ref(ids), num_generated(one_image(ids))
         if ids.shape[-2] != hidden.shape[1]:
             raise ValueError(
                 f"jitaccel: img_ids must be the raster of the {hidden.shape[1]} tokens given, and of references after "
                 f"them, got {ids.shape[-2]} ids; build them as the pipelines do"
             )
-        return Split(hidden, self._ids[1], module.config.out_channels or module.config.in_channels)
+        return Split(hidden, self._ids.num_generated(ids), module.config.out_channels or module.config.in_channels)
 
     def reset_state(self, module: Any) -> Any:
         """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""

@@ -158,9 +158,8 @@ def apply_exported(pipeline: Any, exported: Exported) -> Handle:
     if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
         raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
     stand_in = _StandIn(exported)
-    vars(pipeline)["transformer"] = stand_in  # the route looks at it
-    route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls=_Calls(exported))
-    vars(pipeline)["transformer"] = model
+    calls = _Calls(exported)
+    route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls, transformer=stand_in)
     handle = Handle(pipeline, route)
     handle.set_attribute(pipeline, "transformer", stand_in)
     stand_in.route = route

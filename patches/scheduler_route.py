@@ -33,13 +33,18 @@ _SCHEDULER_STATE = ("sigmas", "timesteps", "num_inference_steps", "_step_index",
 
 
 class SchedulerRoute:
-    """The generations of one pipeline, one at a time. `codebase` names it in statistics."""
+    """The generations of one pipeline, one at a time. `codebase` names it in statistics.
 
-    def __init__(self, pipeline: Any, config: JiTConfig, codebase: str, calls: Calls) -> None:
+    transformer: what the pipeline calls once this is installed, its own unless something is put in its place.
+    """
+
+    def __init__(
+        self, pipeline: Any, config: JiTConfig, codebase: str, calls: Calls, transformer: Any = None
+    ) -> None:
         self.config = config
         self.calls = calls
         self._pipeline = weakref.ref(pipeline)
-        self._transformer = weakref.ref(pipeline.transformer)
+        self._transformer = weakref.ref(pipeline.transformer if transformer is None else transformer)
         self._scheduler = pipeline.scheduler
         self._default_steps = _default_steps(pipeline)
         self._codebase = codebase

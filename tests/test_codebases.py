@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -358,12 +357,6 @@ def _generate(pipe: Any, **changed: Any) -> Tensor:
 FLUX_PIPELINES = [name for name in PIPELINES["FluxTransformer2DModel"] if hasattr(diffusers, name)]
 
 
-@contextmanager
-def _counted(pipe: Any) -> Iterator[list[int]]:
-    with tiny.counted(pipe.transformer) as seen:
-        yield seen
-
-
 @pytest.mark.parametrize("name", FLUX_PIPELINES)
 def test_dense_pipeline_is_the_untouched_one(name: str) -> None:
     pipe = _flux_pipeline(name)
@@ -377,7 +370,7 @@ def test_dense_pipeline_is_the_untouched_one(name: str) -> None:
 def test_sparse_pipeline_computes_fewer_tokens_on_the_steps_that_run(name: str) -> None:
     pipe = _flux_pipeline(name)
     config = SHORT.replace(steps=8, schedule="native")
-    with jitaccel.apply(pipe, config) as handle, _counted(pipe) as seen:
+    with jitaccel.apply(pipe, config) as handle, tiny.counted(pipe.transformer) as seen:
         made = _generate(pipe)
         stats = handle.stats()
     assert made.isfinite().all()
@@ -428,7 +421,7 @@ def test_guided_branches_share_their_anchors(name: str) -> None:
     with jitaccel.apply(pipe, config, execution="indexed") as handle:
         indexed = _generate(pipe, **guided)
         assert {step.calls for step in handle.stats().steps} == {2}
-    with jitaccel.apply(pipe, config), _counted(pipe) as seen:
+    with jitaccel.apply(pipe, config), tiny.counted(pipe.transformer) as seen:
         assert relative_error(_generate(pipe, **guided), indexed) < 1e-5
     steps = len(handle.stats().steps)
     assert len(seen) == 2 * steps if "ControlNet" in name else steps <= len(seen) <= steps + 2  # foreseen, or learnt

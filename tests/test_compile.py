@@ -404,6 +404,8 @@ def test_stage_that_cannot_have_regions_is_compiled_whole(why: str) -> None:
     with jitaccel.apply(pipe, config, compile={"backend": backend}, strict=True) as handle:
         assert relative_error(generate(pipe), eager) < 1e-6
         assert handle.stats().compiled.eager_calls == 0
+        if why.startswith("the backend"):
+            assert any("without regions, since BackendCompilerFailed" in note for note in handle.stats().notes)
     assert count.graphs == 2
 
 
