@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import JiTConfig, resolve
-from .errors import ConfigError
-from .execution import Attention, Execution, Mode
+from .errors import ConfigError, UnsupportedModelError
+from .execution import Attention, Execution, Mode, Unsupported
 from .handle import Handle
 
 
@@ -23,6 +23,7 @@ def apply(
     attention: Attention = "auto",
     compile: bool | str | Mapping[str, Any] = False,
     strict: bool = False,
+    on_unsupported: Unsupported = "error",
     **overrides: Any,
 ) -> Handle:
     """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
@@ -32,7 +33,7 @@ def apply(
 
     target: a diffusers pipeline of FLUX.1, FLUX.2 or Chroma (the scheduler is followed, and the state moved in its
         `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
-        rides on the returned velocity). docs/codebases.md lists them.
+        rides on the returned velocity), or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
     preset: "4x", "7x", "dense", or a JiTConfig.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
@@ -45,6 +46,8 @@ def apply(
         `torch.compile` ("max-autotune", ...), or a dict of its arguments backend, mode and options, and `graphs`:
         whether to capture. Graphs are made at the first generation of each size and batch, or by `handle.warmup`.
     strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
+    on_unsupported: "error" raises for a target, sampler or call that cannot be accelerated correctly; "dense" logs a
+        warning and lets it run as if untouched, which `handle.stats()` then says.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
     Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
@@ -53,8 +56,21 @@ def apply(
 
     config = resolve(preset, **overrides)
     levels = None if noise_levels is None else _checked_levels(noise_levels)
-    how = Execution(execution=execution, attention=attention, compile=_compile_options(compile), strict=strict)
-    return patches.find(target).apply(target, config, levels, how)
+    how = Execution(
+        execution=execution,
+        attention=attention,
+        compile=_compile_options(compile),
+        strict=strict,
+        on_unsupported=on_unsupported,
+    )
+    try:
+        return patches.find(target).apply(target, config, levels, how)
+    except UnsupportedModelError as error:
+        if not how.may_be_dense:
+            raise
+        from .patches.dense import leave_dense
+
+        return leave_dense(target, config, error)
 
 
 def _compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError, nearest_match
 
 Mode = Literal["auto", "packed", "indexed"]
+Unsupported = Literal["error", "dense"]
 Attention = Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers", "sdpa"]
 
 
@@ -22,6 +23,8 @@ class Execution:
     attention: what packed execution attends with; "auto" takes the first that is usable.
     compile: what `torch.compile` gets for each stage's packed forward, or None to run it eagerly.
     strict: raise where a fallback would run instead of what was asked for.
+    on_unsupported: what to do with a target, sampler or call that cannot be accelerated correctly: raise ("error"), or
+        let it run as if untouched and log a warning ("dense").
 
     Raises ConfigError for unknown names, and for compilation of the model's own forward.
     """
@@ -30,6 +33,7 @@ class Execution:
     attention: Attention = "auto"
     compile: Mapping[str, Any] | None = None
     strict: bool = False
+    on_unsupported: Unsupported = "error"
 
     def __post_init__(self) -> None:
         problems = [
@@ -38,6 +42,7 @@ class Execution:
             for name, value, allowed in (
                 ("execution", self.execution, get_args(Mode)),
                 ("attention", self.attention, get_args(Attention)),
+                ("on_unsupported", self.on_unsupported, get_args(Unsupported)),
             )
             if value not in allowed
         ]
@@ -46,5 +51,14 @@ class Execution:
                 'apply: execution must be "packed" or "auto" with compile, got "indexed"; '
                 "compile the model yourself before apply, or leave compile out"
             )
+        if self.strict and self.on_unsupported == "dense":
+            problems.append(
+                'apply: on_unsupported must be "error" with strict=True, got "dense"; leave one of them out'
+            )
         if problems:
             raise ConfigError("\n".join(problems))
+
+    @property
+    def may_be_dense(self) -> bool:
+        """Whether what cannot be accelerated correctly may run as if untouched."""
+        return self.on_unsupported == "dense"

@@ -138,11 +138,11 @@ class Recorder:
         self._watch = Stopwatch(self.device)
 
     @contextmanager
-    def network(self, step: Step, anchors: Tensor) -> Iterator[None]:
-        """Counts and times one forward of the batch on its anchors (B, M)."""
+    def network(self, step: Step, anchors: Tensor, branches: int = 1) -> Iterator[None]:
+        """Counts and times one forward of the batch on its anchors (B, M), for `branches` of guidance at once."""
         entry = self._entries.setdefault(step.index, _Entry(step, anchors.shape[1]))
         self._anchors[step.stage] = anchors
-        entry.calls += 1
+        entry.calls += branches
         with self._watch.span((step.index, "network")):
             yield
 

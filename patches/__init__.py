@@ -85,6 +85,11 @@ PATCHES: tuple[Patch, ...] = (
         matches=is_bfl_flux,
         apply=_lazily(".bfl_flux", "apply"),
     ),
+    Patch(
+        name="ComfyUI ModelPatcher",
+        matches=lambda target: is_instance_of(target, "comfy", "ModelPatcher"),
+        apply=_lazily(".comfyui.sampling", "apply"),
+    ),
 )
 _REGISTERED: list[Patch] = []  # those of other packages, the newest first
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.config import JiTConfig
+from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.flops import flux_flops
 from jitaccel.handle import Handle
@@ -24,6 +25,7 @@ from jitaccel.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
 from .call import Answer, IndexedCalls, ModelCall
+from .params import config_of
 from .split import SeenIds, Split
 from .velocity_route import VelocityRoute
 
@@ -37,7 +39,8 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
     old = getattr(vars(model).get("forward"), _HANDLE, None)
     if old is not None:
         old.remove()
-    route = VelocityRoute(config, levels, codebase=f"{type(model).__module__} Flux", calls=calls)
+    name = f"{type(model).__module__} Flux"
+    route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
     handle = Handle(model, route)
     original, signature, seen = model.forward, inspect.signature(model.forward), SeenIds()
 
@@ -48,6 +51,11 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
         try:
             call, split = _model_call(model, original, {**arguments, **extra}, seen)
             return split.whole(route.forward(call))
+        except UnsupportedModelError as error:
+            if route.leave_dense(error):
+                return original(*args, **kwargs)
+            route.abandon()
+            raise
         except BaseException:
             route.abandon()
             raise
@@ -64,7 +72,7 @@ def _model_call(
     num_tokens = seen.num_generated(ids)
     channels = getattr(model, "out_channels", None) or params.in_channels
     split = Split(arguments["img"], num_tokens, channels)
-    config = _config(params, channels)
+    config = config_of(params, params.in_channels, channels)
     call = ModelCall(
         state=split.state,
         text_tokens=arguments["txt"].shape[1],
@@ -90,18 +98,3 @@ def _evaluate(
                 whole = [residual.expand(batch, *residual.shape[1:]) for residual in arguments[name]]
                 changed[name] = [split.at_anchors(run, residual) for residual in whole]
     return Answer(original(**{**arguments, **changed})[:, : run.num_active])
-
-
-def _config(params: Any, out_channels: int) -> dict[str, Any]:
-    """Returns the configuration in diffusers' words, from which costs follow."""
-    return {
-        "num_attention_heads": params.num_heads,
-        "attention_head_dim": params.hidden_size // params.num_heads,
-        "num_layers": params.depth,
-        "num_single_layers": params.depth_single_blocks,
-        "guidance_embeds": params.guidance_embed,
-        "pooled_projection_dim": params.vec_in_dim,
-        "joint_attention_dim": params.context_in_dim,
-        "in_channels": params.in_channels,
-        "out_channels": out_channels,
-    }

@@ -44,7 +44,8 @@ def apply_to_pipeline(
     for old in _handles_of(pipeline):
         old.remove()
     _refuse_shared_scheduler(pipeline)
-    route = SchedulerRoute(pipeline, config, codebase=f"diffusers {type(pipeline).__name__}", calls=calls)
+    name = f"diffusers {type(pipeline).__name__}"
+    route = SchedulerRoute(pipeline, config, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
     handle = Handle(pipeline, route)
     handle.on_remove(calls.release)
     _install(pipeline.transformer, handle, route)
@@ -76,7 +77,8 @@ def apply_to_transformer(
     if problems := _model_problems(transformer):
         raise UnsupportedModelError(_explain(transformer, problems))
     calls = FluxCalls(transformer, config, execution)
-    route = VelocityRoute(config, levels, codebase=f"diffusers {type(transformer).__name__}", calls=calls)
+    name = f"diffusers {type(transformer).__name__}"
+    route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
     hook = hook_of(transformer)
     for other in hook.routes if hook else ():
         if isinstance(other, VelocityRoute):
@@ -108,13 +110,17 @@ class _Hook(ModelHook):  # type: ignore[misc]
         original = self.fn_ref.original_forward
         caller = calling_pipeline()
         route = next((route for route in self.routes if route.accepts(caller)), None)
-        if route is None:
+        if route is None or route.is_dense:
             return original(*args, **kwargs)
-        arguments = dict(_signature(module).bind(module, *args, **kwargs).arguments)
-        del arguments["self"]
+        arguments = _arguments(module, args, kwargs)
         try:
             split = self._split(module, arguments)
             velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
+        except UnsupportedModelError as error:
+            if route.leave_dense(error):
+                return original(*args, **kwargs)
+            route.abandon()
+            raise
         except BaseException:
             route.abandon()
             raise
@@ -263,14 +269,21 @@ def _mask(split: Split) -> Tensor | None:
     return (mask > 0).any(dim=2).expand(split.hidden.shape[0], -1)
 
 
-def _signature(module: Any) -> inspect.Signature:
+def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by name; a derived class may take more than diffusers' own."""
     model: Any = type(getattr(module, "_orig_mod", module))
-    return _signature_of(model)
+    signature = _signature_of(model)
+    further = {name: value for name, value in kwargs.items() if name not in signature.parameters}
+    known = {name: value for name, value in kwargs.items() if name not in further}
+    arguments = dict(signature.bind(module, *args, **known).arguments)
+    del arguments["self"]
+    return {**arguments, **further}
 
 
 @functools.cache
 def _signature_of(model: Any) -> inspect.Signature:
-    return inspect.signature(model.forward)
+    """Returns the signature of diffusers' class among those that a model's class derives from."""
+    return inspect.signature(next(kind for kind in model.__mro__ if kind.__name__ in MODELS).forward)
 
 
 def _refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:

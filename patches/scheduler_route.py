@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
-from jitaccel.errors import ConfigError
+from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.handle import MISSING, Handle, restore_attributes
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
@@ -36,10 +36,17 @@ class SchedulerRoute:
     """The generations of one pipeline, one at a time. `codebase` names it in statistics.
 
     transformer: what the pipeline calls once this is installed, its own unless something is put in its place.
+    may_be_dense: whether a generation that cannot be accelerated correctly may run as if untouched.
     """
 
     def __init__(
-        self, pipeline: Any, config: JiTConfig, codebase: str, calls: Calls, transformer: Any = None
+        self,
+        pipeline: Any,
+        config: JiTConfig,
+        codebase: str,
+        calls: Calls,
+        transformer: Any = None,
+        may_be_dense: bool = False,
     ) -> None:
         self.config = config
         self.calls = calls
@@ -58,6 +65,8 @@ class SchedulerRoute:
         self._recorder: Recorder | None = None
         self._notes: tuple[str, ...] = ()
         self._generations = 0
+        self._may_be_dense = may_be_dense
+        self.is_dense = False  # whether the generation under way runs as if untouched
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
@@ -91,7 +100,16 @@ class SchedulerRoute:
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
         self._levels = self._clock = self._run = self._lifted = None
-        self._is_by_hand, self._seen = False, -1
+        self._is_by_hand, self._seen, self.is_dense = False, -1, False
+
+    def leave_dense(self, error: UnsupportedModelError) -> bool:
+        """Returns whether the generation, refused with its first call, runs dense; warns that it does."""
+        if not self._may_be_dense or self._run is not None:
+            return False
+        self.is_dense, self._recorder = True, None
+        self._notes = (*self._notes, f"the last generation ran dense: {error}")
+        _log.warning("jitaccel: the generation runs dense: %s", error)
+        return True
 
     def abandon(self) -> None:
         """Forgets the generation whose call failed."""
@@ -166,7 +184,7 @@ class SchedulerRoute:
     def _step(
         self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._levels is None or not self.accepts(calling_pipeline()):
+        if self._levels is None or self.is_dense or not self.accepts(calling_pipeline()):
             return original(model_output, timestep, sample, *args, **kwargs)
         try:
             return self._sparse_step(original, model_output, timestep, sample, *args, **kwargs)

@@ -8,14 +8,51 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.run import Run
+from jitaccel.tokens import gather_tokens, scatter_tokens
 
 from .arguments import one_image
+
+
+class Places(Protocol):
+    """Which tokens enter the network: a run's anchors, or those of several branches in one batch."""
+
+    @property
+    def is_dense(self) -> bool: ...
+
+    def gather(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """A run's anchors, `count` times one after the other: branches of guidance that come as images of one batch."""
+
+    run: Run
+    count: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token is an anchor."""
+        return self.run.is_dense
+
+    @property
+    def anchors(self) -> Tensor:
+        """The tokens of every image of the batch, (count * B, M)."""
+        return self.run.anchors.repeat(self.count, 1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Returns the anchors' tokens of `x` (count * B, N, ...)."""
+        return x if self.is_dense else gather_tokens(x, self.anchors)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Returns `values` (count * B, M, ...) in place among zeros, (count * B, N, ...)."""
+        return values if self.is_dense else scatter_tokens(values, self.anchors, self.run.grid[0] * self.run.grid[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,19 +86,20 @@ class Split:
         """The reference tokens, (B, R, C)."""
         return self.hidden[:, self.num_tokens :] if self.num_references else None
 
-    def tokens(self, run: Run, state: Tensor) -> Tensor:
+    def tokens(self, places: Places, state: Tensor) -> Tensor:
         """Returns what enters the network, (B, M + R, C): a state's anchors (B, N, D), and what is shown with them."""
-        return beside(run.gather(state), None if self.extra is None else run.gather(self.extra), self.references)
+        extra = None if self.extra is None else places.gather(self.extra)
+        return beside(places.gather(state), extra, self.references)
 
-    def at_anchors(self, run: Run, x: Tensor, before: int = 0) -> Tensor:
+    def at_anchors(self, places: Places, x: Tensor, before: int = 0) -> Tensor:
         """Returns of `x` (B, before + S, ...), given for every token, what belongs to those that enter the network.
 
         before: how many entries of text come first; they stay.
         """
-        if run.is_dense:
+        if places.is_dense:
             return x
         text, image = x[:, :before], x[:, before:]
-        parts = (text, run.gather(image[:, : self.num_tokens].contiguous()), image[:, self.num_tokens :])
+        parts = (text, places.gather(image[:, : self.num_tokens].contiguous()), image[:, self.num_tokens :])
         return torch.cat([part for part in parts if part.shape[1]], dim=1)
 
     def ids_at(self, ids: Tensor, anchors: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ what the loop got last is known (`generation.Generation`).
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from jitaccel.clock import KnownLevels, PredictedLevels, Step
 from jitaccel.config import JiTConfig
-from jitaccel.errors import ConfigError
+from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import Calls, ModelCall
 from .generation import Generation
 
+_log = logging.getLogger(__name__)
 _MAX_IN_TURN = 64  # generations under way
 _FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn has long come back by then
 # Of the squared distance to an expected state, over the sum of both mean squares. Two images are at about 1, an
@@ -28,11 +30,26 @@ _UNRELATED = 0.8
 
 
 class VelocityRoute:
-    """The generations of one network. `levels`: of the loop, the final 0 included, or None."""
+    """The generations of one network.
 
-    def __init__(self, config: JiTConfig, levels: tuple[float, ...] | None, codebase: str, calls: Calls) -> None:
+    levels: of the loop, the final 0 included, or None. may_be_dense: whether calls that cannot be accelerated correctly
+    may run as if untouched.
+    """
+
+    is_dense = False  # each call is told apart
+
+    def __init__(
+        self,
+        config: JiTConfig,
+        levels: tuple[float, ...] | None,
+        codebase: str,
+        calls: Calls,
+        may_be_dense: bool = False,
+    ) -> None:
         self.config = config
         self.calls = calls
+        self._may_be_dense = may_be_dense
+        self._dense_reason: str | None = None
         if levels is None and (config.schedule == "native" or config.steps == "caller"):
             raise ConfigError(
                 f"apply: noise_levels must be given for a bare transformer with schedule={config.schedule!r}, "
@@ -50,6 +67,15 @@ class VelocityRoute:
         """Forgets every generation; what the last one did stays in the statistics."""
         self._generations.clear()
         self._current = None
+
+    def leave_dense(self, error: UnsupportedModelError) -> bool:
+        """Returns whether a refused call runs dense, and warns once: not one in the midst of a generation."""
+        if not self._may_be_dense or any(g.step.next_level > 0.0 for g in self._generations):
+            return False
+        if self._dense_reason is None:
+            _log.warning("jitaccel: calls run dense: %s", error)
+        self._dense_reason = str(error)
+        return True
 
     def abandon(self) -> None:
         """Forgets the generation whose call failed; others that are under way stay."""
@@ -74,6 +100,10 @@ class VelocityRoute:
         )
 
     def _notes(self) -> tuple[str, ...]:
+        dense = () if self._dense_reason is None else (f"calls ran dense: {self._dense_reason}",)
+        return (*dense, *self._level_notes())
+
+    def _level_notes(self) -> tuple[str, ...]:
         if isinstance(self._clock, PredictedLevels):
             return ("the loop's levels are predicted from the preset's; noise_levels= gives them",)
         steps = self._clock.num_steps

@@ -1,0 +1,107 @@
+"""What of a sampling in ComfyUI cannot be accelerated correctly, told before it begins."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from jitaccel.errors import UnsupportedModelError
+
+MODELS = ("Flux", "Chroma")
+# Guidance that mixes estimates token by token with fixed weights; others may compare whole pictures.
+_GUIDERS = ("CFGGuider", "Guider_DualCFG")
+_GUIDANCE = (
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "context_handler",
+)
+
+
+def wrappers_of_comfy() -> tuple[str, str, str]:
+    """Returns ComfyUI's names of the wrappers around a sampler, a guider's estimate and a model's forward.
+
+    Raises UnsupportedModelError for a version that has not all of them.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    names = ("SAMPLER_SAMPLE", "PREDICT_NOISE", "DIFFUSION_MODEL")
+    missing = [name for name in names if not hasattr(WrappersMP, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"apply: ComfyUI must have the wrappers {', '.join(names)}, got one without {', '.join(missing)}; "
+            f"update it to 0.3.64 or newer"
+        )
+    sampler, guider, model = (getattr(WrappersMP, name) for name in names)
+    return sampler, guider, model
+
+
+def sampling_problems(
+    sampler: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], noise: Tensor
+) -> list[str]:
+    """Returns every reason against a sparse sampling; nothing where there is none. Waits for the device."""
+    return [
+        *_sampler_problems(sampler),
+        *_level_problems(sigmas, noise),
+        *_guidance_problems(guider, extra_args.get("model_options", {})),
+        *_model_problems(guider.inner_model),
+        *_condition_problems(guider),
+    ]
+
+
+def _sampler_problems(sampler: Any) -> list[str]:
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__)
+    if name != "sample_euler":
+        return [f"the sampler must be 'euler' (first-order), got {name}"]
+    churn = getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
+    return [f"the sampler must add no noise (s_churn 0), got {churn:g}"] if churn else []
+
+
+def _level_problems(sigmas: Tensor, noise: Tensor) -> list[str]:
+    levels, problems = sigmas.tolist(), []
+    falls = all(after < before for before, after in pairwise(levels))
+    if not falls or len(levels) < 2 or not 0.0 < levels[0] <= 1.0 or levels[-1] != 0.0:
+        problems.append(
+            "sigmas must fall from a level in (0, 1] to 0 in one sampler, got "
+            f"{', '.join(f'{level:.3g}' for level in (*levels[:2], *levels[-2:]))}; do not split them"
+        )
+    if not bool(noise.any()):
+        problems.append("the sampler must start from new noise, got none: it goes on where another one stopped")
+    if noise.ndim != 4:
+        problems.append(f"latents must be pictures (B, C, H, W), got {tuple(noise.shape)}")
+    return problems
+
+
+def _guidance_problems(guider: Any, options: dict[str, Any]) -> list[str]:
+    owner = next(kind.__name__ for kind in type(guider).__mro__ if "predict_noise" in vars(kind))
+    problems = []
+    if owner not in _GUIDERS:
+        problems.append(f"the guider must be one of {', '.join(_GUIDERS)} (linear), got {owner}")
+    for name in _GUIDANCE:
+        if options.get(name):
+            functions = options[name] if isinstance(options[name], (list, tuple)) else [options[name]]
+            what = ", ".join(getattr(each, "__qualname__", type(each).__qualname__) for each in functions)
+            problems.append(f"guidance must be ComfyUI's own, got {name} {what}")
+    return problems
+
+
+def _model_problems(inner: Any) -> list[str]:
+    model = getattr(inner.diffusion_model, "_orig_mod", inner.diffusion_model)
+    kind = type(model).__name__
+    if kind not in MODELS or not hasattr(model, "forward_orig"):
+        return [f"the model must be one of FLUX.1, FLUX.2 and Chroma, got {kind}"]
+    sampling = type(inner.model_sampling)
+    if not any(base.__name__ == "CONST" for base in sampling.__mro__):
+        return [f"the model must predict velocities (CONST), got {sampling.__name__}"]
+    return []
+
+
+def _condition_problems(guider: Any) -> list[str]:
+    given = [condition for several in guider.conds.values() for condition in several]
+    if any("area" in condition for condition in given):
+        return ["conditions must be of the whole picture, got some with an area; use masks"]
+    return []

@@ -1,0 +1,79 @@
+"""The nodes. ComfyUI reads their inputs from `INPUT_TYPES` and calls the method that `FUNCTION` names."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import jitaccel
+
+_PRESETS = ("7x", "4x")
+
+
+class JiTApply:
+    """Returns a clone of a FLUX model that computes sparse anchor tokens in the early steps of a sampler."""
+
+    CATEGORY = "jitaccel"
+    DESCRIPTION = (
+        "Just-in-Time acceleration (arXiv:2603.10744) of FLUX.1, FLUX.2 and Chroma. Use the sampler 'euler', with the "
+        "levels of JiT Sigmas or any others."
+    )
+    FUNCTION = "apply"
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Returns what the node asks for."""
+        what = "error: say what cannot be accelerated correctly; dense: run it without acceleration"
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "preset": (list(_PRESETS), {"default": _PRESETS[0]}),
+                "on_unsupported": (["error", "dense"], {"default": "error", "tooltip": what}),
+            }
+        }
+
+    def apply(self, model: Any, preset: str, on_unsupported: str) -> tuple[Any]:
+        """Returns the clone; the model given stays as it is."""
+        clone = model.clone()
+        jitaccel.apply(clone, preset, on_unsupported=on_unsupported)  # type: ignore[arg-type]
+        return (clone,)
+
+
+class JiTSigmas:
+    """Returns a preset's noise levels, for *SamplerCustomAdvanced* and the like."""
+
+    CATEGORY = "jitaccel"
+    DESCRIPTION = "The noise levels that a preset of jitaccel is made for. steps: 0 takes the preset's number."
+    FUNCTION = "sigmas"
+    RETURN_TYPES = ("SIGMAS",)
+    RETURN_NAMES = ("sigmas",)
+    _DENOISE: ClassVar[dict[str, Any]] = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Returns what the node asks for."""
+        return {
+            "required": {
+                "preset": (list(_PRESETS), {"default": _PRESETS[0]}),
+                "steps": ("INT", {"default": 0, "min": 0, "max": 1000}),
+                "denoise": ("FLOAT", cls._DENOISE),
+            }
+        }
+
+    def sigmas(self, preset: str, steps: int, denoise: float) -> tuple[Tensor]:
+        """Returns the levels (steps + 1,) in float32; below denoise 1, the last ones of a finer list."""
+        config = jitaccel.PRESETS[preset]
+        count = steps or config.steps
+        assert isinstance(count, int)
+        if denoise <= 0.0:
+            return (torch.zeros(0),)
+        levels = jitaccel.noise_levels(config, int(count / denoise))
+        return (torch.tensor(levels[-(count + 1) :], dtype=torch.float32),)
+
+
+NODE_CLASS_MAPPINGS = {"JiTApply": JiTApply, "JiTSigmas": JiTSigmas}
+NODE_DISPLAY_NAME_MAPPINGS = {"JiTApply": "JiT Apply", "JiTSigmas": "JiT Sigmas"}

@@ -1,0 +1,136 @@
+"""ComfyUI's FLUX.1, FLUX.2 and Chroma, through the wrappers that its `ModelPatcher` offers; nothing of it is replaced.
+
+`SAMPLER_SAMPLE` knows sampler, noise levels and mask: a sampling is checked and begun there. `PREDICT_NOISE` gets the
+state in float32 before guidance and returns the guided estimate: there the state is moved and the velocity lifted, and
+the move rides on the estimate that is returned. `DIFFUSION_MODEL` runs the network on the anchors, whatever number of
+branches ComfyUI puts into one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitaccel.config import JiTConfig
+from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.execution import Execution
+from jitaccel.handle import Handle
+from jitaccel.stats import Recorder, Stats, summarize
+
+from ..call import IndexedCalls
+from .checks import sampling_problems, wrappers_of_comfy
+from .underway import UnderWay
+
+_KEY = "jitaccel"
+_log = logging.getLogger(__name__)
+
+
+def apply(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Handle:
+    """Returns the handle of a `ModelPatcher` whose samplings are sparse; its clones take that along."""
+    if levels is not None:
+        raise ConfigError(
+            "apply: noise_levels must be left out for ComfyUI, whose sampler is followed, got a list; "
+            "give the sampler the levels of JiT Sigmas"
+        )
+    names = wrappers_of_comfy()
+    route = ComfyRoute(config, IndexedCalls("ComfyUI's models", execution), execution)
+    for name in names:  # of an earlier apply, to this one or to what it is a clone of
+        for old in patcher.get_wrappers(name, _KEY):
+            _remove(patcher, name, old)
+    handle = Handle(patcher, route)
+    # A model that is compiled whole runs its wrappers while it is traced: this one must not be.
+    wrappers = (route.sample, route.predict, torch.compiler.disable(route.diffuse))
+    for name, wrapper in zip(names, wrappers, strict=True):
+        patcher.add_wrapper_with_key(name, _KEY, wrapper)
+        handle.change(f"ModelPatcher wrapper {name!r}", _remove, patcher, name, wrapper)
+    return handle
+
+
+def _remove(patcher: Any, name: str, wrapper: Any) -> None:
+    """Removes a wrapper of ours where it still stands; ComfyUI itself removes all of a key, ours and later ones."""
+    if wrapper in patcher.get_wrappers(name, _KEY):
+        patcher.remove_wrappers_with_key(name, _KEY)
+
+
+class ComfyRoute:
+    """The samplings of one model and its clones, one at a time."""
+
+    def __init__(self, config: JiTConfig, calls: IndexedCalls, execution: Execution) -> None:
+        self.config = config
+        self.calls = calls
+        self._may_be_dense = execution.may_be_dense
+        self._now: UnderWay | None = None
+        self._recorder: Recorder | None = None
+        self._notes: tuple[str, ...] = ()
+        self._samplings = 0
+
+    def stats(self) -> Stats:
+        """Returns what the last sampling did."""
+        return summarize(
+            self._recorder,
+            codebase="ComfyUI",
+            execution=self.calls.execution,
+            attention=self.calls.attention,
+            compiled=self.calls.compiled,
+            notes=(*self._notes, *self.calls.notes),
+            config=self.config,
+            generations=self._samplings,
+        )
+
+    def reset(self) -> None:
+        """Forgets a sampling under way."""
+        self._now = None
+
+    def sample(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        """Wraps a sampler's `sample`. Raises UnsupportedModelError for what cannot be right, or leaves it dense."""
+        given = (guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
+        problems = sampling_problems(executor.class_obj, guider, sigmas, extra_args, noise)
+        if problems:
+            reason = "jitaccel: this sampling cannot be accelerated correctly: " + "; ".join(problems)
+            if not self._may_be_dense:
+                raise UnsupportedModelError(f'{reason}; JiT Apply with on_unsupported="dense" runs it without')
+            _log.warning("%s; it runs dense", reason)
+            self._recorder, self._notes = None, (f"the last sampling ran dense: {'; '.join(problems)}",)
+            return executor(*given, **more)
+        now = UnderWay(self.config, guider.inner_model.diffusion_model, sigmas.tolist(), noise, denoise_mask)
+        self._note_steps(now.num_steps)
+        self._recorder, self._samplings, before = now.recorder, self._samplings + 1, self._now
+        self._now = now
+        try:
+            result = executor(*given, **more)
+            now.check_finite()
+        finally:
+            self._now = before
+        return result
+
+    def _note_steps(self, steps: int) -> None:
+        self._notes = ()
+        if self.config.steps not in ("caller", steps):
+            self._notes = (f"the sampler's {steps} steps are followed; the configuration asks for {self.config.steps}",)
+
+    def predict(self, executor: Any, x: Tensor, timestep: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """Wraps a guider's `predict_noise`: the denoised estimate of a state (B, C, H, W) at one level."""
+        if self._now is None:
+            return executor(x, timestep, *rest, **more)
+        return self._now.predict(lambda state: executor(state, timestep, *rest, **more), x, timestep)
+
+    def diffuse(self, executor: Any, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """Wraps a model's forward on a batch (branches * B, C, H, W)."""
+        forward: Callable[[], Tensor] = lambda: executor(x, *rest, **more)  # noqa: E731
+        return forward() if self._now is None else self._now.diffuse(executor.class_obj, x, forward)

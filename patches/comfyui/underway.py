@@ -1,0 +1,207 @@
+"""One sampling under way in ComfyUI: where it is, and what its network and its guider are given and return."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitaccel.clock import KnownLevels, Step
+from jitaccel.config import JiTConfig
+from jitaccel.errors import UnsupportedModelError
+from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.run import Run
+from jitaccel.stats import Recorder
+
+from ..params import config_of
+from ..split import Branches, Split
+from .pictures import to_picture, to_tokens
+
+
+class UnderWay:
+    """levels: of the sampler, 0 included. noise: (B, C, H, W), as the sampler got it. mask: what is painted anew."""
+
+    def __init__(
+        self, config: JiTConfig, model: Any, levels: Sequence[float], noise: Tensor, mask: Tensor | None
+    ) -> None:
+        # All that is painted anew is active from the first stage on, so that nothing ever has to move.
+        self._config = config if mask is None else config.replace(micro_flow="none")
+        self._clock = KnownLevels(config, levels)
+        self._model = getattr(model, "_orig_mod", model)
+        self._patch: int = self._model.patch_size
+        self._mask = mask
+        self._size = tuple(noise.shape[2:])
+        self._grid = (-(-noise.shape[2] // self._patch), -(-noise.shape[3] // self._patch))
+        self._images = noise.shape[0]
+        self._index = -1
+        self._run: Run | None = None
+        self._has_run = False
+        self.recorder = Recorder(
+            cost=lambda image_tokens, text_tokens: 0,
+            batch=noise.shape[0],
+            grid=self._grid,
+            text_tokens=0,
+            device=noise.device,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the sampler takes."""
+        return self._clock.num_steps
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteVelocityError where the network returned NaN or infinity since the last stage."""
+        if self._run is not None:
+            self._run.check_finite()
+
+    # The guider's side: states and estimates in float32
+
+    def predict(self, denoise: Callable[[Tensor], Tensor], x: Tensor, level: Tensor) -> Tensor:
+        """Returns the estimate (B, C, H, W) with which an Euler step of the sampler ends where the method wants it.
+
+        denoise: the guided estimate of a state. x: the sampler's state. level: (B,), the same for every image.
+        """
+        step = self._next_step(float(level.flatten()[0]))
+        state = to_tokens(x, self._patch)
+        with self.recorder.outside(step.index):
+            if self._run is None:
+                self._run = Run(self._config, self._grid, step, state, forced=self._forced(state))
+            entered = self._run.enter(step, state)
+        run, is_moved, self._has_run = self._run, entered is not state, False
+        seen = to_picture(entered, self._grid, self._patch, self._size) if is_moved else x
+        estimate = denoise(seen)
+        if not self._has_run:
+            raise RuntimeError(
+                "jitaccel: the model must run for every estimate of its guider, got one without; another node answers "
+                "in its place (a cache?): remove it, or JiT Apply"
+            )
+        with self.recorder.outside(step.index):
+            velocity = (entered - to_tokens(estimate, self._patch)) / step.noise_level
+            lifted = run.leave(step, entered, run.gather(velocity))
+            if run.is_dense and not is_moved:
+                return estimate
+            if is_moved:
+                lifted = lifted + (entered - state) / (step.next_level - step.noise_level)
+            returned = to_picture(state - step.noise_level * lifted, self._grid, self._patch, self._size)
+        return returned.to(estimate.dtype)
+
+    def _next_step(self, level: float) -> Step:
+        self._index += 1
+        step = self._clock.step(self._index) if self._index < self._clock.num_steps else None
+        if step is None or abs(level - step.noise_level) > 1e-6:
+            expected = "no more step" if step is None else f"step {self._index} at level {step.noise_level:g}"
+            raise RuntimeError(
+                f"jitaccel: the sampler must ask for each of its levels once, in order, got level {level:g} where "
+                f"{expected} is due; use the sampler 'euler'"
+            )
+        return step
+
+    def _forced(self, state: Tensor) -> Tensor | None:
+        """Returns the tokens (B, N) that are painted anew, or None for all."""
+        if self._mask is None:
+            return None
+        masked = to_tokens(self._mask.to(state).expand(self._images, -1, *self._size), self._patch)
+        return (masked > 0).any(dim=2)
+
+    # The network's side: one batch of branches
+
+    def diffuse(self, model: Any, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        """Returns what `forward` does on a batch of branches `x`, its tokens thinned out to the anchors.
+
+        ComfyUI's own code makes tokens and position ids, and pictures of what comes back; between stands the model's
+        `forward_orig`, which has another in its place meanwhile.
+        """
+        branches = x.shape[0] // self._images
+        if self._run is None or tuple(x.shape[2:]) != self._size or branches * self._images != x.shape[0]:
+            raise UnsupportedModelError(
+                f"jitaccel: the model must be called for {self._images} pictures of {self._size} in its sampler, got "
+                f"{tuple(x.shape)}; remove JiT Apply for conditions of parts of a picture"
+            )
+        # What another node has put there is called as ComfyUI would, whatever it names its arguments.
+        original, self._has_run = model.forward_orig, True
+        signature = inspect.signature(type(model).forward_orig)
+
+        def forward_orig(*args: Any, **kwargs: Any) -> Tensor:
+            given = signature.bind(model, *args, **kwargs)
+            return self._at_anchors(lambda: original(*given.args[1:], **given.kwargs), given.arguments, branches)
+
+        before = vars(model).get("forward_orig")
+        vars(model)["forward_orig"] = forward_orig
+        try:
+            return forward()
+        finally:
+            if before is None:
+                del vars(model)["forward_orig"]
+            else:
+                vars(model)["forward_orig"] = before
+
+    def _at_anchors(self, original: Callable[[], Tensor], arguments: dict[str, Any], branches: int) -> Tensor:
+        """Returns what `original` does with the arguments, which are changed to those of the anchors."""
+        run = self._run
+        assert run is not None
+        split = Split(arguments["img"], self._grid[0] * self._grid[1], self._model.out_channels)
+        text_tokens = arguments["txt"].shape[1]
+        self._note_costs(split, text_tokens)
+        with self.recorder.network(self._clock.step(self._index), run.anchors, branches):
+            if run.is_dense:
+                return original()
+            places = Branches(run, branches)
+            ids = arguments["img_ids"]
+            arguments["img"] = split.tokens(places, split.state)
+            arguments["img_ids"] = torch.stack(
+                [split.ids_at(own, at) for own, at in zip(ids, places.anchors, strict=True)]
+            )
+            if arguments.get("control") is not None:
+                arguments["control"] = _control_at(arguments["control"], split, places)
+            if arguments.get("timestep_zero_index"):  # stretches of references, counted among the image tokens
+                absent = split.num_tokens - run.num_active
+                arguments["timestep_zero_index"] = [
+                    [place - absent for place in stretch] for stretch in arguments["timestep_zero_index"]
+                ]
+            if arguments.get("attn_mask") is not None:
+                arguments["attn_mask"] = _mask_at(arguments["attn_mask"], split, places, text_tokens)
+            velocity = original()
+        return split.whole(places.scatter(velocity[:, : run.num_active]))
+
+    def _note_costs(self, split: Split, text_tokens: int) -> None:
+        if self.recorder.text_tokens:
+            return
+        params = self._model.params
+        config = config_of(params, split.hidden.shape[2], split.channels)
+        is_flux2 = getattr(params, "global_modulation", False)
+        flops = chroma_flops if hasattr(params, "n_layers") else flux2_flops if is_flux2 else flux_flops
+        self.recorder.text_tokens = text_tokens
+        self.recorder.cost = lambda image_tokens, text: flops(config, image_tokens + split.num_references, text)
+
+
+def _control_at(control: Any, split: Split, places: Branches) -> Any:
+    """Returns a ControlNet's residuals, lists of (B, N or N + R, width) or None by name, at the anchors."""
+    batch, total = split.hidden.shape[:2]
+
+    def at_anchors(residual: Tensor | None) -> Tensor | None:
+        if residual is None:
+            return None
+        if residual.shape[1] not in (split.num_tokens, total):
+            raise UnsupportedModelError(
+                f"jitaccel: a ControlNet's residuals must be of every image token, {split.num_tokens} or {total}, got "
+                f"{residual.shape[1]}; remove JiT Apply or the ControlNet"
+            )
+        return split.at_anchors(places, residual.expand(batch, *residual.shape[1:]))
+
+    return {name: [at_anchors(residual) for residual in residuals] for name, residuals in control.items()}
+
+
+def _mask_at(mask: Tensor, split: Split, places: Branches, text_tokens: int) -> Tensor:
+    """Returns an attention mask (T + S, T + S) or (B, T + S, T + S) between the text and what enters with it."""
+    batch, total = split.hidden.shape[0], text_tokens + split.hidden.shape[1]
+    if mask.ndim not in (2, 3) or mask.shape[-2:] != (total, total):
+        raise UnsupportedModelError(
+            f"jitaccel: attn_mask must be of {total} text and image tokens with one another, got {tuple(mask.shape)}; "
+            f"remove JiT Apply or the node that makes it"
+        )
+    mask = mask.expand(batch, total, total)
+    rows = split.at_anchors(places, mask, before=text_tokens)
+    return split.at_anchors(places, rows.transpose(1, 2), before=text_tokens).transpose(1, 2)

@@ -1,0 +1,43 @@
+"""What cannot be accelerated correctly, left as it is where the user asked for that."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from jitaccel.config import JiTConfig
+from jitaccel.errors import UnsupportedModelError
+from jitaccel.handle import Handle
+from jitaccel.stats import Stats, summarize
+
+_log = logging.getLogger(__name__)
+
+
+class DenseRoute:
+    """Statistics of a target that was not patched, and why."""
+
+    def __init__(self, config: JiTConfig, reason: str) -> None:
+        self.config = config
+        self._reason = reason
+
+    def stats(self) -> Stats:
+        """Returns statistics without a generation; the note says why nothing is accelerated."""
+        return summarize(
+            None,
+            codebase="not patched",
+            execution="dense",
+            attention=None,
+            compiled=None,
+            notes=(f"runs dense: {self._reason}",),
+            config=self.config,
+            generations=0,
+        )
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+
+def leave_dense(target: Any, config: JiTConfig, error: UnsupportedModelError) -> Handle:
+    """Returns a handle that changed nothing, and warns that the target runs without acceleration."""
+    _log.warning("jitaccel: %s runs dense: %s", type(target).__name__, error)
+    return Handle(target, DenseRoute(config, str(error)))
