@@ -54,9 +54,12 @@ class Handle:
         return bool(self._changes)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets `owner.name` on the instance alone; `remove` puts back what stood there, or its absence."""
+        """Sets `owner.name` on the instance alone; `remove` puts back what stood there, or its absence.
+
+        Where somebody has put another value there since, that stays: it may call ours, which then passes calls on.
+        """
         self.change(f"{type(owner).__name__}.{name}")
-        self.on_remove(restore_attributes, vars(owner), {name: vars(owner).get(name, MISSING)})
+        self.on_remove(_put_back, vars(owner), name, value, vars(owner).get(name, MISSING))
         vars(owner)[name] = value
 
     def on_remove(self, undo: Callable[..., None], *args: Any) -> None:
@@ -124,6 +127,11 @@ class Handle:
     def __repr__(self) -> str:
         changes = ", ".join(self._changes) if self._changes else "removed"
         return f"<jitaccel.Handle of {self._kind}: {changes}>"
+
+
+def _put_back(attributes: dict[str, Any], name: str, ours: Any, before: Any) -> None:
+    if attributes.get(name, MISSING) is ours:
+        restore_attributes(attributes, {name: before})
 
 
 def restore_attributes(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -49,9 +49,10 @@ def is_instance_of(target: Any, package: str, *names: str) -> bool:
 
 
 def is_bfl_flux(target: Any) -> bool:
-    """Returns whether this is Black Forest Labs' `Flux` or a copy of it, told by its name and how it is called."""
-    forward = getattr(type(target), "forward", None)
-    if type(target).__name__ != "Flux" or forward is None:
+    """Returns whether this is Black Forest Labs' `Flux`, or a copy, or derived of one, told by names and arguments."""
+    kind = type(getattr(target, "_orig_mod", target))
+    forward = getattr(kind, "forward", None)
+    if all(base.__name__ != "Flux" for base in kind.__mro__) or forward is None:
         return False
     names = [*inspect.signature(forward).parameters][1:7]
     return names == ["img", "img_ids", "txt", "txt_ids", "timesteps", "y"]
@@ -110,4 +111,7 @@ def find(target: Any) -> Patch:
             return patch
     supported = ", ".join(patch.name for patch in known)
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
-    raise UnsupportedModelError(f"apply: target must be one of: {supported}; got {kind}; pass the pipeline itself")
+    raise UnsupportedModelError(
+        f"apply: target must be one of: {supported}; got {kind}; "
+        f"pass a pipeline of these, or its network"
+    )

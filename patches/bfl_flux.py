@@ -19,7 +19,7 @@ from torch import Tensor
 from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
-from jitaccel.flops import flux_flops
+from jitaccel.flops import chroma_flops, flux_flops
 from jitaccel.handle import Handle
 from jitaccel.run import Run
 
@@ -35,21 +35,23 @@ _HANDLE = "_jitaccel_handle"
 
 def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Handle:
     """Returns the handle of a patched `Flux`."""
-    calls = IndexedCalls("Flux", execution)
+    calls, plain = IndexedCalls("Flux", execution), getattr(model, "_orig_mod", model)
     old = getattr(vars(model).get("forward"), _HANDLE, None)
     if old is not None:
         old.remove()
-    name = f"{type(model).__module__} Flux"
+    name = f"{type(plain).__module__} {type(plain).__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
     handle = Handle(model, route)
-    original, signature, seen = model.forward, inspect.signature(model.forward), SeenIds()
+    original, signature, seen = model.forward, inspect.signature(plain.forward), SeenIds()
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if not handle.is_active:
+            return original(*args, **kwargs)
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         extra = arguments.pop("kwargs", {})
         try:
-            call, split = _model_call(model, original, {**arguments, **extra}, seen)
+            call, split = _model_call(plain, original, {**arguments, **extra}, seen)
             return split.whole(route.forward(call))
         except UnsupportedModelError as error:
             if route.leave_dense(error):
@@ -73,10 +75,11 @@ def _model_call(
     channels = getattr(model, "out_channels", None) or params.in_channels
     split = Split(arguments["img"], num_tokens, channels)
     config = config_of(params, params.in_channels, channels)
+    flops = chroma_flops if "approximator_layers" in config else flux_flops
     call = ModelCall(
         state=split.state,
         text_tokens=arguments["txt"].shape[1],
-        cost=lambda image_tokens, text_tokens: flux_flops(config, image_tokens + split.num_references, text_tokens),
+        cost=lambda image_tokens, text_tokens: flops(config, image_tokens + split.num_references, text_tokens),
         grid=lambda: grid_of_ids(one_image(ids)[:num_tokens], split.state.shape[1]),
         noise_level=lambda: single_level(arguments["timesteps"]),
         evaluate=functools.partial(_evaluate, original, arguments, split),
@@ -93,8 +96,20 @@ def _evaluate(
     if not run.is_dense:
         ids = arguments["img_ids"][0]  # the same for every image, as was checked
         changed["img_ids"] = torch.stack([split.ids_at(ids, anchors) for anchors in run.anchors])
+        # One row of either ids serves all images; those of the anchors have a row for each, so must the others.
+        changed["txt_ids"] = arguments["txt_ids"].expand(batch, -1, -1)
         for name in _RESIDUALS:
             if arguments.get(name) is not None:
-                whole = [residual.expand(batch, *residual.shape[1:]) for residual in arguments[name]]
-                changed[name] = [split.at_anchors(run, residual) for residual in whole]
+                changed[name] = [_residual_at(residual, split, run) for residual in arguments[name]]
     return Answer(original(**{**arguments, **changed})[:, : run.num_active])
+
+
+def _residual_at(residual: Tensor, split: Split, run: Run) -> Tensor:
+    """Returns what belongs to the anchors of a residual (B, S, width), or (B, T + S, width) of a single-stream block.
+
+    One row serves every image, or every token, as it does in the model.
+    """
+    if residual.shape[1] == 1:
+        return residual
+    text_tokens = max(0, residual.shape[1] - split.hidden.shape[1])
+    return split.at_anchors(run, residual.expand(run.anchors.shape[0], *residual.shape[1:]), before=text_tokens)

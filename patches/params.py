@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+_APPROXIMATOR = ("approximator_num_channels", "approximator_hidden_dim", "approximator_layers")
+_KOHYA = ("approximator_in_dim", "approximator_hidden_size", "approximator_depth")
+
 
 def config_of(params: Any, in_channels: int, out_channels: int) -> dict[str, Any]:
     """Returns the configuration from which costs follow. in_channels, out_channels: of a token."""
@@ -20,10 +23,9 @@ def config_of(params: Any, in_channels: int, out_channels: int) -> dict[str, Any
         "out_channels": out_channels,
         "timestep_guidance_channels": 256,  # of FLUX.2, a constant in this layout
     }
-    if hasattr(params, "n_layers"):  # Chroma's network of modulations
-        config |= {
-            "approximator_num_channels": params.in_dim,
-            "approximator_hidden_dim": params.hidden_dim,
-            "approximator_layers": params.n_layers,
-        }
+    # Chroma's network of modulations, as ComfyUI and kohya's scripts name its sizes
+    for names in (("in_dim", "hidden_dim", "n_layers"), _KOHYA):
+        if all(hasattr(params, name) for name in names):
+            found = (getattr(params, name) for name in names)
+            config |= dict(zip(_APPROXIMATOR, found, strict=True))
     return config

@@ -296,6 +296,8 @@ def handle_of(scheduler: Any) -> Handle | None:
 def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
+        if not handle.is_active:
+            return original(*args, **kwargs)
         return wrapper(original, *args, **kwargs)
 
     setattr(method, _HANDLE, handle)

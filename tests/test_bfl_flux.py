@@ -42,21 +42,27 @@ class Flux(nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         block_controlnet_hidden_states: list[Tensor] | None = None,
+        block_controlnet_single_hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         if img.ndim != 3 or txt.ndim != 3 or img_ids.ndim != 3:
             raise ValueError("Input img and txt tensors must have 3 dimensions.")
         rows = []
         for k in range(len(img)):
-            residuals = block_controlnet_hidden_states
+            residuals, single = block_controlnet_hidden_states, block_controlnet_single_hidden_states
+            if single is not None:  # added where the text stands before the image, as in kohya's scripts
+                assert all(x.shape[1] == txt.shape[1] + img.shape[1] for x in single)
+                single = [x.expand(len(img), -1, -1)[k : k + 1, txt.shape[1] :] for x in single]
+            residuals = residuals and [x.expand(len(img), img.shape[1], -1)[k : k + 1] for x in residuals]
             (row,) = self.inner(
                 hidden_states=img[k : k + 1],
-                img_ids=img_ids[k],
+                img_ids=img_ids.expand(len(img), -1, -1)[k],
                 encoder_hidden_states=txt[k : k + 1],
-                txt_ids=txt_ids[k],
+                txt_ids=txt_ids.expand(len(img), -1, -1)[k],
                 timestep=timesteps[k : k + 1],
                 pooled_projections=y[k : k + 1],
                 guidance=None if guidance is None else guidance[k : k + 1],
-                controlnet_block_samples=None if residuals is None else [x[k : k + 1] for x in residuals],
+                controlnet_block_samples=residuals,
+                controlnet_single_block_samples=single,
                 return_dict=False,
             )
             rows.append(row)
@@ -189,6 +195,70 @@ def test_references_further_channels_and_residuals(model: Flux) -> None:
             assert out.shape == (1, NUM_TOKENS + 20, CHANNELS)
             state = state + (after - level) * out[:, :NUM_TOKENS]
     assert relative_error(state, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_residuals_of_blocks_that_text_and_image_pass_together(model: Flux) -> None:
+    residual = noise(5, TEXT_TOKENS + NUM_TOKENS, WIDTH)
+
+    def call(tokens: Tensor, at: Tensor, level: float) -> Tensor:
+        rows = torch.cat([torch.arange(TEXT_TOKENS), TEXT_TOKENS + at])
+        return model(
+            img=tokens, img_ids=tiny.ids()[at][None], timesteps=torch.tensor([level]), **conditions(1),
+            block_controlnet_single_hidden_states=[residual[rows][None]],
+        )  # fmt: skip
+
+    expected = denoise(call, SHORT, GRID, tiny.start(), LEVELS).states[-1]
+    with jitaccel.apply(model, SHORT, noise_levels=LEVELS):
+        made = loop(model, tiny.start(), block_controlnet_single_hidden_states=[residual[None]])
+    assert relative_error(made, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_one_row_of_ids_or_of_residuals_serves_a_whole_batch(model: Flux) -> None:
+    two = torch.cat([tiny.start(1), tiny.start(2)])
+    row = noise(5, 1, 1, WIDTH)
+    whole = {"block_controlnet_hidden_states": [row.expand(2, NUM_TOKENS, -1)]}
+    short = {"img_ids": tiny.ids()[None], "txt_ids": torch.zeros(1, TEXT_TOKENS, 3)}
+    with jitaccel.apply(model, SHORT, noise_levels=LEVELS):
+        expected = loop(model, two, **whole)
+        assert torch.equal(loop(model, two, **short, block_controlnet_hidden_states=[row]), expected)
+
+
+@torch.no_grad()
+def test_model_that_is_compiled_before_or_wrapped_after(model: Flux) -> None:
+    """What another library puts around the patched forward stays when the patch is removed, and passes calls on."""
+    with jitaccel.apply(model, SHORT, noise_levels=LEVELS):
+        expected = loop(model, tiny.start())
+    dense = loop(model, tiny.start())
+    compiled = torch.compile(model, backend="eager")
+    with jitaccel.apply(compiled, SHORT, noise_levels=LEVELS):
+        assert relative_error(loop(compiled, tiny.start()), expected) < 1e-5
+    assert torch.equal(loop(model, tiny.start()), dense)
+    handle = jitaccel.apply(model, SHORT, noise_levels=LEVELS)
+    inner, calls = model.forward, []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.forward = wrapper  # type: ignore[method-assign]
+    assert torch.equal(loop(model, tiny.start()), expected)
+    handle.remove()
+    assert torch.equal(loop(model, tiny.start()), dense) and len(calls) == 10 and model.forward is wrapper
+
+
+@torch.no_grad()
+def test_chroma_of_kohyas_scripts_is_derived_from_flux() -> None:
+    class Chroma(Flux):
+        pass
+
+    model = Chroma().eval()
+    del model.params.vec_in_dim
+    vars(model.params).update(approximator_in_dim=64, approximator_hidden_size=32, approximator_depth=5)
+    with jitaccel.apply(model, SHORT, noise_levels=LEVELS) as handle:
+        loop(model, tiny.start())
+        assert 0 < handle.stats().flops < 5 * handle.stats().dense_step_flops
 
 
 @torch.no_grad()
