@@ -7,13 +7,15 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint requirements/constraints.txt
 INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
+OVERLAYS := $(VENV)/overlays
+DIFFUSERS_TESTS := tests/test_codebases.py tests/test_diffusers_pipeline.py tests/test_packed.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup operators lint test demo bench clean distclean
+.PHONY: help setup operators lint test test-lowest demo bench clean distclean
 
 help: ## list the targets
 	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## create .venv with pinned tools and this package, editable
 	@$(RUN) -m jitaccel.build cpu --if-stale
@@ -26,8 +28,22 @@ lint: setup ## ruff and mypy
 	$(RUN) -m mypy
 
 # A process a core, of one thread each: threads of several processes on one core wait for each other.
-test: lint operators ## lint, compile all operators, then pytest $(ARGS)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
+
+test: lint operators $(OVERLAYS)/quantised ## lint, compile all operators, then pytest $(ARGS); without ARGS test-lowest, too
+	PYTHONPATH=$(OVERLAYS)/quantised $(PYTEST) $(ARGS)
+ifeq ($(ARGS),)
+	@$(MAKE) --no-print-directory test-lowest
+endif
+
+test-lowest: $(OVERLAYS)/lowest ## the tests that touch diffusers, with the lowest version that is supported
+	PYTHONPATH=$(OVERLAYS)/lowest $(PYTEST) $(DIFFUSERS_TESTS)
+
+# Packages that some tests alone see, before those of the environment.
+$(OVERLAYS)/%: requirements/%.txt $(INSTALLED)
+	rm -rf $@
+	$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $@ --requirement $<
+	@touch $@
 
 demo: setup ## the embedded pipeline with and without acceleration; jitaccel demo $(ARGS)
 	$(RUN) -m jitaccel demo $(ARGS)

@@ -37,7 +37,7 @@ def flux2_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, 
     projections = blocks * tokens * (4 * width**2 + 3 * hidden * width)  # gated: two ways in, one out
     attention = blocks * 2 * tokens**2 * width
     modulation = (6 + 6 + 3 + 2) * width**2  # shared by the blocks
-    conditions = 2 if config["guidance_embeds"] else 1
+    conditions = 2 if config.get("guidance_embeds", True) else 1  # diffusers 0.36 knows only those with
     embedding = conditions * (config["timestep_guidance_channels"] * width + width**2)
     return 2 * batch * (projections + attention + modulation + embedding + _ends(config, image_tokens, text_tokens))
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
@@ -106,12 +107,16 @@ class _Hook(ModelHook):  # type: ignore[misc]
         """Pipelines first: a bare route answers whatever is left."""
         return tuple(sorted(self.handles, key=lambda route: isinstance(route, VelocityRoute)))
 
+    # A graph around the hook would be broken at each of its decisions, and take minutes to make.
+    @torch.compiler.disable
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         original = self.fn_ref.original_forward
         caller = calling_pipeline()
         route = next((route for route in self.routes if route.accepts(caller)), None)
         if route is None or route.is_dense:
             return original(*args, **kwargs)
+        if _is_compiled_around(module, caller):
+            route.calls.note_compiled_around()
         arguments = _arguments(module, args, kwargs)
         try:
             split = self._split(module, arguments)
@@ -153,7 +158,9 @@ def _install(transformer: Any, handle: Handle, route: Any) -> None:
         # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
         # graph, so the wrapper gets a registry in its own attributes.
         registry = vars(transformer).setdefault("_diffusers_hook", HookRegistry(transformer))
+        forward = transformer.forward
         registry.register_hook(hook, _HOOK)
+        functools.update_wrapper(transformer.forward, forward)  # diffusers before 0.40 hides the signature
     hook.handles[route] = handle
     handle.change(f"{type(transformer).__name__} hook {_HOOK!r}", _uninstall, transformer, hook, route)
 
@@ -267,6 +274,12 @@ def _mask(split: Split) -> Tensor | None:
     if mask is None or mask.ndim != 3 or mask.shape[1] != split.num_tokens:
         return None
     return (mask > 0).any(dim=2).expand(split.hidden.shape[0], -1)
+
+
+def _is_compiled_around(module: Any, caller: Any) -> bool:
+    """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
+    is_wrapped = getattr(getattr(caller, "transformer", None), "_orig_mod", None) is module
+    return is_wrapped or module._compiled_call_impl is not None
 
 
 def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
+_COMPILED_AROUND = (
+    "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
+    "torch.compile(...) before apply"
+)
 _CONDITIONS = ("encoder_hidden_states", "pooled_projections", "txt_ids")
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +130,7 @@ class FluxCalls:
         # In a graph the lift costs nothing; elsewhere it is the method's, and timed as such.
         self._lifts = self._compiler is not None and config.lifter == "velocity"
         self._reasons: tuple[str, ...] = ()
+        self._is_compiled_around = False
         if self._is_wanted and not kind.packs:
             self._is_wanted = False
             if options.execution == "packed" or options.compile is not None:
@@ -151,8 +156,16 @@ class FluxCalls:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why the model runs indexed where packed was asked for, and why stages are not compiled."""
-        indexed = tuple(f"indexed execution, since {reason}" for reason in self._reasons)
-        return indexed + (() if self._compiler is None else self._compiler.notes)
+        notes = tuple(f"indexed execution, since {reason}" for reason in self._reasons)
+        if self._is_compiled_around:
+            notes += (_COMPILED_AROUND,)
+        return notes + (() if self._compiler is None else self._compiler.notes)
+
+    def note_compiled_around(self) -> None:
+        """Notes that the model runs uncompiled, and warns once."""
+        if not self._is_compiled_around:
+            _log.warning("jitaccel: %s", _COMPILED_AROUND)
+        self._is_compiled_around = True
 
     def _fall_back(self, reasons: tuple[str, ...]) -> None:
         """Notes why a model runs indexed, or that nothing hinders it; an error where the user allowed no fallback."""

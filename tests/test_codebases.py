@@ -354,7 +354,10 @@ def _generate(pipe: Any, **changed: Any) -> Tensor:
     return latents
 
 
-FLUX_PIPELINES = [name for name in PIPELINES["FluxTransformer2DModel"] if hasattr(diffusers, name)]
+FLUX_PIPELINES, CHROMA_PIPELINES = (
+    [name for name in PIPELINES[model] if hasattr(diffusers, name)]
+    for model in ("FluxTransformer2DModel", "ChromaTransformer2DModel")
+)
 
 
 @pytest.mark.parametrize("name", FLUX_PIPELINES)
@@ -456,7 +459,8 @@ def _flux2_pipeline(name: str) -> Any:
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=CHANNELS // 4,
     )  # fmt: skip
-    model = flux2_transformer(guidance_embeds=name == "Flux2Pipeline")
+    # Said only where it differs: diffusers 0.36 has no such setting, and no klein.
+    model = flux2_transformer(**({} if name == "Flux2Pipeline" else {"guidance_embeds": False}))
     pipe = getattr(diffusers, name)(
         scheduler=tiny.scheduler(), vae=vae.eval(), text_encoder=None, tokenizer=None, transformer=model
     )
@@ -474,6 +478,8 @@ def _flux2_pipeline(name: str) -> Any:
     ids=["dev", "klein", "klein guided"],
 )
 def test_flux2_pipelines(name: str, call: dict[str, Any]) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip("this diffusers has no such pipeline")
     pipe = _flux2_pipeline(name)
 
     def make() -> Tensor:
@@ -493,7 +499,7 @@ def test_flux2_pipelines(name: str, call: dict[str, Any]) -> None:
     assert {step.calls for step in stats.steps} == {2 if "negative_prompt_embeds" in call else 1}
 
 
-@pytest.mark.parametrize("name", PIPELINES["ChromaTransformer2DModel"])
+@pytest.mark.parametrize("name", CHROMA_PIPELINES)
 def test_chroma_pipelines(name: str) -> None:
     parts = {part: given for part, given in tiny.pipeline().components.items() if part in ("vae", "scheduler")}
     pipe = getattr(diffusers, name)(**parts, text_encoder=None, tokenizer=None, transformer=chroma_transformer())

@@ -410,10 +410,7 @@ def test_stage_that_cannot_have_regions_is_compiled_whole(why: str) -> None:
 
 
 def test_offloaded_blocks_run_eagerly(pipe: Any) -> None:
-    cpu = torch.device("cpu")
-    pipe.transformer.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
-    )
+    tiny.offload_groups(pipe.transformer, "block_level")
     with jitaccel.apply(pipe, SHORT, execution="packed"):
         eager = generate(pipe)
     with jitaccel.apply(pipe, SHORT, compile={"backend": Counting()}) as handle:

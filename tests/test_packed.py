@@ -274,12 +274,7 @@ def with_sequential_offload(pipe: Any) -> None:
 
 
 def with_group_offload(kind: str, pipe: Any) -> None:
-    pipe.transformer.enable_group_offload(
-        onload_device=CPU,
-        offload_device=CPU,
-        offload_type=kind,
-        **({"num_blocks_per_group": 1} if kind == "block_level" else {}),
-    )
+    tiny.offload_groups(pipe.transformer, kind)
 
 
 COMPANY: dict[str, Callable[[Any], None]] = {

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -151,6 +152,16 @@ def ids(grid: tuple[int, int] = GRID) -> Tensor:
     """Returns position ids (N, 3) as FluxPipeline makes them."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+
+
+def offload_groups(model: Any, kind: str) -> None:
+    """Group offloading from the CPU to the CPU, of blocks or leaves."""
+    cpu = torch.device("cpu")
+    options: dict[str, Any] = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.accelerator.current_accelerator() is None:  # diffusers before 0.41 takes one for granted
+            patch.setattr(torch.accelerator, "current_accelerator", lambda *_: cpu)
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
 
 
 @contextmanager
