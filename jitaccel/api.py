@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import JiTConfig, resolve
 from .errors import ConfigError, UnsupportedModelError
-from .execution import Attention, Execution, Mode, Unsupported
+from .execution import Attention, ControlNet, Execution, Mode, Unsupported
 from .handle import Handle
 
 
@@ -24,6 +24,7 @@ def apply(
     compile: bool | str | Mapping[str, Any] = False,
     strict: bool = False,
     on_unsupported: Unsupported = "error",
+    controlnet: ControlNet = "dense",
     **overrides: Any,
 ) -> Handle:
     """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
@@ -48,6 +49,8 @@ def apply(
     strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
     on_unsupported: "error" raises for a target, sampler or call that cannot be accelerated correctly; "dense" logs a
         warning and lets it run as if untouched, which `handle.stats()` then says.
+    controlnet: a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less and
+        shows it less of the picture.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
     Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
@@ -62,6 +65,7 @@ def apply(
         compile=_compile_options(compile),
         strict=strict,
         on_unsupported=on_unsupported,
+        controlnet=controlnet,
     )
     try:
         return patches.find(target).apply(target, config, levels, how)

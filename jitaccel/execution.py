@@ -10,6 +10,7 @@ from .errors import ConfigError, nearest_match
 
 Mode = Literal["auto", "packed", "indexed"]
 Unsupported = Literal["error", "dense"]
+ControlNet = Literal["dense", "anchors"]
 Attention = Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers", "sdpa"]
 
 
@@ -25,6 +26,7 @@ class Execution:
     strict: raise where a fallback would run instead of what was asked for.
     on_unsupported: what to do with a target, sampler or call that cannot be accelerated correctly: raise ("error"), or
         let it run as if untouched and log a warning ("dense").
+    controlnet: whether a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone.
 
     Raises ConfigError for unknown names, and for compilation of the model's own forward.
     """
@@ -34,6 +36,7 @@ class Execution:
     compile: Mapping[str, Any] | None = None
     strict: bool = False
     on_unsupported: Unsupported = "error"
+    controlnet: ControlNet = "dense"
 
     def __post_init__(self) -> None:
         problems = [
@@ -43,6 +46,7 @@ class Execution:
                 ("execution", self.execution, get_args(Mode)),
                 ("attention", self.attention, get_args(Attention)),
                 ("on_unsupported", self.on_unsupported, get_args(Unsupported)),
+                ("controlnet", self.controlnet, get_args(ControlNet)),
             )
             if value not in allowed
         ]

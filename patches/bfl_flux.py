@@ -44,7 +44,8 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
     handle = Handle(model, route)
     original, signature, seen = model.forward, inspect.signature(plain.forward), SeenIds()
 
-    @torch.compiler.disable  # compiled around the patch, each of its decisions would break the graph
+    # Compiled around the patch, each of its decisions would break the graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         if not handle.is_active:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from jitaccel.errors import UnsupportedModelError
+from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.run import Run
 from jitaccel.stats import Cost, Recorder
@@ -75,6 +75,15 @@ class Calls(Protocol):
     def release(self) -> None: ...
 
 
+def refuse_controlnet(options: Execution) -> None:
+    """Raises ConfigError where a ControlNet on the anchors is asked for beside what is no pipeline with one."""
+    if options.controlnet != "dense":
+        raise ConfigError(
+            f"apply: controlnet must be 'dense' for what is no pipeline with a ControlNet, got {options.controlnet!r}; "
+            f"apply to the pipeline"
+        )
+
+
 class IndexedCalls:
     """Statistics of a model that always runs its own forward on the anchors.
 
@@ -87,6 +96,7 @@ class IndexedCalls:
 
     def __init__(self, model: str, options: Execution) -> None:
         self.notes: tuple[str, ...] = ()
+        refuse_controlnet(options)
         if options.execution != "packed" and options.compile is None:
             return
         reason = f"packed execution does not know {model}"

@@ -46,13 +46,15 @@ def unguided_branch() -> dict[str, Tensor] | None:
     return found if all(isinstance(tensor, Tensor) for tensor in found.values()) else None  # type: ignore[return-value]
 
 
-def inpainting_mask() -> Tensor | None:
-    """Returns the mask (B, N, C) of latents with which the calling pipeline blends after each step, or None.
+def inpainted_tokens(batch: int, num_tokens: int) -> Tensor | None:
+    """Returns the tokens (batch, num_tokens) under the mask with which the calling pipeline blends each step, or None.
 
     Read off the pipeline's own variables: an inpainting pipeline tells its transformer nothing of it.
     """
     frame = _calling_frame()
     if frame is None or "Inpaint" not in type(frame.f_locals["self"]).__name__:
         return None
-    mask = frame.f_locals.get("mask")
-    return mask if isinstance(mask, Tensor) else None
+    mask = frame.f_locals.get("mask")  # (B, N, C), of latents
+    if not isinstance(mask, Tensor) or mask.ndim != 3 or mask.shape[1] != num_tokens:
+        return None
+    return (mask > 0).any(dim=2).expand(batch, -1)

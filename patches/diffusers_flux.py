@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
@@ -19,15 +17,16 @@ from jitaccel.handle import Handle
 
 from . import is_instance_of
 from .arguments import grid_of_ids, one_image, single_level
-from .call import ModelCall
-from .caller import calling_pipeline, inpainting_mask
+from .call import ModelCall, refuse_controlnet
+from .caller import calling_pipeline, inpainted_tokens
+from .flux_controlnet import apply_to_controlnet, check_controlnet
 from .kinds import MODELS, PIPELINES, Kind, kind_of, token_multiple
 from .packed_calls import FluxCalls
 from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
+from .shared_hook import SharedHook, hook_of, install, named_arguments
 from .split import SeenIds, Split
 from .velocity_route import VelocityRoute
 
-_HOOK = "jitaccel"
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
 
@@ -41,6 +40,8 @@ def apply_to_pipeline(
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
     check_pipeline(pipeline)
+    if execution.controlnet == "anchors":
+        check_controlnet(pipeline)
     calls = FluxCalls(pipeline.transformer, config, execution)
     for old in _handles_of(pipeline):
         old.remove()
@@ -49,7 +50,9 @@ def apply_to_pipeline(
     route = SchedulerRoute(pipeline, config, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
     handle = Handle(pipeline, route)
     handle.on_remove(calls.release)
-    _install(pipeline.transformer, handle, route)
+    install(pipeline.transformer, _Hook, handle, route)
+    if execution.controlnet == "anchors":
+        apply_to_controlnet(pipeline, handle, route)
     route.install(handle)
     return handle
 
@@ -77,6 +80,7 @@ def apply_to_transformer(
     """Returns the handle of a patched transformer that somebody's own loop calls."""
     if problems := _model_problems(transformer):
         raise UnsupportedModelError(_explain(transformer, problems))
+    refuse_controlnet(execution)
     calls = FluxCalls(transformer, config, execution)
     name = f"diffusers {type(transformer).__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
@@ -87,37 +91,28 @@ def apply_to_transformer(
             break
     handle = Handle(transformer, route)
     handle.on_remove(calls.release)
-    _install(transformer, handle, route)
+    install(transformer, _Hook, handle, route)
     return handle
 
 
-class _Hook(ModelHook):  # type: ignore[misc]
-    """The one hook on a transformer, whatever number of pipelines share it: it finds the route of a call."""
-
-    _is_stateful = True
+class _Hook(SharedHook):
+    """Answers the calls of a transformer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.handles: dict[Any, Handle] = {}
-        self.before: dict[str, Any] = {}
         self._ids = SeenIds()
 
-    @property
-    def routes(self) -> tuple[Any, ...]:
-        """Pipelines first: a bare route answers whatever is left."""
-        return tuple(sorted(self.handles, key=lambda route: isinstance(route, VelocityRoute)))
-
     # A graph around the hook would be broken at each of its decisions, and take minutes to make.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         original = self.fn_ref.original_forward
         caller = calling_pipeline()
-        route = next((route for route in self.routes if route.accepts(caller)), None)
-        if route is None or route.is_dense:
+        route = self.route_of(caller)
+        if route is None:
             return original(*args, **kwargs)
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
-        arguments = _arguments(module, args, kwargs)
+        arguments = named_arguments(module, MODELS, args, kwargs)
         try:
             split = self._split(module, arguments)
             velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
@@ -141,50 +136,6 @@ class _Hook(ModelHook):  # type: ignore[misc]
             )
         return Split(hidden, self._ids.num_generated(ids), module.config.out_channels or module.config.in_channels)
 
-    def reset_state(self, module: Any) -> Any:
-        """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
-        caller = calling_pipeline()
-        for route in self.routes:
-            if caller is None or (isinstance(route, SchedulerRoute) and route.is_of(caller)):
-                route.reset()
-        return module
-
-
-def _install(transformer: Any, handle: Handle, route: Any) -> None:
-    hook = hook_of(transformer)
-    if hook is None:
-        hook = _Hook()
-        hook.before = {name: vars(transformer).get(name) for name in ("forward", "_diffusers_hook")}
-        # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
-        # graph, so the wrapper gets a registry in its own attributes.
-        registry = vars(transformer).setdefault("_diffusers_hook", HookRegistry(transformer))
-        forward = transformer.forward
-        registry.register_hook(hook, _HOOK)
-        functools.update_wrapper(transformer.forward, forward)  # diffusers before 0.40 hides the signature
-    hook.handles[route] = handle
-    handle.change(f"{type(transformer).__name__} hook {_HOOK!r}", _uninstall, transformer, hook, route)
-
-
-def _uninstall(transformer: Any, hook: Any, route: Any) -> None:
-    """Removes the route, and after the last one the hook and all that registering it left on the instance."""
-    hook.handles.pop(route, None)
-    registry = vars(transformer).get("_diffusers_hook")
-    if hook.handles or registry is None or registry.get_hook(_HOOK) is not hook:
-        return
-    registry.remove_hook(_HOOK, recurse=False)
-    if registry.hooks:
-        return
-    for name, value in hook.before.items():
-        if value is None:
-            vars(transformer).pop(name, None)
-        else:
-            vars(transformer)[name] = value
-
-
-def hook_of(transformer: Any) -> Any:
-    """Returns jitaccel's hook on a transformer, or None."""
-    registry = vars(transformer).get("_diffusers_hook")
-    return None if registry is None else registry.get_hook(_HOOK)
 
 
 def check_pipeline(pipeline: Any) -> None:
@@ -270,33 +221,13 @@ def _mask(split: Split) -> Tensor | None:
     is_fill = split.hidden.shape[2] == _FILL_CHANNELS * split.channels or "Fill" in type(calling_pipeline()).__name__
     if split.extra is not None and is_fill:
         return (split.extra[..., split.channels :] > 0).any(dim=2)
-    mask = inpainting_mask()
-    if mask is None or mask.ndim != 3 or mask.shape[1] != split.num_tokens:
-        return None
-    return (mask > 0).any(dim=2).expand(split.hidden.shape[0], -1)
+    return inpainted_tokens(split.hidden.shape[0], split.num_tokens)
 
 
 def _is_compiled_around(module: Any, caller: Any) -> bool:
     """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
     is_wrapped = getattr(getattr(caller, "transformer", None), "_orig_mod", None) is module
     return is_wrapped or module._compiled_call_impl is not None
-
-
-def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call by name; a derived class may take more than diffusers' own."""
-    model: Any = type(getattr(module, "_orig_mod", module))
-    signature = _signature_of(model)
-    further = {name: value for name, value in kwargs.items() if name not in signature.parameters}
-    known = {name: value for name, value in kwargs.items() if name not in further}
-    arguments = dict(signature.bind(module, *args, **known).arguments)
-    del arguments["self"]
-    return {**arguments, **further}
-
-
-@functools.cache
-def _signature_of(model: Any) -> inspect.Signature:
-    """Returns the signature of diffusers' class among those that a model's class derives from."""
-    return inspect.signature(next(kind for kind in model.__mro__ if kind.__name__ in MODELS).forward)
 
 
 def _refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:

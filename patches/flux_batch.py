@@ -26,8 +26,9 @@ from jitaccel.execution import Execution
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 
-from .diffusers_flux import check_text_to_image, hook_of
+from .diffusers_flux import check_text_to_image
 from .flux_packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
+from .shared_hook import hook_of
 
 _log = logging.getLogger(__name__)
 

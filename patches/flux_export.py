@@ -27,10 +27,11 @@ from jitaccel.tokens import gather_tokens
 
 from .arguments import grid_of_ids
 from .call import Answer, ModelCall
-from .diffusers_flux import check_text_to_image, hook_of
+from .diffusers_flux import check_text_to_image
 from .flux_batch import levels_of
 from .flux_packed import Conditions, Pack, reasons_unpackable, run_packed
 from .scheduler_route import SchedulerRoute, handle_of
+from .shared_hook import hook_of
 
 _ARGUMENTS = (
     "hidden_states",

@@ -8,6 +8,7 @@ model itself) are run beside it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -348,6 +349,8 @@ def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
     if hasattr(model, "_orig_mod"):
         return ["the transformer is compiled as a whole"]
     reasons = []
+    if inspect.unwrap(type(model).forward).__module__ != FluxTransformerBlock.__module__:
+        reasons.append(f"{type(model).__name__} has a forward that is not diffusers'")
     for name, module in model.named_modules():
         if module is model:
             reasons += _reasons_of_hooks("the transformer", module, own)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jitaccel.run import Run
 
+from .arguments import one_image
 from .kinds import Kind
 from .split import Split
 
@@ -18,29 +19,41 @@ def run_indexed(
     kind: Kind, original: Callable[..., Any], arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
 ) -> Tensor:
     """Returns the velocity (B, M, D) at a run's anchors of a state (B, N, D); image by image where anchors differ."""
-    ids = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
+    calls = calls_at_anchors(kind, arguments, split, run, state)
+    velocities = [original(**{**own, "return_dict": False})[0] for own in calls]
+    velocity = velocities[0] if len(velocities) == 1 else torch.cat(velocities)
+    return velocity[:, : run.num_active] if split.num_references else velocity
+
+
+def calls_at_anchors(
+    kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+) -> list[dict[str, Any]]:
+    """Returns the arguments of the forwards that compute a run's anchors of a state (B, N, D).
+
+    One forward, or one for each image where their anchors differ.
+    """
+    ids = one_image(arguments["img_ids"])
+    tokens = {"hidden_states": split.tokens(run, state)}
     if run.is_dense:
-        return _velocity(original, arguments, split, run, hidden_states=split.tokens(run, state))
-    changed = {"hidden_states": split.tokens(run, state), **_at_anchors(kind, arguments, split, run)}
+        return [{**arguments, **tokens}]
+    changed = {**arguments, **tokens, **_at_anchors(kind, arguments, split, run)}
     if run.has_shared_anchors:
-        return _velocity(original, arguments, split, run, **changed, img_ids=split.ids_at(ids, run.anchors[0]))
-    of_images = []
-    for image in range(state.shape[0]):
-        own = _of_image(kind, {**arguments, **changed}, image)
-        of_images.append(
-            _velocity(original, arguments, split, run, **own, img_ids=split.ids_at(ids, run.anchors[image]))
-        )
-    return torch.cat(of_images)
+        return [{**changed, "img_ids": split.ids_at(ids, run.anchors[0])}]
+    return [
+        {**changed, **_of_image(kind, changed, image), "img_ids": split.ids_at(ids, run.anchors[image])}
+        for image in range(state.shape[0])
+    ]
 
 
 def _at_anchors(kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run) -> dict[str, Any]:
-    """Returns the masks and residuals that are given for every token, of those that enter."""
+    """Returns what is given for every token, of those that enter."""
     batch, text_tokens = run.anchors.shape[0], arguments["encoder_hidden_states"].shape[1]
     found: dict[str, Any] = {}
     for name in kind.masks:
         if arguments.get(name) is not None:
             found[name] = split.at_anchors(run, _expand(arguments[name], batch), before=text_tokens)
+    for name in kind.tokens:
+        found[name] = split.at_anchors(run, _expand(arguments[name], batch))
     for name in kind.residuals:
         if arguments.get(name) is not None:
             found[name] = [split.at_anchors(run, _expand(residual, batch)) for residual in arguments[name]]
@@ -68,10 +81,3 @@ def _expand(x: Tensor, batch: int) -> Tensor:
 
 def _row(values: Tensor, image: int) -> Tensor:
     return values[image : image + 1] if values.shape[0] > 1 else values
-
-
-def _velocity(
-    original: Callable[..., Any], arguments: Mapping[str, Any], split: Split, run: Run, **changed: Any
-) -> Tensor:
-    velocity: Tensor = original(**{**arguments, **changed, "return_dict": False})[0]
-    return velocity[:, : run.num_active] if split.num_references else velocity

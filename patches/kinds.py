@@ -14,7 +14,8 @@ class Kind:
     """One transformer class.
 
     per_image: arguments with a row for each image, or one for all. masks: those over text and image tokens, (B, T + S).
-    residuals: lists of what is added to image tokens, (B, S, width). refused: arguments that cannot be accelerated, and
+    tokens: what is given of every image token beside the state, (B, S, C). residuals: lists of what is added to them,
+    (B, S, width). refused: arguments that cannot be accelerated, and
     what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
     cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it.
     """
@@ -23,6 +24,7 @@ class Kind:
     cost: Callable[[Mapping[str, Any], int, int], int]
     per_image: tuple[str, ...]
     masks: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
     refused: Mapping[str, str] = field(default_factory=dict)
     attention_arguments: tuple[str, ...] = ("scale", "ip_adapter_image_embeds")
@@ -50,6 +52,20 @@ KINDS = (
         per_image=("encoder_hidden_states", "timestep", "attention_mask"),
         masks=("attention_mask",),
     ),
+)
+CONTROLNET = Kind(
+    model="FluxControlNetModel",
+    cost=flux_flops,
+    per_image=(
+        "controlnet_cond",
+        "controlnet_mode",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "guidance",
+    ),
+    tokens=("controlnet_cond",),
+    residuals=(),
 )
 MODELS = tuple(kind.model for kind in KINDS)
 

@@ -130,7 +130,7 @@ class FluxCalls:
         # In a graph the lift costs nothing; elsewhere it is the method's, and timed as such.
         self._lifts = self._compiler is not None and config.lifter == "velocity"
         self._reasons: tuple[str, ...] = ()
-        self._is_compiled_around = False
+        self._is_compiled_around = self._has_residuals = False
         if self._is_wanted and not kind.packs:
             self._is_wanted = False
             if options.execution == "packed" or options.compile is not None:
@@ -157,6 +157,8 @@ class FluxCalls:
     def notes(self) -> tuple[str, ...]:
         """Why the model runs indexed where packed was asked for, and why stages are not compiled."""
         notes = tuple(f"indexed execution, since {reason}" for reason in self._reasons)
+        if self._has_residuals:
+            notes += ("costs are of the transformer alone, without the ControlNet",)
         if self._is_compiled_around:
             notes += (_COMPILED_AROUND,)
         return notes + (() if self._compiler is None else self._compiler.notes)
@@ -195,6 +197,8 @@ class FluxCalls:
         state: Tensor,
     ) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
+        residuals = [name for name in self._kind.residuals if arguments.get(name) is not None]
+        self._has_residuals = bool(residuals)
         indexed = functools.partial(run_indexed, self._kind, original, arguments, split, run, state)
         if not self._is_wanted:
             return Answer(indexed())
@@ -202,8 +206,7 @@ class FluxCalls:
         if memory.plan is not run.plan:
             memory.plan, memory.reasons = run.plan, _reasons(module, hook, arguments)
             memory.packs.clear()
-        residuals = ("ControlNet residuals",) if any(arguments.get(n) is not None for n in self._kind.residuals) else ()
-        reasons = memory.reasons + tuple(f"the call has {what}" for what in residuals)
+        reasons = memory.reasons + (("the call has ControlNet residuals",) if residuals else ())
         self._fall_back(reasons)
         if reasons:
             return Answer(indexed())

@@ -130,6 +130,21 @@ class SchedulerRoute:
 
     def forward(self, call: ModelCall) -> Tensor:
         """Returns the velocity (B, N, D) at the anchors; elsewhere zeros, or lifted."""
+        run, index = self.run_of(call), self._index()
+        assert self._recorder is not None and self._clock is not None
+        step = self._clock.step(index - self._first)
+        with self._recorder.network(step, run.anchors):
+            answer = call.evaluate(run, call.state)
+        self._seen, self._lifted = index, None
+        if answer.lifted is None:
+            with self._recorder.outside(step.index):
+                return run.scatter(answer.values)
+        if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
+            self._lifted = answer.lifted, answer.lifted._version
+        return answer.lifted
+
+    def run_of(self, call: ModelCall) -> Run:
+        """Returns the run as it stands in the step that is due; the first call of a generation begins it."""
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
             raise RuntimeError(
@@ -139,18 +154,9 @@ class SchedulerRoute:
         index = self._index()
         if self._run is None or self._recorder is None:
             self._begin(call, index)
-        assert self._run is not None and self._recorder is not None and self._clock is not None
         self._check_follows(call, index)
-        step = self._clock.step(index - self._first)
-        with self._recorder.network(step, self._run.anchors):
-            answer = call.evaluate(self._run, call.state)
-        self._seen, self._lifted = index, None
-        if answer.lifted is None:
-            with self._recorder.outside(step.index):
-                return self._run.scatter(answer.values)
-        if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
-            self._lifted = answer.lifted, answer.lifted._version
-        return answer.lifted
+        assert self._run is not None
+        return self._run
 
     def _check_follows(self, call: ModelCall, index: int) -> None:
         run, clock, shape = self._run, self._clock, tuple(call.state.shape[:2])

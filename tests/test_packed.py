@@ -370,6 +370,14 @@ def compiled_block(pipe: Any) -> None:
     pipe.transformer.single_transformer_blocks[0].compile(backend="eager")
 
 
+def derived_model(pipe: Any) -> None:
+    class Mine(type(pipe.transformer)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    pipe.transformer.__class__ = Mine
+
+
 def checkpointing(pipe: Any) -> None:
     pipe.transformer.enable_gradient_checkpointing()
 
@@ -379,6 +387,7 @@ FALLBACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "backend": (chosen_backend, "set_attention_backend chose"),
     "hook": (forward_hook, "single_transformer_blocks.0 has forward hooks"),
     "forward": (replaced_forward, "forward of transformer_blocks.0 is replaced"),
+    "derived": (derived_model, "Mine has a forward that is not diffusers'"),
     "compiled": (compiled_block, "a FluxSingleTransformerBlock is compiled"),
 }
 

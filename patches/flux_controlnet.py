@@ -1,0 +1,114 @@
+"""A ControlNet on the anchors alone, where that was asked for; its residuals elsewhere are zeros, which nobody adds.
+
+diffusers calls a ControlNet before the transformer, with the state and the position ids of the same step. So the first
+call of a generation begins it, and every later one finds the anchors of its step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetOutput
+from torch import Tensor
+
+from jitaccel.errors import UnsupportedModelError
+from jitaccel.handle import Handle
+from jitaccel.run import Run
+
+from .arguments import grid_of_ids, one_image, single_level
+from .call import ModelCall
+from .caller import calling_pipeline, inpainted_tokens
+from .indexed import calls_at_anchors
+from .kinds import CONTROLNET, Kind, kind_of, token_multiple
+from .scheduler_route import SchedulerRoute
+from .shared_hook import SharedHook, install, named_arguments
+from .split import Split
+
+
+def apply_to_controlnet(pipeline: Any, handle: Handle, route: SchedulerRoute) -> None:
+    """Lets the ControlNet of a pipeline, each of several, run on the anchors of a route."""
+    for network in _networks(pipeline):
+        install(network, _ControlNetHook, handle, route)
+
+
+def check_controlnet(pipeline: Any) -> None:
+    """Raises UnsupportedModelError where a pipeline has no ControlNet, or one that reads a whole picture."""
+    networks = _networks(pipeline)
+    kinds = [type(network).__name__ for network in networks]
+    if any(kind != CONTROLNET.model for kind in kinds):
+        raise UnsupportedModelError(
+            f"apply: controlnet='anchors' needs a pipeline with a {CONTROLNET.model}, got {', '.join(kinds)}; "
+            f"leave it out"
+        )
+    if any(network.input_hint_block is not None for network in networks):
+        raise UnsupportedModelError(
+            "apply: controlnet='anchors' needs a ControlNet that is given tokens, got one that reads the whole picture "
+            "(conditioning_embedding_channels is set); leave it out"
+        )
+
+
+def _networks(pipeline: Any) -> list[Any]:
+    given = getattr(pipeline, "controlnet", None)
+    return list(getattr(given, "nets", [given]))
+
+
+class _ControlNetHook(SharedHook):
+    """Begins a generation with its first call, and runs the network on the anchors of the step."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        original, caller = self.fn_ref.original_forward, calling_pipeline()
+        route = self.route_of(caller)
+        if route is None:
+            return original(*args, **kwargs)
+        arguments = named_arguments(module, (CONTROLNET.model,), args, kwargs)
+        kind = kind_of(caller.transformer)
+        assert kind is not None
+        split = Split(arguments["hidden_states"], *arguments["hidden_states"].shape[1:])
+        try:
+            run = route.run_of(_beginning(caller.transformer, kind, arguments, split))
+        except UnsupportedModelError as error:
+            if route.leave_dense(error):
+                return original(*args, **kwargs)
+            route.abandon()
+            raise
+        except BaseException:
+            route.abandon()
+            raise
+        if run.is_dense:
+            return original(*args, **kwargs)
+        made = [
+            original(**{**own, "return_dict": False})
+            for own in calls_at_anchors(CONTROLNET, arguments, split, run, split.state)
+        ]
+        double, single = (_whole([each[k] for each in made], run) for k in (0, 1))
+        if not arguments.get("return_dict", True):
+            return double, single
+        return FluxControlNetOutput(controlnet_block_samples=double, controlnet_single_block_samples=single)
+
+
+def _beginning(transformer: Any, kind: Kind, arguments: dict[str, Any], split: Split) -> ModelCall:
+    """Returns what the generation is begun with, where this is its first call: as the transformer will be called."""
+    return ModelCall(
+        state=split.state,
+        text_tokens=arguments["encoder_hidden_states"].shape[1],
+        cost=functools.partial(kind.cost, transformer.config),
+        grid=lambda: grid_of_ids(one_image(arguments["img_ids"]), split.num_tokens),
+        noise_level=lambda: single_level(arguments["timestep"]),
+        mask=lambda: inpainted_tokens(*split.hidden.shape[:2]),
+        multiple=token_multiple(transformer),
+        evaluate=_not_evaluated,
+    )
+
+
+def _not_evaluated(run: Run, state: Tensor) -> Any:
+    raise AssertionError("a ControlNet is no velocity")
+
+
+def _whole(of_images: list[Any], run: Run) -> list[Tensor] | None:
+    """Returns residuals (B, N, width) of those that the forwards made at their anchors; None where there are none."""
+    if of_images[0] is None:
+        return None
+    return [run.scatter(torch.cat([*rows])) for rows in zip(*of_images, strict=True)]

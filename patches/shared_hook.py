@@ -1,0 +1,107 @@
+"""One hook on a module of diffusers, whatever number of patched pipelines share it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from diffusers.hooks import HookRegistry, ModelHook
+
+from jitaccel.handle import Handle
+
+from .caller import calling_pipeline
+from .scheduler_route import SchedulerRoute
+from .velocity_route import VelocityRoute
+
+_NAME = "jitaccel"
+
+
+class SharedHook(ModelHook):  # type: ignore[misc]
+    """Finds the route of a call; derived ones define `new_forward`."""
+
+    _is_stateful = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handles: dict[Any, Handle] = {}
+        self.before: dict[str, Any] = {}
+
+    @property
+    def routes(self) -> tuple[Any, ...]:
+        """Pipelines first: a bare route answers whatever is left."""
+        return tuple(sorted(self.handles, key=lambda route: isinstance(route, VelocityRoute)))
+
+    def route_of(self, caller: Any) -> Any:
+        """Returns the route that a call made inside `caller` (a pipeline, or None) belongs to; None for a dense one."""
+        route = next((route for route in self.routes if route.accepts(caller)), None)
+        return None if route is None or route.is_dense else route
+
+    def reset_state(self, module: Any) -> Any:
+        """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
+        caller = calling_pipeline()
+        for route in self.routes:
+            if caller is None or (isinstance(route, SchedulerRoute) and route.is_of(caller)):
+                route.reset()
+        return module
+
+
+def install(module: Any, kind: type[SharedHook], handle: Handle, route: Any) -> None:
+    """Lets the hook of a module, a new one where it has none, answer the calls of a route."""
+    hook = hook_of(module)
+    if hook is None:
+        hook = kind()
+        hook.before = {name: vars(module).get(name) for name in ("forward", "_diffusers_hook")}
+        # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
+        # graph, so the wrapper gets a registry in its own attributes.
+        registry = vars(module).setdefault("_diffusers_hook", HookRegistry(module))
+        forward = module.forward
+        registry.register_hook(hook, _NAME)
+        functools.update_wrapper(module.forward, forward)  # diffusers before 0.40 hides the signature
+    hook.handles[route] = handle
+    handle.change(f"{type(module).__name__} hook {_NAME!r}", _uninstall, module, hook, route)
+
+
+def _uninstall(module: Any, hook: Any, route: Any) -> None:
+    """Removes the route, and after the last one the hook and all that registering it left on the instance."""
+    hook.handles.pop(route, None)
+    registry = vars(module).get("_diffusers_hook")
+    if hook.handles or registry is None or registry.get_hook(_NAME) is not hook:
+        return
+    registry.remove_hook(_NAME, recurse=False)
+    if registry.hooks:
+        return
+    for name, value in hook.before.items():
+        if value is None:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = value
+
+
+def named_arguments(
+    module: Any, bases: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of a call by name.
+
+    bases: names of diffusers' classes, from one of which the module's derives; its own forward may take more.
+    """
+    model: Any = type(getattr(module, "_orig_mod", module))
+    signature = _signature_of(model, bases)
+    further = {name: value for name, value in kwargs.items() if name not in signature.parameters}
+    if further:
+        inspect.signature(model.forward).bind(module, *args, **kwargs)  # what its own does not take is an error
+    known = {name: value for name, value in kwargs.items() if name not in further}
+    arguments = dict(signature.bind(module, *args, **known).arguments)
+    del arguments["self"]
+    return {**arguments, **further}
+
+
+@functools.cache
+def _signature_of(model: Any, bases: tuple[str, ...]) -> inspect.Signature:
+    return inspect.signature(next(kind for kind in model.__mro__ if kind.__name__ in bases).forward)
+
+
+def hook_of(module: Any) -> Any:
+    """Returns jitaccel's hook on a module, or None."""
+    registry = vars(module).get("_diffusers_hook")
+    return None if registry is None else registry.get_hook(_NAME)
