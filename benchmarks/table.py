@@ -137,6 +137,28 @@ def record(rows: Sequence[Fields]) -> str:
     return "\n".join(parts)
 
 
+def codebases(rows: Sequence[Fields]) -> str:
+    """What 7x gains through every codebase, and through the pipeline."""
+    return _each_device([row for row in rows if row["benchmark"] == "codebases"], _codebases)
+
+
+def _codebases(rows: Sequence[Fields]) -> str:
+    lines = [
+        [
+            row["case"],
+            row["way"],
+            _seconds(row),
+            f"{row['dense_50_s']:.2f}",
+            f"{row['speedup_to_dense']:.2f}x",
+            f"{row['speedup_over_pipelines']:.3f}",
+            f"{row['difference_to_pipeline']:.0e}",
+            _origin(row),
+        ]
+        for row in rows
+    ]
+    return _table("model|codebase|7x, s|50 dense steps, s|gain|over the pipeline's gain|differs by|measured", lines)
+
+
 _RECORD = (
     "method|run|steps|denoising, s|against 50 plain|against 50 run alike|by FLOPs|TFLOP/s|outside, % of sparse steps|"
     "peak, MiB|first picture, s more|measured"
@@ -196,6 +218,7 @@ def _table(head: str, lines: Iterable[Sequence[str]]) -> str:
 
 
 TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
+    "codebases": codebases,
     "denoise": denoise,
     "kernels": kernels,
     "packing": packing,

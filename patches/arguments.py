@@ -20,18 +20,21 @@ def one_image(ids: Tensor) -> Tensor:
 def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
     """Returns (grid_h, grid_w) of position ids (N, A), rows (0, row, column) or (0, row, column, 0) in raster order.
 
+    Ids in half precision are rounded, beyond 256 in bfloat16; the first row's end tells the grid all the same.
     Waits for the device. Raises ValueError for ids that are no raster, or not as many as the tokens.
     """
-    ids = one_image(img_ids.detach())
-    height, width = (int(ids[:, axis].max()) + 1 if len(ids) else 0 for axis in (1, 2))
+    ids = one_image(img_ids.detach()).cpu()
+    ends = ids[:, 1].nonzero()
+    width = int(ends[0]) if len(ends) else len(ids)
+    height = len(ids) // max(width, 1)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    raster = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-    found = ids.cpu().long()
-    is_raster = torch.equal(found[:, :3], raster) and not found[:, 3:].any()
-    if ids.shape[0] != num_tokens or height * width != num_tokens or not is_raster:
+    raster = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(ids.dtype)
+    is_raster = torch.equal(ids[:, :3], raster) and not ids[:, 3:].any()
+    if len(ids) != num_tokens or not is_raster:
+        largest = [int(ids[:, axis].max()) if len(ids) else 0 for axis in (1, 2)]
         raise ValueError(
-            f"jitaccel: img_ids must be the raster of the {num_tokens} tokens given, got {ids.shape[0]} ids up to row "
-            f"{height - 1}, column {width - 1}; build them as the pipelines do"
+            f"jitaccel: img_ids must be the raster of the {num_tokens} tokens given, got {len(ids)} ids up to row "
+            f"{largest[0]}, column {largest[1]}; build them as the pipelines do"
         )
     return height, width
 

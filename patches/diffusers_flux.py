@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -101,6 +102,7 @@ class _Hook(SharedHook):
     def __init__(self) -> None:
         super().__init__()
         self._ids = SeenIds()
+        self._totals: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # image tokens of a route's last call
 
     # A graph around the hook would be broken at each of its decisions, and take minutes to make.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -114,7 +116,7 @@ class _Hook(SharedHook):
             route.calls.note_compiled_around()
         arguments = named_arguments(module, MODELS, args, kwargs)
         try:
-            split = self._split(module, arguments)
+            split = self._split(module, route, arguments)
             velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
         except UnsupportedModelError as error:
             if route.leave_dense(error):
@@ -126,7 +128,7 @@ class _Hook(SharedHook):
             raise
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 
-    def _split(self, module: Any, arguments: Mapping[str, Any]) -> Split:
+    def _split(self, module: Any, route: Any, arguments: Mapping[str, Any]) -> Split:
         """Returns what of a call is generated."""
         ids, hidden = arguments["img_ids"], arguments["hidden_states"]
         if ids.shape[-2] != hidden.shape[1]:
@@ -134,7 +136,12 @@ class _Hook(SharedHook):
                 f"jitaccel: img_ids must be the raster of the {hidden.shape[1]} tokens given, and of references after "
                 f"them, got {ids.shape[-2]} ids; build them as the pipelines do"
             )
-        return Split(hidden, self._ids.num_generated(ids), module.config.out_channels or module.config.in_channels)
+        # FLUX.2's pipelines make their ids anew each step: one wait a generation is enough to tell them apart.
+        count = route.num_tokens if self._totals.get(route) == ids.shape[-2] else None
+        if count is None:
+            count = self._ids.num_generated(ids)
+        self._totals[route] = ids.shape[-2]
+        return Split(hidden, count, module.config.out_channels or module.config.in_channels)
 
 
 

@@ -93,6 +93,11 @@ class SchedulerRoute:
         """Whether the pipeline is gone."""
         return self._pipeline() is None
 
+    @property
+    def num_tokens(self) -> int | None:
+        """How many tokens the generation under way makes, or None."""
+        return None if self._run is None else self._run.grid[0] * self._run.grid[1]
+
     def accepts(self, caller: Any) -> bool:
         """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
         return self._is_by_hand if caller is None else self.is_of(caller)

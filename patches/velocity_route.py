@@ -37,6 +37,7 @@ class VelocityRoute:
     """
 
     is_dense = False  # each call is told apart
+    num_tokens = None  # there may be several generations
 
     def __init__(
         self,

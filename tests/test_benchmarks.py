@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,24 @@ def test_cases_are_found_by_their_modules() -> None:
     pytest.importorskip("diffusers")
     found = {(case.group, case.size) for case in find_cases()}
     assert {("denoise", "small"), ("denoise", "large"), ("denoise", "flux")} <= found
+
+
+@pytest.mark.parametrize("distilled", [True, False], ids=["distilled", "undistilled"])
+def test_every_codebase_makes_the_pipelines_picture(distilled: bool) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases import codebases
+    from benchmarks.pipelines import Subject, random_subject
+
+    def small(options: Options) -> Subject:
+        model = {**TINY, "guidance_embeds": distilled}
+        return random_subject(model, options.device, torch.float32, (16, 16), options.seed, text_tokens=8)
+
+    options = Options(device=torch.device("cpu"), repeat=2, seed=0)
+    rows = [row.fields for row in codebases.measure(options, small, timed_steps=2)]
+    assert [row["way"] for row in rows] == [*codebases.WAYS]
+    assert all(row["difference_to_pipeline"] < 1e-4 and row["denoise_median_s"] > 0 for row in rows)
+    assert rows[0]["speedup_over_pipelines"] == 1.0 and rows[0]["difference_to_pipeline"] == 0.0
+    assert "comfy" not in sys.modules
 
 
 def test_percentiles_are_interpolated() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
@@ -497,6 +498,55 @@ def test_flux2_pipelines(name: str, call: dict[str, Any]) -> None:
         stats = handle.stats()
     assert [step.tokens for step in stats.steps] == [50, 50, 93, 144, 144]
     assert {step.calls for step in stats.steps} == {2 if "negative_prompt_embeds" in call else 1}
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinInpaintPipeline"), reason="this diffusers has no such pipeline")
+def test_flux2_inpainting_starts_late_and_places_its_anchors() -> None:
+    pipe = _flux2_pipeline("Flux2KleinInpaintPipeline")
+
+    def make() -> Tensor:
+        return pipe(
+            image=_picture(1), mask_image=_mask_picture(), strength=0.7, prompt_embeds=noise(1, 1, TEXT_TOKENS, WIDTH),
+            guidance_scale=1.0, height=4 * GRID[0], width=4 * GRID[1], num_inference_steps=8, output_type="latent",
+            generator=torch.Generator().manual_seed(0), return_dict=False,
+        )[0]  # fmt: skip
+
+    expected = make()
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(make(), expected)
+    with jitaccel.apply(pipe, SHORT.replace(steps=8)) as handle:
+        assert make().isfinite().all()
+        stats = handle.stats()
+    assert len(stats.steps) == 6 and stats.steps[0].tokens == stats.anchors[0].shape[1] > 50
+    inside = torch.zeros(GRID, dtype=torch.bool)
+    inside[3:8, 2:6] = True
+    assert set(inside.flatten().nonzero().squeeze(1).tolist()) <= set(stats.anchors[0][0].tolist())
+
+
+def test_references_of_flux2_are_told_apart_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipelines make position ids anew each step, and to look into them is to wait for the device."""
+    from jitaccel.patches import split
+
+    looks: list[int] = []
+    picture = PIL.Image.new("RGB", (64, 64), "red")
+    original = split.num_generated
+    monkeypatch.setattr(split, "num_generated", lambda ids: looks.append(1) or original(ids))
+    pipe = _flux2_pipeline("Flux2KleinPipeline" if hasattr(diffusers, "Flux2KleinPipeline") else "Flux2Pipeline")
+    guidance = {} if type(pipe).__name__ == "Flux2Pipeline" else {"guidance_scale": 1.0}
+
+    def make() -> None:
+        pipe(
+            image=[picture], prompt_embeds=noise(1, 1, TEXT_TOKENS, WIDTH), height=4 * GRID[0], width=4 * GRID[1],
+            num_inference_steps=5, output_type="latent", generator=torch.Generator().manual_seed(0), **guidance,
+        )  # fmt: skip
+
+    with jitaccel.apply(pipe, SHORT) as handle, tiny.counted(pipe.transformer) as seen:
+        for generation in (1, 2):
+            make()
+            assert len(looks) == generation
+    references = seen[0] - 50
+    assert references > 0 and seen == [n + references for n in (50, 50, 93, 144, 144)] * 2
+    assert handle.stats().generations == 2
 
 
 @pytest.mark.parametrize("name", CHROMA_PIPELINES)
