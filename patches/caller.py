@@ -29,6 +29,21 @@ def _calling_frame() -> FrameType | None:
     return None
 
 
+def calling_guider() -> Any:
+    """Returns the guider of the modular pipeline on this thread's call stack, or None.
+
+    Its blocks hold their pipeline in a variable `components`.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if "components" in frame.f_code.co_varnames:
+            guider = getattr(frame.f_locals.get("components"), "guider", None)
+            if guider is not None:
+                return guider
+        frame = frame.f_back
+    return None
+
+
 def unguided_branch() -> dict[str, Tensor] | None:
     """Returns what the calling pipeline's second call of each step will ask (true CFG), or None where it makes none.
 

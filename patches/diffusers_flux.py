@@ -19,7 +19,7 @@ from jitaccel.handle import Handle
 from . import is_instance_of
 from .arguments import grid_of_ids, one_image, single_level
 from .call import ModelCall, refuse_controlnet
-from .caller import calling_pipeline, inpainted_tokens
+from .caller import calling_guider, calling_pipeline, inpainted_tokens
 from .flux_controlnet import apply_to_controlnet, check_controlnet
 from .kinds import MODELS, PIPELINES, Kind, kind_of, token_multiple
 from .packed_calls import FluxCalls
@@ -223,6 +223,11 @@ def _model_call(
     )
 
 
+def _is_linear(guider: Any) -> bool:
+    """Whether guidance weighs its branches token by token, with weights that sum to one; a move then passes whole."""
+    return type(guider).__name__ == "ClassifierFreeGuidance" and not guider.guidance_rescale
+
+
 def _mask(split: Split) -> Tensor | None:
     """Returns the tokens (B, N) that are painted anew, where a Fill model or a pipeline has a mask."""
     is_fill = split.hidden.shape[2] == _FILL_CHANNELS * split.channels or "Fill" in type(calling_pipeline()).__name__
@@ -243,6 +248,8 @@ def _refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> 
     found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
     if getattr(module, "is_cache_enabled", False):
         found.add("a cache enabled on the transformer")
+    if calling_pipeline() is None and (guider := calling_guider()) is not None and not _is_linear(guider):
+        found.add(f"a guider that is not linear ({type(guider).__name__})")
     if found:
         raise UnsupportedModelError(
             f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "

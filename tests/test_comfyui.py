@@ -490,3 +490,18 @@ def test_chroma() -> None:
         assert relative_error(sample(handle.target, start(model), conds={"positive": [given]}), expected) < 1e-5
         cost = chroma_flops(model.inner.config, NUM_TOKENS, TEXT_TOKENS)
         assert handle.stats().dense_step_flops == cost
+
+
+def test_blocks_that_are_compiled_one_by_one_stay_compiled() -> None:
+    model, calls = flux1(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+        expected = sample(handle.target, start(model))
+        model.inner.transformer_blocks[0].compile(backend=backend, dynamic=False)
+        assert relative_error(sample(handle.target, start(model)), expected) < 1e-5
+    assert len(calls) >= 3  # a graph for each stage
+    torch._dynamo.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -108,6 +109,32 @@ def test_both_branches_of_a_dense_generation_run_dense() -> None:
     expected = tiny.generate(pipe, **guided)
     with jitaccel.apply(pipe, SHORT, steps=8, schedule="native", on_unsupported="dense"):
         assert torch.equal(tiny.generate(pipe, **guided), expected)
+
+
+GUIDERS = {
+    "APG": (diffusers.AdaptiveProjectedGuidance(guidance_scale=3.0), "AdaptiveProjectedGuidance"),
+    "zero star": (diffusers.ClassifierFreeZeroStarGuidance(guidance_scale=3.0), "ClassifierFreeZeroStarGuidance"),
+    "rescaled": (diffusers.ClassifierFreeGuidance(guidance_scale=3.0, guidance_rescale=0.5), "ClassifierFreeGuidance"),
+    "linear": (diffusers.ClassifierFreeGuidance(guidance_scale=3.0), ""),
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+@torch.no_grad()
+def test_guiders_of_modular_pipelines_must_be_linear(name: str) -> None:
+    """A modular pipeline's blocks call the network with their pipeline in a variable `components`."""
+    guider, refused = GUIDERS[name]
+    subject = SUBJECTS["FLUX.1"]()
+
+    def block(components: Any) -> Tensor:
+        return _loop(subject)
+
+    with jitaccel.apply(subject.model, SHORT, noise_levels=LEVELS):
+        if refused:
+            with pytest.raises(UnsupportedModelError, match=f"a guider that is not linear .{refused}"):
+                block(SimpleNamespace(guider=guider))
+        else:
+            assert torch.equal(block(SimpleNamespace(guider=guider)), _loop(subject))
 
 
 def _loop(subject: Any, **more: Any) -> Tensor:
