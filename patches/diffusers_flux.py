@@ -144,7 +144,6 @@ class _Hook(SharedHook):
         return Split(hidden, count, module.config.out_channels or module.config.in_channels)
 
 
-
 def check_pipeline(pipeline: Any) -> None:
     """Raises UnsupportedModelError with every reason why a pipeline cannot be accelerated correctly."""
     names = [kind.__name__ for kind in type(pipeline).__mro__]

@@ -288,7 +288,7 @@ class CFGGuider:
         branches = [*self.conds["positive"], *(self.conds.get("negative", []) if self.cfg != 1.0 else [])]
         out = []
         for group in [[branch] for branch in branches] if self.in_turn else [branches]:
-            names = {name for branch in group for name in branch if name != "area"}
+            names = {name for branch in group for name in branch if name not in ("area", "model_conds")}
             count, extra = len(group), {}
             for name in names:
                 values = [branch[name] for branch in group]

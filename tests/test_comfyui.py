@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,6 +273,23 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
     assert set(inside.tolist()) < set(anchors[0][0].tolist()) and anchors[0].shape[1] == 20 + int(0.35 * 124)
     assert torch.allclose(made * (1 - mask), latents * (1 - mask), atol=1e-5)
     assert not torch.allclose(made * mask, latents * mask, atol=0.1)
+
+
+def test_mask_of_a_fill_model_places_the_anchors() -> None:
+    """Beside the state it is shown a masked picture and 8 x 8 mask values of each latent; nobody keeps the rest."""
+    model = flux1(extra=5 * CHANNELS)
+    shown = torch.cat([noise(4, 1, 4, *SIZE), torch.zeros(1, 16, *SIZE)], dim=1)
+    shown[:, 4:, 6:16, 4:12] = 1.0
+    given = {**condition(), "c_concat": shown, "model_conds": {"c_concat": SimpleNamespace(cond=shown)}}
+    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+        made = sample(handle.target, start(model), conds={"positive": [given]})
+        anchors = handle.stats().anchors
+        still = jitaccel.apply(handle.target, SHORT, micro_flow="none")
+        assert not torch.allclose(sample(still.target, start(model), conds={"positive": [given]}), made, atol=1e-3)
+    inside = torch.zeros(GRID, dtype=torch.bool)
+    inside[3:8, 2:6] = True
+    assert set(inside.flatten().nonzero().squeeze(1).tolist()) < set(anchors[0][0].tolist())
+    assert anchors[0].shape[1] == 20 + int(0.35 * 124)
 
 
 def test_late_start_places_the_stages_on_the_steps_that_run() -> None:

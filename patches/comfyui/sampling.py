@@ -22,7 +22,7 @@ from jitaccel.handle import Handle
 from jitaccel.stats import Recorder, Stats, summarize
 
 from ..call import IndexedCalls
-from .checks import sampling_problems, wrappers_of_comfy
+from .conditions import fill_mask, sampling_problems, wrappers_of_comfy
 from .underway import UnderWay
 
 _KEY = "jitaccel"
@@ -108,7 +108,9 @@ class ComfyRoute:
             _log.warning("%s; it runs dense", reason)
             self._recorder, self._notes = None, (f"the last sampling ran dense: {'; '.join(problems)}",)
             return executor(*given, **more)
-        now = UnderWay(self.config, guider.inner_model.diffusion_model, sigmas.tolist(), noise, denoise_mask)
+        model, keeps_rest = guider.inner_model.diffusion_model, denoise_mask is not None
+        mask = denoise_mask if keeps_rest else fill_mask(guider, noise.shape[1])
+        now = UnderWay(self.config, model, sigmas.tolist(), noise, mask, keeps_rest)
         self._note_steps(now.num_steps)
         self._recorder, self._samplings, before = now.recorder, self._samplings + 1, self._now
         self._now = now

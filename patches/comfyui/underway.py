@@ -22,13 +22,23 @@ from .pictures import to_picture, to_tokens
 
 
 class UnderWay:
-    """levels: of the sampler, 0 included. noise: (B, C, H, W), as the sampler got it. mask: what is painted anew."""
+    """levels: of the sampler, 0 included. noise: (B, C, H, W), as the sampler got it.
+
+    mask: what is painted anew, (1 or B, K, H, W), or None for all. keeps_rest: whether the sampler keeps the rest as it
+    is in the given picture.
+    """
 
     def __init__(
-        self, config: JiTConfig, model: Any, levels: Sequence[float], noise: Tensor, mask: Tensor | None
+        self,
+        config: JiTConfig,
+        model: Any,
+        levels: Sequence[float],
+        noise: Tensor,
+        mask: Tensor | None = None,
+        keeps_rest: bool = False,
     ) -> None:
-        # All that is painted anew is active from the first stage on, so that nothing ever has to move.
-        self._config = config if mask is None else config.replace(micro_flow="none")
+        # What is painted anew is active from the first stage on; where the rest is given, nothing ever has to move.
+        self._config = config.replace(micro_flow="none") if keeps_rest else config
         self._clock = KnownLevels(config, levels)
         self._model = getattr(model, "_orig_mod", model)
         self._patch: int = self._model.patch_size

@@ -1,4 +1,4 @@
-"""What of a sampling in ComfyUI cannot be accelerated correctly, told before it begins."""
+"""What a sampling in ComfyUI is given: what cannot be accelerated correctly, and what a Fill model paints anew."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ _GUIDANCE = (
     "sampler_calc_cond_batch_function",
     "context_handler",
 )
+
+
+_FILL_CHANNELS = 5  # of the state's beside it: a masked picture, and 8 x 8 mask values
+
+
+def fill_mask(guider: Any, channels: int) -> Tensor | None:
+    """Returns the mask (B, 64, H, W) that a Fill model is shown beside a state of `channels`, or None without one."""
+    for condition in guider.conds.get("positive", []):
+        shown = getattr(condition.get("model_conds", {}).get("c_concat"), "cond", None)
+        if isinstance(shown, Tensor) and shown.shape[1] == _FILL_CHANNELS * channels:
+            return shown[:, channels:]
+    return None
 
 
 def wrappers_of_comfy() -> tuple[str, str, str]:
