@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, export, generate
+from . import bench, demo, doctor, eval, export, generate
 from .errors import CommandError
 
-_COMMANDS = {"generate": generate, "demo": demo, "export": export, "bench": bench, "doctor": doctor}
+_COMMANDS = {
+    "generate": generate,
+    "demo": demo,
+    "eval": eval,
+    "export": export,
+    "bench": bench,
+    "doctor": doctor,
+}
 _EXPECTED = (CommandError, ArtefactError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
 
 

@@ -118,11 +118,15 @@ class CellNetwork(nn.Module):
         )
         self.covered = nn.Conv2d(width // 2, 1, 1)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what all answers are read from, `(B, width, 32, 32)`, and the stem's, `(B, width / 2, 64, 64)`."""
         stem = self.stem(pictures - 0.5)
         near = self.near(stem)
         near = near + self.around(near)
-        merged = self.merge(torch.cat([near, _grown(self.far(near))], dim=1))
+        return self.merge(torch.cat([near, _grown(self.far(near))], dim=1)), stem
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        merged, stem = self.features(pictures)
         covered = self.covered(self.edge(torch.cat([stem, _grown(merged)], dim=1)))[:, 0]
         colour, texture = self.surface(merged).split([len(COLOURS), len(TEXTURES)], dim=1)
         return covered, colour, texture
@@ -199,6 +203,12 @@ class Judge:
                 shares = covered.sigmoid().numpy()
                 found += [tuple(self._things(*maps)) for maps in zip(shares, *surface, strict=True)]
         return found
+
+    def features(self, pictures: NDArray[Any], batch: int = 16) -> NDArray[np.float32]:
+        """Returns the classifier's features of pictures `(B, 256, 256, 3)`, `(B, F, 32, 32)`, for distances of them."""
+        with torch.inference_mode():
+            parts = [self.network.cells.features(part)[0].numpy() for part in _to_tensor(pictures).split(batch)]
+        return np.concatenate(parts)
 
     def score(self, picture: NDArray[Any], claims: Sequence[Claim]) -> Score:
         """Returns which of a caption's claims the picture `(256, 256, 3)` shows."""

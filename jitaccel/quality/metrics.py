@@ -1,0 +1,101 @@
+"""Metrics of pictures (H, W, 3) in [0, 1], and of features that a network has of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage  # type: ignore[import-untyped]
+
+Array = NDArray[Any]
+
+_SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2  # of SSIM
+_TINY = 1e-12
+
+
+def ssim(picture: Array, reference: Array) -> float:
+    """Returns the structural similarity of two pictures, 1 for the same (Wang et al. 2004).
+
+    Mean over pixels and colours; Gaussian windows of standard deviation 1.5 pixels, population variances.
+    """
+    x, y = (np.asarray(each, np.float64) for each in (picture, reference))
+
+    def blur(values: Array) -> Array:
+        blurred: Array = ndimage.gaussian_filter(values, (_SIGMA, _SIGMA, 0.0), truncate=3.5)
+        return blurred
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
+    return float(np.mean(similarity / ((mean_x**2 + mean_y**2 + _C1) * (var_x + var_y + _C2))))
+
+
+def spectrum_error_db(picture: Array, reference: Array) -> float:
+    """Returns by how many dB the power of fine detail differs, above half the Nyquist frequency: mean over its rings.
+
+    Positive where the picture has more of it than the reference, negative where it is smoother.
+    """
+    powers = [_ring_powers(np.asarray(each, np.float64).mean(axis=2)) for each in (picture, reference)]
+    rings = slice(len(powers[0]) // 2, None)
+    ratio = (powers[0][rings] + _TINY) / (powers[1][rings] + _TINY)
+    return float(np.mean(10.0 * np.log10(ratio)))
+
+
+def _ring_powers(luminance: Array) -> Array:
+    """Returns the mean power of each ring of frequencies, from the lowest to the Nyquist frequency."""
+    height, width = luminance.shape
+    power = np.abs(np.fft.fft2(luminance - luminance.mean())) ** 2
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)) * min(height, width)
+    ring = np.minimum(radius.round().astype(int), min(height, width) // 2 + 1)
+    sums, counts = np.bincount(ring.ravel(), power.ravel()), np.bincount(ring.ravel())
+    return (sums / np.maximum(counts, 1))[1 : min(height, width) // 2 + 1]
+
+
+def seam_ratio(picture: Array, stages: Array) -> float:
+    """Returns how steep the borders between tokens of different stages are, over those between tokens of one stage.
+
+    1 where stages leave no trace, more where they can be seen. stages: (grid_h, grid_w), in which stage each token was
+    activated. Mean absolute difference of the pixels on both sides. 1 where all tokens have one stage.
+    """
+    pixels = np.asarray(picture, np.float64)
+    cell_h, cell_w = pixels.shape[0] // stages.shape[0], pixels.shape[1] // stages.shape[1]
+    across: list[Array] = []
+    is_seam: list[Array] = []
+    for axis, cell in ((0, cell_h), (1, cell_w)):
+        turned, grid = (np.swapaxes(each, 0, axis) for each in (pixels, stages))
+        other = turned.shape[1] // grid.shape[1]
+        step = np.abs(np.diff(turned, axis=0)).mean(axis=2)[cell - 1 :: cell][: grid.shape[0] - 1]
+        across.append(step.reshape(len(step), -1, other).mean(axis=2).ravel())
+        is_seam.append((grid[1:] != grid[:-1]).ravel())
+    steps, seams = np.concatenate(across), np.concatenate(is_seam)
+    if seams.all() or not seams.any():
+        return 1.0
+    return float((steps[seams].mean() + _TINY) / (steps[~seams].mean() + _TINY))
+
+
+def perceptual_distance(features: Array, reference: Array) -> float:
+    """Returns how far two feature maps (C, h, w) are apart, in [0, 2], 0 for the same; like LPIPS (Zhang et al. 2018).
+
+    The squared distance of the channels at each place, normalised to length 1, mean over places; no learnt weights.
+    """
+    unit = [each / (np.linalg.norm(each, axis=0, keepdims=True) + _TINY) for each in (features, reference)]
+    return float(np.mean(((unit[0] - unit[1]) ** 2).sum(axis=0)) / 2.0)
+
+
+def frechet_distance(features: Array, reference: Array) -> float:
+    """Returns the squared Frechet distance of two normal distributions fitted to features (n, F) and (m, F).
+
+    Heusel et al. 2017, on whatever features are given; 0 for equal ones. n and m must be 2 or more.
+    """
+    if len(features) < 2 or len(reference) < 2:
+        raise ValueError(
+            f"frechet_distance: needs 2 pictures or more, got {len(features)} and {len(reference)}; add some"
+        )
+    means = [each.mean(axis=0) for each in (features, reference)]
+    # Of centred features x, y the traces of covariances, and of the root of their product: singular values of x y^T.
+    x, y = ((each - mean) / np.sqrt(len(each) - 1) for each, mean in zip((features, reference), means, strict=True))
+    root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    distance = ((means[0] - means[1]) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2.0 * root
+    return float(max(distance, 0.0))

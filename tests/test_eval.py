@@ -1,0 +1,112 @@
+"""`jitaccel eval`: rows that can be taken up again, and a table that says what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jitaccel import PRESETS
+from jitaccel.cli import main
+from jitaccel.cli.errors import CommandError
+from jitaccel.cli.eval import parse_methods
+from jitaccel.cli.eval_table import table
+
+pytest.importorskip("diffusers")
+METHODS = "dense:3,beta:2,sparse.json"
+
+
+def evaluate(folder: Path, prompts: int = 2, methods: str = METHODS) -> list[dict[str, Any]]:
+    arguments = ["eval", "--prompts", str(prompts), "--methods", methods, "--out", str(folder), "--device", "cpu"]
+    assert main(arguments) == 0
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small sparse method in it: two stages, four steps."""
+    monkeypatch.chdir(tmp_path)
+    config = {"densities": [0.4, 1.0], "boundaries": [0.5, 1.0], "steps": 4}
+    (tmp_path / "sparse.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_rows_pictures_and_table_of_a_run_that_is_taken_up(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = evaluate(in_folder / "out")
+    printed = capsys.readouterr().out
+    assert [(row["method"], row["prompt_index"]) for row in rows] == [
+        (name, k) for name in ("dense:3", "beta:2", "sparse") for k in (0, 1)
+    ]
+    assert len([*(in_folder / "out" / "pictures").rglob("*.png")]) == 6
+    dense, _, beta, _, sparse, _ = rows
+    assert "psnr_db" not in dense and dense["seam"] is None and beta["seam"] is None
+    assert sparse["seam"] > 0 and 0 < sparse["ssim"] < 1 and 5 < sparse["psnr_db"] < 60
+    assert beta["gflop"] == pytest.approx(2 / 3 * dense["gflop"]) and sparse["gflop"] < 4 / 3 * dense["gflop"]
+    assert len(dense["features"]) == 64 and {"commit", "device", "torch"} <= dense.keys()
+    assert (in_folder / "out" / "table.md").read_text() in printed
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines[2:]] == ["| dense:3", "| beta:2", "| sparse"]
+    assert lines[4][-3] == "beta:2" and lines[3][-3] == ""
+    again = evaluate(in_folder / "out", prompts=3)
+    assert again[:6] == rows and [row["prompt_index"] for row in again[6:]] == [2, 2, 2]
+
+
+def test_rows_of_other_settings_are_made_anew(in_folder: Path) -> None:
+    first = evaluate(in_folder / "out", methods="dense:2,sparse.json")
+    config = {"densities": [0.6, 1.0], "boundaries": [0.5, 1.0], "steps": 4}
+    (in_folder / "sparse.json").write_text(json.dumps(config))
+    (in_folder / "out" / "pictures" / "dense-2" / "0001.png").unlink()
+    added = evaluate(in_folder / "out", methods="dense:2,sparse.json")[len(first) :]
+    assert [(row["method"], row["prompt_index"]) for row in added] == [("dense:2", 1), ("sparse", 0), ("sparse", 1)]
+    assert added[0]["features"] == pytest.approx(first[1]["features"], abs=1e-3)
+    assert added[1]["gflop"] > first[2]["gflop"]
+
+
+def row(method: str, prompt: int, shown: int, gflop: float, seam: float | None = None) -> dict[str, Any]:
+    densities = [1.0] if seam is None else [0.3, 1.0]
+    rng = np.random.default_rng([prompt, len(method)])
+    return {
+        "method": method, "prompt_index": prompt, "steps": 10, "claimed": 5, "shown": shown, "gflop": gflop,
+        "denoise_s": 1.0, "features": rng.standard_normal(4).tolist(), "config": {"densities": densities}, "seam": seam,
+        "psnr_db": 20.0, "ssim": 0.5, "perceptual": 0.1, "spectrum_db": -1.0,
+    }  # fmt: skip
+
+
+def test_table_compares_with_the_dense_method_of_the_nearest_cost() -> None:
+    rows = [row("dense:50", k, 5, 100.0) for k in range(40)]
+    rows += [row("beta:6", k, 3, 12.0) for k in range(40)] + [row("beta:11", k, 4, 22.0) for k in range(40)]
+    rows += [row("7x", k, 4, 13.0, seam=1.2) for k in range(40)]
+    text = table(rows, ["dense:50", "beta:6", "beta:11", "7x"], np.random.default_rng(0).standard_normal((60, 4)))
+    cells = {line.split(" | ")[0][2:]: line.rstrip(" |\n").split(" | ") for line in text.splitlines() if "x" in line}
+    seven = cells["7x"]
+    assert seven[2] == "1.30" and seven[4] == "80.0 (80.0 to 80.0)"
+    assert seven[-3:] == ["beta:6", "20.0 (20.0 to 20.0)", "< 0.001"]
+    assert "Means over 40 prompts" in text and "Reference: dense:50" in text
+
+
+def test_methods_are_presets_dense_steps_or_files(in_folder: Path) -> None:
+    dense, beta, seven, own = parse_methods("dense:50, beta:7,7x,sparse.json")
+    assert (dense.config.schedule, dense.steps, beta.config.schedule, beta.steps) == ("native", 50, "beta", 7)
+    assert beta.config.densities == (1.0,) and seven.config is PRESETS["7x"] and own.name == "sparse"
+    for wrong, words in {
+        "8x": "got '8x'",
+        "dense:0": "got 'dense:0'",
+        "none.json": "got 'none.json'",
+        "7x,7x": "must be different ones",
+    }.items():
+        with pytest.raises(CommandError, match=words):
+            parse_methods(wrong)
+
+
+def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "file").touch()
+    for arguments, words in (
+        (["--prompts", "1"], "at least 2, got 1"),
+        (["--out", "file"], "must be a folder"),
+        (["--methods", "fast"], "got 'fast'"),
+    ):
+        assert main(["eval", *arguments]) == 2
+        assert words in capsys.readouterr().err
