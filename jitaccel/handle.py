@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,31 @@ class Route(Protocol):
     def stats(self) -> Stats: ...
 
     def reset(self) -> None: ...
+
+
+class Patched:
+    """A function in place of a method of one instance, which a copy of the instance must not take along.
+
+    It would run what it was copied from.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy()
+
+
+def refuse_copy() -> TypeError:
+    """Returns the error of copying what is patched."""
+    return TypeError(
+        "jitaccel: what is copied must not be patched, since the copy would run the original's weights; remove() the "
+        "handle, copy, and apply to each"
+    )
 
 
 class Handle:

@@ -20,7 +20,7 @@ from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.flops import chroma_flops, flux_flops
-from jitaccel.handle import Handle
+from jitaccel.handle import Handle, Patched
 from jitaccel.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
@@ -64,8 +64,9 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
             route.abandon()
             raise
 
-    setattr(forward, _HANDLE, handle)
-    handle.set_attribute(model, "forward", forward)
+    patched = Patched(forward)
+    setattr(patched, _HANDLE, handle)
+    handle.set_attribute(model, "forward", patched)
     return handle
 
 

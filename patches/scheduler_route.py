@@ -19,7 +19,7 @@ from torch import Tensor
 from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.handle import MISSING, Handle, restore_attributes
+from jitaccel.handle import MISSING, Handle, Patched, restore_attributes
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 from jitaccel.stats import Recorder, Stats, summarize
@@ -311,8 +311,9 @@ def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
             return original(*args, **kwargs)
         return wrapper(original, *args, **kwargs)
 
-    setattr(method, _HANDLE, handle)
-    return method
+    patched = Patched(method)
+    setattr(patched, _HANDLE, handle)
+    return patched
 
 
 def _with_state(output: Any, state: Tensor) -> Any:

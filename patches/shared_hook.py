@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 
-from jitaccel.handle import Handle
+from jitaccel.handle import Handle, refuse_copy
 
 from .caller import calling_pipeline
 from .scheduler_route import SchedulerRoute
@@ -36,6 +36,9 @@ class SharedHook(ModelHook):  # type: ignore[misc]
         """Returns the route that a call made inside `caller` (a pipeline, or None) belongs to; None for a dense one."""
         route = next((route for route in self.routes if route.accepts(caller)), None)
         return None if route is None or route.is_dense else route
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy()
 
     def reset_state(self, module: Any) -> Any:
         """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel.patches.arguments import grid_of_ids
 from tests import tiny
+from tests.test_bfl_flux import Flux
 from tests.test_codebases import _flux_pipeline, _generate
 from tests.tiny import CHANNELS, DENSE, NUM_TOKENS, SHORT, TEXT_TOKENS, WIDTH, generate, relative_error
 
@@ -150,6 +152,17 @@ def test_9_transformer_that_was_replaced_is_told_and_one_that_is_gone_is_let_go(
             generate(pipe)
         pipe.transformer = old
         assert generate(pipe).isfinite().all()
+
+
+def test_copy_of_what_is_patched_is_refused() -> None:
+    """It would run the weights of what it was copied from."""
+    pipe, flux = tiny.pipeline(), Flux()
+    with jitaccel.apply(pipe, SHORT), jitaccel.apply(flux, SHORT):
+        for patched in (pipe.transformer, pipe.scheduler, pipe, flux):
+            with pytest.raises(TypeError, match=r"remove\(\) the handle, copy, and apply to each"):
+                copy.deepcopy(patched)
+    for free in (pipe.transformer, pipe.scheduler, flux):
+        assert type(copy.deepcopy(free)) is type(free)
 
 
 @torch.no_grad()
