@@ -48,7 +48,8 @@ def apply(
         whether to capture. Graphs are made at the first generation of each size and batch, or by `handle.warmup`.
     strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
     on_unsupported: "error" raises for a target, sampler or call that cannot be accelerated correctly; "dense" logs a
-        warning and lets it run as if untouched, which `handle.stats()` then says.
+        warning and lets it run dense, which `handle.stats()` then says. A call of a pipeline keeps the number of steps
+        and the levels that the configuration has set by then.
     controlnet: a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less and
         shows it less of the picture.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.

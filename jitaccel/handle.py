@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .stats import Stats
 
 MISSING = object()
+HANDLE = "_jitaccel_handle"  # the attribute under which what is patched knows its handle
 
 
 class Route(Protocol):

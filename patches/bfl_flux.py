@@ -20,7 +20,7 @@ from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.flops import chroma_flops, flux_flops
-from jitaccel.handle import Handle, Patched
+from jitaccel.handle import HANDLE, Handle, Patched
 from jitaccel.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
@@ -30,19 +30,18 @@ from .split import SeenIds, Split
 from .velocity_route import VelocityRoute
 
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
-_HANDLE = "_jitaccel_handle"
 
 
 def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Handle:
     """Returns the handle of a patched `Flux`."""
     calls, plain = IndexedCalls("Flux", execution), getattr(model, "_orig_mod", model)
-    old = getattr(vars(model).get("forward"), _HANDLE, None)
+    old = vars(model).get(HANDLE)
     if old is not None:
         old.remove()
     name = f"{type(plain).__module__} {type(plain).__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
     handle = Handle(model, route)
-    original, signature, seen = model.forward, inspect.signature(plain.forward), SeenIds()
+    original, signature, seen = model.forward, inspect.signature(type(plain).forward), SeenIds()
 
     # Compiled around the patch, each of its decisions would break the graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -50,8 +49,10 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         if not handle.is_active:
             return original(*args, **kwargs)
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        arguments = dict(signature.bind(plain, *args, **kwargs).arguments)
+        del arguments["self"]
         extra = arguments.pop("kwargs", {})
+        route.begin_call()
         try:
             call, split = _model_call(plain, original, {**arguments, **extra}, seen)
             return split.whole(route.forward(call))
@@ -64,9 +65,8 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
             route.abandon()
             raise
 
-    patched = Patched(forward)
-    setattr(patched, _HANDLE, handle)
-    handle.set_attribute(model, "forward", patched)
+    handle.set_attribute(model, HANDLE, handle)
+    handle.set_attribute(model, "forward", Patched(forward))
     return handle
 
 
@@ -79,10 +79,11 @@ def _model_call(
     split = Split(arguments["img"], num_tokens, channels)
     config = config_of(params, params.in_channels, channels)
     flops = chroma_flops if "approximator_layers" in config else flux_flops
+    references = split.num_references  # the statistics keep it, and no tensor with it
     call = ModelCall(
         state=split.state,
         text_tokens=arguments["txt"].shape[1],
-        cost=lambda image_tokens, text_tokens: flops(config, image_tokens + split.num_references, text_tokens),
+        cost=lambda image_tokens, text_tokens: flops(config, image_tokens + references, text_tokens),
         grid=lambda: grid_of_ids(one_image(ids)[:num_tokens], split.state.shape[1]),
         noise_level=lambda: single_level(arguments["timesteps"]),
         evaluate=functools.partial(_evaluate, original, arguments, split),

@@ -7,7 +7,7 @@ from typing import Any
 
 from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.handle import Handle
+from jitaccel.handle import HANDLE, Handle
 from jitaccel.stats import Stats, summarize
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,20 @@ class DenseRoute:
         """Nothing is kept."""
 
 
+def earlier_handles(target: Any) -> list[Handle]:
+    """Returns the handles of earlier applies to a target, wherever a patch of ours keeps them."""
+    found: list[Any] = [getattr(target, "__dict__", {}).get(HANDLE)]
+    scheduler = getattr(target, "scheduler", None)
+    found.append(getattr(getattr(scheduler, "__dict__", {}).get("set_timesteps"), HANDLE, None))
+    registry = getattr(target, "__dict__", {}).get("_diffusers_hook")
+    hook = None if registry is None else registry.get_hook("jitaccel")
+    found += [] if hook is None else [handle for handle in hook.handles.values() if handle.target is target]
+    return [handle for handle in dict.fromkeys(found) if handle is not None and handle.target is target]
+
+
 def leave_dense(target: Any, config: JiTConfig, error: UnsupportedModelError) -> Handle:
     """Returns a handle that changed nothing, and warns that the target runs without acceleration."""
+    for old in earlier_handles(target):
+        old.remove()
     _log.warning("jitaccel: %s runs dense: %s", type(target).__name__, error)
     return Handle(target, DenseRoute(config, str(error)))

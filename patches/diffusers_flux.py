@@ -19,10 +19,11 @@ from jitaccel.handle import Handle
 from . import is_instance_of
 from .arguments import grid_of_ids, one_image, single_level
 from .call import ModelCall, refuse_controlnet
-from .caller import calling_guider, calling_pipeline, inpainted_tokens
+from .caller import calling_pipeline, inpainted_tokens
 from .flux_controlnet import apply_to_controlnet, check_controlnet
-from .kinds import MODELS, PIPELINES, Kind, kind_of, token_multiple
+from .kinds import MODELS, PIPELINES, kind_of, token_multiple
 from .packed_calls import FluxCalls
+from .refused import refuse_arguments
 from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
 from .shared_hook import SharedHook, hook_of, install, named_arguments
 from .split import SeenIds, Split
@@ -115,6 +116,7 @@ class _Hook(SharedHook):
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
         arguments = named_arguments(module, MODELS, args, kwargs)
+        route.begin_call()
         try:
             split = self._split(module, route, arguments)
             velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
@@ -190,7 +192,8 @@ def _explain(target: Any, problems: list[str]) -> str:
 
 
 def _refuse_shared_scheduler(pipeline: Any) -> None:
-    if "set_timesteps" in vars(pipeline.scheduler):
+    handle = handle_of(pipeline.scheduler)
+    if handle is not None and handle.is_active:
         raise ConfigError(
             "apply: pipeline must have a scheduler of its own, got one that is patched for another pipeline; "
             "set pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config) first"
@@ -207,24 +210,19 @@ def _model_call(
 ) -> ModelCall:
     kind = kind_of(module)
     assert kind is not None
-    _refuse_arguments(module, kind, arguments)
+    refuse_arguments(module, kind, arguments)
     state = split.state
-    cost = functools.partial(kind.cost, module.config)
+    cost, references = functools.partial(kind.cost, module.config), split.num_references  # and no tensor is kept
     return ModelCall(
         state=state,
         text_tokens=arguments["encoder_hidden_states"].shape[1],
-        cost=lambda image_tokens, text_tokens: cost(image_tokens + split.num_references, text_tokens),
+        cost=lambda image_tokens, text_tokens: cost(image_tokens + references, text_tokens),
         grid=lambda: grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1]),
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: _mask(split),
         multiple=token_multiple(module),
         evaluate=functools.partial(calls.evaluate, module, hook, original, arguments, split),
     )
-
-
-def _is_linear(guider: Any) -> bool:
-    """Whether guidance weighs its branches token by token, with weights that sum to one; a move then passes whole."""
-    return type(guider).__name__ == "ClassifierFreeGuidance" and not guider.guidance_rescale
 
 
 def _mask(split: Split) -> Tensor | None:
@@ -239,18 +237,3 @@ def _is_compiled_around(module: Any, caller: Any) -> bool:
     """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
     is_wrapped = getattr(getattr(caller, "transformer", None), "_orig_mod", None) is module
     return is_wrapped or module._compiled_call_impl is not None
-
-
-def _refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:
-    found = {reason for name, reason in kind.refused.items() if arguments.get(name) is not None}
-    extra = arguments.get("joint_attention_kwargs") or {}
-    found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
-    if getattr(module, "is_cache_enabled", False):
-        found.add("a cache enabled on the transformer")
-    if calling_pipeline() is None and (guider := calling_guider()) is not None and not _is_linear(guider):
-        found.add(f"a guider that is not linear ({type(guider).__name__})")
-    if found:
-        raise UnsupportedModelError(
-            f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
-            f"remove() the handle for this call"
-        )

@@ -22,6 +22,7 @@ from .call import ModelCall
 from .caller import calling_pipeline, inpainted_tokens
 from .indexed import calls_at_anchors
 from .kinds import CONTROLNET, Kind, kind_of, token_multiple
+from .refused import refuse_arguments
 from .scheduler_route import SchedulerRoute
 from .shared_hook import SharedHook, install, named_arguments
 from .split import Split
@@ -37,7 +38,8 @@ def check_controlnet(pipeline: Any) -> None:
     """Raises UnsupportedModelError where a pipeline has no ControlNet, or one that reads a whole picture."""
     networks = _networks(pipeline)
     kinds = [type(network).__name__ for network in networks]
-    if any(kind != CONTROLNET.model for kind in kinds):
+    names = [[base.__name__ for base in type(network).__mro__] for network in networks]
+    if any(CONTROLNET.model not in of for of in names):
         raise UnsupportedModelError(
             f"apply: controlnet='anchors' needs a pipeline with a {CONTROLNET.model}, got {', '.join(kinds)}; "
             f"leave it out"
@@ -59,16 +61,20 @@ class _ControlNetHook(SharedHook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original, caller = self.fn_ref.original_forward, calling_pipeline()
-        route = self.route_of(caller)
+        original = self.fn_ref.original_forward
+        route = self.route_of(calling_pipeline())
         if route is None:
             return original(*args, **kwargs)
         arguments = named_arguments(module, (CONTROLNET.model,), args, kwargs)
-        kind = kind_of(caller.transformer)
+        transformer = route.transformer
+        kind = kind_of(transformer)
         assert kind is not None
         split = Split(arguments["hidden_states"], *arguments["hidden_states"].shape[1:])
         try:
-            run = route.run_of(_beginning(caller.transformer, kind, arguments, split))
+            # What the transformer will refuse is refused before the generation begins.
+            given = {"joint_attention_kwargs": arguments.get("joint_attention_kwargs")}
+            refuse_arguments(transformer, kind, given)
+            run = route.run_of(_beginning(transformer, kind, arguments, split))
         except UnsupportedModelError as error:
             if route.leave_dense(error):
                 return original(*args, **kwargs)

@@ -19,7 +19,7 @@ from torch import Tensor
 from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.handle import MISSING, Handle, Patched, restore_attributes
+from jitaccel.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 from jitaccel.stats import Recorder, Stats, summarize
@@ -28,7 +28,6 @@ from .call import Calls, ModelCall
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)
-_HANDLE = "_jitaccel_handle"
 _SCHEDULER_STATE = ("sigmas", "timesteps", "num_inference_steps", "_step_index", "_begin_index")
 
 
@@ -94,6 +93,14 @@ class SchedulerRoute:
         return self._pipeline() is None
 
     @property
+    def transformer(self) -> Any:
+        """What the pipeline calls."""
+        return self._transformer()
+
+    def begin_call(self) -> None:
+        """There is one generation at a time: nothing has to be forgotten."""
+
+    @property
     def num_tokens(self) -> int | None:
         """How many tokens the generation under way makes, or None."""
         return None if self._run is None else self._run.grid[0] * self._run.grid[1]
@@ -112,7 +119,8 @@ class SchedulerRoute:
         if not self._may_be_dense or self._run is not None:
             return False
         self.is_dense, self._recorder = True, None
-        self._notes = (*self._notes, f"the last generation ran dense: {error}")
+        steps = 0 if self._levels is None else len(self._levels) - 1
+        self._notes = (*self._notes, f"the last generation ran dense, on {steps} steps of the configuration: {error}")
         _log.warning("jitaccel: the generation runs dense: %s", error)
         return True
 
@@ -301,7 +309,7 @@ def check_scheduler(scheduler: Any) -> list[str]:
 
 def handle_of(scheduler: Any) -> Handle | None:
     """Returns the handle whose patch a scheduler carries, or None."""
-    return getattr(vars(scheduler).get("set_timesteps"), _HANDLE, None)
+    return getattr(vars(scheduler).get("set_timesteps"), HANDLE, None)
 
 
 def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
@@ -312,7 +320,7 @@ def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
         return wrapper(original, *args, **kwargs)
 
     patched = Patched(method)
-    setattr(patched, _HANDLE, handle)
+    setattr(patched, HANDLE, handle)
     return patched
 
 

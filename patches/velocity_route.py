@@ -69,6 +69,10 @@ class VelocityRoute:
         self._generations.clear()
         self._current = None
 
+    def begin_call(self) -> None:
+        """Another call begins: should it be refused, no generation is to be forgotten for it."""
+        self._current = None
+
     def leave_dense(self, error: UnsupportedModelError) -> bool:
         """Returns whether a refused call runs dense, and warns once: not one in the midst of a generation."""
         if not self._may_be_dense or any(g.step.next_level > 0.0 for g in self._generations):

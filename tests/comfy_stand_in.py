@@ -99,6 +99,8 @@ class Flux(nn.Module):
             if control is not None:
                 residuals = [torch.zeros_like(control["input"][0][:1]) if r is None else r for r in control["input"]]
                 arguments["controlnet_block_samples"] = [r[k : k + 1] for r in residuals]
+                if control.get("output"):
+                    arguments["controlnet_single_block_samples"] = [r[k : k + 1] for r in control["output"]]
             if attn_mask is not None:
                 own = attn_mask if attn_mask.ndim == 2 else attn_mask[k if len(attn_mask) > 1 else 0]
                 arguments["joint_attention_kwargs"] = {"attention_mask": own[None, None]}

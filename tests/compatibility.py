@@ -277,7 +277,7 @@ COMPANY: Mapping[str, Company] = {
     "fused QKV projections": Company(lambda pipe: pipe.transformer.fuse_qkv_projections(), only=_FLUX1),
     "callback that edits latents": Company(call={"callback_on_step_end": _halve}, changes=True),
     "VAE tiling and slicing": Company(_tiling, changes=None),
-    "caches (FirstBlockCache and others)": Company(_cache, refused="cache", only=("FLUX.1", "Kontext")),
+    "caches (FirstBlockCache and others)": Company(_cache, refused="cache", only=(*_FLUX1, "FLUX.2")),
 }
 
 

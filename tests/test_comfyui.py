@@ -208,12 +208,13 @@ def test_residuals_references_and_further_channels_go_with_their_tokens() -> Non
         padded = torch.cat([residual[:, at], torch.zeros(1, more.shape[1], WIDTH)], dim=1)
         return model.forward_orig(
             img, torch.cat([ids[:, at], more_ids], dim=1), given["context"], torch.zeros(1, TEXT_TOKENS, 3),
-            torch.tensor([level]), given["y"], given["guidance"], control={"input": [padded]},
+            torch.tensor([level]), given["y"], given["guidance"], control={"input": [padded], "output": [-padded]},
         )[:, : len(at)]  # fmt: skip
 
     expected = by_hand(model, start(model), velocity)
     whole = torch.cat([residual, torch.zeros(1, more.shape[1], WIDTH)], dim=1)
-    conds = {"positive": [{**given, "c_concat": beside, "ref_latents": [reference], "control": {"input": [whole]}}]}
+    control = {"input": [whole], "output": [-whole]}
+    conds = {"positive": [{**given, "c_concat": beside, "ref_latents": [reference], "control": control}]}
     with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
         assert relative_error(sample(handle.target, start(model), conds=conds), expected) < 1e-5
 
@@ -266,9 +267,17 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
     model = flux1()
     mask, latents = torch.zeros(1, 1, *SIZE), noise(4, 1, 4, *SIZE)
     mask[..., 6:16, 4:12] = 1.0
+    mask[..., 6:8, 4:12] = 0.3  # soft: painted anew in part
+    seen: list[Tensor] = []
+    model.inner.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
         made = sample(handle.target, start(model), latent_image=latents, denoise_mask=mask)
         anchors = handle.stats().anchors
+    outside = (to_tokens(mask, 2) == 0).all(dim=2)[0]
+    known = to_tokens(LEVELS[2] * start(model) + (1 - LEVELS[2]) * latents, 2)[0]
+    place = {int(token): k for k, token in enumerate(anchors[1][0])}
+    kept = [token for token in place if outside[token]]
+    assert torch.allclose(seen[2][0][[place[t] for t in kept]], known[kept], atol=1e-5)  # nothing has moved there
     inside = to_tokens(mask, 2).any(dim=2)[0].nonzero().squeeze(1)
     assert set(inside.tolist()) < set(anchors[0][0].tolist()) and anchors[0].shape[1] == 20 + int(0.35 * 124)
     assert torch.allclose(made * (1 - mask), latents * (1 - mask), atol=1e-5)
@@ -394,16 +403,27 @@ def test_cache_that_answers_in_place_of_the_model_is_told() -> None:
         handle.target.wrappers["diffusion_model"] = {"cache": [cache], **handle.target.wrappers["diffusion_model"]}
         with pytest.raises(RuntimeError, match="another node answers"):
             sample(handle.target, start(model))
+        ours = handle.target.wrappers["diffusion_model"].pop("jitaccel")  # and a cache that was added after us
+        handle.target.wrappers["diffusion_model"] = {"jitaccel": ours, "cache": [cache]}
+        with pytest.raises(RuntimeError, match="another node answers"):
+            sample(handle.target, start(model))
+        assert "forward_orig" not in vars(model)
 
 
 def test_not_finite_is_told() -> None:
-    model = flux1()
-    model.inner.proj_out.weight.data.fill_(float("nan"))
-    with (
-        jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle,
-        pytest.raises(jitaccel.NonFiniteVelocityError, match="at step 0"),
-    ):
-        sample(handle.target, start(model))
+    for step in (0, 4):
+        model = flux1()
+
+        def spoil(state: dict[str, Any], step: int = step, model: Any = model) -> None:
+            if state["i"] + 1 == step:
+                model.inner.proj_out.weight.data.fill_(float("nan"))
+
+        spoil({"i": -1})
+        with (
+            jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle,
+            pytest.raises(jitaccel.NonFiniteVelocityError, match=f"at step {step}"),
+        ):
+            sample(handle.target, start(model), callback=spoil)
 
 
 def test_model_that_is_compiled_whole_gives_the_same_picture() -> None:
@@ -436,6 +456,7 @@ def test_applying_again_replaces() -> None:
     patcher = ModelPatcher(BaseModel(flux1()))
     first = jitaccel.apply(patcher, "4x")
     second = jitaccel.apply(patcher, "7x")
+    assert not first.is_active and second.is_active
     first.remove()
     assert len(patcher.get_wrappers("predict_noise", "jitaccel")) == 1
     second.remove()

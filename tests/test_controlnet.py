@@ -46,6 +46,10 @@ def test_controlnet_runs_on_the_anchors_of_each_step_from_the_first_on(name: str
         assert _generate(pipe).isfinite().all()
         assert seen == [step.tokens for step in handle.stats().steps] and seen[0] < NUM_TOKENS == seen[-1]
         assert any("without the ControlNet" in note for note in handle.stats().notes)
+        if "Inpaint" in name:
+            inside = torch.zeros(GRID, dtype=torch.bool)
+            inside[3:8, 2:6] = True
+            assert set(inside.flatten().nonzero()[:, 0].tolist()) <= set(handle.stats().anchors[0][0].tolist())
     seen.clear()
     with jitaccel.apply(pipe, CONFIG):
         _generate(pipe)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
 from tests import tiny
-from tests.test_codebases import SUBJECTS
+from tests.test_codebases import SUBJECTS, _flux_pipeline, _generate
 from tests.tiny import SHORT
 
 LEVELS = jitaccel.noise_levels(SHORT)
@@ -169,3 +169,47 @@ def test_calls_of_a_bare_transformer_run_dense_but_not_in_the_midst_of_a_generat
         subject.model(hidden_states=state, timestep=torch.tensor([LEVELS[0]]), **call)
         with pytest.raises(UnsupportedModelError, match="region_masks"):
             subject.model(hidden_states=state, timestep=torch.tensor([LEVELS[1]]), **call, **UNKNOWN)
+
+
+def test_dense_in_place_of_what_was_applied_before_takes_that_back() -> None:
+    pipe = tiny.pipeline()
+    first = jitaccel.apply(pipe, SHORT)
+    second = jitaccel.apply(pipe, "4x", controlnet="anchors", on_unsupported="dense")
+    assert not first.is_active and "needs a pipeline with a FluxControlNetModel" in second.stats().notes[0]
+    assert "set_timesteps" not in vars(pipe.scheduler) and "_diffusers_hook" not in vars(pipe.transformer)
+
+
+def test_controlnet_on_the_anchors_runs_dense_with_its_transformer_and_by_hand() -> None:
+    pipe = _flux_pipeline("FluxControlNetPipeline")
+    for module in (pipe.transformer, pipe.controlnet):
+        original = type(module).forward
+
+        class Tolerant(type(module)):  # type: ignore[misc]
+            def forward(self, *args: Any, _own: Any = original, joint_attention_kwargs: Any = None, **more: Any) -> Any:
+                return _own(self, *args, **more)
+
+        module.__class__ = Tolerant
+    options = {"controlnet": "anchors", "schedule": "native", "steps": 8}
+    expected = _generate(pipe, **UNKNOWN)
+    with jitaccel.apply(pipe, SHORT, on_unsupported="dense", **options) as handle:  # type: ignore[arg-type]
+        assert torch.equal(_generate(pipe, **UNKNOWN), expected)
+        assert "region_masks" in handle.stats().notes[-1] or any("region_masks" in n for n in handle.stats().notes)
+    with jitaccel.apply(pipe, SHORT, **options), pytest.raises(UnsupportedModelError, match="region_masks"):  # type: ignore[arg-type]
+        _generate(pipe, **UNKNOWN)
+
+
+@torch.no_grad()
+def test_refused_call_leaves_the_generation_of_another_image_alone() -> None:
+    subject = SUBJECTS["FLUX.1"]()
+    expected, call = None, {"img_ids": subject.ids, "return_dict": False, **subject.arguments}
+    with jitaccel.apply(subject.model, SHORT, noise_levels=LEVELS):
+        for is_disturbed in (False, True):
+            state = tiny.start()
+            for level, after in itertools.pairwise(LEVELS):
+                velocity = subject.model(hidden_states=state, timestep=torch.tensor([level]), **call)[0]
+                if is_disturbed:
+                    with pytest.raises(UnsupportedModelError, match="region_masks"):
+                        subject.model(hidden_states=tiny.start(5), timestep=torch.tensor([level]), **call, **UNKNOWN)
+                state = state + (after - level) * velocity
+            expected = state if expected is None else expected
+    assert torch.equal(state, expected)

@@ -18,7 +18,7 @@ from torch import Tensor
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution import Execution
-from jitaccel.handle import Handle
+from jitaccel.handle import HANDLE, Handle
 from jitaccel.stats import Recorder, Stats, summarize
 
 from ..call import IndexedCalls
@@ -38,10 +38,14 @@ def apply(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, exe
         )
     names = wrappers_of_comfy()
     route = ComfyRoute(config, IndexedCalls("ComfyUI's models", execution), execution)
-    for name in names:  # of an earlier apply, to this one or to what it is a clone of
-        for old in patcher.get_wrappers(name, _KEY):
-            _remove(patcher, name, old)
+    old = vars(patcher).get(HANDLE)
+    if old is not None:
+        old.remove()
+    for name in names:  # of an earlier apply to what this is a clone of
+        for wrapper in patcher.get_wrappers(name, _KEY):
+            _remove(patcher, name, wrapper)
     handle = Handle(patcher, route)
+    handle.set_attribute(patcher, HANDLE, handle)
     # A model that is compiled whole runs its wrappers while it is traced: this one must not be.
     wrappers = (route.sample, route.predict, torch.compiler.disable(route.diffuse))
     for name, wrapper in zip(names, wrappers, strict=True):

@@ -20,6 +20,11 @@ from ..params import config_of
 from ..split import Branches, Split
 from .pictures import to_picture, to_tokens
 
+_NOT_RUN = (
+    "jitaccel: the model must run for every estimate of its guider, got one without; another node answers in its place "
+    "(a cache?), or no condition applies at this step: remove the node, or JiT Apply"
+)
+
 
 class UnderWay:
     """levels: of the sampler, 0 included. noise: (B, C, H, W), as the sampler got it.
@@ -84,10 +89,7 @@ class UnderWay:
         seen = to_picture(entered, self._grid, self._patch, self._size) if is_moved else x
         estimate = denoise(seen)
         if not self._has_run:
-            raise RuntimeError(
-                "jitaccel: the model must run for every estimate of its guider, got one without; another node answers "
-                "in its place (a cache?): remove it, or JiT Apply"
-            )
+            raise RuntimeError(_NOT_RUN)
         with self.recorder.outside(step.index):
             velocity = (entered - to_tokens(estimate, self._patch)) / step.noise_level
             lifted = run.leave(step, entered, run.gather(velocity))
@@ -131,22 +133,27 @@ class UnderWay:
                 f"{tuple(x.shape)}; remove JiT Apply for conditions of parts of a picture"
             )
         # What another node has put there is called as ComfyUI would, whatever it names its arguments.
-        original, self._has_run = model.forward_orig, True
+        original, has_run = model.forward_orig, False
         signature = inspect.signature(type(model).forward_orig)
 
         def forward_orig(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal has_run
+            has_run = self._has_run = True
             given = signature.bind(model, *args, **kwargs)
             return self._at_anchors(lambda: original(*given.args[1:], **given.kwargs), given.arguments, branches)
 
         before = vars(model).get("forward_orig")
         vars(model)["forward_orig"] = forward_orig
         try:
-            return forward()
+            output = forward()
         finally:
             if before is None:
                 del vars(model)["forward_orig"]
             else:
                 vars(model)["forward_orig"] = before
+        if not has_run:
+            raise RuntimeError(_NOT_RUN)
+        return output
 
     def _at_anchors(self, original: Callable[[], Tensor], arguments: dict[str, Any], branches: int) -> Tensor:
         """Returns what `original` does with the arguments, which are changed to those of the anchors."""
@@ -183,8 +190,8 @@ class UnderWay:
         config = config_of(params, split.hidden.shape[2], split.channels)
         is_flux2 = getattr(params, "global_modulation", False)
         flops = chroma_flops if hasattr(params, "n_layers") else flux2_flops if is_flux2 else flux_flops
-        self.recorder.text_tokens = text_tokens
-        self.recorder.cost = lambda image_tokens, text: flops(config, image_tokens + split.num_references, text)
+        self.recorder.text_tokens, references = text_tokens, split.num_references  # and no tensor is kept
+        self.recorder.cost = lambda image_tokens, text: flops(config, image_tokens + references, text)
 
 
 def _control_at(control: Any, split: Split, places: Branches) -> Any:

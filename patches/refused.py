@@ -1,0 +1,32 @@
+"""Arguments and surroundings of a call that cannot be accelerated correctly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jitaccel.errors import UnsupportedModelError
+
+from .caller import calling_guider, calling_pipeline
+from .kinds import Kind
+
+
+def refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError for a call of a transformer that no patch knows to be right."""
+    found = {reason for name, reason in kind.refused.items() if arguments.get(name) is not None}
+    extra = arguments.get("joint_attention_kwargs") or {}
+    found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
+    if getattr(module, "is_cache_enabled", False):
+        found.add("a cache enabled on the transformer")
+    if calling_pipeline() is None and (guider := calling_guider()) is not None and not _is_linear(guider):
+        found.add(f"a guider that is not linear ({type(guider).__name__})")
+    if found:
+        raise UnsupportedModelError(
+            f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
+            f"remove() the handle for this call"
+        )
+
+
+def _is_linear(guider: Any) -> bool:
+    """Whether guidance weighs its branches token by token, with weights that sum to one; a move then passes whole."""
+    return type(guider).__name__ == "ClassifierFreeGuidance" and not guider.guidance_rescale
