@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from jitaccel.config import JiTConfig
-from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution import Execution
 from jitaccel.flops import chroma_flops, flux_flops
 from jitaccel.handle import HANDLE, Handle, Patched
 from jitaccel.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
-from .call import Answer, IndexedCalls, ModelCall
+from .call import Answer, IndexedCalls, ModelCall, answered
 from .params import config_of
 from .split import SeenIds, Split
 from .velocity_route import VelocityRoute
@@ -52,18 +51,13 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
         arguments = dict(signature.bind(plain, *args, **kwargs).arguments)
         del arguments["self"]
         extra = arguments.pop("kwargs", {})
-        route.begin_call()
-        try:
+
+        def compute() -> Tensor:
             call, split = _model_call(plain, original, {**arguments, **extra}, seen)
             return split.whole(route.forward(call))
-        except UnsupportedModelError as error:
-            if route.leave_dense(error):
-                return original(*args, **kwargs)
-            route.abandon()
-            raise
-        except BaseException:
-            route.abandon()
-            raise
+
+        velocity: Tensor = answered(route, compute, functools.partial(original, *args, **kwargs))
+        return velocity
 
     handle.set_attribute(model, HANDLE, handle)
     handle.set_attribute(model, "forward", Patched(forward))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -73,6 +73,31 @@ class Calls(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
     def release(self) -> None: ...
+
+
+class Answering(Protocol):
+    """What a route must say of a call that is refused or fails."""
+
+    def begin_call(self) -> None: ...
+
+    def leave_dense(self, error: UnsupportedModelError) -> bool: ...
+
+    def abandon(self) -> None: ...
+
+
+def answered(route: Answering, compute: Callable[[], Any], original: Callable[[], Any]) -> Any:
+    """Returns what `compute` does; a failure ends the generation whose call it is.
+
+    A call that is refused does what `original` does, where the route leaves it dense.
+    """
+    route.begin_call()
+    try:
+        return compute()
+    except BaseException as error:
+        if isinstance(error, UnsupportedModelError) and route.leave_dense(error):
+            return original()
+        route.abandon()
+        raise
 
 
 def refuse_controlnet(options: Execution) -> None:

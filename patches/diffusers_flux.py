@@ -18,7 +18,7 @@ from jitaccel.handle import Handle
 
 from . import is_instance_of
 from .arguments import grid_of_ids, one_image, single_level
-from .call import ModelCall, refuse_controlnet
+from .call import ModelCall, answered, refuse_controlnet
 from .caller import calling_pipeline, inpainted_tokens
 from .flux_controlnet import apply_to_controlnet, check_controlnet
 from .kinds import MODELS, PIPELINES, kind_of, token_multiple
@@ -116,18 +116,15 @@ class _Hook(SharedHook):
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
         arguments = named_arguments(module, MODELS, args, kwargs)
-        route.begin_call()
-        try:
-            split = self._split(module, route, arguments)
-            velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
-        except UnsupportedModelError as error:
-            if route.leave_dense(error):
-                return original(*args, **kwargs)
-            route.abandon()
-            raise
-        except BaseException:
-            route.abandon()
-            raise
+        return answered(
+            route,
+            functools.partial(self._sparse, module, original, route, arguments),
+            functools.partial(original, *args, **kwargs),
+        )
+
+    def _sparse(self, module: Any, original: Callable[..., Any], route: Any, arguments: dict[str, Any]) -> Any:
+        split = self._split(module, route, arguments)
+        velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 
     def _split(self, module: Any, route: Any, arguments: Mapping[str, Any]) -> Split:

@@ -7,6 +7,7 @@ call of a generation begins it, and every later one finds the anchors of its ste
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from jitaccel.handle import Handle
 from jitaccel.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
-from .call import ModelCall
+from .call import ModelCall, answered
 from .caller import calling_pipeline, inpainted_tokens
 from .indexed import calls_at_anchors
 from .kinds import CONTROLNET, Kind, kind_of, token_multiple
@@ -66,33 +67,31 @@ class _ControlNetHook(SharedHook):
         if route is None:
             return original(*args, **kwargs)
         arguments = named_arguments(module, (CONTROLNET.model,), args, kwargs)
-        transformer = route.transformer
-        kind = kind_of(transformer)
-        assert kind is not None
-        split = Split(arguments["hidden_states"], *arguments["hidden_states"].shape[1:])
-        try:
-            # What the transformer will refuse is refused before the generation begins.
-            given = {"joint_attention_kwargs": arguments.get("joint_attention_kwargs")}
-            refuse_arguments(transformer, kind, given)
-            run = route.run_of(_beginning(transformer, kind, arguments, split))
-        except UnsupportedModelError as error:
-            if route.leave_dense(error):
-                return original(*args, **kwargs)
-            route.abandon()
-            raise
-        except BaseException:
-            route.abandon()
-            raise
-        if run.is_dense:
-            return original(*args, **kwargs)
-        made = [
-            original(**{**own, "return_dict": False})
-            for own in calls_at_anchors(CONTROLNET, arguments, split, run, split.state)
-        ]
-        double, single = (_whole([each[k] for each in made], run) for k in (0, 1))
-        if not arguments.get("return_dict", True):
-            return double, single
-        return FluxControlNetOutput(controlnet_block_samples=double, controlnet_single_block_samples=single)
+        return answered(
+            route,
+            functools.partial(_at_anchors, original, route, arguments),
+            functools.partial(original, *args, **kwargs),
+        )
+
+
+def _at_anchors(original: Callable[..., Any], route: Any, arguments: dict[str, Any]) -> Any:
+    transformer = route.transformer
+    kind = kind_of(transformer)
+    assert kind is not None
+    split = Split(arguments["hidden_states"], *arguments["hidden_states"].shape[1:])
+    # What the transformer will refuse is refused before the generation begins.
+    refuse_arguments(transformer, kind, {"joint_attention_kwargs": arguments.get("joint_attention_kwargs")})
+    run = route.run_of(_beginning(transformer, kind, arguments, split))
+    if run.is_dense:
+        return original(**arguments)
+    made = [
+        original(**{**own, "return_dict": False})
+        for own in calls_at_anchors(CONTROLNET, arguments, split, run, split.state)
+    ]
+    double, single = (_whole([each[k] for each in made], run) for k in (0, 1))
+    if not arguments.get("return_dict", True):
+        return double, single
+    return FluxControlNetOutput(controlnet_block_samples=double, controlnet_single_block_samples=single)
 
 
 def _beginning(transformer: Any, kind: Kind, arguments: dict[str, Any], split: Split) -> ModelCall:

@@ -174,11 +174,11 @@ def test_demo_prints_the_table_and_writes_both_pictures(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    from jitaccel.cli import demo, loading
+    from jitaccel.cli import loading
     from tests import tiny
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: tiny.pipeline())
-    monkeypatch.setattr(demo, "_judge", lambda: None)
+    monkeypatch.setattr(loading, "load_judge", lambda: None)
     status, out, err = command("demo", "--prompts", 2, "--out", tmp_path / "new", "--device", "cpu")
     assert status == 0, err
     first, *rest = out.splitlines()

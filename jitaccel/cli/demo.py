@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--prompts must be at least 1, got {arguments.prompts}")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise CommandError(f"--out must be a folder, got the file {arguments.out}")
-    from .loading import load_pipeline, pick_device
+    from .loading import load_judge, load_pipeline, pick_device
 
     device = pick_device(arguments.device)
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = load_pipeline(None, device=arguments.device)
     prompts = held_out(arguments.prompts)
     results = _generate(pipe, [text for text, _ in prompts], arguments.seed)
-    scores = _scores(_judge(), results, [claims for _, claims in prompts])
+    scores = _scores(load_judge(), results, [claims for _, claims in prompts])
     for line in table(results, scores):
         print(line)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -96,14 +96,6 @@ def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
                 generation = generate(pipe, result.method, bar.update, prompt=texts, generator=generators, **call)
                 result.generations.append(generation)
     return results
-
-
-def _judge() -> Judge | None:
-    from ..api import embedded_model
-    from ..scenes.judge import Judge
-
-    folder = embedded_model() / "judge"
-    return Judge.load(folder) if (folder / "judge.json").is_file() else None
 
 
 def _scores(judge: Judge | None, results: list[_Result], claims: Sequence[Sequence[Claim]]) -> list[Score] | None:

@@ -43,20 +43,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise CommandError(f"--out must be a folder, got the file {arguments.out}")
     methods = parse_methods(arguments.methods)
-    from .loading import load_pipeline, pick_device
+    from .loading import load_judge, load_pipeline, pick_device
 
-    device = pick_device(arguments.device)
+    device, judge = pick_device(arguments.device), load_judge()
+    if judge is None:
+        raise CommandError("the judge of the embedded model must be installed, got none; install jitaccel whole")
 
+    from ..api import embedded_model
+    from ..plan import file_digest
     from ..provenance import first_line, provenance
 
     print(first_line(device), flush=True)
+    weights = embedded_model() / "transformer" / "diffusion_pytorch_model.safetensors"
     lab = _Lab(
         pipe=load_pipeline(None, device=arguments.device),
-        judge=_judge(),
+        judge=judge,
         methods=methods,
         seed=arguments.seed,
         folder=arguments.out,
-        origin=provenance(device),
+        origin={**provenance(device), "weights": file_digest(weights)},
     )
     rows = lab.rows(arguments.prompts)
 
@@ -98,16 +103,6 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def _judge() -> Judge:
-    from ..api import embedded_model
-    from ..scenes.judge import Judge
-
-    folder = embedded_model() / "judge"
-    if not (folder / "judge.json").is_file():
-        raise CommandError(f"the judge of the embedded model must be installed, got nothing in {folder}")
-    return Judge.load(folder)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Lab:
     """Makes rows, one for each method and prompt, and keeps them with their pictures, so that a run can be taken up."""
@@ -120,7 +115,7 @@ class _Lab:
     origin: Row
 
     def rows(self, count: int) -> list[Row]:
-        """Returns the rows of the first `count` prompts, those made before by this commit on this device included."""
+        """Returns the rows of the first `count` prompts; what these weights and this commit made before is kept."""
         import torch
         from tqdm import tqdm
 
@@ -156,7 +151,7 @@ class _Lab:
         path = self.folder / "rows.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         known = {method.name: json.loads(json.dumps(_settings(method))) for method in self.methods}
-        same = {"seed": self.seed, **{name: self.origin[name] for name in ("commit", "device", "torch")}}
+        same = {"seed": self.seed, **{name: self.origin[name] for name in ("commit", "device", "torch", "weights")}}
         for line in lines:
             row = json.loads(line)
             is_same = all(row.get(name) == value for name, value in same.items())
@@ -185,12 +180,13 @@ class _Lab:
         if method is not self.methods[0]:
             paths = [self._path(self.methods[0].name, k) for k in chosen]
             references = np.stack([np.asarray(Image.open(path)) for path in paths])
-        features, of_references = self.judge.features(pictures), self.judge.features(references)
+        features, sightings = self.judge.features(pictures), self.judge(pictures)
+        of_references = features if references is pictures else self.judge.features(references)
         for place, (k, (text, claims)) in enumerate(zip(chosen, prompts, strict=True)):
             path = self._path(method.name, k)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pictures[place]).save(path)
-            score = compare(self.judge(pictures[place : place + 1])[0], claims)
+            score = compare(sightings[place], claims)
             picture, reference = (each[place] / 255.0 for each in (pictures, references))
             beside = {} if references is pictures else {
                 "psnr_db": psnr_db(picture, reference),

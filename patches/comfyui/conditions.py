@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
 
-MODELS = ("Flux", "Chroma")
+_MODELS = ("Flux", "Chroma")
 # Guidance that mixes estimates token by token with fixed weights; others may compare whole pictures.
 _GUIDERS = ("CFGGuider", "Guider_DualCFG")
 _GUIDANCE = (
@@ -19,8 +19,6 @@ _GUIDANCE = (
     "sampler_calc_cond_batch_function",
     "context_handler",
 )
-
-
 _FILL_CHANNELS = 5  # of the state's beside it: a masked picture, and 8 x 8 mask values
 
 
@@ -104,7 +102,7 @@ def _guidance_problems(guider: Any, options: dict[str, Any]) -> list[str]:
 def _model_problems(inner: Any) -> list[str]:
     model = getattr(inner.diffusion_model, "_orig_mod", inner.diffusion_model)
     kind = type(model).__name__
-    if kind not in MODELS or not hasattr(model, "forward_orig"):
+    if kind not in _MODELS or not hasattr(model, "forward_orig"):
         return [f"the model must be one of FLUX.1, FLUX.2 and Chroma, got {kind}"]
     sampling = type(inner.model_sampling)
     if not any(base.__name__ == "CONST" for base in sampling.__mro__):
