@@ -12,8 +12,8 @@ import pytest
 from jitaccel import PRESETS
 from jitaccel.cli import main
 from jitaccel.cli.errors import CommandError
-from jitaccel.cli.eval import parse_methods
 from jitaccel.cli.eval_table import table
+from jitaccel.cli.methods import parse_methods
 
 pytest.importorskip("diffusers")
 METHODS = "dense:3,beta:2,sparse.json"

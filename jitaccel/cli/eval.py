@@ -42,9 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--prompts must be at least 2, got {arguments.prompts}")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise CommandError(f"--out must be a folder, got the file {arguments.out}")
-    methods = parse_methods(arguments.methods)
     from .loading import load_judge, load_pipeline, pick_device
+    from .methods import parse_methods
 
+    methods = parse_methods(arguments.methods)
     device, judge = pick_device(arguments.device), load_judge()
     if judge is None:
         raise CommandError("the judge of the embedded model must be installed, got none; install jitaccel whole")
@@ -72,35 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(text, end="")
     print(f"wrote {arguments.out / 'table.md'}, rows and pictures beside it")
     return 0
-
-
-def parse_methods(text: str) -> tuple[Method, ...]:
-    """Returns the methods of a list as `--methods` takes it. Raises CommandError naming the word that is none."""
-    from ..config import PRESETS, JiTConfig
-    from .comparison import Method
-
-    methods = []
-    for word in (word.strip() for word in text.split(",")):
-        kind, _, count = word.partition(":")
-        if kind in ("dense", "beta") and count.isdigit() and int(count) > 0:
-            schedule = "native" if kind == "dense" else "beta"
-            config = PRESETS["dense"].replace(steps=int(count), schedule=schedule)
-        elif word in PRESETS:
-            config = PRESETS[word]
-        elif word.endswith(".json") and Path(word).is_file():
-            config = JiTConfig.from_dict(json.loads(Path(word).read_text()))
-        else:
-            raise CommandError(
-                f"--methods must list dense:N, beta:N, a preset ({', '.join(PRESETS)}) or a .json file, got {word!r}"
-            )
-        if isinstance(config.steps, str):
-            raise CommandError(f"--methods must fix the number of steps, got {word!r}, which leaves it to the caller")
-        methods.append(
-            Method(name=Path(word).stem if word.endswith(".json") else word, steps=config.steps, config=config)
-        )
-    if len({method.name for method in methods}) < len(methods):
-        raise CommandError(f"--methods must be different ones, got {text}")
-    return tuple(methods)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,36 @@
+"""The words of `jitaccel eval --methods`, and the ways to generate that they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..config import PRESETS, JiTConfig
+from .comparison import Method
+from .errors import CommandError
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """Returns the methods of a list as `--methods` takes it. Raises CommandError naming the word that is none."""
+    methods = []
+    for word in (word.strip() for word in text.split(",")):
+        kind, _, count = word.partition(":")
+        if kind in ("dense", "beta") and count.isdigit() and int(count) > 0:
+            schedule = "native" if kind == "dense" else "beta"
+            config = PRESETS["dense"].replace(steps=int(count), schedule=schedule)
+        elif word in PRESETS:
+            config = PRESETS[word]
+        elif word.endswith(".json") and Path(word).is_file():
+            config = JiTConfig.from_dict(json.loads(Path(word).read_text()))
+        else:
+            raise CommandError(
+                f"--methods must list dense:N, beta:N, a preset ({', '.join(PRESETS)}) or a .json file, got {word!r}"
+            )
+        if isinstance(config.steps, str):
+            raise CommandError(f"--methods must fix the number of steps, got {word!r}, which leaves it to the caller")
+        methods.append(
+            Method(name=Path(word).stem if word.endswith(".json") else word, steps=config.steps, config=config)
+        )
+    if len({method.name for method in methods}) < len(methods):
+        raise CommandError(f"--methods must be different ones, got {text}")
+    return tuple(methods)
