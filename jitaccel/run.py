@@ -18,7 +18,7 @@ from .tokens import gather_tokens, scatter_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Left:
+class Left:
     """What the last step left for the next stage: its state, full velocity and level (`_p` in the method)."""
 
     state: Tensor
@@ -37,6 +37,8 @@ class Run:
     state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation. forced:
     (B, N) bool, tokens that are anchors from the first stage on (a mask that is painted anew); densities are shares of
     the others. multiple: what numbers of anchors are rounded up to.
+
+    `scores`, `move` and `lift` are what a variant of the method overrides (`benchmarks/lab`).
 
     Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1.
     """
@@ -69,7 +71,7 @@ class Run:
         self._counts = config.token_counts(num_tokens, num_forced, multiple)
         self._generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
-        self._left: _Left | None = None
+        self._left: Left | None = None
         self._finite: list[tuple[int, Tensor]] = []
         if anchors is None:
             masks = [None] * len(self._generators) if forced is None else forced.cpu().unbind(0)
@@ -123,13 +125,24 @@ class Run:
         self.stage += 1
         old = self.plan
         count = self._counts[self.stage] - self.num_active
-        scores = importance(left.velocity, self.grid, self.config.importance_window)
-        tokens = activate(scores, self.anchors, count)
+        tokens = activate(self.scores(left), self.anchors, count)
         self._plan(merge_anchors(self.anchors, tokens))
         if self.config.move_weight == 0.0:
             return state
+        return self.move(step, state, left, tokens, old)
+
+    def scores(self, left: Left) -> Tensor:
+        """Returns the importance of every token, (B, N) float32, by which the next ones are activated."""
+        return importance(left.velocity, self.grid, self.config.importance_window)
+
+    def move(self, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
+        """Returns a new `state` with the activated `tokens` (B, count) moved towards their target at `step`."""
         noise, levels = self._target_noise(state), (left.noise_level, step.noise_level)
         return micro_flow(state, left.state, left.velocity, noise, tokens, old, levels, self.config.move_weight)
+
+    def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
+        """Returns the velocity at every token from the network's `values` (B, M, D) at the anchors."""
+        return lift_velocity(values, state, step.noise_level, self.plan, self.config.lifter)
 
     def _target_noise(self, state: Tensor) -> Tensor:
         if self._noise is None:
@@ -143,7 +156,7 @@ class Run:
 
         Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744). state: the one the network saw.
         """
-        velocity = lift_velocity(values, state, step.noise_level, self.plan, self.config.lifter)
+        velocity = self.lift(step, state, values)
         self.remember(step, state, velocity)
         return velocity
 
@@ -151,7 +164,7 @@ class Run:
         """Keeps what the next stage needs: copies, since samplers may write in place."""
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
-            self._left = _Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
+            self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
 
     def check_finite(self) -> None:
         """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.

@@ -1,0 +1,153 @@
+"""Answers the lab's questions on held-out prompts of the embedded model: `python -m benchmarks.lab --prompts 256`.
+
+Every variant makes the same prompts from the same noise as 50 dense steps do, and the judge looks at all. Matrix
+products run in bfloat16 (autocast), which the rows say; `--exact` runs them in float32. Rows are kept in OUT/rows.jsonl
+and taken up again where weights, settings and commit are the same (`--any-commit`: where the first two are).
+`report.md` has a table for each question, and `table.jsonl` a record for each variant. The search over stages is
+`python -m benchmarks.lab.search`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jitaccel.api import embedded_model
+from jitaccel.cli.loading import load_judge, load_pipeline
+from jitaccel.plan import file_digest
+from jitaccel.provenance import first_line, provenance
+from jitaccel.scenes.prompts import held_out
+
+from .judging import Row, judged, read_rows
+from .questions import CONTROLS, QUESTIONS, REFERENCE, dense
+from .report import report
+from .sampler import Bench, Sampled, sample
+from .variant import Variant
+
+_CHUNK = 32
+
+
+def variants(only: Sequence[str]) -> dict[str, Variant]:
+    """Returns the reference, and the variants of the questions that are named, all where none is."""
+    chosen = {name: some for name, some in {"controls": CONTROLS, **QUESTIONS}.items() if not only or name in only}
+    found = {REFERENCE: dense(50, "native")}
+    for some in chosen.values():
+        found.update(some)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """Makes the missing rows of variants. origin: what rows are taken up by."""
+
+    pipe: Any
+    judge: Any
+    folder: Path
+    count: int
+    seed: int
+    exact: bool
+    origin: Row
+    any_commit: bool
+
+    def rows(self, chosen: Mapping[str, Variant]) -> list[Row]:
+        """Returns the rows of all variants, in the order of variants and prompts."""
+        done = {(row["method"], row["prompt_index"]): row for row in self._kept(chosen)}
+        for name, variant in chosen.items():
+            for start in range(0, self.count, _CHUNK):
+                part = range(start, min(start + _CHUNK, self.count))
+                if all((name, k) in done for k in part):
+                    continue
+                for row in self._made(name, variant, part):
+                    done[name, row["prompt_index"]] = row
+        return [done[name, k] for name in chosen for k in range(self.count)]
+
+    def _kept(self, chosen: Mapping[str, Variant]) -> Iterator[Row]:
+        names = {"weights", "device", "torch", "seed", "dtype"} | (set() if self.any_commit else {"commit"})
+        for row in read_rows(self.folder / "rows.jsonl"):
+            variant = chosen.get(row["method"])
+            is_same = all(row[name] == self.origin[name] for name in names)
+            if is_same and variant is not None and row["config"] == _settings(variant):
+                yield row
+
+    def _made(self, name: str, variant: Variant, part: range) -> list[Row]:
+        prompts = held_out(part.stop, seed=self.seed)[part.start :]
+        bench = Bench.of(self.pipe, prompts, seed=_noise_seed(self.seed, part))
+        reference = self._reference(bench, part)
+        made = reference if name == REFERENCE else sample(bench, variant, mixed=not self.exact)
+        shared = {"method": name, "steps": variant.config.steps, "config": _settings(variant), **self.origin}
+        rows = [*judged(bench, self.judge, made, reference, shared, first=part.start)]
+        with (self.folder / "rows.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return rows
+
+    def _reference(self, bench: Bench, part: range) -> Sampled:
+        """Returns what 50 dense steps make, from the disk where they made it before."""
+        key = "-".join(str(self.origin[name])[:12] for name in ("weights", "dtype", "seed"))
+        path = self.folder / f"reference-{key}-{part.start}-{part.stop}.npz"
+        if path.exists():
+            with np.load(path) as kept:
+                return Sampled(kept["pictures"], kept["gflop"], kept["stages"])
+        made = sample(bench, dense(50, "native"), mixed=not self.exact)
+        np.savez_compressed(path, pictures=made.pictures, gflop=made.gflop, stages=made.stages)
+        return made
+
+
+def _noise_seed(seed: int, part: range) -> int:
+    return 100_000 * seed + part.start
+
+
+def _settings(variant: Variant) -> Row:
+    """Returns what tells a variant from others, as JSON gives it back."""
+    own = {
+        "lifter_map": None if variant.lifter is None else _told(variant.lifter),
+        "scores": None if variant.scores is None else _told(variant.scores),
+        "stale_keys": variant.stale_keys,
+        "cache_threshold": variant.cache_threshold,
+    }
+    settings: Row = json.loads(json.dumps({**variant.config.to_dict(), **own}))
+    return settings
+
+
+def _told(function: Any) -> str:
+    arguments = getattr(function, "keywords", {})
+    name = getattr(function, "func", function).__name__
+    return f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes what is missing, and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=256, help="how many held-out prompts")
+    parser.add_argument("--seed", type=int, default=0, help="0: the prompts that results are told of; others to search")
+    parser.add_argument("--only", nargs="*", default=[], help="controls, " + ", ".join(QUESTIONS))
+    parser.add_argument("--out", type=Path, default=Path("out/lab"))
+    parser.add_argument("--exact", action="store_true", help="float32 in place of bfloat16 matrix products")
+    parser.add_argument("--any-commit", action="store_true", help="take up rows that other commits made")
+    options = parser.parse_args(argv)
+    if unknown := set(options.only) - {"controls", *QUESTIONS}:
+        parser.error(f"--only must name controls or questions ({', '.join(QUESTIONS)}), got {', '.join(unknown)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    device, weights = torch.device("cpu"), embedded_model() / "transformer" / "diffusion_pytorch_model.safetensors"
+    dtype = "float32" if options.exact else "float32, matrix products in bfloat16"
+    origin = {**provenance(device), "weights": file_digest(weights), "seed": options.seed, "dtype": dtype}
+    print(first_line(device), flush=True)
+    lab = Lab(
+        pipe=load_pipeline(None, device="cpu"), judge=load_judge(), folder=options.out, count=options.prompts,
+        seed=options.seed, exact=options.exact, origin=origin, any_commit=options.any_commit,
+    )  # fmt: skip
+    chosen = variants(options.only)
+    text = report(lab.rows(chosen), [*chosen], options.out)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The questions that the lab answers, each with its variants, the first of which the others are compared with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from jitaccel.config import JiTConfig
+
+from . import lifters, variant
+from .variant import Variant
+
+# The paper's 7x, written out: the presets of the product may change by what is found here.
+PAPER = JiTConfig(densities=(0.32, 0.60, 1.0), boundaries=(0.4, 0.65, 1.0), steps=11)
+CLEAN = PAPER.replace(lifter="clean", micro_flow="none")
+REFERENCE = "dense:50"
+
+
+def dense(steps: int, schedule: str = "beta") -> Variant:
+    """Returns dense steps on the presets' levels, or on "native" ones: those of the embedded model's scheduler."""
+    levels = native_levels(steps) if schedule == "native" else "beta"
+    return Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=steps, schedule=levels))
+
+
+def native_levels(steps: int, shift: float = 0.63) -> tuple[float, ...]:
+    """Returns what FluxPipeline steps through on 32x32 tokens: even levels, shifted by exp(shift), then 0.
+
+    shift: diffusers' `calculate_shift` of the scheduler in the box, base_shift 0.5 at 256 tokens to 1.15 at 4096.
+    """
+    import math
+
+    even = [1.0 - k * (1.0 - 1.0 / steps) / max(steps - 1, 1) for k in range(steps)]
+    factor = math.exp(shift)
+    return (*(factor / (factor + (1.0 / level - 1.0)) for level in even), 0.0)
+
+
+def _named(pairs: Mapping[str, JiTConfig | Variant]) -> Mapping[str, Variant]:
+    return MappingProxyType(
+        {name: each if isinstance(each, Variant) else Variant(config=each) for name, each in pairs.items()}
+    )
+
+
+def _lifters(config: JiTConfig) -> dict[str, JiTConfig | Variant]:
+    found: dict[str, JiTConfig | Variant] = {"nearest": Variant(config=config, lifter=lifters.nearest)}
+    for sigma in (0.5, 1.5, 2.5):
+        found[f"blur {sigma}"] = Variant(config=config, lifter=functools.partial(lifters.blurred, sigma=sigma))
+    found["linear"] = Variant(config=config, lifter=lifters.linear)
+    for sigma in (0.7, 1.0):
+        found[f"weighted {sigma}"] = Variant(config=config, lifter=functools.partial(lifters.weighted, sigma=sigma))
+    return found
+
+
+CONTROLS = _named({f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)} | {
+    f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 28)
+})  # fmt: skip
+
+QUESTIONS: Mapping[str, Mapping[str, Variant]] = MappingProxyType({
+    "micro-flow": _named({
+        "7x-paper": PAPER,
+        "exact": PAPER.replace(micro_flow="exact"),
+        "none": PAPER.replace(micro_flow="none"),
+        "released, own noise": PAPER.replace(noise="own"),
+        "exact, own noise": PAPER.replace(micro_flow="exact", noise="own"),
+    }),
+    "what is lifted": _named({
+        "7x-paper": PAPER,
+        "clean": PAPER.replace(lifter="clean"),
+        "clean, none": CLEAN,
+        "clean, exact, own noise": PAPER.replace(lifter="clean", micro_flow="exact", noise="own"),
+    }),
+    "lifter": _named({"clean, none": CLEAN, **_lifters(CLEAN)}),
+    "importance": _named({
+        "clean, none": CLEAN,
+        "clean variance": Variant(config=CLEAN, scores=variant.clean_variance),
+        "gradient": Variant(config=CLEAN, scores=variant.gradient),
+        "left-out error": Variant(config=CLEAN, scores=variant.left_out_error),
+        "attention to words": Variant(config=CLEAN, scores=variant.words_attended),
+        "fixed grid": Variant(config=CLEAN, scores=variant.fixed_grid),
+        "random": Variant(config=CLEAN, scores=variant.random_scores),
+    }),
+    "stale keys": _named({"clean, none": CLEAN, "stale keys": Variant(config=CLEAN, stale_keys=True)}),
+    "cache": _named({
+        "clean, none": CLEAN,
+        **{f"cache {t}": Variant(config=CLEAN, cache_threshold=t) for t in (0.1, 0.2, 0.4)},
+    }),
+})  # fmt: skip

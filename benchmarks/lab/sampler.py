@@ -1,0 +1,122 @@
+"""Samples the embedded model by a variant, and says what the pictures are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jitaccel.clock import KnownLevels
+from jitaccel.scenes.scene import Claim
+from jitaccel.schedule import noise_levels
+from jitaccel.tokens import put_tokens_
+
+from .network import CachedNetwork, Network, StaleNetwork, Texts, watching
+from .variant import Variant, VariantRun, words_attended
+
+GRID, CHANNELS, TEXT_TOKENS, SIDE_PX = (32, 32), 32, 48, 256
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A pipeline with encoded prompts and the noise of each: prompt k has seed `seed + k`."""
+
+    pipe: Any
+    prompts: Sequence[tuple[str, tuple[Claim, ...]]]
+    texts: Texts
+    noise: Tensor
+
+    @classmethod
+    def of(cls, pipe: Any, prompts: Sequence[tuple[str, tuple[Claim, ...]]], seed: int = 0) -> Bench:
+        """Encodes the prompts and draws the noise, as FluxPipeline does for one generator a picture."""
+        with torch.no_grad():
+            found = [pipe.encode_prompt(text, None, max_sequence_length=TEXT_TOKENS)[:2] for text, _ in prompts]
+        words, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
+        latents = []
+        for k in range(len(prompts)):
+            generator = torch.Generator().manual_seed(seed + k)
+            drawn = torch.randn(1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1], generator=generator)
+            latents.append(pipe._pack_latents(drawn, 1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1]))
+        return cls(pipe, prompts, Texts(words=words, pooled=pooled), torch.cat(latents))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Pictures (P, 256, 256, 3) uint8, what each cost, and in which stage each token was activated, (P, 32, 32)."""
+
+    pictures: NDArray[np.uint8]
+    gflop: NDArray[np.float64]
+    stages: NDArray[np.int64]
+
+
+def sample(bench: Bench, variant: Variant, *, mixed: bool = True) -> Sampled:
+    """Returns what the variant makes of every prompt. mixed: matrix products in bfloat16 (autocast)."""
+    alone = variant.stale_keys or variant.cache_threshold is not None or variant.scores is words_attended
+    size = 1 if alone else _BATCH
+    pictures, cost, stages = [], [], []
+    for start in range(0, len(bench.prompts), size):
+        chosen = slice(start, start + size)
+        with torch.no_grad():
+            state, activated, flops = _denoise(bench, variant, chosen, mixed)
+        pictures.append(_decode(bench.pipe, state))
+        stages.append(activated.unflatten(1, GRID).numpy())
+        cost += [flops / len(state) / 1e9] * len(state)
+    return Sampled(np.concatenate(pictures), np.array(cost), np.concatenate(stages))
+
+
+def _denoise(bench: Bench, variant: Variant, chosen: slice, mixed: bool) -> tuple[Tensor, Tensor, float]:
+    state, texts, model = bench.noise[chosen], bench.texts.part(chosen), bench.pipe.transformer
+    watches = variant.stale_keys or variant.scores is words_attended
+    with watching(model, texts.words.shape[1]) if watches else nullcontext([]) as processors:
+        if variant.cache_threshold is not None:
+            with CachedNetwork(model, texts, GRID, mixed, variant.cache_threshold) as network:
+                return *_integrate(network, variant, state, processors), network.flops
+        network = (StaleNetwork if variant.stale_keys else Network)(model, texts, GRID, mixed)
+        return *_integrate(network, variant, state, processors), network.flops
+
+
+def _integrate(network: Network, variant: Variant, state: Tensor, processors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Returns the last state, and in which stage each token was activated, (B, N)."""
+    levels = noise_levels(variant.config)
+    clock = KnownLevels(variant.config, levels)
+    run = VariantRun(variant, GRID, clock.step(0), state)
+    stage = 0
+    activated = torch.full(state.shape[:2], variant.config.num_stages - 1)
+    if variant.scores is words_attended:
+        processors[len(network.transformer.transformer_blocks) - 1].is_watched = True
+    for index in range(len(levels) - 1):
+        step = clock.step(index)
+        state = run.enter(step, state)
+        if step.stage != stage and isinstance(network, CachedNetwork):
+            network.forget()
+        if index == 0 or step.stage != stage:
+            already = activated.gather(1, run.anchors)
+            activated.scatter_(1, run.anchors, already.clamp(max=step.stage))
+        stage = step.stage
+        if index == 0 and variant.stale_keys:
+            everything = torch.arange(state.shape[1]).expand(len(state), -1)
+            velocity = network(state, everything, step.noise_level)
+            run.remember(step, state, velocity)
+        else:
+            velocity = run.leave(step, state, network(run.gather(state), run.anchors, step.noise_level))
+        for share in (p.words_share for p in processors if p.words_share is not None):
+            filled = share.gather(1, run.plan.nearest)
+            run.words_seen = put_tokens_(filled.contiguous(), share, run.anchors)
+        state = state + (step.next_level - step.noise_level) * velocity
+    run.check_finite()
+    return state, activated
+
+
+def _decode(pipe: Any, state: Tensor) -> NDArray[np.uint8]:
+    with torch.no_grad():
+        latents = pipe._unpack_latents(state, SIDE_PX, SIDE_PX, pipe.vae_scale_factor)
+        latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        pictures = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+    return (255 * pictures.permute(0, 2, 3, 1)).round().byte().numpy()

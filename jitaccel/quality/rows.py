@@ -1,0 +1,137 @@
+"""Rows of an evaluation, one for each method and prompt: checked, sorted, and which qualities they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = Sequence[Mapping[str, Any]]
+ByMethod = Mapping[str, Rows]
+
+_INF = float("inf")
+_NOT_QUALITIES = frozenset(("gflop", "token_steps", "guidance"))
+UNITS_OF_COST = ("_s", "_ms", "_mib", "_gib", "_w", "_j")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How a quality is shown: its number times `scale`. best: what to be near, infinities too; None: unknown."""
+
+    title: str
+    best: float | None
+    scale: float = 1.0
+
+
+Known = Mapping[str, Quality]
+QUALITIES: Known = {
+    "attributes": Quality(title="attributes shown, %", best=_INF, scale=100.0),
+    "imagereward": Quality(title="ImageReward", best=_INF),
+    "hpsv2": Quality(title="HPSv2.1", best=_INF),
+    "clip_score": Quality(title="CLIP score", best=_INF),
+    "clip_iqa": Quality(title="CLIP-IQA", best=_INF),
+    "frechet": Quality(title="Frechet distance to the reference", best=-_INF),
+    "frechet_to_data": Quality(title="Frechet distance to drawn scenes", best=-_INF),
+    "psnr_db": Quality(title="PSNR to the reference, dB", best=_INF),
+    "ssim": Quality(title="SSIM to the reference", best=_INF),
+    "lpips": Quality(title="LPIPS to the reference", best=-_INF),
+    "perceptual": Quality(title="perceptual distance to the reference", best=-_INF),
+    "spectrum_db": Quality(title="fine detail against the reference, dB", best=0.0),
+    "seam": Quality(title="seams between stages", best=1.0),
+}
+
+
+def quality_of(name: str, known: Known) -> Quality:
+    """Returns how a quality is shown; of one that is not known, whether more is better is not either."""
+    return known.get(name, Quality(title=name.replace("_", " "), best=None))
+
+
+def by_method(rows: Rows, methods: Sequence[str], *, asker: str) -> dict[str, Rows]:
+    """Returns the rows of each method in the order of prompts. asker: the function that errors name.
+
+    Raises ValueError with every reason: methods named twice or without rows, fewer than 2 prompts, prompts that are
+    there twice or not for every method.
+    """
+    reasons = [] if methods else ["methods must name at least one, got none; name the reference first"]
+    if len(set(methods)) < len(methods):
+        reasons.append(f"methods must be different ones, got {', '.join(methods)}; drop the repeated ones")
+    of = {name: sorted((row for row in rows if row["method"] == name), key=_prompt) for name in methods}
+    if missing := [name for name, some in of.items() if not some]:
+        known = ", ".join(dict.fromkeys(str(row["method"]) for row in rows)) or "none"
+        reasons.append(f"rows must hold every method, got none of {', '.join(missing)}; there are {known}")
+    reference = [] if not methods else [_prompt(row) for row in of[methods[0]]]
+    if reference and len(set(reference)) < 2:
+        reasons.append(f"rows must hold 2 prompts or more, got {len(set(reference))}; an interval needs several")
+    for name, some in of.items():
+        prompts = [_prompt(row) for row in some]
+        if len(set(prompts)) < len(prompts):
+            reasons.append(f"rows must hold a prompt once for each method, got some of {name} twice; drop old rows")
+        elif some and prompts != reference:
+            odd = sorted(set(prompts) ^ set(reference))[:5]
+            reasons.append(f"rows must hold the same prompts, got others of {name} ({odd}); make what is missing")
+    if reasons:
+        raise ValueError("\n".join(f"{asker}: {reason}" for reason in reasons))
+    return dict(of)
+
+
+def _prompt(row: Mapping[str, Any]) -> int:
+    return int(row["prompt_index"])
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Returns what a row's method is: "dense-native", "dense-beta" (the presets' levels), "sparse" or "rival"."""
+    family = str(row["method"]).partition(":")[0].lower()
+    config = row.get("config") or {}
+    densities = config.get("densities")
+    if "rival" in config or (densities is None and family not in ("dense", "beta")):
+        return "rival"
+    if densities is not None and any(density != 1.0 for density in densities):
+        return "sparse"
+    schedule = config.get("schedule") or ("beta" if family == "beta" else "native")
+    return f"dense-{'native' if schedule == 'native' else 'beta'}"
+
+
+def control_of(name: str, of: ByMethod) -> str | None:
+    """Returns the dense method whose cost is nearest to that of a sparse one, or None where there is no other.
+
+    Those on the presets' levels come before those on native ones.
+    """
+    kinds = {other: kind_of(rows[0]) for other, rows in of.items() if other != name}
+    for kind in ("dense-beta", "dense-native"):
+        controls = [other for other in kinds if kinds[other] == kind]
+        if controls:
+            return min(controls, key=lambda other: abs(mean(of[other], "gflop") - mean(of[name], "gflop")))
+    return None
+
+
+def qualities_of_rows(rows: Rows, known: Known) -> tuple[str, ...]:
+    """Returns which qualities of single pictures the rows hold: known ones first, then others as they come.
+
+    Any fraction is one, but guidance and costs (their names end in a unit of time, memory or power).
+    """
+    found = dict.fromkeys(
+        name
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, float) and name not in _NOT_QUALITIES and not name.endswith(UNITS_OF_COST)
+    )
+    named = dict.fromkeys(name for row in rows for name in row if name in known and row[name] is not None)
+    return (*(name for name in known if name in named), *(name for name in found if name not in known))
+
+
+def column(rows: Rows, name: str) -> NDArray[Any]:
+    """Returns a field of the rows that have it, as float64."""
+    return np.array([row[name] for row in rows if row.get(name) is not None], np.float64)
+
+
+def mean(rows: Rows, name: str) -> float:
+    """Returns the mean of a field over the rows that have it."""
+    return float(column(rows, name).mean())
+
+
+def cost_dense_steps(rows: Rows, reference: Rows) -> float:
+    """Returns what a picture costs, in steps of the reference."""
+    return mean(rows, "gflop") / (mean(reference, "gflop") / float(reference[0]["steps"]))
