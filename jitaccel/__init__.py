@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import apply, embedded_model
     from .artefacts import Exported, export, load_exported
+    from .auto import Choice, auto_config
     from .batch import Outcome, Request, generate_batch
     from .config import PRESETS, JiTConfig
     from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
@@ -36,6 +37,8 @@ _HOMES = {
     "Exported": "artefacts",
     "export": "artefacts",
     "load_exported": "artefacts",
+    "Choice": "auto",
+    "auto_config": "auto",
     "Outcome": "batch",
     "Request": "batch",
     "generate_batch": "batch",
@@ -52,6 +55,7 @@ _HOMES = {
 __all__ = [
     "PRESETS",
     "ArtefactError",
+    "Choice",
     "ConfigError",
     "Exported",
     "Handle",
@@ -62,6 +66,7 @@ __all__ = [
     "Stats",
     "UnsupportedModelError",
     "apply",
+    "auto_config",
     "embedded_model",
     "export",
     "generate_batch",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import JiTConfig, resolve
 from .errors import ConfigError, UnsupportedModelError
 from .execution import Attention, ControlNet, Execution, Mode, Unsupported
 from .handle import Handle
+
+if TYPE_CHECKING:
+    from .auto import Choice
+
+_log = logging.getLogger(__name__)
 
 
 def apply(
@@ -25,6 +31,10 @@ def apply(
     strict: bool = False,
     on_unsupported: Unsupported = "error",
     controlnet: ControlNet = "dense",
+    target_speedup: float | None = None,
+    target_ms: float | None = None,
+    size: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
     **overrides: Any,
 ) -> Handle:
     """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
@@ -35,7 +45,8 @@ def apply(
     target: a diffusers pipeline of FLUX.1, FLUX.2 or Chroma (the scheduler is followed, and the state moved in its
         `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
         rides on the returned velocity), or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
-    preset: "4x", "7x", "dense", or a JiTConfig.
+    preset: "4x", "7x", "dense", a JiTConfig, or "auto": the steps and densities that reach a target on this machine, by
+        a few steps that are timed here; `handle.choice` says what was picked and why.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
     execution: "packed" runs all images of a batch, and both branches of true CFG, in one forward on one packed
@@ -52,13 +63,19 @@ def apply(
         and the levels that the configuration has set by then.
     controlnet: a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less and
         shows it less of the picture.
+    target_speedup, target_ms: one of both for "auto": against 50 dense steps, or milliseconds of denoising for one
+        image (with true CFG it takes twice that). size, text_tokens: (height, width) in pixels and the length of
+        prompts to measure at, without them the pipeline's defaults. `auto_config` says more of the four.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
     Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
     """
     from . import patches
 
-    config = resolve(preset, **overrides)
+    wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
+    is_auto = isinstance(preset, str) and preset == "auto"
+    _check_wanted(is_auto, wanted, overrides, noise_levels)
+    config = resolve("dense" if is_auto else preset, **overrides)
     levels = None if noise_levels is None else _checked_levels(noise_levels)
     how = Execution(
         execution=execution,
@@ -68,14 +85,52 @@ def apply(
         on_unsupported=on_unsupported,
         controlnet=controlnet,
     )
+    choice = None
     try:
-        return patches.find(target).apply(target, config, levels, how)
+        if is_auto:
+            choice = _choice(target, wanted, how, overrides)
+            config = choice.config
+        handle = patches.find(target).apply(target, config, levels, how)
+        if choice is not None:
+            handle.choice = choice
+        return handle
     except UnsupportedModelError as error:
         if not how.may_be_dense:
             raise
         from .patches.dense import leave_dense
 
         return leave_dense(target, config, error)
+
+
+def _check_wanted(
+    is_auto: bool, wanted: Mapping[str, Any], overrides: Mapping[str, Any], levels: Sequence[float] | None
+) -> None:
+    """Raises ConfigError where targets and preset do not go together."""
+    if is_auto:
+        from .auto import check_target
+
+        check_target(wanted["target_speedup"], wanted["target_ms"], overrides)
+        if levels is not None:
+            raise ConfigError(
+                'apply: noise_levels must be left out with preset="auto", which picks them, got a list; '
+                "let the loop follow jitaccel.noise_levels(handle.config)"
+            )
+        return
+    if problems := [
+        f'apply: {name} must be left out unless preset="auto", got {value!r}; leave it out, or use preset="auto"'
+        for name, value in wanted.items()
+        if value is not None
+    ]:
+        raise ConfigError("\n".join(problems))
+
+
+def _choice(target: Any, wanted: Mapping[str, Any], how: Execution, overrides: Mapping[str, Any]) -> Choice:
+    from .auto import decide, measure_costs
+
+    costs = measure_costs(target, wanted["size"], wanted["text_tokens"], how)
+    choice = decide(costs, target_speedup=wanted["target_speedup"], target_ms=wanted["target_ms"], **overrides)
+    _log.info("jitaccel: %s", choice)
+    return choice
 
 
 def _compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,13 +7,16 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .config import JiTConfig
 from .errors import ConfigError
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from .auto import Choice
 
 MISSING = object()
 HANDLE = "_jitaccel_handle"  # the attribute under which what is patched knows its handle
@@ -55,13 +58,17 @@ def refuse_copy() -> TypeError:
 
 
 class Handle:
-    """What one `apply` changed. Use it as a context manager, or call `remove()`; removing twice is harmless."""
+    """What one `apply` changed. Use it as a context manager, or call `remove()`; removing twice is harmless.
+
+    choice: what `preset="auto"` picked, and why; None for other presets.
+    """
 
     def __init__(self, target: Any, route: Route) -> None:
         # Weak: what is patched holds the handle, and must not keep a pipeline alive that its user has let go.
         self._target = weakref.ref(target)
         self._kind = type(target).__name__
         self.route = route
+        self.choice: Choice | None = None
         self._undo = ExitStack()
         self._changes: list[str] = []
 
@@ -153,7 +160,8 @@ class Handle:
 
     def __repr__(self) -> str:
         changes = ", ".join(self._changes) if self._changes else "removed"
-        return f"<jitaccel.Handle of {self._kind}: {changes}>"
+        auto = "" if self.choice is None else f"; auto: {self.choice}"
+        return f"<jitaccel.Handle of {self._kind}: {changes}{auto}>"
 
 
 def _put_back(attributes: dict[str, Any], name: str, ours: Any, before: Any) -> None:

@@ -20,6 +20,7 @@ from jitaccel.handle import Handle
 
 if TYPE_CHECKING:
     from jitaccel.artefacts import Source
+    from jitaccel.cost import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Patch:
 
     apply: gets target, settings, known levels and execution. generate_batch: gets pipeline, requests with their
     settings, execution and the kind of output. export: gets pipeline, settings, size, batch, text length and attention,
-    and returns the stages. apply_exported: gets pipeline and loaded stages. None where there is none.
+    and returns the stages. apply_exported: gets pipeline and loaded stages. probe: gets target, size in pixels and
+    length of prompts (either may be None) and execution, and returns forwards to time. None where there is none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Patch:
     generate_batch: Callable[..., list[Outcome]] | None = None
     export: Callable[..., Source] | None = None
     apply_exported: Callable[..., Handle] | None = None
+    probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
@@ -73,6 +76,7 @@ PATCHES: tuple[Patch, ...] = (
         generate_batch=_lazily(".flux_batch", "generate_batch"),
         export=_lazily(".flux_export", "export"),
         apply_exported=_lazily(".flux_export", "apply_exported"),
+        probe=_lazily(".flux_probe", "probe_pipeline"),
     ),
     Patch(
         name="diffusers FluxTransformer2DModel, Flux2Transformer2DModel, ChromaTransformer2DModel",
@@ -80,6 +84,7 @@ PATCHES: tuple[Patch, ...] = (
             target, "diffusers", "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"
         ),
         apply=_lazily(".diffusers_flux", "apply_to_transformer"),
+        probe=_lazily(".flux_probe", "probe_transformer"),
     ),
     Patch(
         name="black-forest-labs Flux",

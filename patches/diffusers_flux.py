@@ -80,8 +80,7 @@ def apply_to_transformer(
     transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Handle:
     """Returns the handle of a patched transformer that somebody's own loop calls."""
-    if problems := _model_problems(transformer):
-        raise UnsupportedModelError(_explain(transformer, problems))
+    check_transformer(transformer)
     refuse_controlnet(execution)
     calls = FluxCalls(transformer, config, execution)
     name = f"diffusers {type(transformer).__name__}"
@@ -154,6 +153,12 @@ def check_pipeline(pipeline: Any) -> None:
         problems = _scheduler_problems(pipeline) + _model_problems(pipeline.transformer, models[:1])
     if problems:
         raise UnsupportedModelError(_explain(pipeline, problems))
+
+
+def check_transformer(transformer: Any) -> None:
+    """Raises UnsupportedModelError with every reason why a bare transformer cannot be accelerated correctly."""
+    if problems := _model_problems(transformer):
+        raise UnsupportedModelError(_explain(transformer, problems))
 
 
 def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:

@@ -11,6 +11,7 @@ from ..config import PRESETS, JiTConfig, resolve
 from .errors import CommandError
 
 _UNTOUCHED = "none"
+_AUTO = "auto"
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
@@ -23,8 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="picture to write; its folder is made where missing")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
-    presets = ", ".join((*PRESETS, _UNTOUCHED))
-    parser.add_argument("--preset", default="7x", help=f"one of {presets} ({_UNTOUCHED}: the pipeline untouched)")
+    presets = ", ".join((*PRESETS, _AUTO, _UNTOUCHED))
+    parser.add_argument(
+        "--preset",
+        default="7x",
+        help=f"one of {presets} ({_AUTO}: what reaches a target, measured first; {_UNTOUCHED}: the pipeline untouched)",
+    )
+    parser.add_argument("--target-speedup", type=float, help=f"of --preset {_AUTO}: against 50 dense steps, above 1")
+    parser.add_argument(
+        "--target-ms", type=float, help=f"of --preset {_AUTO}: milliseconds of denoising; --true-cfg takes twice that"
+    )
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
     parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
@@ -40,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the picture and says what it cost."""
-    config = _config(arguments)
     _check_numbers(arguments)
+    config = _config(arguments)
     _check_out(arguments.out, arguments.overwrite)
     guidance = _guidance(arguments)
 
@@ -52,11 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
     pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
-    handle = None if config is None else jitaccel.apply(pipe, config)
     side = picture_side(pipe)
-    call = {"height": arguments.height or side, "width": arguments.width or side, **guidance}
-    _check_sides(call["height"], call["width"], 2 * pipe.vae_scale_factor)
+    size = (arguments.height or side, arguments.width or side)
+    _check_sides(*size, 2 * pipe.vae_scale_factor)
     text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
+    if arguments.preset == _AUTO:
+        choice = jitaccel.auto_config(pipe, **_target(arguments), size=size, text_tokens=text_tokens)
+        print(f"auto: {choice}")
+        config = choice.config
+    handle = None if config is None else jitaccel.apply(pipe, config)
+    call = {"height": size[0], "width": size[1], **guidance}
     steps = arguments.steps if config is None else config.steps
     if steps is not None:
         call["num_inference_steps"] = steps
@@ -73,15 +87,34 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> JiTConfig | None:
-    if arguments.steps is not None and arguments.steps < 1:
-        raise CommandError(f"--steps must be at least 1, got {arguments.steps}")
+    if arguments.preset == _AUTO:
+        _check_target(arguments)
+        return None
+    if given := [name for name, value in _target(arguments).items() if value is not None]:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise CommandError(f"{names} must come with --preset {_AUTO}, got --preset {arguments.preset}")
     if arguments.preset == _UNTOUCHED:
         return None
     overrides = {} if arguments.steps is None else {"steps": arguments.steps}
     return resolve(arguments.preset, **overrides)
 
 
+def _target(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"target_speedup": arguments.target_speedup, "target_ms": arguments.target_ms}
+
+
+def _check_target(arguments: argparse.Namespace) -> None:
+    """Raises before anything is loaded what `apply` would raise after."""
+    if arguments.steps is not None:
+        raise CommandError(f"--steps must be left out with --preset {_AUTO}, which picks them, got {arguments.steps}")
+    from ..auto import check_target
+
+    check_target(arguments.target_speedup, arguments.target_ms, {})
+
+
 def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.steps is not None and arguments.steps < 1:
+        raise CommandError(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
         raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
     if not 0 <= arguments.seed < 2**63:

@@ -1,0 +1,228 @@
+"""Steps and densities for a wanted speed: `preset="auto"`, picked from what steps really cost here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import PRESETS, JiTConfig
+from .cost import Costs, Seconds, loop_seconds, measure
+from .errors import ConfigError, UnsupportedModelError
+from .execution import Attention, Execution, Mode
+
+DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
+_OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """Configurations that differ in their number of steps alone, which is one of `steps`."""
+
+    config: JiTConfig
+    steps: range
+
+    def configs(self) -> Iterator[JiTConfig]:
+        """Yields them, the fewest steps first."""
+        return (self.config.replace(steps=steps) for steps in self.steps)
+
+
+# The best first: the first of which any is affordable is taken, with the most steps that are. No member has more steps
+# than one before it begins with, so that a larger budget never buys fewer steps. That 14 steps are where the
+# densities of 4x begin to pay is a guess.
+FAMILY: tuple[Member, ...] = (
+    Member(config=PRESETS["4x"], steps=range(14, DENSE_STEPS + 1)),
+    Member(config=PRESETS["7x"], steps=range(4, 14 + 1)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was picked and why. `config` may be given to `apply` as it is; `costs` to `decide` for another target.
+
+    predicted_ms: of the denoising loop of one image, one branch (true CFG takes twice that): its networks and lifts.
+    predicted_speedup: against 50 dense steps of the same model, untouched.
+    """
+
+    config: JiTConfig
+    predicted_ms: float
+    predicted_speedup: float
+    costs: Costs
+
+    def __str__(self) -> str:
+        costs = self.costs
+        measured = ", ".join(f"{tokens} tokens {1000 * seconds:.2f} ms" for tokens, seconds in costs.measured)
+        return (
+            f"{_describe(self.config)}: predicted {self.predicted_ms:.1f} ms, {self.predicted_speedup:.2f}x against "
+            f"{DENSE_STEPS} dense steps of {1000 * costs.dense_s:.2f} ms; measured, beside {costs.text_tokens} text "
+            f"tokens: {measured}"
+        )
+
+
+def choose(
+    cost: Seconds, num_tokens: int, budget_s: float, family: Sequence[Member] = FAMILY, *, multiple: int = 1
+) -> JiTConfig:
+    """Returns the best configuration of a family whose steps take at most `budget_s` seconds, one image, one branch.
+
+    cost: seconds of a step by its tokens. num_tokens: N. family: the best members first; of the first that has an
+    affordable one, the most steps. multiple: what numbers of anchors are rounded up to.
+
+    A budget beyond the largest configuration gets that one: a budget is a limit, which it keeps. Raises ConfigError
+    below the cheapest, naming it.
+    """
+    if not math.isfinite(budget_s) or budget_s <= 0.0:
+        raise ConfigError(f"choose: budget_s must be a finite number above 0, got {budget_s!r}; give seconds")
+    for member in family:
+        affordable = [c for c in member.configs() if loop_seconds(c, num_tokens, cost, multiple) <= budget_s]
+        if affordable:
+            return affordable[-1]
+    config, seconds = fastest(cost, num_tokens, family, multiple=multiple)
+    raise ConfigError(
+        f"choose: budget_s must be at least {seconds:.6g}, which {_describe(config)} take, got {budget_s:.6g}; "
+        f"allow that, or make smaller pictures"
+    )
+
+
+def fastest(
+    cost: Seconds, num_tokens: int, family: Sequence[Member] = FAMILY, *, multiple: int = 1
+) -> tuple[JiTConfig, float]:
+    """Returns the cheapest configuration of a family, and the seconds of its steps."""
+    configs = (config for member in family for config in member.configs())
+    priced = ((config, loop_seconds(config, num_tokens, cost, multiple)) for config in configs)
+    return min(priced, key=lambda pair: pair[1])
+
+
+def decide(
+    costs: Costs,
+    *,
+    target_speedup: float | None = None,
+    target_ms: float | None = None,
+    family: Sequence[Member] = FAMILY,
+    **overrides: Any,
+) -> Choice:
+    """Returns the choice for a target from costs measured before; arguments and errors are those of `auto_config`."""
+    check_target(target_speedup, target_ms, overrides)
+    dense_s = DENSE_STEPS * costs.dense_s
+    budget_s = dense_s / target_speedup if target_speedup is not None else (target_ms or 0.0) / 1000.0
+    cheapest, least_s = fastest(costs, costs.num_tokens, family, multiple=costs.multiple)
+    if budget_s < least_s:
+        if target_speedup is not None:
+            limit = f"target_speedup must be at most {_floor(dense_s / least_s):g}"
+        else:
+            limit = f"target_ms must be at least {-_floor(-1000.0 * least_s):g}"
+        asked = target_ms if target_speedup is None else target_speedup
+        raise ConfigError(
+            f"auto_config: {limit} on this machine ({_describe(cheapest)}), got {asked!r}; "
+            f"ask for that, or make smaller pictures"
+        )
+    config = choose(costs, costs.num_tokens, budget_s, family, multiple=costs.multiple)
+    seconds = loop_seconds(config, costs.num_tokens, costs, costs.multiple)
+    return Choice(
+        config=config.replace(**overrides) if overrides else config,
+        predicted_ms=1000.0 * seconds,
+        predicted_speedup=dense_s / seconds,
+        costs=costs,
+    )
+
+
+def auto_config(
+    target: Any,
+    *,
+    target_speedup: float | None = None,
+    target_ms: float | None = None,
+    size: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
+    execution: Mode = "auto",
+    attention: Attention = "auto",
+    clock: Callable[[], float] | None = None,
+    **overrides: Any,
+) -> Choice:
+    """Returns the configuration that reaches a speed on this machine, and what is expected of it; applies nothing.
+
+    A few steps of `target` are timed, on its own device and dtype, at four densities, as `apply` would run them:
+    about five dense steps' time, four times over. What a speed leaves room for is spent on steps first.
+
+    target: what `apply` takes; FLUX.1, FLUX.2 and Chroma of diffusers, text to image, or their transformers.
+    target_speedup: against 50 dense steps of the untouched model, above 1. target_ms: milliseconds for the denoising
+        loop of one image, one branch: true CFG takes twice that, a batch as many times more; text encoding and
+        decoding are not in it, nor are a ControlNet or reference pictures. Give one of both.
+    size: (height, width) of the pictures in pixels; without it the pipeline's default. A bare transformer needs it, and
+        is taken to make 16 x 16 pixels of a token.
+    text_tokens: length of prompts with padding; without it what the pipeline pads to by default, or 512.
+    execution, attention: as `apply` gets them. Compilation is not measured: its gain comes on top.
+    clock: returns seconds, for tests. overrides: fields of JiTConfig beside densities, boundaries and steps.
+
+    Raises ConfigError for a target that is out of reach, naming the fastest that is not; UnsupportedModelError for
+    what is not measured.
+    """
+    check_target(target_speedup, target_ms, overrides)
+    how = Execution(execution=execution, attention=attention)
+    costs = measure_costs(target, size, text_tokens, how, clock)
+    return decide(costs, target_speedup=target_speedup, target_ms=target_ms, **overrides)
+
+
+def measure_costs(
+    target: Any,
+    size: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
+    execution: Execution | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Costs:
+    """Returns what steps of a target cost on this machine; `auto_config` says more of the arguments."""
+    from . import patches
+
+    if text_tokens is not None and (not isinstance(text_tokens, int) or text_tokens < 1):
+        raise ConfigError(
+            f"auto_config: text_tokens must be a whole number above 0, got {text_tokens!r}; count the padding too"
+        )
+    patch = patches.find(target)
+    if patch.probe is None:
+        raise UnsupportedModelError(
+            f"auto_config: target must be one whose steps can be measured, got {type(target).__name__} ({patch.name}); "
+            f'give a preset ("4x", "7x") or a JiTConfig instead'
+        )
+    probe = patch.probe(target, size, text_tokens, execution or Execution())
+    try:
+        return measure(probe, clock)
+    finally:
+        probe.release()
+
+
+def check_target(target_speedup: float | None, target_ms: float | None, overrides: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with every reason, where not just one target is given, or fields that are to be chosen."""
+    problems = []
+    if (target_speedup is None) == (target_ms is None):
+        problems.append(
+            f"auto_config: one of target_speedup and target_ms must be given, got "
+            f"{'none' if target_ms is None else 'both'}; say how fast, for example target_speedup=8.0"
+        )
+    if target_speedup is not None and not (_is_number(target_speedup) and target_speedup > 1.0):
+        problems.append(
+            f"auto_config: target_speedup must be a finite number above 1, got {target_speedup!r}; "
+            f'use preset="dense" for 1'
+        )
+    if target_ms is not None and not (_is_number(target_ms) and target_ms > 0.0):
+        problems.append(f"auto_config: target_ms must be a finite number above 0, got {target_ms!r}; give milliseconds")
+    problems += [
+        f"auto_config: {name} must be left out, got {overrides[name]!r}, which is what is chosen; "
+        f'give a preset ("4x", "7x") to set it yourself'
+        for name in _OWN_FIELDS
+        if name in overrides
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _describe(config: JiTConfig) -> str:
+    return f"{config.steps} steps at densities {', '.join(f'{density:g}' for density in config.densities)}"
+
+
+def _floor(value: float) -> float:
+    """Returns the number rounded down to four significant digits, so that a limit that is named can be kept."""
+    digits = 3 - math.floor(math.log10(abs(value)))
+    return math.floor(value * 10.0**digits) / 10.0**digits

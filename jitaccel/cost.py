@@ -1,0 +1,141 @@
+"""What a step costs on this machine: seconds by the number of tokens that enter the network, measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from .config import JiTConfig
+from .stats import Cost
+
+Seconds = Callable[[int], float]
+"""Seconds of one step of one image, one branch, by its number of tokens M."""
+
+_DENSITIES = (0.32, 0.46, 0.61, 1.0)  # measured; near those of the presets, where the fit has to be right
+_ROUNDS = (3, 50)  # at least and at most, each of which times every density once
+_ENOUGH_S = 1.0  # past the least number of rounds, no further one is begun after this
+_SLOW_S = 20.0  # one round in this or more is all there is: its medians are of steps too long to be disturbed much
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a patch answers: forwards of one image that can be timed, on the model's own device and dtype.
+
+    num_tokens, text_tokens: N and the text beside it. multiple: what numbers of anchors are rounded up to.
+    dense: one step's forward of the untouched model. sparse: makes what one accelerated step of M tokens does,
+    network and lift. release: leaves the model where it was, called once.
+    """
+
+    num_tokens: int
+    text_tokens: int
+    device: torch.device
+    dense: Callable[[], object]
+    sparse: Callable[[int], Callable[[], object]]
+    multiple: int = 1
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Measured seconds of a step, and `a + b M + c M^2` between: linear layers and attention, none below 0.
+
+    dense_s: of the untouched model on all N tokens. measured: (tokens, seconds) pairs of accelerated steps.
+    terms: a, b, c. Called with a number of tokens, returns seconds.
+    """
+
+    num_tokens: int
+    text_tokens: int
+    dense_s: float
+    measured: tuple[tuple[int, float], ...]
+    terms: tuple[float, float, float]
+    multiple: int = 1
+
+    def __call__(self, tokens: int) -> float:
+        constant, linear, square = self.terms
+        return constant + linear * tokens + square * tokens**2
+
+
+def measure(probe: Probe, clock: Callable[[], float] | None = None) -> Costs:
+    """Returns the medians of what a probe's forwards take, each warmed up once; rounds over all take turns.
+
+    Three rounds at least, more of what is fast, one of what takes 20 s or more. Waits for the device around each.
+    clock: returns seconds; without one, the wall's.
+    """
+    counts = measured_counts(probe.num_tokens, probe.multiple)
+    runs: list[Callable[[], object]] = [probe.dense, *(probe.sparse(count) for count in counts)]
+    seen: list[list[float]] = []
+    clock = perf_counter if clock is None else clock
+    with torch.no_grad():
+        for run in runs:  # kernels are chosen and memory is taken here
+            _timed(run, probe.device, clock)
+        least, most = _ROUNDS
+        while len(seen) < least or (len(seen) < most and sum(map(sum, seen)) < _ENOUGH_S):
+            # Each round starts with another one: what interrupts regularly must not always hit the same.
+            turn = [(k + len(seen)) % len(runs) for k in range(len(runs))]
+            times = {k: _timed(runs[k], probe.device, clock) for k in turn}
+            seen.append([times[k] for k in range(len(runs))])
+            if sum(seen[0]) >= _SLOW_S:
+                break
+    dense, *sparse = (statistics.median(times) for times in zip(*seen, strict=True))
+    measured = tuple(zip(counts, sparse, strict=True))
+    return Costs(
+        num_tokens=probe.num_tokens,
+        text_tokens=probe.text_tokens,
+        dense_s=dense,
+        measured=measured,
+        terms=fit(measured),
+        multiple=probe.multiple,
+    )
+
+
+def measured_counts(num_tokens: int, multiple: int = 1) -> tuple[int, ...]:
+    """Returns the numbers of tokens at which a grid of `num_tokens` is measured, rising, the last all of them."""
+    counts = (max(1, int(density * num_tokens)) for density in _DENSITIES)
+    return tuple(sorted({min(-(-count // multiple) * multiple, num_tokens) for count in counts}))
+
+
+def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
+    """Returns a, b, c >= 0 of `a + b M + c M^2`, least squares of the relative errors of (tokens, seconds) pairs."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # lazily, it takes a moment
+
+    tokens, seconds = np.array(measured, dtype=np.float64).T
+    largest, seconds = tokens.max(), np.maximum(seconds, 1e-9)  # a clock too coarse reads 0
+    design = np.stack([np.ones_like(tokens), tokens / largest, (tokens / largest) ** 2], axis=1)
+    terms, _ = nnls(design / seconds[:, None], np.ones_like(seconds))
+    return float(terms[0]), float(terms[1] / largest), float(terms[2] / largest**2)
+
+
+def seconds_of_flops(cost: Cost, text_tokens: int, flops_per_s: float = 1.0) -> Seconds:
+    """Returns the cost of a step by its operations alone, for where nothing can be measured.
+
+    cost: (image tokens, text tokens) to operations, as in `flops`. At the default speed a second is an operation.
+    """
+    return lambda tokens: cost(tokens, text_tokens) / flops_per_s
+
+
+def loop_seconds(config: JiTConfig, num_tokens: int, seconds: Seconds, multiple: int = 1) -> float:
+    """Returns what the steps of a configuration with a number of steps take, of one image and one branch."""
+    if isinstance(config.steps, str):
+        raise ValueError('loop_seconds: config.steps must be a number, got "caller"; use config.replace(steps=...)')
+    lengths = (end - start for start, end in pairwise((0, *config.stage_ends(config.steps))))
+    counts = config.token_counts(num_tokens, multiple=multiple)
+    return sum(length * seconds(count) for length, count in zip(lengths, counts, strict=True))
+
+
+def _timed(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    _wait(device)
+    start = clock()
+    run()
+    _wait(device)
+    return clock() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,143 @@
+"""What a step of diffusers' FLUX.1, FLUX.2 and Chroma costs: forwards on noise that can be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitaccel.anchors import first_anchors
+from jitaccel.clock import Step
+from jitaccel.config import JiTConfig
+from jitaccel.cost import Probe
+from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.execution import Execution
+from jitaccel.run import Run
+
+from .diffusers_flux import check_pipeline, check_transformer
+from .kinds import kind_of, token_multiple
+from .packed_calls import FluxCalls
+from .shared_hook import hook_of
+from .split import Split
+
+# Pipelines whose calls bring nothing that a probe could not know: no masks, pictures to start from, or ControlNets.
+_MEASURED = ("FluxPipeline", "FluxControlPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "ChromaPipeline")
+_TEXT_TOKENS = 512  # what all these pipelines pad to by default
+_PIXELS_PER_TOKEN = 16  # of a bare transformer's autoencoder: a latent is 8 x 8 pixels, a token 2 x 2 latents
+_STEP = Step(index=0, stage=0, noise_level=0.5, next_level=0.4, may_end_stage=False)
+_SPARSE = JiTConfig(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)  # any: anchors are given
+
+
+def probe_pipeline(pipeline: Any, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution) -> Probe:
+    """Returns forwards of a pipeline's transformer for pictures of a size in pixels, or of the default one."""
+    check_pipeline(pipeline)
+    if all(kind.__name__ not in _MEASURED for kind in type(pipeline).__mro__):
+        raise UnsupportedModelError(
+            f"auto_config: target must be one of {', '.join(_MEASURED)}, got {type(pipeline).__name__}, whose calls "
+            f"bring what cannot be measured beforehand (a mask, a picture, a ControlNet); "
+            f'give a preset ("4x", "7x") instead'
+        )
+    scale = pipeline.vae_scale_factor
+    side = pipeline.default_sample_size * scale
+    grid = _grid((side, side) if size is None else size, 2 * scale)
+    text_tokens = text_tokens or _default_text_tokens(pipeline)
+    return dataclasses.replace(
+        _probe(pipeline.transformer, grid, text_tokens, execution, pipeline._execution_device),
+        release=functools.partial(_offload, pipeline),
+    )
+
+
+def probe_transformer(
+    transformer: Any, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution
+) -> Probe:
+    """Returns forwards of a bare transformer for pictures of a size in pixels."""
+    check_transformer(transformer)
+    if size is None:
+        raise ConfigError(
+            "auto_config: size must be given for a bare transformer, got None; give (height, width) in pixels"
+        )
+    hook = getattr(transformer, "_hf_hook", None)
+    device = torch.device(getattr(hook, "execution_device", None) or transformer.device)
+    return _probe(transformer, _grid(size, _PIXELS_PER_TOKEN), text_tokens or _TEXT_TOKENS, execution, device)
+
+
+def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execution, device: torch.device) -> Probe:
+    kind, hook, num_tokens = kind_of(model), hook_of(model), grid[0] * grid[1]
+    assert kind is not None
+    original = model if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
+    calls = FluxCalls(model, _SPARSE, dataclasses.replace(execution, compile=None))
+    arguments = _arguments(model, grid, text_tokens, device)
+    split = Split(arguments["hidden_states"], num_tokens, model.config.out_channels or model.config.in_channels)
+
+    def sparse(count: int) -> Callable[[], Tensor]:
+        anchors = first_anchors(grid, count, torch.Generator().manual_seed(0))[None].to(device)
+        run = Run(_SPARSE, grid, _STEP, split.state, anchors=anchors)
+
+        def step() -> Tensor:
+            answer = calls.evaluate(model, hook, original, arguments, split, run, split.state)
+            return run.leave(_STEP, split.state, run.gather(run.scatter(answer.values)))
+
+        return step
+
+    return Probe(
+        num_tokens=num_tokens,
+        text_tokens=text_tokens,
+        device=device,
+        dense=functools.partial(original, **{**arguments, "return_dict": False}),
+        sparse=sparse,
+        multiple=token_multiple(model),
+    )
+
+
+def _arguments(model: Any, grid: tuple[int, int], text_tokens: int, device: torch.device) -> dict[str, Any]:
+    """Returns the arguments of one call for one image, as the pipelines give them: noise, for zeros run faster."""
+    kind, settings, num_tokens = kind_of(model), model.config, grid[0] * grid[1]
+    assert kind is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, model.dtype)
+
+    axes = len(settings.axes_dims_rope)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    image_ids = torch.zeros(num_tokens, axes)
+    image_ids[:, 1], image_ids[:, 2] = rows.flatten(), columns.flatten()
+    given: dict[str, Any] = {
+        "hidden_states": noise(1, num_tokens, settings.in_channels),
+        "encoder_hidden_states": noise(1, text_tokens, settings.joint_attention_dim),
+        "timestep": torch.full((1,), _STEP.noise_level, device=device, dtype=model.dtype),
+        "img_ids": image_ids.to(device),
+        "txt_ids": torch.zeros(text_tokens, axes, device=device),
+    }
+    if "pooled_projections" in kind.per_image:
+        given["pooled_projections"] = noise(1, settings.pooled_projection_dim)
+    if "guidance" in kind.per_image and settings.get("guidance_embeds", True):
+        given["guidance"] = torch.full((1,), 3.5, device=device)
+    for name in kind.masks:
+        given[name] = torch.ones(1, text_tokens + num_tokens, dtype=torch.bool, device=device)
+    return given
+
+
+def _grid(size: tuple[int, int], unit: int) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(sides) != 2 or any(not isinstance(side, int) or side < unit or side % unit for side in sides):
+        raise ConfigError(
+            f"auto_config: size must be (height, width) in multiples of {unit} pixels, got {size!r}; round it"
+        )
+    return sides[0] // unit, sides[1] // unit
+
+
+def _default_text_tokens(pipeline: Any) -> int:
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    return _TEXT_TOKENS if parameter is None else int(parameter.default)
+
+
+def _offload(pipeline: Any) -> None:
+    """Sends the transformer back to where it waits, where the pipeline offloads whole models."""
+    if getattr(pipeline, "_all_hooks", None):
+        pipeline.maybe_free_model_hooks()
