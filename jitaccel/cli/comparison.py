@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,13 +22,36 @@ from ..stats import Stats
 DENSE_STEPS = 50
 
 
+class Rival(Protocol):
+    """A way to generate that is not this package's: returns what `pipe(**call)` makes by it, and leaves no trace.
+
+    steps: of the sampler. settings: all that its pictures depend on beside the call, as JSON takes it.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> Generation: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to generate: `config` applied to the pipeline, or the pipeline untouched where it is None."""
+    """One way to generate: a rival's, or `config` applied to the pipeline, or the pipeline untouched without either."""
 
     name: str
     steps: int
     config: JiTConfig | None = None
+    rival: Rival | None = None
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """All that pictures depend on beside call and steps, as JSON takes it; None for the pipeline untouched."""
+        if self.rival is not None:
+            return self.rival.settings
+        return None if self.config is None else self.config.to_dict()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +59,9 @@ class Generation:
     """What one call of a pipeline made, and its cost. FLOPs are of the whole batch, seconds too.
 
     denoise_s: from the first call of the transformer to the end of the last step. whole_s: text encoding and
-    decoding as well. stats: None for the pipeline untouched.
+    decoding as well. token_steps: image tokens through the network, summed over the steps, of one image; where a cache
+    leaves out parts of a step, that step counts as the share of a dense one that ran. stats: None for the pipeline
+    untouched and for rivals.
     """
 
     pictures: Any
@@ -67,6 +92,8 @@ def _steps(config: JiTConfig) -> int:
 
 def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = None, **call: Any) -> Generation:
     """Returns what `pipe(**call)` makes by a method; `on_step` is called after every step."""
+    if method.rival is not None:
+        return method.rival(pipe, on_step, call)
     accelerated = nullcontext() if method.config is None else jitaccel.apply(pipe, method.config)
     with accelerated as handle:
         return timed(pipe, method.steps, handle, on_step, **call)

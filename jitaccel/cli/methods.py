@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import PRESETS, JiTConfig
 from .comparison import Method
 from .errors import CommandError
+from .rivals import FORMS, find_rival
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
@@ -15,6 +16,10 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     methods = []
     for word in (word.strip() for word in text.split(",")):
         kind, _, count = word.partition(":")
+        rival = find_rival(word)
+        if rival is not None:
+            methods.append(Method(name=word, steps=rival.steps, rival=rival))
+            continue
         if kind in ("dense", "beta") and count.isdigit() and int(count) > 0:
             schedule = "native" if kind == "dense" else "beta"
             config = PRESETS["dense"].replace(steps=int(count), schedule=schedule)
@@ -24,7 +29,8 @@ def parse_methods(text: str) -> tuple[Method, ...]:
             config = JiTConfig.from_dict(json.loads(Path(word).read_text()))
         else:
             raise CommandError(
-                f"--methods must list dense:N, beta:N, a preset ({', '.join(PRESETS)}) or a .json file, got {word!r}"
+                f"--methods must list dense:N, beta:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) "
+                f"or a .json file, got {word!r}"
             )
         if isinstance(config.steps, str):
             raise CommandError(f"--methods must fix the number of steps, got {word!r}, which leaves it to the caller")

@@ -1,0 +1,65 @@
+"""Counts the operations of a FLUX transformer that really run, whatever a cache leaves out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import CommandError
+
+
+class Work:
+    """Floating-point operations so far, of the whole batch; a multiply-add is two.
+
+    Matrix products and attention, as in `jitaccel.flops`: where nothing is left out, a forward counts exactly as much
+    as `flux_flops` says. Counted layer by layer, not block by block, because a cache may replace a part of a block,
+    as TaylorSeer replaces attention; and not by torch's FlopCounterMode, which slows a run that is timed.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self._tokens = 0
+
+    def see_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes with how many tokens, of image and text, the transformer is called."""
+        self._tokens = kwargs["hidden_states"].shape[1] + kwargs["encoder_hidden_states"].shape[1]
+
+    def counting(self, layer: nn.Linear, is_query: bool) -> Callable[[Tensor], Tensor]:
+        """Returns the forward of a layer, counted; of attention's queries, with the attention that follows them."""
+        forward = layer.forward
+
+        def counted_forward(state: Tensor) -> Tensor:
+            self.flops += 2 * state.numel() * layer.out_features
+            if is_query:  # every token to every token, two products
+                self.flops += 2 * 2 * len(state) * self._tokens**2 * layer.out_features
+            return forward(state)
+
+        return counted_forward
+
+
+@contextmanager
+def counted(transformer: nn.Module) -> Iterator[Work]:
+    """Counts the forwards of a diffusers `FluxTransformer2DModel` while it lasts.
+
+    The layers' `forward` is wrapped, not hooked: hooks of a module run even where a cache answers in its place. What
+    is installed meanwhile must be gone in the end.
+
+    Raises CommandError for another model, whose layers may hold what would not be seen.
+    """
+    if type(transformer).__name__ != "FluxTransformer2DModel":
+        raise CommandError(f"caches must have FLUX.1's FluxTransformer2DModel, got {type(transformer).__name__}")
+    work = Work()
+    with ExitStack() as undo:
+        undo.callback(transformer.register_forward_pre_hook(work.see_call, with_kwargs=True).remove)
+        for name, layer in transformer.named_modules():
+            if isinstance(layer, nn.Linear):
+                attributes = vars(layer)
+                if "forward" in attributes:
+                    undo.callback(attributes.__setitem__, "forward", attributes["forward"])
+                else:
+                    undo.callback(attributes.pop, "forward", None)
+                attributes["forward"] = work.counting(layer, name.endswith(".attn.to_q"))
+        yield work
