@@ -14,7 +14,8 @@ import pytest
 
 from jitaccel.cli import main
 from jitaccel.cli.demo import table
-from jitaccel.cli.pictures import grid_picture, psnr_db, show_active
+from jitaccel.cli.pictures import grid_picture, show_active
+from jitaccel.quality.metrics import psnr_db
 
 Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]

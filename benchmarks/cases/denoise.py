@@ -119,7 +119,7 @@ def _fields(
 
 
 def _psnr(result: _Measured, dense: _Measured) -> float | None:
-    from jitaccel.cli.pictures import psnr_db
+    from jitaccel.quality.metrics import psnr_db
 
     if result is dense:
         return None

@@ -21,21 +21,21 @@ import numpy as np
 import torch
 
 from jitaccel.api import embedded_model
+from jitaccel.cli.comparison import Method
 from jitaccel.cli.loading import load_judge, load_pipeline
 from jitaccel.plan import file_digest
 from jitaccel.provenance import first_line, provenance
 from jitaccel.scenes.prompts import held_out
 
 from .judging import Row, judged, read_rows
-from .questions import CONTROLS, QUESTIONS, REFERENCE, dense
+from .questions import CONTROLS, QUESTIONS, REFERENCE, Way, dense
 from .report import report
-from .sampler import Bench, Sampled, sample
-from .variant import Variant
+from .sampler import Bench, Sampled, sample, sample_by_pipeline
 
 _CHUNK = 32
 
 
-def variants(only: Sequence[str]) -> dict[str, Variant]:
+def variants(only: Sequence[str]) -> dict[str, Way]:
     """Returns the reference, and the variants of the questions that are named, all where none is."""
     chosen = {name: some for name, some in {"controls": CONTROLS, **QUESTIONS}.items() if not only or name in only}
     found = {REFERENCE: dense(50, "native")}
@@ -57,7 +57,7 @@ class Lab:
     origin: Row
     any_commit: bool
 
-    def rows(self, chosen: Mapping[str, Variant]) -> list[Row]:
+    def rows(self, chosen: Mapping[str, Way]) -> list[Row]:
         """Returns the rows of all variants, in the order of variants and prompts."""
         done = {(row["method"], row["prompt_index"]): row for row in self._kept(chosen)}
         for name, variant in chosen.items():
@@ -69,7 +69,7 @@ class Lab:
                     done[name, row["prompt_index"]] = row
         return [done[name, k] for name in chosen for k in range(self.count)]
 
-    def _kept(self, chosen: Mapping[str, Variant]) -> Iterator[Row]:
+    def _kept(self, chosen: Mapping[str, Way]) -> Iterator[Row]:
         names = {"weights", "device", "torch", "seed", "dtype"} | (set() if self.any_commit else {"commit"})
         for row in read_rows(self.folder / "rows.jsonl"):
             variant = chosen.get(row["method"])
@@ -77,16 +77,21 @@ class Lab:
             if is_same and variant is not None and row["config"] == _settings(variant):
                 yield row
 
-    def _made(self, name: str, variant: Variant, part: range) -> list[Row]:
+    def _made(self, name: str, variant: Way, part: range) -> list[Row]:
         prompts = held_out(part.stop, seed=self.seed)[part.start :]
         bench = Bench.of(self.pipe, prompts, seed=_noise_seed(self.seed, part))
         reference = self._reference(bench, part)
-        made = reference if name == REFERENCE else sample(bench, variant, mixed=not self.exact)
-        shared = {"method": name, "steps": variant.config.steps, "config": _settings(variant), **self.origin}
+        made = reference if name == REFERENCE else self._sampled(bench, variant)
+        steps = variant.steps if isinstance(variant, Method) else variant.config.steps
+        shared = {"method": name, "steps": steps, "config": _settings(variant), **self.origin}
         rows = [*judged(bench, self.judge, made, reference, shared, first=part.start)]
         with (self.folder / "rows.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
+
+    def _sampled(self, bench: Bench, way: Way) -> Sampled:
+        by = sample_by_pipeline if isinstance(way, Method) else sample
+        return by(bench, way, mixed=not self.exact)  # type: ignore[arg-type]
 
     def _reference(self, bench: Bench, part: range) -> Sampled:
         """Returns what 50 dense steps make, from the disk where they made it before."""
@@ -104,15 +109,18 @@ def _noise_seed(seed: int, part: range) -> int:
     return 100_000 * seed + part.start
 
 
-def _settings(variant: Variant) -> Row:
+def _settings(variant: Way) -> Row:
     """Returns what tells a variant from others, as JSON gives it back."""
+    if isinstance(variant, Method):
+        settings: Row = json.loads(json.dumps(variant.settings))
+        return settings
     own = {
         "lifter_map": None if variant.lifter is None else _told(variant.lifter),
         "scores": None if variant.scores is None else _told(variant.scores),
         "stale_keys": variant.stale_keys,
         "cache_threshold": variant.cache_threshold,
     }
-    settings: Row = json.loads(json.dumps({**variant.config.to_dict(), **own}))
+    settings = json.loads(json.dumps({**variant.config.to_dict(), **own}))
     return settings
 
 

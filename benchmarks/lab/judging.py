@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jitaccel.cli.pictures import psnr_db
 from jitaccel.quality import metrics
 from jitaccel.scenes.judge import Judge, compare
 
@@ -26,7 +25,7 @@ def judged(
         score = compare(seen, claims)
         picture, other = made.pictures[k] / 255.0, reference.pictures[k] / 255.0
         beside = {} if made is reference else {
-            "psnr_db": psnr_db(picture, other),
+            "psnr_db": metrics.psnr_db(picture, other),
             "ssim": metrics.ssim(picture, other),
             "perceptual": metrics.perceptual_distance(maps[k], of_reference[k]),
             "spectrum_db": metrics.spectrum_error_db(picture, other),

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from jitaccel.cli.comparison import Method
+from jitaccel.cli.methods import parse_methods
 from jitaccel.config import JiTConfig
 
 from . import lifters, variant
@@ -15,6 +17,9 @@ from .variant import Variant
 PAPER = JiTConfig(densities=(0.32, 0.60, 1.0), boundaries=(0.4, 0.65, 1.0), steps=11)
 CLEAN = PAPER.replace(lifter="clean", micro_flow="none")
 REFERENCE = "dense:50"
+
+Way = Variant | Method
+"""A variant, sampled by the lab, or a method of `jitaccel eval`, by the pipeline."""
 
 
 def dense(steps: int, schedule: str = "beta") -> Variant:
@@ -35,7 +40,7 @@ def native_levels(steps: int, shift: float = 0.63) -> tuple[float, ...]:
     return (*(factor / (factor + (1.0 / level - 1.0)) for level in even), 0.0)
 
 
-def _named(pairs: Mapping[str, JiTConfig | Variant]) -> Mapping[str, Variant]:
+def _named(pairs: Mapping[str, JiTConfig | Variant]) -> Mapping[str, Way]:
     return MappingProxyType(
         {name: each if isinstance(each, Variant) else Variant(config=each) for name, each in pairs.items()}
     )
@@ -55,7 +60,7 @@ CONTROLS = _named({f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)} | {
     f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 28)
 })  # fmt: skip
 
-QUESTIONS: Mapping[str, Mapping[str, Variant]] = MappingProxyType({
+QUESTIONS: Mapping[str, Mapping[str, Way]] = MappingProxyType({
     "micro-flow": _named({
         "7x-paper": PAPER,
         "exact": PAPER.replace(micro_flow="exact"),
@@ -84,4 +89,7 @@ QUESTIONS: Mapping[str, Mapping[str, Variant]] = MappingProxyType({
         "clean, none": CLEAN,
         **{f"cache {t}": Variant(config=CLEAN, cache_threshold=t) for t in (0.1, 0.2, 0.4)},
     }),
+    "rivals": {method.name: method for method in parse_methods(
+        "firstblock:28:0.2,firstblock:28:0.4,taylorseer-lite:28:4,half:11:4"
+    )},
 })  # fmt: skip

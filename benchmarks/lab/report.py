@@ -39,7 +39,7 @@ def report(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], folder: Pa
             beside = [name for name in (REFERENCE, "beta:6") if name in records and name not in names]
             parts.append(f"### {question}\n\n{_table(records, rows, [*names, *beside])}")
     common = next(iter(records.values()))
-    text = "\n".join(parts) + _FOOT.format(**common)
+    text = "\n".join(parts) + _FOOT.format(**{"commit": "at several commits", **common})
     if folder is not None:
         (folder / "report.md").write_text(text)
         (folder / "table.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records.values()))

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jitaccel.cli.comparison import Method, generate
+from jitaccel.cli.pictures import to_bytes
 from jitaccel.clock import KnownLevels
 from jitaccel.scenes.scene import Claim
 from jitaccel.schedule import noise_levels
@@ -26,12 +28,13 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Bench:
-    """A pipeline with encoded prompts and the noise of each: prompt k has seed `seed + k`."""
+    """A pipeline with encoded prompts and the noise of each: prompt k has `seed` + k."""
 
     pipe: Any
     prompts: Sequence[tuple[str, tuple[Claim, ...]]]
     texts: Texts
     noise: Tensor
+    seed: int
 
     @classmethod
     def of(cls, pipe: Any, prompts: Sequence[tuple[str, tuple[Claim, ...]]], seed: int = 0) -> Bench:
@@ -44,10 +47,10 @@ class Bench:
             generator = torch.Generator().manual_seed(seed + k)
             drawn = torch.randn(1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1], generator=generator)
             latents.append(pipe._pack_latents(drawn, 1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1]))
-        return cls(pipe, prompts, Texts(words=words, pooled=pooled), torch.cat(latents))
+        return cls(pipe, prompts, Texts(words=words, pooled=pooled), torch.cat(latents), seed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sampled:
     """Pictures (P, 256, 256, 3) uint8, what each cost, and in which stage each token was activated, (P, 32, 32)."""
 
@@ -69,6 +72,20 @@ def sample(bench: Bench, variant: Variant, *, mixed: bool = True) -> Sampled:
         stages.append(activated.unflatten(1, GRID).numpy())
         cost += [flops / len(state) / 1e9] * len(state)
     return Sampled(np.concatenate(pictures), np.array(cost), np.concatenate(stages))
+
+
+def sample_by_pipeline(bench: Bench, method: Method, *, mixed: bool = True) -> Sampled:
+    """Returns what the pipeline itself makes by a method of `jitaccel eval`, a rival for one, from the same noise."""
+    bench.pipe.set_progress_bar_config(disable=True)
+    call = {"height": SIDE_PX, "width": SIDE_PX, "max_sequence_length": TEXT_TOKENS, "output_type": "np"}
+    pictures, cost = [], []
+    for k, (text, _) in enumerate(bench.prompts):
+        generator = torch.Generator().manual_seed(bench.seed + k)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            made = generate(bench.pipe, method, prompt=[text], generator=[generator], **call)
+        pictures.append(to_bytes(made.pictures[0]))
+        cost.append(made.flops / 1e9)
+    return Sampled(np.stack(pictures), np.array(cost), np.zeros((len(pictures), *GRID), np.int64))
 
 
 def _denoise(bench: Bench, variant: Variant, chosen: slice, mixed: bool) -> tuple[Tensor, Tensor, float]:

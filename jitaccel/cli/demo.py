@@ -159,7 +159,7 @@ def _row(result: _Result, dense: _Result, control: _Result, score: Score | None)
 
 
 def _mean_psnr_db(result: _Result, reference: _Result) -> float:
-    from .pictures import psnr_db
+    from ..quality.metrics import psnr_db
 
     pairs = zip(result.pictures, reference.pictures, strict=True)
     return sum(psnr_db(picture, other) for picture, other in pairs) / len(result.pictures)

@@ -6,7 +6,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ..api import embedded_model
 from .errors import CommandError
 
 _NEEDED = ("diffusers", "transformers", "accelerate", "PIL")
@@ -86,6 +85,8 @@ def pick_device(name: str) -> Any:
 
 def _checked_source(model: str | None) -> str:
     if model is None:
+        from ..api import embedded_model
+
         folder = embedded_model()
         if not (folder / "model_index.json").is_file():
             raise CommandError(f"the embedded model must be installed, got nothing in {folder}; give --model")
@@ -107,6 +108,7 @@ def picture_side(pipe: Any) -> int:
 
 def load_judge() -> Any:
     """Returns the judge of the embedded model's scenes, or None where none is installed."""
+    from ..api import embedded_model
     from ..scenes.judge import Judge
 
     folder = embedded_model() / "judge"

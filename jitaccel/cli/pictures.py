@@ -62,9 +62,3 @@ def to_bytes(picture: Pixels) -> Pixels:
     if picture.dtype == np.uint8:
         return picture
     return (np.clip(picture, 0.0, 1.0) * 255.0).round().astype(np.uint8)
-
-
-def psnr_db(picture: Pixels, reference: Pixels) -> float:
-    """Returns the peak signal-to-noise ratio of two pictures in [0, 1]; infinite where they are the same."""
-    error = float(np.mean((np.asarray(picture, np.float64) - np.asarray(reference, np.float64)) ** 2))
-    return float("inf") if error == 0.0 else float(-10.0 * np.log10(error))

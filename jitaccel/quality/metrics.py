@@ -14,6 +14,12 @@ _SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2  # of SSIM
 _TINY = 1e-12
 
 
+def psnr_db(picture: Array, reference: Array) -> float:
+    """Returns the peak signal-to-noise ratio of pictures in [0, 1]; infinite where they are equal."""
+    error = float(np.mean((np.asarray(picture, np.float64) - np.asarray(reference, np.float64)) ** 2))
+    return float("inf") if error == 0 else -10.0 * float(np.log10(error))
+
+
 def ssim(picture: Array, reference: Array) -> float:
     """Returns the structural similarity of two pictures, 1 for the same (Wang et al. 2004).
 
@@ -95,7 +101,13 @@ def frechet_distance(features: Array, reference: Array) -> float:
         )
     means = [each.mean(axis=0) for each in (features, reference)]
     # Of centred features x, y the traces of covariances, and of the root of their product: singular values of x y^T.
-    x, y = ((each - mean) / np.sqrt(len(each) - 1) for each, mean in zip((features, reference), means, strict=True))
+    # Those are the same of the triangles of their QR decompositions, which are small where there are many pictures.
+    both = zip((features, reference), means, strict=True)
+    x, y = (_triangle((each - mean) / np.sqrt(len(each) - 1)) for each, mean in both)
     root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     distance = ((means[0] - means[1]) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2.0 * root
     return float(max(distance, 0.0))
+
+
+def _triangle(x: Array) -> Array:
+    return np.asarray(np.linalg.qr(x, mode="r"))

@@ -1,0 +1,56 @@
+"""What `jitaccel eval` writes beside its rows: the table in JSON lines, the Pareto picture and the contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..quality.contact import PictureOf, contact_sheet
+from ..quality.pareto import pareto_picture
+from ..quality.rows import QUALITIES, Known, Quality, Rows
+from ..quality.scorers import Scorer
+from ..quality.summary import summary
+
+
+def write_pictures(
+    rows: Rows,
+    methods: Sequence[str],
+    folder: Path,
+    picture_of: PictureOf,
+    *,
+    scorers: Sequence[Scorer] = (),
+    data: NDArray[Any] | None = None,
+    count: int = 3,
+) -> list[Path]:
+    """Writes table.jsonl, pareto.png and contact.png into a folder, and returns their paths.
+
+    There is no Pareto picture where no method has a quality, as of a reference alone that is compared with itself.
+
+    rows, methods, data: as for `summary`; picture_of, count: as for `contact_sheet`. scorers: the metrics whose numbers
+    the rows have, which say how one of somebody's own is called and which way it is better. Raises ValueError where the
+    rows are not of the same 2 or more prompts for every method, before anything is written.
+    """
+    known = _known(scorers)
+    records = summary(rows, methods, data=data, known=known)
+    pictures = {"contact.png": contact_sheet(rows, methods, picture_of, count, known=known)}
+    if any(record["qualities"] for record in records):
+        pictures = {"pareto.png": pareto_picture(records, known=known), **pictures}
+    (folder / "table.jsonl").write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    for name, picture in pictures.items():
+        picture.save(folder / name)
+    return [folder / "table.jsonl", *(folder / name for name in pictures)]
+
+
+def _known(scorers: Sequence[Scorer]) -> Known:
+    """Returns the qualities that are known, with those of scorers: the ones that judge the prompt come first."""
+    sides = {True: float("inf"), False: -float("inf"), None: None}
+    named = {
+        scorer.name: Quality(title=scorer.title or scorer.name, best=sides[scorer.higher_is_better])
+        for scorer in sorted(scorers, key=lambda each: not each.judges_prompt)
+        if scorer.name not in QUALITIES
+    }
+    return {**QUALITIES, **named}

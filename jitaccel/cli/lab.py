@@ -1,0 +1,304 @@
+"""Makes the pictures of `jitaccel eval`, and keeps a row of each, so that a run can be taken up where it stopped."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..api import embedded_model
+from ..plan import file_digest
+from .errors import CommandError
+from .loading import EMBEDDED_TEXT_TOKENS, load_judge, load_pipeline, picture_side
+
+if TYPE_CHECKING:
+    from ..scenes.judge import Judge
+    from .comparison import Generation, Method
+    from .prompts import Prompt
+
+Row = dict[str, Any]
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all rows of a run have in common. model: None for the embedded one; size: None for the pipeline's own."""
+
+    model: str | None
+    device: Any
+    dtype: str
+    size: tuple[int, int] | None
+    guidance: float | None
+    text_tokens: int | None
+    seed: int
+    batch: int
+
+    @property
+    def fields(self) -> Row:
+        """What rows say of it, and must agree in; size apart, which may be asked for or be the pipeline's own."""
+        name = EMBEDDED if self.model is None else self.model
+        return {
+            "seed": self.seed,
+            "model": name,
+            "dtype": self.dtype,
+            "guidance": self.guidance,
+            "text_tokens": self.text_tokens,
+        }
+
+    def load(self) -> Any:
+        """Returns the pipeline. Raises CommandError where it is none, or makes no pictures of that size."""
+        pipe = load_pipeline(self.model, self.dtype, str(self.device))
+        pipe.set_progress_bar_config(disable=True)
+        unit = 2 * getattr(pipe, "vae_scale_factor", 8)
+        if self.size is not None and any(side % unit for side in self.size):
+            height, width = self.size
+            raise CommandError(f"--size must be of multiples of {unit} pixels for this model, got {height}x{width}")
+        return pipe
+
+    def call(self, pipe: Any) -> Row:
+        """Returns how the pipeline is called for every picture."""
+        call: Row = {"output_type": "np"}
+        size = self.size
+        if size is None and self.model is None:
+            size = (picture_side(pipe),) * 2
+        elif size is None and isinstance(getattr(pipe, "default_sample_size", None), int):
+            size = (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+        if size is not None:
+            call["height"], call["width"] = size
+        if self.guidance is not None:
+            call["guidance_scale"] = self.guidance
+        if self.text_tokens is not None:
+            call["max_sequence_length"] = self.text_tokens
+        return call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """Makes rows, one for each method and prompt, and keeps them with their pictures.
+
+    judge: for prompts with claims. any_commit: take up what other commits of this package made too.
+    """
+
+    setting: Setting
+    methods: tuple[Method, ...]
+    prompts: tuple[Prompt, ...]
+    folder: Path
+    origin: Row
+    judge: Judge | None = None
+    any_commit: bool = False
+
+    def rows(self) -> list[Row]:
+        """Returns the rows of each method in turn; what the same weights and settings made before is kept."""
+        done = {(row["method"], row["prompt_index"]): row for row in self._kept()}
+        count = len(self.prompts)
+        missing = [[k for k in range(count) if (method.name, k) not in done] for method in self.methods]
+        if any(missing):
+            for row in self._made(missing):
+                done[row["method"], row["prompt_index"]] = row
+            self._free_memory()
+        return [done[method.name, k] for method in self.methods for k in range(count)]
+
+    def path(self, row: Mapping[str, Any]) -> Path:
+        """Returns where the picture of a row is."""
+        return self._path(row["method"], row["prompt_index"])
+
+    def _path(self, method: str, prompt: int) -> Path:
+        return self.folder / "pictures" / method.replace(":", "-") / f"{prompt:04d}.png"
+
+    def _kept(self) -> Iterator[Row]:
+        settings = {method.name: json.loads(json.dumps(method.settings)) for method in self.methods}
+        texts = {k: prompt.text for k, prompt in enumerate(self.prompts)}
+        for row in read_lines(self.folder / "rows.jsonl"):
+            if (
+                row["method"] in settings
+                and row["config"] == settings[row["method"]]
+                and row["prompt"] == texts.get(row["prompt_index"])
+                and self._is_same(row)
+                and self._is_size(row)
+                and self._has_picture(row)
+            ):
+                yield {name: value for name, value in row.items() if name not in _SCORED_BEFORE}
+
+    def _is_same(self, row: Row) -> bool:
+        """Whether the row was made as this run would make it, whatever the method."""
+        names = _ORIGIN if self.any_commit else ("commit", *_ORIGIN)
+        same = {**self.setting.fields, **{name: self.origin[name] for name in names}}
+        defaults = {**_BEFORE_MODELS, "dtype": dtype_of("auto", self.setting.device), "judge": same["judge"] or "some"}
+        return all(row.get(name, defaults.get(name)) == value for name, value in same.items())
+
+    def _is_size(self, row: Row) -> bool:
+        size = self.setting.size
+        asked = row.get("size")
+        return asked == (None if size is None else list(size)) or (size is not None and row.get("pixels") == [*size])
+
+    def _has_picture(self, row: Row) -> bool:
+        """Whether the row's picture is there, and no later one in its place."""
+        path = self.path(row)
+        found = file_digest(path) if path.exists() else None
+        return found is not None and bool(row.setdefault("picture", found) == found)
+
+    def _made(self, missing: Sequence[Sequence[int]]) -> Iterator[Row]:
+        import torch
+        from tqdm import tqdm
+
+        from .comparison import generate, warm_up
+
+        pipe = self.setting.load()
+        origin = {**self.origin, "weights": self._loaded_weights()}
+        call, batch = self.setting.call(pipe), self.setting.batch
+        warm_up(pipe, prompt=self.prompts[0].text, **call)
+        total = sum(method.steps * -(-len(some) // batch) for method, some in zip(self.methods, missing, strict=True))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=total, unit="step", leave=False) as bar, append_lines(self.folder / "rows.jsonl") as file:
+            for method, some in zip(self.methods, missing, strict=True):
+                bar.set_description(method.name)
+                for start in range(0, len(some), batch):
+                    chosen = some[start : start + batch]
+                    generators = [torch.Generator().manual_seed(self.setting.seed + k) for k in chosen]
+                    texts = [self.prompts[k].text for k in chosen]
+                    made = generate(pipe, method, bar.update, prompt=texts, generator=generators, **call)
+                    for row in self._noted(method, chosen, made, origin):
+                        file.write(json.dumps(row) + "\n")
+                        yield row
+                    file.flush()
+
+    def _loaded_weights(self) -> str | None:
+        """Returns what tells the weights apart, now that they are here: a hub may have sent others than were here."""
+        found, known = weights_of(self.setting.model), self.origin["weights"]
+        if known not in (None, found):
+            raise CommandError(f"--model must stay as it is, got other weights of {self.setting.model}; run again")
+        return found
+
+    def _noted(self, method: Method, chosen: Sequence[int], made: Generation, origin: Row) -> Iterator[Row]:
+        """Saves the pictures of one call, and yields their rows."""
+        from ..quality.metrics import seam_ratio
+        from .pictures import to_bytes
+
+        pictures = np.stack([to_bytes(picture) for picture in made.pictures])
+        judged = self._judged(pictures, chosen)
+        for place, k in enumerate(chosen):
+            path = self._path(method.name, k)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures[place]).save(path)
+            stages = _stages(made, place)
+            yield {
+                "benchmark": "quality",
+                "method": method.name,
+                "steps": method.steps,
+                "config": method.settings,
+                "prompt_index": k,
+                "prompt": self.prompts[k].text,
+                **self.setting.fields,
+                "size": self.setting.size,
+                "pixels": pictures.shape[1:3],
+                "picture": file_digest(path),
+                **judged[place],
+                "seam": None if stages is None else seam_ratio(pictures[place] / 255.0, stages),
+                "denoise_s": made.denoise_s / len(chosen),
+                "gflop": made.flops / len(chosen) / 1e9,
+                "token_steps": made.token_steps,
+                **origin,
+            }
+
+    def _judged(self, pictures: Any, chosen: Sequence[int]) -> list[Row]:
+        """Returns what the judge says of each picture, nothing where it cannot be asked."""
+        if self.judge is None:
+            return [{} for _ in chosen]
+        from ..scenes.judge import compare
+
+        features = self.judge.features(pictures).mean(axis=(2, 3))
+        rows = []
+        for k, seen, own in zip(chosen, self.judge(pictures), features, strict=True):
+            score = compare(seen, self.prompts[k].claims or ())
+            rounded = [round(float(value), 5) for value in own]
+            rows.append({"claimed": score.claimed.total(), "shown": score.shown.total(), "features": rounded})
+        return rows
+
+    def _free_memory(self) -> None:
+        """Gives the pipeline's memory back: what scores pictures may need it."""
+        import torch
+
+        gc.collect()
+        if self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_ORIGIN = ("device", "torch", "weights", "judge")
+# What rows that were made before models could be chosen leave unsaid.
+_BEFORE_MODELS: Row = {"model": EMBEDDED, "guidance": None, "text_tokens": EMBEDDED_TEXT_TOKENS}
+_SCORED_BEFORE = ("psnr_db", "ssim", "perceptual", "spectrum_db")  # such rows held them, other rows' scores are apart
+
+
+def dtype_of(name: str, device: Any) -> str:
+    """Returns the dtype that `--dtype` means on a device, as `load_pipeline` does."""
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def weights_of(model: str | None) -> str | None:
+    """Returns what tells a model's weights from others, or None of a hub's model that is not there yet.
+
+    Of the embedded one the digest of the transformer's; of a folder a digest of its files' names, sizes and times; of
+    a hub's the commit.
+    """
+    if model is None:
+        return file_digest(embedded_model() / "transformer" / "diffusion_pytorch_model.safetensors")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "model_index.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None, str | None]:
+    """Returns the judge and its digest where it can be asked: of pictures in its size, for held-out prompts."""
+    from ..scenes.judge import PICTURE_PX
+
+    is_own = setting.model is None and setting.size in (None, (PICTURE_PX, PICTURE_PX))
+    if not is_own or any(prompt.claims is None for prompt in prompts):
+        return None, None
+    judge = load_judge()
+    if judge is None:
+        raise CommandError("the judge of the embedded model must be installed, got none; install jitaccel whole")
+    return judge, file_digest(embedded_model() / "judge" / "judge.safetensors")
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """Yields the objects of a file of JSON lines, none where there is no file; a line that was cut off is passed by."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def append_lines(path: Path) -> Any:
+    """Returns a file of lines, open to write at its end, after an end of line where the last one was cut off."""
+    is_cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    file = path.open("a")
+    if is_cut_off:
+        file.write("\n")
+    return file
+
+
+def _stages(made: Generation, image: int) -> Any:
+    """Returns in which stage each token of a picture was activated, (grid_h, grid_w); None where all were at once."""
+    if made.stats is None or len(made.stats.anchors) < 2:
+        return None
+    height, width = made.stats.grid
+    stages = np.zeros(height * width, int)
+    for stage, anchors in reversed([*enumerate(made.stats.anchors)]):
+        stages[anchors[image].cpu().numpy()] = stage
+    return stages.reshape(height, width)

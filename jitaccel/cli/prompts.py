@@ -1,0 +1,70 @@
+"""The prompts of `jitaccel eval --prompts`: held-out ones of the embedded model, or those of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import CommandError
+
+if TYPE_CHECKING:
+    from ..scenes.scene import Claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt, and what it claims where the judge of the embedded model can tell."""
+
+    text: str
+    claims: tuple[Claim, ...] | None = None
+
+
+def read_prompts(word: str, *, is_embedded: bool) -> tuple[Prompt, ...]:
+    """Returns so many held-out prompts, or those of a file: one a line, or the field "prompt" of JSON lines.
+
+    Raises CommandError for fewer than two, and for lines that hold no prompt, with their numbers.
+    """
+    if word.lstrip("-").isdigit():
+        if not is_embedded:
+            raise CommandError(
+                f"--prompts must be a file where --model is given, got {word}; "
+                f"the held-out prompts are made for the embedded model"
+            )
+        if int(word) < 2:
+            raise CommandError(f"--prompts must be at least 2, got {word}")
+        from ..scenes.prompts import held_out
+
+        return tuple(Prompt(text=text, claims=claims) for text, claims in held_out(int(word)))
+    path = Path(word).expanduser()
+    if not path.is_file():
+        raise CommandError(f"--prompts must be a number or a file, got {word!r}; there is no such file")
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise CommandError(
+            f"--prompts must be a .txt file with one prompt a line, or .jsonl with a field prompt in each, got {word!r}"
+        )
+    texts = [*_texts(path)]
+    if len(texts) < 2:
+        raise CommandError(f"--prompts must hold at least 2 prompts, got {len(texts)} in {word}")
+    return tuple(Prompt(text=text) for text in texts)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    is_json = path.suffix.lower() == ".jsonl"
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        try:
+            text = line.decode().strip()
+            found = json.loads(text) if is_json and text else text
+        except ValueError as error:  # both UnicodeDecodeError and JSONDecodeError are
+            form = "JSON" if is_json else "UTF-8"
+            raise CommandError(f"--prompts must be {form}, got line {number} of {path}: {error}") from error
+        if not text:
+            continue
+        prompt = found.get("prompt") if isinstance(found, dict) else found if not is_json else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise CommandError(
+                f'--prompts must have a text "prompt" in each JSON object, got line {number} of {path}: {text[:80]}'
+            )
+        yield prompt.strip()

@@ -1,0 +1,111 @@
+"""Scores pictures that are there, and keeps each number, so that another metric asks for no new picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..quality.scorers import Scorer, source_of
+from .errors import CommandError
+from .lab import Row, append_lines, read_lines
+
+_BATCH = 8
+
+
+def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
+    """Returns the scorers of a list as `--metrics` takes it; an empty one names none.
+
+    Raises CommandError with every reason: words that name none, packages that are missing.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    sources, reasons, missing = {}, [], []
+    for word in words:
+        try:
+            sources[word] = source_of(word)
+            missing += [f"{word}: {reason}" for reason in sources[word].missing()]
+        except ValueError as error:
+            reasons.append(f"--metrics must each be {error}")
+    if missing:
+        rule = "--metrics must have their packages"
+        reasons.append(f'{rule}, got {", ".join(missing)}; pip install "jitaccel[eval]"')
+    if reasons:
+        raise CommandError("\n".join(reasons))
+    scorers = [source.make(device) for source in sources.values()]
+    if len(sources) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
+        raise CommandError(f"--metrics must be different ones, got {text}")
+    return tuple(scorers)
+
+
+def score_rows(
+    rows: Sequence[Row],
+    scorers: Iterable[Scorer],
+    *,
+    reference: str,
+    picture_of: Callable[[Mapping[str, Any]], Path],
+    folder: Path,
+) -> list[Row]:
+    """Returns the rows with the number of each metric in a field of its name.
+
+    A number is taken up from `folder`/scores.jsonl where metric, version, prompt and the content of the picture, and of
+    the reference's where the metric needs it, are the same; rows of the reference have no number of such a metric.
+    reference: the method whose pictures others are compared with. picture_of: where the picture of a row is.
+    """
+    known = {_key(entry): entry["score"] for entry in read_lines(folder / "scores.jsonl")}
+    references = {row["prompt_index"]: row for row in rows if row["method"] == reference}
+    found = [dict(row) for row in rows]
+    with append_lines(folder / "scores.jsonl") as file:
+        for scorer in scorers:
+            some = [row for row in found if not (scorer.needs_reference and row["method"] == reference)]
+            entries = [_entry(scorer, row, references[row["prompt_index"]]) for row in some]
+            new = {_key(entry): k for k, entry in enumerate(entries) if _key(entry) not in known}
+            # The pictures of one prompt side by side: some metrics then look at the prompt once.
+            order = sorted(new.values(), key=lambda k: int(some[k]["prompt_index"]))
+            for start in range(0, len(order), _BATCH):
+                chosen = [some[k] for k in order[start : start + _BATCH]]
+                values = _values(scorer, chosen, references, picture_of)
+                for k, value in zip(order[start : start + _BATCH], values, strict=True):
+                    known[_key(entries[k])] = value
+                    file.write(json.dumps({**entries[k], "score": value}) + "\n")
+                file.flush()
+            for row, entry in zip(some, entries, strict=True):
+                row[scorer.name] = known[_key(entry)]
+    return found
+
+
+def _values(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    references: Mapping[int, Row],
+    picture_of: Callable[[Mapping[str, Any]], Path],
+) -> list[float]:
+    others = [references[row["prompt_index"]] for row in rows]
+    pictures, compared = (
+        np.stack([np.asarray(Image.open(picture_of(row)).convert("RGB")) for row in some]) for some in (rows, others)
+    )
+    try:
+        return scorer([row["prompt"] for row in rows], pictures, compared if scorer.needs_reference else None)
+    except (ImportError, OSError, ValueError) as error:
+        line = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise CommandError(
+            f"--metrics must be able to score, got {type(error).__name__} of {scorer.name}: {line}; "
+            f"pictures and numbers made so far are kept"
+        ) from error
+
+
+def _entry(scorer: Scorer, row: Row, reference: Row) -> Row:
+    return {
+        "metric": scorer.name,
+        "version": scorer.version,
+        "prompt": row["prompt"],
+        "picture": row["picture"],
+        "reference": reference["picture"] if scorer.needs_reference else None,
+    }
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in ("metric", "version", "prompt", "picture", "reference"))

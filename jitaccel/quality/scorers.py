@@ -1,0 +1,192 @@
+"""Metrics of pictures as `jitaccel eval --metrics` names them: built in, of packages, or somebody's own.
+
+A scorer takes prompts, pictures and where it needs them reference pictures, and returns a number for each picture. It
+is cheap to make: what it needs of networks it loads when it scores for the first time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import metrics
+
+Pictures = NDArray[Any]
+Score = Callable[[Sequence[str], Pictures, Pictures | None], Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """One metric. `score(prompts, pictures, references)` returns B numbers; pictures are uint8, (B, H, W, 3).
+
+    name: of its field in a row. title: of its column. needs_reference: whether it compares with another method's
+    pictures from the same noise; without it `references` is None. judges_prompt: whether it says how well a picture
+    shows its prompt. higher_is_better: None where the best value lies between. digits: behind the point.
+    version: of what computes it; numbers of other versions are not taken up.
+    """
+
+    name: str
+    score: Score
+    needs_reference: bool = False
+    judges_prompt: bool = False
+    higher_is_better: bool | None = True
+    title: str = ""
+    digits: int = 3
+    version: str | None = None
+
+    def __call__(self, prompts: Sequence[str], pictures: Pictures, references: Pictures | None = None) -> list[float]:
+        """Returns a number for each picture. Raises ValueError where the metric returns anything else."""
+        if self.needs_reference and references is None:
+            raise ValueError(f"{self.name}: references must be given, got none; it compares pictures with them")
+        found = self.score(prompts, pictures, references if self.needs_reference else None)
+        values = np.asarray(found, np.float64).ravel()
+        if len(values) != len(pictures) or np.isnan(values).any():
+            raise ValueError(f"{self.name}: score must return {len(pictures)} numbers, got {found!r}")
+        return [float(value) for value in values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a scorer comes from. make: called with the name of a torch device. packages: what pip installs, by module.
+
+    Of the modules each is imported to learn whether it can be; the first is the one that scores.
+    """
+
+    make: Callable[[str], Scorer]
+    packages: Mapping[str, str] | None = None
+
+    def missing(self) -> list[str]:
+        """Returns what keeps it from running, a sentence each; importing a package may raise anything."""
+        found = []
+        for module, package in (self.packages or {}).items():
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                top = (error.name or module).partition(".")[0]
+                is_own = top == module.partition(".")[0]
+                found.append(f"{package} is missing" if is_own else f"{top}, which {package} imports, is missing")
+            except Exception as error:
+                line = (str(error).strip().splitlines() or ["no reason given"])[0]
+                found.append(f"{package} cannot be imported ({type(error).__name__}: {line})")
+        return list(dict.fromkeys(found))
+
+
+def source_of(word: str) -> Source:
+    """Returns the source of a scorer: a name of `sources`, or package.module:attribute for somebody's own.
+
+    Raises ValueError for a name that is none, with the nearest one.
+    """
+    known = sources()
+    if word in known:
+        return known[word]
+    if ":" in word:
+        scorer = own(word)
+        return Source(make=lambda device: scorer)
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "package.module:attribute names one of your own"
+    raise ValueError(f"one of {', '.join(known)}, got {word!r}; {hint}")
+
+
+def sources() -> dict[str, Source]:
+    """Returns every metric that has a name here, those without packages first."""
+    from . import packaged
+
+    return {
+        "psnr": Source(make=lambda device: _PSNR),
+        "ssim": Source(make=lambda device: _SSIM),
+        "spectrum": Source(make=lambda device: _SPECTRUM),
+        "imagereward": Source(make=packaged.imagereward, packages={"ImageReward": "image-reward"}),
+        "clip-iqa": Source(make=packaged.clip_iqa, packages={"piq": "piq"}),
+        "hpsv2": Source(make=packaged.hpsv2, packages={"hpsv2": "hpsv2x", "hpsv2.img_score": "hpsv2x"}),
+        "clip": Source(make=packaged.clip, packages={"transformers": "transformers"}),
+        "lpips": Source(make=packaged.lpips, packages={"lpips": "lpips"}),
+    }
+
+
+def perceptual(features: Callable[[Pictures], Pictures], version: str | None = None) -> Scorer:
+    """Returns the distance of feature maps (B, C, h, w) that a network has of pictures and references, 0 to 2."""
+
+    def score(prompts: Sequence[str], pictures: Pictures, references: Pictures | None) -> list[float]:
+        assert references is not None
+        pairs = zip(features(pictures), features(references), strict=True)
+        return [metrics.perceptual_distance(own, other) for own, other in pairs]
+
+    return Scorer(name="perceptual", score=score, needs_reference=True, higher_is_better=False, version=version)
+
+
+def own(word: str) -> Scorer:
+    """Returns somebody's own scorer, package.module:attribute.
+
+    The attribute is a Scorer; a function of prompts (list of str) and pictures (uint8, (B, H, W, 3)), of which more is
+    taken to be better and to judge the prompt, with a third parameter where it compares with reference pictures; or
+    something to call with nothing, once, that returns either. Raises ValueError where it is none of them.
+    """
+    module_name, _, name = word.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+        found = getattr(module, name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"something that can be imported, got {word!r}: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    if not isinstance(found, Scorer) and callable(found) and _num_arguments(found) == 0:
+        found = found()
+    if isinstance(found, Scorer):
+        return found if found.version is not None else replace(found, version=_digest(module))
+    count = _num_arguments(found) if callable(found) else 0
+    if count not in (2, 3):
+        raise ValueError(
+            f"a Scorer, a function of (prompts, pictures) or (prompts, pictures, references), or a factory of one, "
+            f"got {word!r}, which is {type(found).__name__}"
+        )
+
+    def score(prompts: Sequence[str], pictures: Pictures, references: Pictures | None) -> Any:
+        return found(list(prompts), pictures) if count == 2 else found(list(prompts), pictures, references)
+
+    return Scorer(name=word, score=score, needs_reference=count == 3, judges_prompt=True, version=_digest(module))
+
+
+def _num_arguments(function: Callable[..., Any]) -> int:
+    """Returns how many arguments must be given by place."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in by_place and each.default is inspect.Parameter.empty for each in parameters)
+
+
+def _digest(module: ModuleType) -> str | None:
+    """Returns what tells a module's text from another, so that an edited metric scores anew."""
+    path = getattr(module, "__file__", None)
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def _of_pairs(name: str, title: str, digits: int, compare: Callable[[Pictures, Pictures], float]) -> Scorer:
+    def score(prompts: Sequence[str], pictures: Pictures, references: Pictures | None) -> list[float]:
+        assert references is not None
+        return [compare(own / 255.0, other / 255.0) for own, other in zip(pictures, references, strict=True)]
+
+    return Scorer(
+        name=name,
+        score=score,
+        needs_reference=True,
+        higher_is_better=None if name == "spectrum_db" else True,
+        title=title,
+        digits=digits,
+    )
+
+
+_PSNR = _of_pairs("psnr_db", "PSNR, dB", 1, metrics.psnr_db)
+_SSIM = _of_pairs("ssim", "SSIM", 3, metrics.ssim)
+_SPECTRUM = _of_pairs("spectrum_db", "detail, dB", 1, metrics.spectrum_error_db)
