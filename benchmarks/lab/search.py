@@ -1,0 +1,131 @@
+"""Searches stages under a budget on training prompts: `python -m benchmarks.lab.search --budget 6.5 --out out/search`.
+
+Candidates are all numbers of steps, ends of stages and densities of a small grid whose cost lies just below the budget.
+They are halved in rounds: each round doubles the prompts, and the better half goes on, by the mean of two ranks, of the
+attributes shown and of the Frechet distance to 50 dense steps. What wins has yet to be judged on the held-out prompts,
+which this never sees: its prompts are those of another seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from jitaccel.cli.loading import load_judge, load_pipeline
+from jitaccel.config import JiTConfig
+from jitaccel.control import equivalent_dense_steps
+from jitaccel.flops import flux_flops
+from jitaccel.quality.summary import summary
+from jitaccel.scenes.prompts import held_out
+
+from .judging import Row, judged
+from .questions import REFERENCE, dense
+from .sampler import GRID, TEXT_TOKENS, Bench, Sampled, sample
+from .variant import Variant
+
+TRAINING_SEED = 1
+DENSITIES = ((0.32, 1.0), (0.5, 1.0), (0.32, 0.6, 1.0))
+
+
+def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, max_steps: int = 24) -> list[JiTConfig]:
+    """Returns configurations that cost at most `budget` dense steps, and at least `budget - slack`."""
+    cost = functools.partial(flux_flops, model)
+    found = []
+    for densities in DENSITIES:
+        for steps in range(len(densities), max_steps + 1):
+            for ends in _ends(steps, len(densities)):
+                boundaries = tuple((end + 1e-6) / steps for end in ends[:-1])
+                config = JiTConfig(
+                    densities=densities, boundaries=(*boundaries, 1.0), steps=steps, lifter="clean", micro_flow="none"
+                )
+                spent = equivalent_dense_steps(config, GRID[0] * GRID[1], TEXT_TOKENS, cost)
+                if budget - slack <= spent <= budget:
+                    found.append(config)
+    return found
+
+
+def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
+    """Yields ends of stages: the first takes a sixth to a half of the steps, a middle one at most as many."""
+    for first in range(max(1, steps // 6), steps // 2 + 1):
+        if stages == 2:
+            yield first, steps
+        else:
+            yield from ((first, second, steps) for second in range(first + 1, min(2 * first, steps - 1) + 1))
+
+
+def name_of(config: JiTConfig) -> str:
+    """Returns a short name: the ends of the stages at their densities."""
+    ends = config.stage_ends(int(config.steps))
+    return " ".join(f"{end}@{density:g}" for end, density in zip(ends, config.densities, strict=True))
+
+
+def search(budget: float, bench: Bench, judge: object, start: int, reference: Sampled) -> list[list[Row]]:
+    """Returns the records of each round, the best first. start: prompts of the first round; the last has them all."""
+    left = {name_of(config): config for config in candidates(budget, bench.pipe.transformer.config)}
+    rows: list[Row] = []
+    rounds, done, count = [], 0, start
+    while True:
+        part = slice(done, count)
+        some, beside = _part(bench, part), _sampled_part(reference, part)
+        rows += judged(some, judge, beside, beside, {"method": REFERENCE, "steps": 50}, first=done)  # type: ignore[arg-type]
+        for name, config in left.items():
+            made = sample(some, Variant(config=config))
+            shared = {"method": name, "steps": config.steps, "config": config.to_dict()}
+            rows += judged(some, judge, made, beside, shared, first=done)  # type: ignore[arg-type]
+        ranked = _ranked([row for row in rows if row["method"] in {REFERENCE, *left}], [*left])
+        rounds.append(ranked)
+        if count == len(bench.prompts):
+            return rounds
+        left = {record["method"]: left[record["method"]] for record in ranked[: -(-len(ranked) // 2)]}
+        done, count = count, min(2 * count, len(bench.prompts))
+
+
+def _ranked(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    records = [record for record in summary(rows, [REFERENCE, *names]) if record["method"] != REFERENCE]
+    values = {key: np.array([r["qualities"][key]["value"] for r in records]) for key in ("attributes", "frechet")}
+    rank = stats.rankdata(-values["attributes"]) + stats.rankdata(values["frechet"])
+    return [{**records[k], "rank": float(rank[k]) / 2} for k in np.argsort(rank, kind="stable")]
+
+
+def _part(bench: Bench, part: slice) -> Bench:
+    return Bench(bench.pipe, bench.prompts[part], bench.texts.part(part), bench.noise[part], bench.seed + part.start)
+
+
+def _sampled_part(made: Sampled, part: slice) -> Sampled:
+    return Sampled(made.pictures[part], made.gflop[part], made.stages[part])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Searches, prints the rounds and writes them as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, nargs="+", default=[4.0, 6.5], help="in dense steps")
+    parser.add_argument("--prompts", type=int, default=128, help="of the last round")
+    parser.add_argument("--start", type=int, default=32, help="prompts of the first round")
+    parser.add_argument("--out", type=Path, default=Path("out/search"))
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    pipe, judge = load_pipeline(None, device="cpu"), load_judge()
+    bench = Bench.of(pipe, held_out(options.prompts, seed=TRAINING_SEED), seed=100_000 * TRAINING_SEED)
+    reference = sample(bench, dense(50, "native"))
+    for budget in options.budget:
+        for number, ranked in enumerate(search(budget, bench, judge, options.start, reference)):
+            with (options.out / "search.jsonl").open("a") as file:
+                file.writelines(json.dumps({"budget": budget, "round": number, **record}) + "\n" for record in ranked)
+            for record in ranked:
+                found = {key: record["qualities"][key]["value"] for key in ("attributes", "frechet", "perceptual")}
+                shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+                print(
+                    f"{budget:g} {number} {record['method']:24} {record['cost_dense_steps']:.2f}: {shown}", flush=True
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
