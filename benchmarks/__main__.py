@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{case.group:10} {case.size:8} {case.name}")
         return 0
     chosen = [c for c in cases if arguments.group in (None, c.group) and arguments.size in (None, c.size)]
+    chosen = [c for c in chosen if arguments.group is not None or not c.is_long]
     chosen = [c for c in chosen if arguments.only is None or arguments.only in c.name]
     if not chosen:
         known = ", ".join(sorted({f"{case.group} --size {case.size}" for case in cases}))

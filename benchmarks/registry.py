@@ -32,13 +32,17 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to measure. `why_not` says why it cannot be measured here, or None."""
+    """One thing to measure. `why_not` says why it cannot be measured here, or None.
+
+    is_long: it takes hours, and runs only where its group is named.
+    """
 
     group: str
     size: str
     name: str
     run: Callable[[Options], Iterator[Row]]
     why_not: Callable[[Options], str | None]
+    is_long: bool = False
 
 
 def find_cases() -> tuple[Case, ...]:

@@ -29,7 +29,7 @@ from jitaccel.scenes.prompts import held_out
 
 from .judging import Row, judged, read_rows
 from .questions import CONTROLS, QUESTIONS, REFERENCE, Way, dense
-from .report import report
+from .report import write
 from .sampler import Bench, Sampled, sample, sample_by_pipeline
 
 _CHUNK = 32
@@ -152,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=options.seed, exact=options.exact, origin=origin, any_commit=options.any_commit,
     )  # fmt: skip
     chosen = variants(options.only)
-    text = report(lab.rows(chosen), [*chosen], options.out)
-    print(text)
+    print(write(lab.rows(chosen), [*chosen], options.out))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the lab found, question by question: a table for each, and a record for each variant."""
+"""What the lab found, question by question: a record for each variant, and tables made of the records alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from jitaccel.quality.summary import summary
 
 from .questions import CONTROLS, QUESTIONS, REFERENCE
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
+BENCHMARK = "lab"
 _COLUMNS = {
     "attributes": ("attributes, %", 100.0, 1),
     "frechet": ("Frechet to dense 50", 1.0, 2),
@@ -23,51 +24,67 @@ _COLUMNS = {
     "spectrum_db": ("detail, dB", 1.0, 2),
     "seam": ("seams", 1.0, 2),
 }
-_FOOT = """
-{prompts} held-out prompts, means with 95 % bootstrap intervals. cost: FLOPs in dense steps, attention and text counted.
-more: attributes of each prompt against those of the table's first line, in points, and p by sign flips; the other
-columns are as in docs/quality.md. {dtype}; {device}, torch {torch}, jitaccel {commit}.
-"""
+_HEAD = ["variant", "cost", *(title for title, _, _ in _COLUMNS.values()), "more", "p"]
 
 
-def report(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], folder: Path | None = None) -> str:
-    """Returns a table for each question whose variants are there; writes report.md and table.jsonl into `folder`."""
-    records = {record["method"]: record for record in summary(rows, methods)}
-    parts = []
+def records(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[Record]:
+    """Returns a record for each variant of each question whose variants are all there; controls are the first question.
+
+    more: by how much more of the attributes each prompt shows than by the first of the question, with its interval, and
+    `p`, how likely that is by chance; None for the first one itself.
+    """
+    found = {record["method"]: record for record in summary(rows, methods)}
+    named = []
     for question, names in {"controls": (REFERENCE, *CONTROLS), **QUESTIONS}.items():
-        if all(name in records for name in names):
-            beside = [name for name in (REFERENCE, "beta:6") if name in records and name not in names]
-            parts.append(f"### {question}\n\n{_table(records, rows, [*names, *beside])}")
-    common = next(iter(records.values()))
-    text = "\n".join(parts) + _FOOT.format(**{"commit": "at several commits", **common})
-    if folder is not None:
-        (folder / "report.md").write_text(text)
-        (folder / "table.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+        first, *_ = names
+        if all(name in found for name in names):
+            for name in names:
+                beside = {"more": None, "p": None} if name == first else _versus(rows, name, first)
+                named.append({**found[name], "benchmark": BENCHMARK, "case": question, **beside})
+    return named
+
+
+def tables(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table for each question, in Markdown, and where the numbers come from."""
+    parts = []
+    for question in dict.fromkeys(record["case"] for record in found):
+        of = [record for record in found if record["case"] == question]
+        origin = ", ".join(
+            dict.fromkeys(f"{record['date']}, {record.get('commit', 'several commits')}" for record in of)
+        )
+        lines = [_HEAD, ["---"] * len(_HEAD), *(_line(record) for record in of)]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        parts.append(f"**{question}** ({of[0]['prompts']} prompts, {of[0]['device']}, {origin})\n\n{text}")
+    return "\n".join(parts)
+
+
+def write(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], folder: Path) -> str:
+    """Writes report.md and table.jsonl into a folder, and returns the report."""
+    found = records(rows, methods)
+    text = tables(found)
+    (folder / "report.md").write_text(text)
+    (folder / "table.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
     return text
 
 
-def _table(records: Mapping[str, Record], rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    head = ["variant", "cost", *(title for title, _, _ in _COLUMNS.values()), "more", "p"]
-    lines = [head, ["---"] * len(head)]
-    for name in names:
-        record = records[name]
-        cells = [_cell(record["qualities"].get(key), scale, digits) for key, (_, scale, digits) in _COLUMNS.items()]
-        versus = ["", ""] if name == names[0] else _versus(rows, name, names[0])
-        lines.append([name, f"{record['cost_dense_steps']:.2f}", *cells, *versus])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _line(record: Mapping[str, Any]) -> list[str]:
+    cells = [cell(record["qualities"].get(key), scale, digits) for key, (_, scale, digits) in _COLUMNS.items()]
+    p = record["p"]
+    chance = "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return [record["method"], f"{record['cost_dense_steps']:.2f}", *cells, cell(record["more"], 100.0, 1), chance]
 
 
-def _cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> str:
+def cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> str:
+    """Returns an estimate with its interval, or nothing where there is none."""
     if estimate is None:
         return ""
     value, low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 
-def _versus(rows: Sequence[Mapping[str, Any]], name: str, other: str) -> list[str]:
+def _versus(rows: Sequence[Mapping[str, Any]], name: str, other: str) -> Record:
     shares = []
     for method in (name, other):
         of = sorted((row for row in rows if row["method"] == method), key=lambda row: int(row["prompt_index"]))
         shares.append(np.array([row["shown"] / max(row["claimed"], 1) for row in of]))
-    more, p = mean_of(shares[0] - shares[1]), paired_p_value(*shares)
-    return [_cell(vars(more), 100.0, 1), f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+    return {"more": vars(mean_of(shares[0] - shares[1])), "p": paired_p_value(*shares)}

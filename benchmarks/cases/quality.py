@@ -1,0 +1,54 @@
+"""Quality beside cost: `python -m benchmarks quality` is `jitaccel eval` with every method of interest, on 256 prompts.
+
+It takes hours on a CPU, goes on where it stopped, and so runs only where it is named. Rows, table, Pareto picture and
+contact sheet lie in out/quality. What parts of the method are worth is asked by `python -m benchmarks.lab`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from jitaccel.cli import eval
+
+from ..registry import Case, Options, Row
+
+_PRESETS = "4x,7x,4x-paper,7x-paper"
+_RIVALS = "firstblock:28:0.2,firstblock:28:0.4,taylorseer:28:4,taylorseer-lite:28:4,half:11:4"
+METHODS = {
+    "methods": ",".join(
+        [
+            "dense:50",
+            *(f"dense:{steps}" for steps in (4, 5, 6, 7, 8, 10, 12, 14, 20, 28)),
+            *(f"beta:{steps}" for steps in (4, 5, 6, 7, 8, 10, 12, 14, 20, 28)),
+            _PRESETS,
+            _RIVALS,
+        ]
+    ),
+    "presets": f"dense:50,dense:7,beta:4,beta:5,beta:6,beta:7,beta:11,{_PRESETS}",
+}
+
+
+def _run(methods: str, options: Options, prompts: int = 256, out: Path = Path("out/quality")) -> Iterator[Row]:
+    parser = argparse.ArgumentParser()
+    eval.add_arguments(parser)
+    given = ["--methods", methods, "--prompts", str(prompts), "--seed", str(options.seed), "--out", str(out)]
+    eval.run(parser.parse_args([*given, "--device", str(options.device)]))
+    for line in (out / "table.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        shown = ", ".join(f"{name} {each['value']:.3g}" for name, each in record["qualities"].items())
+        line = f"{record['method']}: {record['cost_dense_steps']:.2f} dense steps, {shown}"
+        yield Row(line=line, fields={**record, "benchmark": "quality"})
+
+
+def _why_not(options: Options) -> str | None:
+    return None
+
+
+CASES = tuple(
+    Case(group="quality", size=size, name=size, run=functools.partial(_run, methods), why_not=_why_not, is_long=True)
+    for size, methods in METHODS.items()
+)

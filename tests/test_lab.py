@@ -1,0 +1,206 @@
+"""The lab: its variants are the product's method where nothing is replaced, and differ where something is."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import jitaccel
+from jitaccel.config import JiTConfig
+from jitaccel.flops import flux_flops
+
+pytest.importorskip("diffusers")
+
+from benchmarks.lab import lifters, report, search, variant
+from benchmarks.lab.__main__ import main
+from benchmarks.lab.network import CachedNetwork, Texts
+from benchmarks.lab.questions import QUESTIONS, native_levels
+from benchmarks.lab.sampler import GRID, TEXT_TOKENS, Bench, sample, sample_by_pipeline
+from benchmarks.lab.variant import Variant, VariantRun
+from jitaccel.cli.comparison import Method
+from jitaccel.cli.loading import load_pipeline
+from jitaccel.clock import KnownLevels
+from jitaccel.lift import lift, make_lift_plan
+from jitaccel.scenes.prompts import held_out
+from jitaccel.schedule import noise_levels
+
+SHORT = JiTConfig(densities=(0.4, 0.7, 1.0), boundaries=(0.34, 0.67, 1.0), steps=3)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench.of(load_pipeline(None, device="cpu"), held_out(1), seed=5)
+
+
+def by_product(bench: Bench, config: JiTConfig) -> np.ndarray:
+    with jitaccel.apply(bench.pipe, config):
+        made = sample_by_pipeline(bench, Method(name="dense", steps=int(config.steps)), mixed=False)
+    return made.pictures.astype(int)
+
+
+@pytest.mark.parametrize("changed", [{}, {"lifter": "clean", "micro_flow": "exact", "noise": "own"}])
+def test_a_variant_that_replaces_nothing_is_the_product(bench: Bench, changed: dict[str, Any]) -> None:
+    config = SHORT.replace(**changed)
+    expected = by_product(bench, config)
+    plain = sample(bench, Variant(config=config), mixed=False)
+    as_matrix = sample(bench, Variant(config=config, lifter=lifters.blurred), mixed=False)
+    assert np.abs(plain.pictures - expected).max() <= 1
+    assert np.abs(as_matrix.pictures - expected).max() <= 1
+
+
+def test_stages_and_cost_of_a_picture(bench: Bench) -> None:
+    made = sample(bench, Variant(config=SHORT), mixed=False)
+    counts = SHORT.token_counts(1024)
+    assert np.bincount(made.stages.ravel()).tolist() == [counts[0], counts[1] - counts[0], 1024 - counts[1]]
+    model = bench.pipe.transformer.config
+    assert made.gflop[0] == pytest.approx(sum(flux_flops(model, n, TEXT_TOKENS) for n in counts) / 1e9)
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        {"lifter": lifters.nearest},
+        {"lifter": lifters.linear},
+        {"lifter": functools.partial(lifters.weighted, sigma=0.7)},
+        {"scores": variant.clean_variance},
+        {"scores": variant.gradient},
+        {"scores": variant.left_out_error},
+        {"scores": variant.words_attended},
+        {"scores": variant.fixed_grid},
+        {"scores": variant.random_scores},
+        {"stale_keys": True},
+    ],
+    ids=str,
+)
+def test_what_a_variant_replaces_changes_the_picture_and_leaves_the_model_as_it_was(
+    bench: Bench, replaced: dict[str, Any]
+) -> None:
+    before = dict(bench.pipe.transformer.attn_processors)
+    plain, other = (sample(bench, Variant(config=SHORT, **some), mixed=False) for some in ({}, replaced))
+    assert np.abs(plain.pictures.astype(int) - other.pictures).mean() > 0.05
+    assert np.isfinite(other.gflop).all() and dict(bench.pipe.transformer.attn_processors) == before
+    again = sample(bench, Variant(config=SHORT, **replaced), mixed=False)
+    assert np.array_equal(other.pictures, again.pictures)
+
+
+def test_a_cache_that_never_reuses_changes_nothing_and_one_that_does_costs_less(bench: Bench) -> None:
+    config = SHORT.replace(steps=6)
+    plain, never, often = (
+        sample(bench, Variant(config=config, cache_threshold=threshold), mixed=False) for threshold in (None, 0.0, 10.0)
+    )
+    assert np.array_equal(plain.pictures, never.pictures) and plain.gflop == pytest.approx(never.gflop)
+    assert often.gflop[0] < 0.8 * plain.gflop[0]
+    assert not np.array_equal(often.pictures, plain.pictures)
+
+
+def test_stale_keys_cost_the_first_dense_step_and_more_attention(bench: Bench) -> None:
+    plain, stale = (sample(bench, Variant(config=SHORT, stale_keys=each), mixed=False) for each in (False, True))
+    model, counts = bench.pipe.transformer.config, SHORT.token_counts(1024)
+    width, blocks = model.num_attention_heads * model.attention_head_dim, model.num_layers + model.num_single_layers
+    first = flux_flops(model, 1024, TEXT_TOKENS) - flux_flops(model, counts[0], TEXT_TOKENS)
+    attended = 4 * blocks * width * (counts[1] + TEXT_TOKENS) * (1024 - counts[1])
+    assert stale.gflop[0] - plain.gflop[0] == pytest.approx((first + attended) / 1e9)
+
+
+def test_attention_to_all_tokens_with_stale_keys_is_the_dense_model(bench: Bench) -> None:
+    dense = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=2)
+    plain, stale = (sample(bench, Variant(config=dense, stale_keys=each), mixed=False) for each in (False, True))
+    assert np.abs(plain.pictures.astype(int) - stale.pictures).max() <= 1
+
+
+@pytest.mark.parametrize("lifter", [lifters.nearest, lifters.blurred, lifters.weighted, lifters.linear])
+def test_lifters_keep_constants_and_the_blurred_one_is_the_paper_s(lifter: lifters.Lifter) -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.randperm(63, generator=generator)[:20].sort().values
+    weights = lifter(anchors, (7, 9))
+    assert weights.shape == (63, 20) and torch.allclose(weights.sum(dim=1), torch.ones(63), atol=1e-5)
+    if lifter is lifters.blurred:
+        values = torch.randn(1, 20, 3, generator=generator)
+        lifted = weights @ values
+        lifted[:, anchors] = values
+        assert torch.allclose(lifted, lift(values, make_lift_plan(anchors[None], (7, 9))), atol=1e-5)
+
+
+def test_linear_lifter_reproduces_planes_between_anchors() -> None:
+    anchors = torch.tensor([0, 8, 54, 62, 31])
+    row, column = torch.meshgrid(torch.arange(7.0), torch.arange(9.0), indexing="ij")
+    plane = (2 * row - 3 * column + 1).flatten()
+    assert torch.allclose(lifters.linear(anchors, (7, 9)) @ plane[anchors], plane, atol=1e-4)
+
+
+def test_native_levels_are_the_pipeline_s(bench: Bench) -> None:
+    scheduler = type(bench.pipe.scheduler).from_config(bench.pipe.scheduler.config)
+    for steps in (1, 7, 50):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=0.63)
+        assert native_levels(steps) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_left_out_error_is_nothing_where_the_velocity_is_constant() -> None:
+    clock, state = KnownLevels(SHORT, noise_levels(SHORT)), torch.randn(1, 1024, 4, generator=torch.Generator())
+    run = VariantRun(Variant(config=SHORT, scores=variant.left_out_error), GRID, clock.step(0), state)
+    run.leave(clock.step(0), state, torch.ones(1, run.num_active, 4))
+    assert run._left is not None and variant.left_out_error(run, run._left).abs().max() < 1e-6
+
+
+def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:
+    model = bench.pipe.transformer.config
+    found = search.candidates(4.0, model)
+    assert len({search.name_of(config) for config in found}) == len(found) > 5
+    for config in found:
+        counts, ends = config.token_counts(1024), (0, *config.stage_ends(int(config.steps)))
+        cost = sum((ends[k + 1] - ends[k]) * flux_flops(model, n, TEXT_TOKENS) for k, n in enumerate(counts))
+        assert 3.4 <= cost / flux_flops(model, 1024, TEXT_TOKENS) <= 4.0
+
+
+def test_search_halves_and_goes_on_with_the_better_half(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [SHORT, SHORT.replace(lifter="clean", micro_flow="none")]
+    monkeypatch.setattr(
+        search, "candidates", lambda budget, model: [c.replace(steps=n) for n in (3, 4) for c in wanted[:1]]
+    )
+    some = Bench.of(bench.pipe, held_out(4, seed=1), seed=9)
+    from jitaccel.cli.loading import load_judge
+
+    reference = sample(some, Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=4)))
+    first, last = search.search(4.0, some, load_judge(), 2, reference)
+    assert len(first) == 2 and [record["method"] for record in last] == [first[0]["method"]]
+    assert (first[0]["prompts"], last[0]["prompts"]) == (2, 4) and first[0]["rank"] <= first[1]["rank"]
+
+
+def test_lab_is_taken_up_and_writes_records_with_paired_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"one": Variant(config=SHORT), "two": Variant(config=SHORT.replace(micro_flow="none"))}
+    dense = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=2)
+    for module in ("benchmarks.lab.__main__", "benchmarks.lab.report"):
+        monkeypatch.setattr(f"{module}.QUESTIONS", {"micro-flow": short})
+        monkeypatch.setattr(f"{module}.CONTROLS", {})
+    monkeypatch.setattr("benchmarks.lab.__main__.dense", lambda *given: Variant(config=dense))
+    assert main(["--prompts", "2", "--out", str(tmp_path)]) == 0
+    rows = (tmp_path / "rows.jsonl").read_text()
+    found = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert [(record["case"], record["method"]) for record in found][1:] == [
+        ("micro-flow", "one"),
+        ("micro-flow", "two"),
+    ]
+    assert found[1]["more"] is None and -1 <= found[2]["more"]["value"] <= 1 and 0 < found[2]["p"] <= 1
+    assert report.tables(found) == (tmp_path / "report.md").read_text() in capsys.readouterr().out
+    assert main(["--prompts", "2", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "rows.jsonl").read_text() == rows
+
+
+def test_every_question_names_its_first_variant_s_rivals() -> None:
+    for question, some in QUESTIONS.items():
+        assert len(some) >= 2, question
+
+
+def test_cached_network_takes_the_cache_away(bench: Bench) -> None:
+    model = bench.pipe.transformer
+    with CachedNetwork(model, Texts(words=bench.texts.words, pooled=bench.texts.pooled), GRID, False, 0.1):
+        assert model.is_cache_enabled
+    assert not model.is_cache_enabled
