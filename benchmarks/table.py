@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import cards
 from .compare import identity
 
 RESULTS = Path(__file__).parent / "results"
@@ -221,7 +222,9 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "codebases": codebases,
     "denoise": denoise,
     "kernels": kernels,
+    "lab": cards.lab,
     "packing": packing,
+    "presets": cards.presets,
     "record": record,
 }
 

@@ -28,13 +28,26 @@ class Member:
         return (self.config.replace(steps=steps) for steps in self.steps)
 
 
+def _member(config: JiTConfig, least: int, most: int) -> Member:
+    """Returns the member with the most numbers of steps, from `least` at least to `most`, that skip no stage."""
+    for steps in range(most, least - 1, -1):
+        try:
+            config.stage_ends(steps)
+        except ConfigError:
+            return Member(config=config, steps=range(steps + 1, most + 1))
+    return Member(config=config, steps=range(least, most + 1))
+
+
+def _family(better: JiTConfig, faster: JiTConfig) -> tuple[Member, ...]:
+    assert better.steps != "caller" and faster.steps != "caller"
+    between = (better.steps + faster.steps) // 2
+    return _member(better, between, DENSE_STEPS), _member(faster, faster.num_stages, between)
+
+
 # The best first: the first of which any is affordable is taken, with the most steps that are. No member has more steps
-# than one before it begins with, so that a larger budget never buys fewer steps. That 14 steps are where the
-# densities of 4x begin to pay is a guess.
-FAMILY: tuple[Member, ...] = (
-    Member(config=PRESETS["4x"], steps=range(14, DENSE_STEPS + 1)),
-    Member(config=PRESETS["7x"], steps=range(4, 14 + 1)),
-)
+# than one before it begins with, so that a larger budget never buys fewer steps. That the densities of 4x begin to pay
+# half way between the steps of both presets is a guess.
+FAMILY: tuple[Member, ...] = _family(PRESETS["4x"], PRESETS["7x"])
 
 
 @dataclass(frozen=True, kw_only=True)

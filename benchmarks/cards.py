@@ -1,0 +1,83 @@
+"""What the lab's rows say in the docs: the tables of its questions, and a card for each preset."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from jitaccel.config import PRESETS, JiTConfig
+from jitaccel.control import equivalent_dense_steps
+from jitaccel.flops import flux_flops
+
+from .lab.report import BENCHMARK, cell, tables
+from .pipelines import FLUX_DEV
+
+Fields = Mapping[str, Any]
+_DENSE_STEPS, _TOKENS, _TEXT_TOKENS = 50, 64 * 64, 512  # of FLUX.1-dev at 1024x1024
+
+
+def lab(rows: Sequence[Fields]) -> str:
+    """The lab's questions, a table for each."""
+    return tables([row for row in rows if row["benchmark"] == BENCHMARK])
+
+
+def presets(rows: Sequence[Fields]) -> str:
+    """A card for each sparse preset: what it does, what it costs, how good it is, and the control of its cost."""
+    found = {row["method"]: row for row in rows if row["benchmark"] == BENCHMARK}
+    names = [name for name, config in PRESETS.items() if config.num_stages > 1]
+    return "\n".join(_card(name, PRESETS[name], found) for name in names)
+
+
+def _card(name: str, config: JiTConfig, found: Mapping[str, Fields]) -> str:
+    steps = int(config.steps)
+    lengths = [end - start for start, end in pairwise((0, *config.stage_ends(steps)))]
+    stages = ", ".join(f"{n} of {density:.0%}" for n, density in zip(lengths, config.densities, strict=True))
+    flux = equivalent_dense_steps(config, _TOKENS, _TEXT_TOKENS, functools.partial(flux_flops, FLUX_DEV))
+    lines = [
+        f"### `{name}`\n",
+        f"{steps} steps: {stages} of the tokens. Lifts the {_LIFTED[config.lifter]}; new tokens are moved "
+        f"{_MOVED[config.micro_flow]}.\n",
+        f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
+        f"{_DENSE_STEPS / flux:.2f}x against {_DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
+        "\n",
+    ]
+    row = found.get(name)
+    if row is None or row["config"] != {**row["config"], **config.to_dict()}:
+        return "\n".join([*lines, "Not measured on the embedded model.\n"])
+    return "\n".join([*lines, _measured(row, _control(row, found), found.get("dense:50"))])
+
+
+_LIFTED = {"velocity": "velocity", "clean": "clean estimate"}
+_MOVED = {
+    "exact": "all the way (exact micro-flow)",
+    "released": "a third of the way (released blend)",
+    "none": "not at all",
+}
+_SHOWN = (
+    ("attributes", "attributes shown, %", 100.0, 1),
+    ("frechet", "Frechet to 50 dense steps", 1.0, 2),
+    ("perceptual", "perceptual distance to them", 1.0, 3),
+    ("spectrum_db", "detail, dB", 1.0, 2),
+)
+
+
+def _control(row: Fields, found: Mapping[str, Fields]) -> Fields | None:
+    """Returns the dense method on the presets' levels whose cost is nearest."""
+    controls = [other for other in found.values() if other["kind"] == "dense-beta"]
+    return min(controls, key=lambda other: abs(other["gflop"] - row["gflop"]), default=None)
+
+
+def _measured(row: Fields, *others: Fields | None) -> str:
+    shown = [row, *(other for other in others if other is not None)]
+    lines = [["embedded model, 32x32 tokens", "cost in dense steps", *(title for _, title, _, _ in _SHOWN)]]
+    lines.append(["---"] * len(lines[0]))
+    for each in shown:
+        cells = [cell(each["qualities"].get(key), scale, digits) for key, _, scale, digits in _SHOWN]
+        lines.append([f"`{each['method']}`", f"{each['cost_dense_steps']:.2f}", *cells])
+    origin = (
+        f"{row['prompts']} held-out prompts, {row['date']}, {row['device']}, {row.get('commit', 'several commits')}"
+    )
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{table}\n{origin}; weights {str(row['weights'])[:12]}.\n"
