@@ -22,6 +22,12 @@ Way = Variant | Method
 """A variant, sampled by the lab, or a method of `jitaccel eval`, by the pipeline."""
 
 
+def staged(ends: tuple[int, ...], densities: tuple[float, ...]) -> JiTConfig:
+    """Returns stages that end after so many steps, with the clean estimate lifted and nothing moved."""
+    boundaries = tuple((end + 1e-6) / ends[-1] for end in ends[:-1])
+    return CLEAN.replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
+
+
 def dense(steps: int, schedule: str = "beta") -> Variant:
     """Returns dense steps on the presets' levels, or on "native" ones: those of the embedded model's scheduler."""
     levels = native_levels(steps) if schedule == "native" else "beta"
@@ -60,7 +66,28 @@ CONTROLS = _named({f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)} | {
     f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 28)
 })  # fmt: skip
 
+_BUDGETS: Mapping[str, Mapping[str, Way]] = {
+    "budget of 4 dense steps": _named({
+        "beta:4": dense(4),
+        "1@0.5 4@1": staged((1, 4), (0.5, 1.0)),
+        "2@0.5 5@1": staged((2, 5), (0.5, 1.0)),
+    }),
+    "budget of 5": _named({"beta:5": dense(5), "2@0.5 6@1": staged((2, 6), (0.5, 1.0))}),
+    "budget of 6 to 7": _named({
+        "beta:6": dense(6),
+        "2@0.5 7@1": staged((2, 7), (0.5, 1.0)),
+        "2@0.5 8@1": staged((2, 8), (0.5, 1.0)),
+        "7x-paper": PAPER,
+    }),
+    "budget of 11": _named({
+        "beta:11": dense(11),
+        "4@0.5 13@1": staged((4, 13), (0.5, 1.0)),
+        "4x-paper": PAPER.replace(densities=(0.35, 0.62, 1.0), steps=18),
+    }),
+}  # fmt: skip
+
 QUESTIONS: Mapping[str, Mapping[str, Way]] = MappingProxyType({
+    **_BUDGETS,
     "micro-flow": _named({
         "7x-paper": PAPER,
         "exact": PAPER.replace(micro_flow="exact"),
