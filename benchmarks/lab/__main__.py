@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=256, help="how many held-out prompts")
     parser.add_argument("--seed", type=int, default=0, help="0: the prompts that results are told of; others to search")
     parser.add_argument("--only", nargs="*", default=[], help="controls, " + ", ".join(QUESTIONS))
-    parser.add_argument("--variants", nargs="*", default=[], help="of these, only so many; tables need all of a question")
+    parser.add_argument("--variants", nargs="*", default=[], help="of these, only some; a table needs them all")
     parser.add_argument("--out", type=Path, default=Path("out/lab"))
     parser.add_argument("--exact", action="store_true", help="float32 in place of bfloat16 matrix products")
     parser.add_argument("--any-commit", action="store_true", help="take up rows that other commits made")
