@@ -36,7 +36,7 @@ class Run:
 
     state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation. forced:
     (B, N) bool, tokens that are anchors from the first stage on (a mask that is painted anew); densities are shares of
-    the others. multiple: what numbers of anchors are rounded up to.
+    the others. multiple: what numbers of anchors are rounded up to. `noise_level` is that of the step entered last.
 
     `scores`, `move` and `lift` are what a variant of the method overrides (`benchmarks/lab`).
 
@@ -67,6 +67,7 @@ class Run:
                 f"{step.noise_level:g}; the state no longer is the noise it started from"
             )
         self.config, self.grid, self.stage = config, grid, step.stage
+        self.noise_level = step.noise_level
         num_forced = 0 if forced is None else int(forced.sum(dim=1).max())
         self._counts = config.token_counts(num_tokens, num_forced, multiple)
         self._generators = image_generators(state)
@@ -113,6 +114,7 @@ class Run:
 
         Importance-guided activation and the deterministic micro-flow (arXiv:2603.10744). `state` is not written.
         """
+        self.noise_level = step.noise_level
         while self.stage < step.stage:
             state = self._start_stage(step, state)
         return state

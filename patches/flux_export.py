@@ -244,7 +244,6 @@ class _StandIn(nn.Module):
 
     def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:
         batch, plan = state.shape[0], run.plan
-        level = arguments["timestep"].float().flatten()[0]
         guidance = arguments.get("guidance")
         velocity, _ = self._exported.run(
             run.stage,
@@ -255,7 +254,8 @@ class _StandIn(nn.Module):
             _each(arguments["encoder_hidden_states"], batch),
             _each(arguments["pooled_projections"], batch),
             _each(torch.zeros(1, device=state.device) if guidance is None else guidance.float(), batch),
-            torch.stack([level, level]),  # the pipeline's scheduler takes the step
+            # The scheduler takes the step, so there is no next level; the timestep of the call may be rounded.
+            torch.full((2,), run.noise_level, device=state.device),
         )
         return Answer(run.gather(velocity), velocity)
 

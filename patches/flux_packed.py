@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from jitaccel import ops
 from jitaccel.attention import Backend, varlen_attention
 from jitaccel.execution import Execution
 from jitaccel.lift import LiftPlan, lift
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 """Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
 
-StageFunction = Callable[[nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions"], tuple[Tensor, Tensor | None]]
+StageFunction = Callable[
+    [nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions", Tensor | None], tuple[Tensor, Tensor | None]
+]
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
 _BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
@@ -169,20 +172,32 @@ def run_stage(
     shown: Shown,
     given: Conditions,
     attention: Backend,
-    lifts: bool = False,
+    lifter: Literal["velocity", "clean"] | None = None,
+    noise_level: float = 1.0,
     compiler: Compiler | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the velocity at the anchors of a state (B, N, D), (branches, B, M, D), and lifted from them, (B, N, D).
 
-    The pack has as many segments as branches times images. The second is there where `lifts`, for one sparse branch:
+    The pack has as many segments as branches times images. The second is there with a lifter, for one sparse branch:
     of several it is what they are combined to that is lifted. With a compiler all is one graph, made for these lengths.
+    noise_level: the state's own, which `given` may have rounded.
     """
     layout = pack.layout
-    lifts = lifts and not plan.is_dense and len(layout.lengths) == state.shape[0]
+    if plan.is_dense or len(layout.lengths) != state.shape[0]:
+        lifter = None
+    level = None
+    if lifter == "clean":  # a tensor: a number would be compiled in
+        level = state.new_full((), noise_level, dtype=torch.promote_types(state.dtype, torch.float32))
 
     def stage_of(blocks: Blocks) -> StageFunction:
         def stage(
-            model: nn.Module, pack: Pack, plan: LiftPlan, state: Tensor, shown: Shown, given: Conditions
+            model: nn.Module,
+            pack: Pack,
+            plan: LiftPlan,
+            state: Tensor,
+            shown: Shown,
+            given: Conditions,
+            level: Tensor | None,
         ) -> tuple[Tensor, Tensor | None]:
             batch = state.shape[0]
             num_branches = len(pack.layout.lengths) // batch
@@ -192,35 +207,42 @@ def run_stage(
             values = velocity.unflatten(0, (num_branches, batch, -1))
             if shown.references is not None:
                 values = values[:, :, : plan.anchors.shape[1]]
-            return values, lift(values[0], plan) if lifts else None
+            return values, None if lifter is None else _lifted(values[0], state, plan, level)
 
         return stage
 
     plain = stage_of(plain_blocks())
     if compiler is None:
-        return plain(model, pack, plan, state, shown, given)
+        return plain(model, pack, plan, state, shown, given, level)
     signature = (
         layout.text.lengths,
         layout.image.lengths,
-        plan.grid if lifts else None,
+        plan.grid if lifter else None,
         state.shape,
         state.dtype,
         state.device,
         shown.extra is None,
         None if shown.references is None else shown.references.shape,
         given.guidance is None,
-        lifts,
+        lifter,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         attention.name,
     )
     reason = "hooks on its blocks (offloading) must run between them" if pack.hooked else None
     shown = Shown(*(None if x is None else x.contiguous() for x in (shown.extra, shown.references)))
-    arguments = (model, pack, plan, state.contiguous(), shown, given)
+    arguments = (model, pack, plan, state.contiguous(), shown, given, level)
     result: tuple[Tensor, Tensor | None] = compiler.run(
         signature, plain, *arguments, regional=stage_of(regional_blocks()), reason=reason
     )
     return result
+
+
+def _lifted(values: Tensor, state: Tensor, plan: LiftPlan, level: Tensor | None) -> Tensor:
+    """Returns the velocity at every token, of the clean estimate where a level is given (`lift_velocity`)."""
+    if level is None:
+        return lift(values, plan)
+    return ops.lift_clean(values, state, plan.nearest, plan.anchors, plan.grid, plan.weights, level)
 
 
 def _gathered(x: Tensor, plan: LiftPlan) -> Tensor:

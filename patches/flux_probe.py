@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jitaccel.anchors import first_anchors
 from jitaccel.clock import Step
-from jitaccel.config import JiTConfig
+from jitaccel.config import PRESETS
 from jitaccel.cost import Probe
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution import Execution
@@ -30,7 +30,8 @@ _MEASURED = ("FluxPipeline", "FluxControlPipeline", "Flux2Pipeline", "Flux2Klein
 _TEXT_TOKENS = 512  # what all these pipelines pad to by default
 _PIXELS_PER_TOKEN = 16  # of a bare transformer's autoencoder: a latent is 8 x 8 pixels, a token 2 x 2 latents
 _STEP = Step(index=0, stage=0, noise_level=0.5, next_level=0.4, may_end_stage=False)
-_SPARSE = JiTConfig(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)  # any: anchors are given
+# Any densities, for anchors are given; lifted as the presets are.
+_SPARSE = PRESETS["7x"].replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
 
 
 def probe_pipeline(pipeline: Any, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution) -> Probe:

@@ -128,7 +128,7 @@ class FluxCalls:
         self._attention: Backend | None = None
         self._compiler = compiler_of(options)
         # In a graph the lift costs nothing; elsewhere it is the method's, and timed as such.
-        self._lifts = self._compiler is not None and config.lifter == "velocity"
+        self._lifter = None if self._compiler is None else config.lifter
         self._reasons: tuple[str, ...] = ()
         self._is_compiled_around = self._has_residuals = False
         if self._is_wanted and not kind.packs:
@@ -258,7 +258,9 @@ class FluxCalls:
         )
         pack = _pack(module, memory, branches, split, run, batch)
         shown = Shown(split.extra, split.references)
-        return run_stage(module, pack, run.plan, state, shown, given, attention, self._lifts, self._compiler)
+        return run_stage(
+            module, pack, run.plan, state, shown, given, attention, self._lifter, run.noise_level, self._compiler
+        )
 
 
 def _reasons(module: Any, hook: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:

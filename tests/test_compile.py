@@ -20,6 +20,7 @@ from jitaccel.graphs import Counts, Recording, RepeatedCalls, Replayed
 from tests import tiny
 from tests.tiny import GRID, SHORT, generate, relative_error
 
+CLEAN = SHORT.replace(lifter="clean", micro_flow="none")
 GUIDED: dict[str, Any] = {"negative_prompt": "green", "true_cfg_scale": 3.0}
 
 
@@ -49,8 +50,16 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("preset", "call", "graphs"),
-    [(SHORT, GUIDED, False), (SHORT, GUIDED, True), ("7x", {}, True), ("4x", {}, True)],
-    ids=["guided", "guided, captured", "7x", "4x"],
+    [
+        (SHORT, GUIDED, False),
+        (SHORT, GUIDED, True),
+        (CLEAN, GUIDED, True),
+        (CLEAN, {}, False),
+        ("7x", {}, True),
+        ("7x-paper", {}, True),
+        ("4x-paper", {}, True),
+    ],
+    ids=["guided", "guided, captured", "guided clean, captured", "clean", "7x", "7x-paper", "4x-paper"],
 )
 def test_compiled_makes_the_eager_image_with_one_graph_a_stage(
     pipe: Any, preset: Any, call: dict[str, Any], graphs: bool
@@ -61,21 +70,20 @@ def test_compiled_makes_the_eager_image_with_one_graph_a_stage(
     with jitaccel.apply(pipe, preset, compile={"backend": count, "graphs": graphs}, strict=True) as handle:
         assert relative_error(generate(pipe, **call), eager) < 1e-6
         stats = handle.stats().compiled
-    steps = len(jitaccel.noise_levels(jitaccel.PRESETS[preset] if isinstance(preset, str) else preset)) - 1
-    recorded = {"captures": 3, "replays": steps - 3} if graphs else {}
-    assert stats == CompileStats(signatures=3, graphs=3, calls=steps, **recorded) and count.graphs == 3
+    config = jitaccel.PRESETS[preset] if isinstance(preset, str) else preset
+    steps, stages = len(jitaccel.noise_levels(config)) - 1, config.num_stages
+    recorded = {"captures": stages, "replays": steps - stages} if graphs else {}
+    assert stats == CompileStats(signatures=stages, graphs=stages, calls=steps, **recorded)
+    assert count.graphs == stages
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
-@pytest.mark.parametrize("preset", ["4x", "7x"])
-def test_inductor_is_as_exact_as_eager(pipe: Any, preset: str) -> None:
+@pytest.mark.parametrize("lifter", ["velocity", "clean"])
+def test_inductor_is_as_exact_as_eager(pipe: Any, lifter: Any) -> None:
     """At two sizes and batches, in bfloat16: at most twice the dtype's own error, told by float32."""
     # Two steps: the first stage and the last, since every graph takes seconds to compile.
-    presets = jitaccel.PRESETS[preset]
-    config = presets.replace(
-        densities=(presets.densities[0], 1.0), boundaries=(0.5, 1.0), steps=2, micro_flow="exact", noise="fresh"
-    )
+    config = SHORT.replace(densities=(0.35, 1.0), boundaries=(0.5, 1.0), steps=2, lifter=lifter)
     calls: list[dict[str, Any]] = [
         {"seed": (1,), "grid": (8, 8)},
         {"seed": (1, 2, 3), "grid": (6, 9), "prompt": ["a", "red", "circle"]},
@@ -274,9 +282,10 @@ def test_velocity_that_somebody_writes_is_lifted_again(pipe: Any, compiled: dict
         assert relative_error(generate(pipe), eager) < 1e-6
 
 
-def test_bare_transformer_is_compiled_with_its_lift(compiled: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", [SHORT, CLEAN], ids=["velocity", "clean"])
+def test_bare_transformer_is_compiled_with_its_lift(config: Any, compiled: dict[str, Any]) -> None:
     model = tiny.transformer()
-    levels = jitaccel.noise_levels(SHORT)
+    levels = jitaccel.noise_levels(config)
 
     def loop() -> Tensor:
         state = tiny.start()
@@ -293,9 +302,9 @@ def test_bare_transformer_is_compiled_with_its_lift(compiled: dict[str, Any]) ->
         return state
 
     with torch.no_grad():
-        with jitaccel.apply(model, SHORT, noise_levels=levels, execution="packed"):
+        with jitaccel.apply(model, config, noise_levels=levels, execution="packed"):
             eager = loop()
-        with jitaccel.apply(model, SHORT, noise_levels=levels, compile=compiled, strict=True) as handle:
+        with jitaccel.apply(model, config, noise_levels=levels, compile=compiled, strict=True) as handle:
             for _ in range(2):
                 assert relative_error(loop(), eager) < 1e-6
             assert handle.stats().compiled.graphs == 3

@@ -84,7 +84,7 @@ def test_aoti_makes_the_eager_latents(pipe: Any, aoti: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lifter": "clean"}, {"noise": "own"}, {"schedule": "native"}, {"micro_flow": "none"}],
+    [{"lifter": "clean", "micro_flow": "none"}, {"noise": "own"}, {"schedule": "native"}, {"micro_flow": "released"}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_are_exported(pipe: Any, tmp_path: Path, settings: Mapping[str, Any]) -> None:
@@ -101,10 +101,12 @@ def test_batch_of_images_with_anchors_of_their_own(pipe: Any, tmp_path: Path) ->
         assert relative_error(generate(pipe, **call), expected) < 1e-5
 
 
-def test_half_precision_stays_within_its_own_error(pipe: Any, tmp_path: Path) -> None:
-    exact, half = eager(pipe, TWO_STAGES), copy.deepcopy(pipe).to(torch.bfloat16)
-    usual = eager(half, TWO_STAGES)
-    with jitaccel.load_exported(export(half, tmp_path / "x", TWO_STAGES)).apply(half):
+@pytest.mark.parametrize("lifter", ["velocity", "clean"])
+def test_half_precision_stays_within_its_own_error(pipe: Any, tmp_path: Path, lifter: Any) -> None:
+    config = TWO_STAGES.replace(lifter=lifter)
+    exact, half = eager(pipe, config), copy.deepcopy(pipe).to(torch.bfloat16)
+    usual = eager(half, config)
+    with jitaccel.load_exported(export(half, tmp_path / "x", config)).apply(half):
         made = generate(half)
     assert made.dtype == torch.bfloat16
     assert relative_error(made, exact) <= 2 * relative_error(usual, exact)
@@ -370,13 +372,20 @@ def test_cpp_program_makes_the_same_latents(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", ["own", "fresh"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"densities": (0.2, 0.7, 1.0), "noise": "own"},
+        {"densities": (0.6, 0.8, 1.0)},
+        {"lifter": "clean", "micro_flow": "none"},
+    ],
+    ids=["own noise", "fresh noise", "clean, none"],
+)
 def test_cpp_program_makes_a_batch_with_few_and_many_anchors(
-    pipe: Any, program: Path, noise: str, tmp_path: Path
+    pipe: Any, program: Path, settings: Mapping[str, Any], tmp_path: Path
 ) -> None:
     """Fewer anchors than the regular ones, and more: both are drawn at random, and then the noise."""
-    densities = {"own": (0.2, 0.7, 1.0), "fresh": (0.6, 0.8, 1.0)}[noise]
-    config = SHORT.replace(densities=densities, noise=noise)
+    config = SHORT.replace(**settings)
     folder = export(pipe, tmp_path / "x", config, batch_size=2)
     call = _inputs(pipe, tmp_path / "in.safetensors", (5, 6))
     done = _run(program, folder, tmp_path / "in.safetensors", tmp_path / "out.safetensors")

@@ -21,15 +21,17 @@ def pipe() -> Any:
     return tiny.pipeline().to("cuda")
 
 
-def test_captured_stages_make_the_eager_image(pipe: Any) -> None:
+@pytest.mark.parametrize("lifter", ["velocity", "clean"])
+def test_captured_stages_make_the_eager_image(pipe: Any, lifter: Any) -> None:
+    config = SHORT.replace(lifter=lifter)
     calls: list[dict[str, Any]] = [
         {"seed": (1,)},
         {"seed": (1, 2, 3), "grid": (6, 8), "prompt": ["a", "red", "circle"]},
         {"negative_prompt": "green", "true_cfg_scale": 3.0},
     ]
-    with jitaccel.apply(pipe, SHORT, execution="packed"):
+    with jitaccel.apply(pipe, config, execution="packed"):
         eager = [generate(pipe, **call) for call in calls]
-    with jitaccel.apply(pipe, SHORT, compile=True, strict=True) as handle:
+    with jitaccel.apply(pipe, config, compile=True, strict=True) as handle:
         for _ in range(3):
             for call, expected in zip(calls, eager, strict=True):
                 assert relative_error(generate(pipe, **call), expected) < 1e-4

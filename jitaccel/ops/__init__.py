@@ -92,14 +92,14 @@ def lift_clean(
     anchors: Tensor,
     grid: Sequence[int],
     weights: Tensor,
-    level: float,
+    level: float | Tensor,
 ) -> Tensor:
     """Returns the velocity `(B, N, D)`, in the dtype of `values`, whose clean estimate is the anchors' one, lifted.
 
     `x0 = y - level * v` is lifted in place of v, and `v_i = (y_i - x0_i) / level`: an inactive token keeps its own
     noise. A variant of ours (docs of `lift_step_into`, which fuses it with the step); no operator of its own.
 
-    values: (B, M, D). state: (B, N, D). level: above 0.
+    values: (B, M, D). state: (B, N, D). level: above 0; a tensor () where it must not be compiled in.
     """
     schema.check_lift("lift_clean", values, nearest, anchors, grid, weights)
     schema.check_tokens("lift_clean", "state", state, (*nearest.shape, values.shape[2]), values.device)
