@@ -18,9 +18,9 @@ class Request:
     """One picture to make. Every request of a batch may differ from the others in every field.
 
     height, width: pixels. seed: of the noise; the same seed gives the picture that the pipeline makes with
-    `torch.Generator().manual_seed(seed)`. preset: "4x", "7x", "dense" or a JiTConfig. steps: overrides its number.
-    negative_prompt, true_cfg_scale: true CFG, where a prompt is given and the scale is above 1. guidance_scale: of
-    models with embedded guidance. max_sequence_length: T5 tokens of the prompt.
+    `torch.Generator().manual_seed(seed)`. preset: a name of `PRESETS` or a JiTConfig. steps: overrides its
+    number. negative_prompt, true_cfg_scale: true CFG, where a prompt is given and the scale is above 1.
+    guidance_scale: of models with embedded guidance. max_sequence_length: T5 tokens of the prompt.
     """
 
     prompt: str

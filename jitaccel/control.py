@@ -18,7 +18,7 @@ def schedule_flops(config: JiTConfig, num_tokens: int, text_tokens: int, cost: C
 def equivalent_dense_steps(
     config: JiTConfig, num_tokens: int, text_tokens: int, cost: Cost, steps: int | None = None
 ) -> float:
-    """Returns how many dense steps cost what `config` costs: 7.19 for 7x on FLUX.1-dev at 1024x1024.
+    """Returns how many dense steps cost what `config` costs: 7.19 for 7x-paper on FLUX.1-dev at 1024x1024.
 
     text_tokens: padding counted. cost: of the model, such as `functools.partial(flux_flops, transformer.config)`.
     steps: of the sampler, needed where the configuration leaves them to the caller.

@@ -91,7 +91,7 @@ def match_level(level: float, levels: Sequence[float], after: int = -1) -> int |
     """Returns the index of the entry nearest to `level` past index `after`, or None where none is near.
 
     Near is within bfloat16 rounding. Equal distances go to the earlier entry. The final entry, at which no
-    step starts, never matches. bfloat16 makes 1.0 of the first two levels of the 4x preset: `after`, the
+    step starts, never matches. bfloat16 makes 1.0 of the first two levels of 4x-paper: `after`, the
     index matched at the previous step, tells them apart.
     """
     candidates = range(after + 1, len(levels) - 1)

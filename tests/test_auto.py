@@ -17,9 +17,21 @@ from hypothesis import strategies as st
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from jitaccel.auto import DENSE_STEPS, FAMILY, Choice, Member, auto_config, choose, decide, fastest, measure_costs
+from jitaccel.auto import (
+    DENSE_STEPS,
+    FAMILY,
+    Choice,
+    Member,
+    _family,
+    _member,
+    auto_config,
+    choose,
+    decide,
+    fastest,
+    measure_costs,
+)
 from jitaccel.cli import main
-from jitaccel.config import PRESETS
+from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.control import schedule_flops
 from jitaccel.cost import Costs, Probe, fit, loop_seconds, measure, measured_counts, seconds_of_flops
 from jitaccel.flops import flux_flops
@@ -27,6 +39,7 @@ from tests import test_codebases, tiny
 from tests.bfl_model import Flux
 
 NUM_TOKENS = 4096
+PAPERS = _family(PRESETS["4x-paper"], PRESETS["7x-paper"])
 CURVES: dict[str, Callable[[int], float]] = {
     "linear": lambda tokens: tokens / NUM_TOKENS,
     "quadratic": lambda tokens: (tokens / NUM_TOKENS) ** 2,
@@ -59,6 +72,22 @@ def test_family_never_gives_fewer_steps_for_a_larger_budget() -> None:
     assert FAMILY[0].steps[-1] == DENSE_STEPS
 
 
+def test_family_is_of_the_presets_and_skips_no_stage() -> None:
+    assert [member.config for member in FAMILY] == [PRESETS["4x"], PRESETS["7x"]]
+    for member in FAMILY:
+        assert member.config.steps in member.steps
+        assert len([*member.configs()]) == len(member.steps)  # each is validated when made
+
+
+def test_member_begins_where_no_stage_is_skipped_any_more() -> None:
+    config = JiTConfig(densities=(0.3, 0.6, 1.0), boundaries=(0.5, 0.6, 1.0), steps=10)
+    assert config.stage_ends(5) == (2, 3, 5) and config.stage_ends(7) == (3, 4, 7)
+    with pytest.raises(ConfigError):
+        config.stage_ends(8)
+    assert _member(config, 3, 12).steps == range(9, 13)
+    assert _member(config, 10, 12).steps == range(10, 13)
+
+
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
 @settings(deadline=None, max_examples=30)
 @given(budgets=st.lists(st.floats(4.0, 80.0), min_size=2, max_size=2))
@@ -83,10 +112,10 @@ def test_choice_has_the_most_steps_that_fit(curve: Callable[[int], float]) -> No
 
 
 def test_denser_stages_are_taken_from_their_least_steps_on() -> None:
-    at_14 = loop_seconds(PRESETS["4x"].replace(steps=14), NUM_TOKENS, CURVES["linear"])
-    assert choose(CURVES["linear"], NUM_TOKENS, at_14) == PRESETS["4x"].replace(steps=14)
-    below = choose(CURVES["linear"], NUM_TOKENS, 0.999 * at_14)
-    assert below.densities == PRESETS["7x"].densities
+    at_14 = loop_seconds(PRESETS["4x-paper"].replace(steps=14), NUM_TOKENS, CURVES["linear"])
+    assert choose(CURVES["linear"], NUM_TOKENS, at_14, PAPERS) == PRESETS["4x-paper"].replace(steps=14)
+    below = choose(CURVES["linear"], NUM_TOKENS, 0.999 * at_14, PAPERS)
+    assert below.densities == PRESETS["7x-paper"].densities
 
 
 def test_choice_is_made_of_the_family_given() -> None:
@@ -98,10 +127,11 @@ def test_flops_of_flux_dev_choose_the_papers_presets() -> None:
     cost = partial(flux_flops, FLUX_DEV)
     seconds = seconds_of_flops(cost, 512, flops_per_s=1e15)
     dense = DENSE_STEPS * seconds(NUM_TOKENS)
-    assert choose(seconds, NUM_TOKENS, dense / 4.13) == PRESETS["4x"]
-    assert choose(seconds, NUM_TOKENS, dense / 6.95) == PRESETS["7x"]
-    flops = schedule_flops(PRESETS["7x"], NUM_TOKENS, 512, cost, 11)
-    assert loop_seconds(PRESETS["7x"], NUM_TOKENS, seconds) == pytest.approx(flops / 1e15)
+    assert [(member.steps[0], member.steps[-1]) for member in PAPERS] == [(14, DENSE_STEPS), (4, 14)]
+    assert choose(seconds, NUM_TOKENS, dense / 4.13, PAPERS) == PRESETS["4x-paper"]
+    assert choose(seconds, NUM_TOKENS, dense / 6.95, PAPERS) == PRESETS["7x-paper"]
+    flops = schedule_flops(PRESETS["7x-paper"], NUM_TOKENS, 512, cost, 11)
+    assert loop_seconds(PRESETS["7x-paper"], NUM_TOKENS, seconds) == pytest.approx(flops / 1e15)
 
 
 def test_budget_beyond_the_largest_configuration_gets_that() -> None:
@@ -109,7 +139,9 @@ def test_budget_beyond_the_largest_configuration_gets_that() -> None:
 
 
 def test_budget_below_the_cheapest_names_it() -> None:
-    with pytest.raises(ConfigError, match=r"^choose: budget_s must be at least 2\.\d+, which 4 steps .*, got 0\.1; "):
+    least = FAMILY[-1].steps[0]
+    says = rf"^choose: budget_s must be at least \d+\.\d+, which {least} steps .*, got 0\.1; "
+    with pytest.raises(ConfigError, match=says):
         choose(CURVES["linear"], NUM_TOKENS, 0.1)
 
 
@@ -120,7 +152,7 @@ def test_budget_that_is_none_is_refused(budget: float) -> None:
 
 
 def test_numbers_of_anchors_that_are_rounded_up_cost_what_they_are_rounded_to() -> None:
-    config = PRESETS["7x"]  # 4 steps of 1310, 3 of 2457, 4 of 4096 tokens
+    config = PRESETS["7x-paper"]  # 4 steps of 1310, 3 of 2457, 4 of 4096 tokens
     assert loop_seconds(config, NUM_TOKENS, float) == 4 * 1310 + 3 * 2457 + 4 * 4096
     assert loop_seconds(config, NUM_TOKENS, float, multiple=256) == 4 * 1536 + 3 * 2560 + 4 * 4096
 
@@ -156,11 +188,12 @@ def test_speedup_is_against_the_untouched_model() -> None:
 @pytest.mark.parametrize("target", ["target_speedup", "target_ms"])
 def test_limit_that_an_error_names_can_be_asked_for(curve: str, target: str) -> None:
     asked = {"target_speedup": 1e4, "target_ms": 1e-3}[target]
-    says = rf"^auto_config: {target} must be at \w+ .*4 steps.*got {asked!r}; "
+    least = FAMILY[-1].steps[0]
+    says = rf"^auto_config: {target} must be at \w+ .*{least} steps.*got {asked!r}; "
     with pytest.raises(ConfigError, match=says) as raised:
         decide(costs(curve), **{target: asked})
     limit = float(str(raised.value).split("must be at ")[1].split()[1])
-    assert decide(costs(curve), **{target: limit}).config.steps == 4
+    assert decide(costs(curve), **{target: limit}).config.steps == least
 
 
 @pytest.mark.parametrize(
@@ -420,9 +453,11 @@ def test_embedded_model_reaches_its_target_in_steps(ticking: Callable[[Any], Clo
     def make() -> torch.Tensor:
         return pipe("a red circle", generator=torch.Generator().manual_seed(0), **call)[0]
 
-    with jitaccel.apply(pipe, "auto", target_speedup=7.0, size=(128, 128), text_tokens=48):
+    cost = loop_seconds(PRESETS["7x"], 256, float)
+    target_speedup = 0.999 * DENSE_STEPS * 256 / cost
+    with jitaccel.apply(pipe, "auto", target_speedup=target_speedup, size=(128, 128), text_tokens=48):
         made = make()
-    with jitaccel.apply(pipe, "7x"):  # 4 x 81 + 3 x 153 + 4 x 256 tokens, a 7.08th of 50 x 256
+    with jitaccel.apply(pipe, "7x"):
         assert torch.equal(make(), made)
 
 

@@ -21,7 +21,7 @@ from jitaccel import PRESETS, ConfigError, JiTConfig, NonFiniteVelocityError, Un
 from tests import tiny
 from tests.tiny import SHORT, forwards, generate
 
-LEVELS = jitaccel.noise_levels(PRESETS["7x"])
+LEVELS = jitaccel.noise_levels(PRESETS["7x-paper"])
 
 
 @contextmanager
@@ -72,16 +72,22 @@ def call(model: Any, state: Tensor | None = None, level: float = 1.0, **argument
 @pytest.mark.parametrize(
     ("preset", "overrides", "words"),
     [
-        ("7X", {}, ("preset", "4x, 7x, dense", "'7X'", 'did you mean "7x"')),
-        (7, {}, ("preset", "4x, 7x, dense", "got 7")),
+        ("7X", {}, ("preset", "4x, 7x, 4x-paper, 7x-paper, dense", "'7X'", 'did you mean "7x"')),
+        (7, {}, ("preset", "4x, 7x, 4x-paper, 7x-paper, dense", "got 7")),
         ("7x", {"density": (0.5, 1.0)}, ("density", "field of JiTConfig", 'did you mean "densities"')),
         ("7x", {"num_inference_steps": 9}, ("num_inference_steps", "field of JiTConfig", "did you mean")),
         ("7x", {"densities": (0.6, 0.3, 1.0)}, ("densities must rise strictly", "(0.6, 0.3, 1.0)")),
         ("7x", {"densities": (0.3, 0.6, 0.9)}, ("densities must end in 1.0", "(0.3, 0.6, 0.9)")),
         ("7x", {"densities": (0.0, 0.6, 1.0)}, ("densities must lie in (0, 1]", "(0.0, 0.6, 1.0)")),
-        ("7x", {"densities": (0.6, 1.0)}, ("boundaries must be as many as densities", "3 boundaries", "2 densities")),
-        ("7x", {"steps": 3}, ("every stage at least one step", "got 3", "(stages end after 1, 1, 3)", "use 4 steps")),
-        ("4x", {"steps": 2}, ("at least one step", "got 2", "use 4 steps")),
+        (
+            "7x-paper", {"densities": (0.6, 1.0)},
+            ("boundaries must be as many as densities", "3 boundaries", "2 densities"),
+        ),
+        (
+            "7x-paper", {"steps": 3},
+            ("every stage at least one step", "got 3", "(stages end after 1, 1, 3)", "use 4 steps"),
+        ),
+        ("4x-paper", {"steps": 2}, ("at least one step", "got 2", "use 4 steps")),
         ("7x", {"steps": 0}, ("steps must be a whole number", "got 0")),
         ("7x", {"micro_flow": "hitting"}, ("micro_flow must be one of exact, released", "'hitting'", "did you mean")),
         ("7x", {"lifter": "velocty"}, ("lifter must be one of velocity, clean", 'did you mean "velocity"')),
@@ -100,7 +106,7 @@ def test_every_problem_is_told_at_once(pipe: Any) -> None:
 
 
 def test_stage_without_a_step_is_refused_when_the_caller_sets_the_steps(pipe: Any) -> None:
-    with jitaccel.apply(pipe, "7x", steps="caller"):
+    with jitaccel.apply(pipe, "7x-paper", steps="caller"):
         before = pipe.scheduler.sigmas, pipe.scheduler.timesteps
         with refused(ConfigError, "steps must give every stage", "got 3", "use 4 steps", model=pipe.transformer):
             generate(pipe, num_inference_steps=3)
@@ -135,7 +141,7 @@ def test_noise_levels_must_fall_from_one_to_zero(model: Any, levels: tuple[float
 
 def test_noise_levels_of_too_few_steps_name_the_smallest_that_works(model: Any) -> None:
     with refused(ConfigError, "got 3", "use 4 steps"):
-        jitaccel.apply(model, "7x", noise_levels=(1.0, 0.6, 0.3, 0.0))
+        jitaccel.apply(model, "7x-paper", noise_levels=(1.0, 0.6, 0.3, 0.0))
 
 
 @pytest.mark.parametrize("overrides", [{"schedule": "native"}, {"steps": "caller"}])
@@ -344,7 +350,7 @@ def test_velocity_that_is_not_finite_names_the_step(pipe: Any, step: int) -> Non
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("step", [0, 3, 10])
 def test_velocity_that_is_not_finite_names_the_step_in_a_loop(model: Any, step: int, given: bool) -> None:
-    with jitaccel.apply(model, "7x", noise_levels=LEVELS if given else None):
+    with jitaccel.apply(model, "7x-paper", noise_levels=LEVELS if given else None):
         hook = breaks_after(model, step)
         with refused(NonFiniteVelocityError, "velocity must be finite", f"at step {step}", "bfloat16"):
             euler(model, LEVELS)

@@ -48,7 +48,9 @@ BATCHES = {
     "same": [request(seed=1), request("blue", seed=2)],
     "sizes": [request(grid=(12, 12)), request(grid=(8, 14)), request(grid=(6, 6))],
     "texts": [request(max_sequence_length=3), request("green square on the left")],
-    "stages": [request(), request(preset=LONGER, seed=3), request(preset="7x", seed=4)],
+    "stages": [
+        request(), request(preset=LONGER, seed=3), request(preset="7x-paper", seed=4), request(preset="7x", seed=5),
+    ],
     "guided": [request(), request(negative_prompt="blue", true_cfg_scale=3.0, seed=5)],
     "levels": [request(preset=NATIVE), request(grid=(6, 8), preset=NATIVE, guidance_scale=1.0)],
     "dense": [request(preset="dense", steps=4), request(seed=6)],

@@ -105,7 +105,7 @@ def test_generate_runs_the_pipeline_untouched_where_asked(command: Command, mode
     [
         (("--preset", "9x"), 'did you mean "7x"'),
         (("--steps", "0"), "--steps must be at least 1, got 0"),
-        (("--steps", "3"), "use 4 steps"),
+        (("--preset", "7x-paper", "--steps", "3"), "use 4 steps"),
         (("--out", "picture.txt"), "--out must end in"),
         (("--true-cfg", "1"), "--true-cfg must be above 1"),
         (("--negative-prompt", "blue"), "--negative-prompt must come with --true-cfg"),

@@ -21,7 +21,7 @@ def follow_all(clock: KnownLevels | PredictedLevels, levels: tuple[float, ...], 
 
 
 @pytest.mark.parametrize(
-    ("preset", "stages"), [("4x", [0] * 7 + [1] * 4 + [2] * 7), ("7x", [0] * 4 + [1] * 3 + [2] * 4)]
+    ("preset", "stages"), [("4x-paper", [0] * 7 + [1] * 4 + [2] * 7), ("7x-paper", [0] * 4 + [1] * 3 + [2] * 4)]
 )
 def test_known_levels_give_the_stages_of_the_preset(preset: str, stages: list[int]) -> None:
     config = PRESETS[preset]
@@ -35,7 +35,7 @@ def test_known_levels_give_the_stages_of_the_preset(preset: str, stages: list[in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("preset", ["4x", "7x"])
+@pytest.mark.parametrize("preset", ["4x", "7x", "4x-paper", "7x-paper"])
 @pytest.mark.parametrize("kind", [KnownLevels, PredictedLevels])
 def test_clock_follows_the_configurations_own_levels_exactly(
     kind: type[KnownLevels] | type[PredictedLevels], preset: str, dtype: torch.dtype
@@ -53,8 +53,8 @@ def test_clock_follows_the_configurations_own_levels_exactly(
 
 
 def test_known_levels_refuse_another_level() -> None:
-    levels = noise_levels(PRESETS["7x"])
-    clock = KnownLevels(PRESETS["7x"], levels)
+    levels = noise_levels(PRESETS["7x-paper"])
+    clock = KnownLevels(PRESETS["7x-paper"], levels)
     assert clock.follow(None, 0.5) is None
     assert clock.follow(clock.step(3), levels[6]) is None
     assert clock.follow(clock.step(10), levels[10]) is None
@@ -62,11 +62,11 @@ def test_known_levels_refuse_another_level() -> None:
 
 def test_known_levels_of_too_few_steps_raise() -> None:
     with pytest.raises(ConfigError, match="use 4 steps"):
-        KnownLevels(PRESETS["7x"], (1.0, 0.7, 0.4, 0.0))
+        KnownLevels(PRESETS["7x-paper"], (1.0, 0.7, 0.4, 0.0))
 
 
 def test_predicted_levels_repeat_the_last_step_of_an_unknown_schedule() -> None:
-    steps = follow_all(PredictedLevels(PRESETS["7x"]), UNIFORM, torch.float32)
+    steps = follow_all(PredictedLevels(PRESETS["7x-paper"]), UNIFORM, torch.float32)
     assert [step.noise_level for step in steps] == pytest.approx(UNIFORM[:-1], abs=1e-6)
     assert [step.next_level for step in steps[2:]] == pytest.approx(UNIFORM[3:], abs=1e-6)
     stages = [step.stage for step in steps]
@@ -76,8 +76,8 @@ def test_predicted_levels_repeat_the_last_step_of_an_unknown_schedule() -> None:
 
 def test_level_near_an_expected_one_is_chance_once_the_levels_are_the_samplers_own() -> None:
     # In float16 the second could be 1.0, above the first; the last is one of the preset's.
-    levels = (0.9998, 1.0 - 2.0**-11, 0.7, noise_levels(PRESETS["7x"])[9])
-    clock, steps = PredictedLevels(PRESETS["7x"]), list[Step]()
+    levels = (0.9998, 1.0 - 2.0**-11, 0.7, noise_levels(PRESETS["7x-paper"])[9])
+    clock, steps = PredictedLevels(PRESETS["7x-paper"]), list[Step]()
     for level in levels:
         steps.append(clock.follow(steps[-1] if steps else None, level))
     assert [step.matched for step in steps] == [-1] * 4

@@ -109,7 +109,7 @@ def test_sparse_is_the_method_written_out_by_hand(make: Any) -> None:
     assert stats.flops < 5 * stats.dense_step_flops
 
 
-@pytest.mark.parametrize("preset", ["4x", "7x"])
+@pytest.mark.parametrize("preset", ["4x-paper", "7x-paper", "7x"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_picture_is_the_one_of_diffusers_pipeline_route(preset: str, guided: bool) -> None:
     """The same weights, noise and levels; latents are patches of 2 x 2 in both, channel by channel."""
@@ -466,7 +466,9 @@ def test_applying_again_replaces() -> None:
 def test_sigmas_node_gives_the_presets_levels() -> None:
     node = NODE_CLASS_MAPPINGS["JiTSigmas"]
     make = getattr(node(), node.FUNCTION)
-    for preset in ("4x", "7x"):
+    offered, settings = node.INPUT_TYPES()["required"]["preset"]
+    assert offered == ["4x", "7x", "4x-paper", "7x-paper"] and settings["default"] == "7x"
+    for preset in offered:
         expected = torch.tensor(jitaccel.noise_levels(jitaccel.PRESETS[preset]))
         assert torch.equal(make(preset=preset, steps=0, denoise=1.0)[0], expected)
     late = make(preset="7x", steps=6, denoise=0.5)[0]

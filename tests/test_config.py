@@ -17,7 +17,7 @@ TWO_STAGES: dict[str, Any] = {"densities": (0.5, 1.0), "boundaries": (0.5, 1.0),
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "ends"), [("4x", 18, (7, 11, 18)), ("7x", 11, (4, 7, 11)), ("dense", 50, (50,))]
+    ("name", "steps", "ends"), [("4x-paper", 18, (7, 11, 18)), ("7x-paper", 11, (4, 7, 11)), ("dense", 50, (50,))]
 )
 def test_presets_have_the_papers_stages(name: str, steps: int, ends: tuple[int, ...]) -> None:
     assert PRESETS[name].steps == steps
@@ -25,13 +25,21 @@ def test_presets_have_the_papers_stages(name: str, steps: int, ends: tuple[int, 
 
 
 def test_presets_have_the_released_defaults() -> None:
-    config = PRESETS["7x"]
+    config = PRESETS["7x-paper"]
     assert config.densities == (0.32, 0.60, 1.0)
-    assert PRESETS["4x"].densities == (0.35, 0.62, 1.0)
+    assert PRESETS["4x-paper"].densities == (0.35, 0.62, 1.0)
     assert (config.schedule, config.alpha, config.beta) == ("beta", 1.4, 0.425)
     assert (config.lifter, config.micro_flow, config.relax_steps) == ("velocity", "released", 3)
     assert (config.noise, config.importance_window, config.blur_scale) == ("fresh", 3, 0.4)
+    assert PRESETS["4x-paper"] == config.replace(densities=(0.35, 0.62, 1.0), steps=18)
     assert PRESETS["dense"].schedule == "native"
+
+
+@pytest.mark.parametrize("name", ["4x", "7x"])
+def test_default_presets_are_sparse_with_steps_of_their_own(name: str) -> None:
+    config = PRESETS[name]
+    assert config.num_stages > 1 and config.densities[0] < 0.6
+    assert isinstance(config.steps, int) and config.stage_ends(config.steps)[-1] == config.steps
 
 
 def test_presets_are_read_only() -> None:
@@ -129,10 +137,10 @@ def test_stage_ends_are_those_of_the_exact_product(steps: int, boundary: float, 
 
 def test_stage_ends_name_the_step_count_that_works_where_a_stage_is_skipped() -> None:
     with pytest.raises(ConfigError, match=r"1, 1, 3.*use 4 steps"):
-        PRESETS["7x"].stage_ends(3)
-    assert PRESETS["7x"].stage_ends(4) == (1, 2, 4)
+        PRESETS["7x-paper"].stage_ends(3)
+    assert PRESETS["7x-paper"].stage_ends(4) == (1, 2, 4)
     with pytest.raises(ConfigError, match="use 4 steps"):
-        PRESETS["7x"].replace(steps=3)
+        PRESETS["7x-paper"].replace(steps=3)
 
 
 def test_stage_ends_of_impossible_boundaries_ask_for_wider_ones() -> None:
@@ -143,7 +151,7 @@ def test_stage_ends_of_impossible_boundaries_ask_for_wider_ones() -> None:
 
 @given(steps=st.integers(4, 200))
 def test_stage_of_step_agrees_with_stage_ends(steps: int) -> None:
-    config = PRESETS["7x"]
+    config = PRESETS["7x-paper"]
     stages = [config.stage_of_step(step, steps) for step in range(steps)]
     first, second, third = (stages.count(stage) for stage in range(config.num_stages))
     assert stages == sorted(stages)
@@ -153,13 +161,13 @@ def test_stage_of_step_agrees_with_stage_ends(steps: int) -> None:
 @pytest.mark.parametrize("step", [-1, 11, 0.5])
 def test_stage_of_step_refuses_a_step_outside(step: Any) -> None:
     with pytest.raises(ConfigError, match=r"0\.\.10"):
-        PRESETS["7x"].stage_of_step(step, 11)
+        PRESETS["7x-paper"].stage_of_step(step, 11)
 
 
 def test_token_counts_match_the_paper() -> None:
-    assert PRESETS["7x"].token_counts(4096) == (1213 + 97, 2457, 4096)
-    assert PRESETS["4x"].token_counts(4096) == (1213 + 220, 2539, 4096)
-    assert PRESETS["7x"].token_counts(1024) == (349 - 22, 614, 1024)
+    assert PRESETS["7x-paper"].token_counts(4096) == (1213 + 97, 2457, 4096)
+    assert PRESETS["4x-paper"].token_counts(4096) == (1213 + 220, 2539, 4096)
+    assert PRESETS["7x-paper"].token_counts(1024) == (349 - 22, 614, 1024)
     assert JiTConfig(densities=(0.29, 1.0), boundaries=(0.5, 1.0), steps=2).token_counts(100)[0] == 29
 
 
@@ -167,8 +175,8 @@ def test_token_counts_may_be_equal_but_not_zero() -> None:
     config = JiTConfig(densities=(0.8, 0.9, 1.0), boundaries=(0.4, 0.7, 1.0), steps=10)
     assert config.token_counts(3) == (2, 2, 3)
     with pytest.raises(ConfigError, match="use 4 tokens"):
-        PRESETS["7x"].token_counts(3)
-    assert PRESETS["7x"].token_counts(4)[0] == 1
+        PRESETS["7x-paper"].token_counts(3)
+    assert PRESETS["7x-paper"].token_counts(4)[0] == 1
 
 
 @pytest.mark.parametrize(("micro_flow", "weight"), [("exact", 1.0), ("released", 1 / 3), ("none", 0.0)])
@@ -184,12 +192,14 @@ def test_replace_refuses_unknown_names_with_the_nearest() -> None:
 def test_resolve_takes_a_preset_or_a_config_with_overrides() -> None:
     assert resolve("7x") is PRESETS["7x"]
     assert resolve("7x", steps=20).steps == 20
-    assert resolve(PRESETS["4x"], lifter="clean") == PRESETS["4x"].replace(lifter="clean")
+    assert resolve(PRESETS["4x-paper"], lifter="clean") == PRESETS["4x-paper"].replace(lifter="clean")
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("dens", "dense"), (None, "")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("7x-papers", "7x-paper"), ("dens", "dense"), (None, "")]
+)
 def test_resolve_names_the_nearest_preset(name: Any, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f'4x, 7x, dense.*did you mean "{nearest}'):
+    with pytest.raises(ConfigError, match=f'4x, 7x, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
         resolve(name)
 
 

@@ -125,12 +125,15 @@ def nothing_global_changes() -> Iterator[None]:
     [
         PRESETS["7x"],
         PRESETS["4x"],
+        PRESETS["7x-paper"],
+        PRESETS["4x-paper"],
         SHORT,
         SHORT.replace(micro_flow="none"),
         SHORT.replace(noise="own", lifter="clean"),
+        SHORT.replace(micro_flow="none", lifter="clean"),
         SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0)),
     ],
-    ids=["7x", "4x", "exact", "none", "own-clean", "two-stages"],
+    ids=["7x", "4x", "7x-paper", "4x-paper", "exact", "none", "own-clean", "clean-none", "two-stages"],
 )
 def test_result_is_the_methods(pipe: Any, config: JiTConfig) -> None:
     target = expected(pipe, config)
@@ -139,7 +142,7 @@ def test_result_is_the_methods(pipe: Any, config: JiTConfig) -> None:
 
 
 def test_result_differs_from_the_dense_one(pipe: Any) -> None:
-    dense = generate(pipe, sigmas=None, num_inference_steps=11)
+    dense = generate(pipe, sigmas=None, num_inference_steps=PRESETS["7x"].steps)
     with jitaccel.apply(pipe, "7x"):
         assert relative_error(generate(pipe), dense) > 1e-2
 
@@ -271,7 +274,7 @@ def test_guided_branches_share_anchors_and_are_lifted_once(pipe: Any, monkeypatc
     assert [step.calls for step in handle.stats().steps] == [2] * 5
 
 
-@pytest.mark.parametrize("config", [SHORT, PRESETS["7x"]], ids=["exact", "7x"])
+@pytest.mark.parametrize("config", [SHORT, PRESETS["7x-paper"], PRESETS["7x"]], ids=["exact", "7x-paper", "7x"])
 def test_importance_and_target_come_from_the_guided_velocity(pipe: Any, config: JiTConfig) -> None:
     target = expected(pipe, config, scale=GUIDED["true_cfg_scale"])
     with jitaccel.apply(pipe, config):
@@ -383,7 +386,8 @@ def test_callers_noise_is_not_written(pipe: Any) -> None:
 def test_number_of_steps_is_the_configurations_or_the_callers(
     pipe: Any, overrides: dict[str, Any], asked: int, steps: int
 ) -> None:
-    with jitaccel.apply(pipe, "7x", **overrides, execution="indexed") as handle, forwards(pipe.transformer) as seen:
+    config = PRESETS["7x-paper"].replace(**overrides)
+    with jitaccel.apply(pipe, config, execution="indexed") as handle, forwards(pipe.transformer) as seen:
         calls: list[int] = []
         generate(pipe, num_inference_steps=asked, callback_on_step_end=lambda _, i, *__: calls.append(i) or {})  # type: ignore[func-returns-value]
         assert calls == list(range(steps)) and len(seen) == steps
@@ -946,7 +950,7 @@ def _refuses(match: str, **overrides: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     "check",
     [
-        _refuses('must be one of 4x, 7x, dense.*"8x".*did you mean "4x|7x"', preset="8x"),
+        _refuses('must be one of 4x, 7x, 4x-paper, 7x-paper, dense.*"8x".*did you mean "4x|7x"', preset="8x"),
         _refuses('relax_step must be a field of JiTConfig.*did you mean "relax_steps"', relax_step=2),
         _refuses("densities must rise strictly", densities=(0.6, 0.5, 1.0)),
     ],

@@ -15,7 +15,7 @@ from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
 COST = functools.partial(flux_flops, FLUX_DEV)
 
 
-@pytest.mark.parametrize(("preset", "dense_steps"), [("7x", 7.19), ("4x", 12.08), ("dense", 50.0)])
+@pytest.mark.parametrize(("preset", "dense_steps"), [("7x-paper", 7.19), ("4x-paper", 12.08), ("dense", 50.0)])
 def test_presets_cost_the_dense_steps_of_the_specification_on_flux_dev(preset: str, dense_steps: float) -> None:
     assert equivalent_dense_steps(PRESETS[preset], 4096, 512, COST) == pytest.approx(dense_steps, abs=0.005)
 
@@ -85,9 +85,9 @@ def test_flops_of_other_models_are_those_that_torch_counts(model: str) -> None:
 
 
 def test_control_has_the_nearest_whole_number_of_dense_steps_on_the_same_levels() -> None:
-    control = dense_control(PRESETS["7x"], 4096, 512, COST)
+    control = dense_control(PRESETS["7x-paper"], 4096, 512, COST)
     assert (control.steps, control.densities, control.schedule) == (7, (1.0,), "beta")
-    assert dense_control(PRESETS["4x"], 4096, 512, COST).steps == 12
+    assert dense_control(PRESETS["4x-paper"], 4096, 512, COST).steps == 12
 
 
 def test_control_of_levels_of_ones_own_is_refused() -> None:
@@ -97,7 +97,7 @@ def test_control_of_levels_of_ones_own_is_refused() -> None:
 
 
 def test_caller_steps_have_to_be_given() -> None:
-    config = PRESETS["7x"].replace(steps="caller")
+    config = PRESETS["7x-paper"].replace(steps="caller")
     assert equivalent_dense_steps(config, 4096, 512, COST, steps=11) == pytest.approx(7.19, abs=0.005)
     with pytest.raises(ValueError, match="equivalent_dense_steps: steps must"):
         equivalent_dense_steps(config, 4096, 512, COST)
@@ -107,4 +107,4 @@ def test_schedule_flops_add_up_over_the_stages() -> None:
     def count(tokens: int, text_tokens: int) -> int:
         return tokens + text_tokens
 
-    assert schedule_flops(PRESETS["7x"], 1024, 10, count, 11) == 4 * 337 + 3 * 624 + 4 * 1034
+    assert schedule_flops(PRESETS["7x-paper"], 1024, 10, count, 11) == 4 * 337 + 3 * 624 + 4 * 1034

@@ -59,7 +59,7 @@ def _load(name: str) -> Trajectory:
         beta=released["beta"],
         relax_steps=released["microflow_relax_steps"],
     )
-    assert config == PRESETS[name[:2]]
+    assert config == PRESETS[f"{name[:2]}-paper"]
     assert list(config.stage_ends(released["total_steps"])) == released["stage_steps"]
     grid = (int(metadata["height_tokens"]), int(metadata["width_tokens"]))
     return Trajectory(config=config, grid=grid, tensors=load_file(path), levels=noise_levels(config))

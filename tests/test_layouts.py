@@ -269,7 +269,7 @@ def test_dense_networks_agree(distilled: bool) -> None:
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("preset", ["4x", "7x"])
+@pytest.mark.parametrize("preset", ["4x-paper", "7x-paper", "7x"])
 @torch.no_grad()
 def test_bfl_makes_the_pipelines_images(preset: str, guidance: str, given: bool) -> None:
     """Whether the loop's levels are given to `apply` or predicted: they are the preset's own."""
@@ -280,7 +280,7 @@ def test_bfl_makes_the_pipelines_images(preset: str, guidance: str, given: bool)
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("preset", ["4x", "7x"])
+@pytest.mark.parametrize("preset", ["4x-paper", "7x-paper", "7x"])
 @torch.no_grad()
 def test_bfl_makes_the_images_of_a_bare_transformer_in_the_same_loop(preset: str, guidance: str) -> None:
     model = transformer(distilled=guidance == "distilled")

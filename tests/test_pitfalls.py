@@ -167,7 +167,7 @@ def test_copy_of_what_is_patched_is_refused() -> None:
 @torch.no_grad()
 def test_levels_that_rounding_makes_alike_are_told_apart_by_their_order() -> None:
     """In bfloat16 two steps of the preset begin at timestep 1000 (part 1.3): no step is found by its timestep."""
-    config = jitaccel.PRESETS["4x"]
+    config = jitaccel.PRESETS["4x-paper"]
     levels = jitaccel.noise_levels(config)
     rounded = [float(torch.tensor(level, dtype=torch.bfloat16)) for level in levels]
     assert rounded[0] == rounded[1]

@@ -29,7 +29,7 @@ NUM_TOKENS = GRID[0] * GRID[1]
 COPY = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN = SHARED if SHARED.is_dir() else COPY
-SEVEN = PRESETS["7x"]
+SEVEN = PRESETS["7x-paper"]
 
 Network = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -65,6 +65,7 @@ def drive(
         state = run.enter(clock.step(i), state)
         values = network(run.gather(state), run.anchors, levels[i])
         velocity = run.leave(clock.step(i), state, values)
+        assert run.noise_level == levels[i]
         visit(run, i, state, values, velocity)
         state = state + (levels[i + 1] - levels[i]) * velocity
         states.append(state)
@@ -116,8 +117,8 @@ def test_seed_is_of_the_bits_and_not_of_the_layout(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"micro_flow": "exact"}, {"micro_flow": "exact", "noise": "own"}, {"lifter": "clean"}],
-    ids=["7x", "exact", "own", "clean"],
+    [{}, {"micro_flow": "exact"}, {"micro_flow": "exact", "noise": "own"}, {"lifter": "clean", "micro_flow": "none"}],
+    ids=["released", "exact", "own", "clean, none"],
 )
 def test_image_of_a_batch_is_the_image_alone(overrides: dict[str, Any]) -> None:
     config, state = SEVEN.replace(**overrides), noise(3)
@@ -389,7 +390,7 @@ def test_run_reproduces_the_released_trajectory(name: str, golden_model: Any) ->
     seen: list[Tensor] = []
     with torch.no_grad():
         states = drive(
-            PRESETS[name[:2]],
+            PRESETS[f"{name[:2]}-paper"],
             recorded["initial"],
             run_model,
             visit=lambda run, *_: seen.append(run.anchors[0]),
@@ -397,7 +398,7 @@ def test_run_reproduces_the_released_trajectory(name: str, golden_model: Any) ->
             anchors=recorded["anchors0"][None],
             noise=recorded["fresh_noise"],
         )
-    ends = PRESETS[name[:2]].stage_ends(len(states))
+    ends = PRESETS[f"{name[:2]}-paper"].stage_ends(len(states))
     assert torch.equal(seen[ends[0]], recorded["anchors1"])
     assert torch.equal(seen[ends[1]], recorded["anchors2"])
     assert len(states) == len(recorded["steps"])

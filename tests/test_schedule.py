@@ -53,9 +53,9 @@ def test_beta_levels_refuse_levels_that_do_not_fall() -> None:
 
 def test_noise_levels_follow_the_schedule() -> None:
     explicit = JiTConfig(densities=(0.5, 1), boundaries=(0.5, 1), steps=2, schedule=(0.9, 0.4, 0.0))
-    assert noise_levels(PRESETS["7x"]) == beta_levels(11, 1.4, 0.425)
-    assert noise_levels(PRESETS["7x"], 7) == beta_levels(7, 1.4, 0.425)
-    assert noise_levels(PRESETS["7x"].replace(alpha=2, beta=0.6)) == beta_levels(11, 2.0, 0.6)
+    assert noise_levels(PRESETS["7x-paper"]) == beta_levels(11, 1.4, 0.425)
+    assert noise_levels(PRESETS["7x-paper"], 7) == beta_levels(7, 1.4, 0.425)
+    assert noise_levels(PRESETS["7x-paper"].replace(alpha=2, beta=0.6)) == beta_levels(11, 2.0, 0.6)
     assert noise_levels(explicit) == noise_levels(explicit, 2) == (0.9, 0.4, 0.0)
     assert len(noise_levels(resolve("7x", steps="caller"), 9)) == 10
 
@@ -70,7 +70,7 @@ def test_noise_levels_refuse_what_they_cannot_know() -> None:
         noise_levels(explicit, 3)
 
 
-@pytest.mark.parametrize("name", ["4x", "7x"])
+@pytest.mark.parametrize("name", ["4x", "7x", "4x-paper", "7x-paper"])
 def test_stage_of_level_agrees_with_stage_of_step(name: str) -> None:
     config = PRESETS[name]
     levels, starts = noise_levels(config), stage_starts_by_level(config)

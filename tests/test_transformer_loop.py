@@ -23,7 +23,8 @@ LEVELS = {name: noise_levels(config) for name, config in PRESETS.items() if name
 UNIFORM = tuple(1.0 - i / 16 for i in range(17))
 GEOMETRIC = (*(0.85**i for i in range(24)), 0.0)
 SHIFTED = tuple(3.0 * s / (1.0 + 2.0 * s) for s in (1.0 - i / 28 for i in range(29)))
-EXACT = PRESETS["7x"].replace(micro_flow="exact")
+CLEAN = SHORT.replace(lifter="clean", micro_flow="none")
+EXACT = PRESETS["7x-paper"].replace(micro_flow="exact")
 
 
 class Loop:
@@ -134,8 +135,17 @@ def network_of(loop: Loop) -> reference.Velocity:
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 @pytest.mark.parametrize(
     "config",
-    [PRESETS["7x"], PRESETS["4x"], EXACT, SHORT.replace(noise="own", lifter="clean"), SHORT.replace(micro_flow="none")],
-    ids=["7x", "4x", "exact", "own-clean", "none"],
+    [
+        PRESETS["7x"],
+        PRESETS["4x"],
+        PRESETS["7x-paper"],
+        PRESETS["4x-paper"],
+        EXACT,
+        SHORT.replace(noise="own", lifter="clean"),
+        SHORT.replace(micro_flow="none"),
+        CLEAN,
+    ],
+    ids=["7x", "4x", "7x-paper", "4x-paper", "exact", "own-clean", "none", "clean-none"],
 )
 def test_loop_makes_the_pipelines_image(loop: Loop, config: JiTConfig, given: bool) -> None:
     levels = noise_levels(config)
@@ -149,7 +159,7 @@ def test_loop_makes_the_pipelines_image(loop: Loop, config: JiTConfig, given: bo
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
-@pytest.mark.parametrize("preset", ["7x", "4x"])
+@pytest.mark.parametrize("preset", ["7x", "4x", "7x-paper", "4x-paper"])
 def test_loop_in_bfloat16_makes_the_pipelines_image_to_rounding(preset: str, given: bool) -> None:
     levels, loop = LEVELS[preset], Loop(torch.bfloat16)
     dense = loop.run(levels, tiny.start())[-1]
@@ -188,7 +198,7 @@ def test_nobodys_tensor_is_written(loop: Loop) -> None:
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 @pytest.mark.parametrize("order", ["positive first", "negative first", "batch"])
-@pytest.mark.parametrize("config", [EXACT, SHORT], ids=["7x", "stage of one step"])
+@pytest.mark.parametrize("config", [EXACT, SHORT, CLEAN], ids=["7x", "stage of one step", "clean, none"])
 def test_guided_loop_makes_the_guided_pipelines_image(loop: Loop, config: JiTConfig, order: str, given: bool) -> None:
     levels = noise_levels(config)
     target = through_pipeline(config, true_cfg_scale=SCALE)
@@ -338,11 +348,11 @@ def test_given_levels_allow_native_schedules_and_callers_steps(loop: Loop) -> No
 
 
 def test_notes_say_what_the_levels_are(loop: Loop) -> None:
-    with jitaccel.apply(loop.model, "7x") as handle:
+    with jitaccel.apply(loop.model, "7x-paper") as handle:
         assert "predicted" in handle.stats().notes[0]
-    with jitaccel.apply(loop.model, "7x", noise_levels=LEVELS["7x"]) as handle:
+    with jitaccel.apply(loop.model, "7x-paper", noise_levels=LEVELS["7x-paper"]) as handle:
         assert handle.stats().notes == ()
-    with jitaccel.apply(loop.model, "7x", noise_levels=UNIFORM) as handle:
+    with jitaccel.apply(loop.model, "7x-paper", noise_levels=UNIFORM) as handle:
         assert "16 steps" in handle.stats().notes[0] and "11" in handle.stats().notes[0]
 
 
@@ -352,16 +362,16 @@ def test_notes_say_what_the_levels_are(loop: Loop) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_new_generation_is_told_from_the_last(given: bool, dtype: torch.dtype) -> None:
-    levels, loop = LEVELS["4x"], Loop(dtype)  # bfloat16 makes 1.0 of the first two of these
+    levels, loop = LEVELS["4x-paper"], Loop(dtype)  # bfloat16 makes 1.0 of the first two of these
     noise = [tiny.start(seed, (6, 6)) for seed in (1, 2)]
     loop.velocity = _on_small_grid(loop.velocity)  # type: ignore[method-assign]
 
     def fresh(seed: int) -> Tensor:
-        with jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None):
+        with jitaccel.apply(loop.model, "4x-paper", noise_levels=levels if given else None):
             return loop.run(levels, noise[seed])[-1]
 
     images = [fresh(0), fresh(1)]
-    with jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None) as handle:
+    with jitaccel.apply(loop.model, "4x-paper", noise_levels=levels if given else None) as handle:
         for seed in (0, 1, 1):
             assert torch.equal(loop.run(levels, noise[seed])[-1], images[seed])
         assert handle.stats().generations == 3
@@ -415,8 +425,8 @@ def test_loop_with_more_steps_than_predicted_stays_one_generation(loop: Loop) ->
 
 @pytest.mark.parametrize("at", [0, 4])
 def test_level_that_is_not_one_of_those_given_raises(loop: Loop, at: int) -> None:
-    levels = LEVELS["7x"]
-    handle = jitaccel.apply(loop.model, "7x", noise_levels=levels, execution="indexed")
+    levels = LEVELS["7x-paper"]
+    handle = jitaccel.apply(loop.model, "7x-paper", noise_levels=levels, execution="indexed")
     with handle, tiny.forwards(loop.model) as seen:
         state = loop.run(levels, tiny.start(), steps=at)[-1] if at else tiny.start()
         seen.clear()
@@ -481,9 +491,9 @@ def alone(loop: Loop, levels: Sequence[float], starts: Sequence[Tensor], **optio
     ids=["same text", "other texts", "begun later", "guided", "in place"],
 )
 def test_images_taken_in_turn_are_the_images_alone(given: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    loop, levels = Loop(dtype), LEVELS["4x"]  # bfloat16 makes 1.0 of the first two of these
+    loop, levels = Loop(dtype), LEVELS["4x-paper"]  # bfloat16 makes 1.0 of the first two of these
     starts = [tiny.start(seed) for seed in (1, 2, 3)]
-    with jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None) as handle:
+    with jitaccel.apply(loop.model, "4x-paper", noise_levels=levels if given else None) as handle:
         expected = alone(loop, levels, starts, **options)
         images = in_turn(loop, levels, starts, **options)
         assert handle.stats().generations == 6
@@ -503,8 +513,8 @@ def test_images_in_turn_on_levels_that_nobody_told_are_the_images_alone(loop: Lo
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_velocities_that_the_loop_writes_are_remembered_as_they_were(loop: Loop, given: bool) -> None:
-    levels, starts = LEVELS["7x"], [tiny.start(1), tiny.start(2)]
-    with jitaccel.apply(loop.model, "7x", noise_levels=levels if given else None) as handle:
+    levels, starts = LEVELS["7x-paper"], [tiny.start(1), tiny.start(2)]
+    with jitaccel.apply(loop.model, "7x-paper", noise_levels=levels if given else None) as handle:
         expected = alone(loop, levels, starts)
         states = [start.clone() for start in starts]
         for level, next_level in pairwise(levels):
@@ -537,9 +547,9 @@ def test_statistics_are_of_the_image_called_last(loop: Loop) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_images_in_turn_from_one_noise_are_refused(given: bool, dtype: torch.dtype) -> None:
-    loop, levels = Loop(dtype), LEVELS["4x"]
+    loop, levels = Loop(dtype), LEVELS["4x-paper"]
     with (
-        jitaccel.apply(loop.model, "4x", noise_levels=levels if given else None),
+        jitaccel.apply(loop.model, "4x-paper", noise_levels=levels if given else None),
         pytest.raises(ConfigError, match=r"must start from different noise.*run them one after the other"),
     ):
         in_turn(loop, levels, [tiny.start(1), tiny.start(1)], texts=(0, 1))
@@ -563,8 +573,8 @@ def test_failure_of_one_image_leaves_the_others_alone(loop: Loop) -> None:
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_state_that_is_not_finite_belongs_to_the_image_that_broke(loop: Loop, given: bool) -> None:
-    levels, starts = LEVELS["7x"], [tiny.start(1), tiny.start(2)]
-    with jitaccel.apply(loop.model, "7x", noise_levels=levels if given else None):
+    levels, starts = LEVELS["7x-paper"], [tiny.start(1), tiny.start(2)]
+    with jitaccel.apply(loop.model, "7x-paper", noise_levels=levels if given else None):
         expected = alone(loop, levels, starts)[0]
         states = [loop.run(levels, start, steps=2)[-1] for start in starts]
         states[1] = states[1] + torch.nan
@@ -582,22 +592,22 @@ def test_state_that_is_not_finite_belongs_to_the_image_that_broke(loop: Loop, gi
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_state_edited_between_steps_stays_one_generation(loop: Loop, given: bool) -> None:
-    levels, mask = LEVELS["7x"], (torch.arange(tiny.NUM_TOKENS) % 2 == 0)[:, None]
+    levels, mask = LEVELS["7x-paper"], (torch.arange(tiny.NUM_TOKENS) % 2 == 0)[:, None]
     original, noise = tiny.start(8), tiny.start(0)
-    with jitaccel.apply(loop.model, "7x", noise_levels=levels if given else None) as handle:
+    with jitaccel.apply(loop.model, "7x-paper", noise_levels=levels if given else None) as handle:
         state = noise
         for level, next_level in pairwise(levels):
             state = state + (next_level - level) * loop.velocity(state, level)
             noised = (1 - next_level) * original + next_level * tiny.start(int(100 * level))
             state = torch.where(mask, noised, state)
         assert handle.stats().generations == 1
-        stages = [PRESETS["7x"].stage_of_step(i, len(levels) - 1) for i in range(len(levels) - 1)]
+        stages = [PRESETS["7x-paper"].stage_of_step(i, len(levels) - 1) for i in range(len(levels) - 1)]
         assert [step.stage for step in handle.stats().steps] == stages
 
 
 def test_more_generations_under_way_than_are_kept_are_refused_until_a_reset(loop: Loop) -> None:
     loop.velocity = _on_small_grid(loop.velocity)  # type: ignore[method-assign]
-    with jitaccel.apply(loop.model, "7x") as handle:
+    with jitaccel.apply(loop.model, "7x-paper") as handle:
         for seed in range(64):
             loop.velocity(tiny.start(seed, (6, 6)), 1.0)
         with pytest.raises(ConfigError, match=r"at most 64 generations.*handle\.reset\(\)"):
@@ -634,11 +644,11 @@ def test_remove_restores_the_transformer(loop: Loop) -> None:
 
 def test_applying_again_replaces_the_first(loop: Loop) -> None:
     first = jitaccel.apply(loop.model, SHORT)
-    with jitaccel.apply(loop.model, "7x") as second:
+    with jitaccel.apply(loop.model, "7x-paper") as second:
         assert not first.is_active and second.is_active
-        loop.run(LEVELS["7x"], tiny.start())
+        loop.run(LEVELS["7x-paper"], tiny.start())
         first.remove()
-        assert second.stats().steps[0].tokens == PRESETS["7x"].token_counts(tiny.NUM_TOKENS)[0]
+        assert second.stats().steps[0].tokens == PRESETS["7x-paper"].token_counts(tiny.NUM_TOKENS)[0]
         assert first.stats().generations == 0
     assert "forward" not in vars(loop.model)
 

@@ -236,7 +236,7 @@ def _row(
     fields: dict[str, Any] = {
         "method": "7x",
         "way": name,
-        "steps": 11,
+        "steps": jitaccel.PRESETS["7x"].steps,
         "timed_steps": timed_steps,
         "batch": 1,
         "grid": subject.grid,

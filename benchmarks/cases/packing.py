@@ -1,8 +1,8 @@
 """One forward of several images: packed, against a loop over the images and against padding to the longest.
 
-Each image has anchors of its own, 32 % of its grid, as in the first stage of 7x. `loop` runs the model's own forward
-image by image, `packed` all on one packed sequence, `padded` all padded to the longest text and image, the padding
-masked in attention. Tokens are those that count: padding is none.
+Each image has anchors of its own, 32 % of its grid, as in the first stage of 7x-paper. `loop` runs the model's own
+forward image by image, `packed` all on one packed sequence, `padded` all padded to the longest text and image, the
+padding masked in attention. Tokens are those that count: padding is none.
 """
 
 from __future__ import annotations

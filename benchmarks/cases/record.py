@@ -30,7 +30,7 @@ from .denoise import no_embedded, no_large_cuda
 class Variant:
     """One way to make one picture.
 
-    method: "dense", "4x" or "7x". steps: of dense. way: "eager" (dense: the pipeline untouched; sparse: the model's own
+    method: "dense" or a preset. steps: of dense. way: "eager" (dense: the pipeline untouched; sparse: the model's own
     forward on the anchors), "packed", "compiled", "captured" (compiled, and replayed as CUDA graphs), "float8"
     (captured, with torchao's float8 weights and activations).
     """

@@ -15,6 +15,7 @@ import jitaccel
 
 from ..config import PRESETS, JiTConfig
 from ..control import dense_control, schedule_flops
+from ..errors import ConfigError
 from ..flops import flux_flops
 from ..handle import Handle
 from ..stats import Stats
@@ -86,7 +87,7 @@ def compared_methods(model: Mapping[str, Any], num_tokens: int, text_tokens: int
 
 def _steps(config: JiTConfig) -> int:
     if isinstance(config.steps, str):
-        raise ValueError("compared_methods: config.steps must be a number, got 'caller'")
+        raise ValueError("comparison: config.steps must be a number, got 'caller'")
     return config.steps
 
 
@@ -123,7 +124,18 @@ def timed(
 def warm_up(pipe: Any, **call: Any) -> None:
     """Runs a step or two at every token count that the methods use, so that none pays for being the first."""
     for name in ("4x", "7x"):
-        generate(pipe, Method(name=name, steps=4, config=PRESETS[name].replace(steps=4)), **call)
+        config = _shortest(PRESETS[name])
+        generate(pipe, Method(name=name, steps=_steps(config), config=config), **call)
+
+
+def _shortest(config: JiTConfig) -> JiTConfig:
+    """Returns the configuration with the fewest steps that skip no stage."""
+    for steps in range(config.num_stages, _steps(config)):
+        try:
+            return config.replace(steps=steps)
+        except ConfigError:
+            continue
+    return config
 
 
 def _dense_cost(pipe: Any, steps: int, clock: _DenoisingClock) -> tuple[int, int]:

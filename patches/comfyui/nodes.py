@@ -9,7 +9,8 @@ from torch import Tensor
 
 import jitaccel
 
-_PRESETS = ("7x", "4x")
+_PRESETS = [name for name, config in jitaccel.PRESETS.items() if config.num_stages > 1]
+_DEFAULT = "7x"
 
 
 class JiTApply:
@@ -31,7 +32,7 @@ class JiTApply:
         return {
             "required": {
                 "model": ("MODEL",),
-                "preset": (list(_PRESETS), {"default": _PRESETS[0]}),
+                "preset": (list(_PRESETS), {"default": _DEFAULT}),
                 "on_unsupported": (["error", "dense"], {"default": "error", "tooltip": what}),
             }
         }
@@ -58,7 +59,7 @@ class JiTSigmas:
         """Returns what the node asks for."""
         return {
             "required": {
-                "preset": (list(_PRESETS), {"default": _PRESETS[0]}),
+                "preset": (list(_PRESETS), {"default": _DEFAULT}),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 1000}),
                 "denoise": ("FLOAT", cls._DENOISE),
             }
