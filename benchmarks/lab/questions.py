@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from jitaccel.cli.comparison import Method
 from jitaccel.cli.methods import parse_methods
-from jitaccel.config import JiTConfig
+from jitaccel.config import PRESETS, JiTConfig
 
 from . import lifters, variant
 from .variant import Variant
@@ -72,16 +72,17 @@ _BUDGETS: Mapping[str, Mapping[str, Way]] = {
         "1@0.5 4@1": staged((1, 4), (0.5, 1.0)),
         "2@0.5 5@1": staged((2, 5), (0.5, 1.0)),
     }),
-    "budget of 5": _named({"beta:5": dense(5), "2@0.5 6@1": staged((2, 6), (0.5, 1.0))}),
+    "budget of 5": _named({"beta:5": dense(5), "10x": PRESETS["10x"]}),
     "budget of 6 to 7": _named({
         "beta:6": dense(6),
         "2@0.5 7@1": staged((2, 7), (0.5, 1.0)),
-        "2@0.5 8@1": staged((2, 8), (0.5, 1.0)),
+        "7x": PRESETS["7x"],
+        "beta:7": dense(7),
         "7x-paper": PAPER,
     }),
     "budget of 11": _named({
         "beta:11": dense(11),
-        "4@0.5 13@1": staged((4, 13), (0.5, 1.0)),
+        "4x": PRESETS["4x"],
         "4x-paper": PAPER.replace(densities=(0.35, 0.62, 1.0), steps=18),
     }),
 }  # fmt: skip
