@@ -1,4 +1,4 @@
-"""Makes README's tables from the committed rows: `python -m benchmarks.table [--check] [README.md]`.
+"""Makes the docs' tables from the committed rows: `python -m benchmarks.table [--check] [README.md]`.
 
 What stands between `<!-- table: NAME -->` and `<!-- /table -->` is replaced. A number comes from the newest row of its
 kind, and its line ends in the date and commit of that row. Only rows of one commit and torch are divided by each other.
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jitaccel.config import PRESETS
 
 from . import cards
 from .compare import identity
@@ -130,7 +132,7 @@ def record(rows: Sequence[Fields]) -> str:
     parts = []
     for device, what in dict.fromkeys((row["device"], row["case"].rpartition(":")[0]) for row in chosen):
         here = [row for row in chosen if (row["device"], row["case"].rpartition(":")[0]) == (device, what)]
-        order = ("dense", "4x", "7x")
+        order = ("dense", *PRESETS)
         here.sort(key=lambda row: (order.index(row["method"]), -row["steps"], row["denoise_median_s"] * -1))
         parts.append(f"{what}, on {device}:\n\n" + _table(_RECORD, [_record_line(row, here) for row in here]))
     if all(row["peak_memory_mib"] is None for row in chosen):

@@ -45,7 +45,7 @@ def apply(
     target: a diffusers pipeline of FLUX.1, FLUX.2 or Chroma (the scheduler is followed, and the state moved in its
         `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
         rides on the returned velocity), or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
-    preset: "4x", "7x", the paper's own settings of both ("4x-paper", "7x-paper"), "dense", a JiTConfig, or "auto": the
+    preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or "auto": the
         steps and densities that reach a target on this machine, by a few steps that are timed here; `handle.choice`
         says what was picked and why.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;

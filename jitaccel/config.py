@@ -317,9 +317,11 @@ def _check_names(function: str, names: Iterable[str]) -> None:
         )
 
 
-# "4x" and "7x" are what measurements support; the paper's own settings, as its authors released them, end in "-paper".
 def _own(density: float, boundary: float, steps: int) -> JiTConfig:
-    """Returns two stages as the quality lab found them to pay (docs/quality.md): few sparse steps, at half the tokens."""
+    """Returns two stages as the quality lab found them to pay (docs/quality.md): few sparse steps, at half the tokens.
+
+    The paper's own settings, as its authors released them, are the presets that end in "-paper".
+    """
     return JiTConfig(
         densities=(density, 1.0), boundaries=(boundary, 1.0), steps=steps, lifter="clean", micro_flow="none"
     )

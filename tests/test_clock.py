@@ -35,7 +35,7 @@ def test_known_levels_give_the_stages_of_the_preset(preset: str, stages: list[in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("preset", ["4x", "7x", "4x-paper", "7x-paper"])
+@pytest.mark.parametrize("preset", ["4x", "7x", "10x", "4x-paper", "7x-paper"])
 @pytest.mark.parametrize("kind", [KnownLevels, PredictedLevels])
 def test_clock_follows_the_configurations_own_levels_exactly(
     kind: type[KnownLevels] | type[PredictedLevels], preset: str, dtype: torch.dtype

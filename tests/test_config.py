@@ -35,7 +35,7 @@ def test_presets_have_the_released_defaults() -> None:
     assert PRESETS["dense"].schedule == "native"
 
 
-@pytest.mark.parametrize("name", ["4x", "7x"])
+@pytest.mark.parametrize("name", ["4x", "7x", "10x"])
 def test_default_presets_are_sparse_with_steps_of_their_own(name: str) -> None:
     config = PRESETS[name]
     assert config.num_stages > 1 and config.densities[0] < 0.6
@@ -199,7 +199,7 @@ def test_resolve_takes_a_preset_or_a_config_with_overrides() -> None:
     ("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("7x-papers", "7x-paper"), ("dens", "dense"), (None, "")]
 )
 def test_resolve_names_the_nearest_preset(name: Any, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f'4x, 7x, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
+    with pytest.raises(ConfigError, match=f'4x, 7x, 10x, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
         resolve(name)
 
 

@@ -90,6 +90,12 @@ def test_control_has_the_nearest_whole_number_of_dense_steps_on_the_same_levels(
     assert dense_control(PRESETS["4x-paper"], 4096, 512, COST).steps == 12
 
 
+@pytest.mark.parametrize("name", ["4x", "7x", "10x"])
+def test_presets_cost_what_their_names_say_on_flux_dev(name: str) -> None:
+    speedup = 50 / equivalent_dense_steps(PRESETS[name], 4096, 512, COST)
+    assert int(name.removesuffix("x")) <= speedup < 1.15 * int(name.removesuffix("x"))
+
+
 def test_control_of_levels_of_ones_own_is_refused() -> None:
     config = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=2, schedule=(1.0, 0.5, 0.0))
     with pytest.raises(ValueError, match=r"dense_control: config\.schedule must"):

@@ -70,7 +70,7 @@ def test_noise_levels_refuse_what_they_cannot_know() -> None:
         noise_levels(explicit, 3)
 
 
-@pytest.mark.parametrize("name", ["4x", "7x", "4x-paper", "7x-paper"])
+@pytest.mark.parametrize("name", ["4x", "7x", "10x", "4x-paper", "7x-paper"])
 def test_stage_of_level_agrees_with_stage_of_step(name: str) -> None:
     config = PRESETS[name]
     levels, starts = noise_levels(config), stage_starts_by_level(config)

@@ -148,7 +148,11 @@ def test_check_names_the_tables_that_are_not_up_to_date(tmp_path: Path, capsys: 
     assert "not up to date in record; run" in error and "packing" not in error
 
 
-def test_readme_shows_the_committed_rows() -> None:
-    text = README.read_text()
-    assert all(f"<!-- table: {name} -->" in text for name in TABLES)
-    assert filled(text, read_results(RESULTS)) == text, "run python -m benchmarks.table"
+def test_docs_show_the_committed_rows() -> None:
+    pages = [README, *(README.parent / "docs").glob("*.md")]
+    texts = {page: page.read_text() for page in pages}
+    assert all(any(f"<!-- table: {name} -->" in text for text in texts.values()) for name in TABLES)
+    rows = read_results(RESULTS)
+    for page, text in texts.items():
+        if "<!-- table: " in text:
+            assert filled(text, rows) == text, f"run python -m benchmarks.table {page}"

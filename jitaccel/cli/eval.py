@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .lab import Lab, Row, Setting
     from .prompts import Prompt
 
-_METHODS = "dense:50,dense:7,beta:6,beta:7,beta:11,4x,7x"
+_METHODS = "dense:50,dense:7,beta:5,beta:7,beta:11,4x,7x,10x"
 _MODEL_METHODS = "dense:50,dense:28,dense:7,beta:7,4x,7x"
 _METRICS = "psnr,ssim,spectrum"
 _BATCH = 6  # of the embedded model
