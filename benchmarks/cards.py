@@ -65,7 +65,7 @@ _SHOWN = (
 
 def _control(row: Fields, found: Mapping[str, Fields]) -> Fields | None:
     """Returns the dense method on the presets' levels whose cost is nearest."""
-    controls = [other for other in found.values() if other["kind"] == "dense-beta"]
+    controls = [other for name, other in found.items() if name.startswith("beta:")]
     return min(controls, key=lambda other: abs(other["gflop"] - row["gflop"]), default=None)
 
 

@@ -76,7 +76,10 @@ def test_stages_and_cost_of_a_picture(bench: Bench) -> None:
         {"scores": variant.random_scores},
         {"stale_keys": True},
     ],
-    ids=str,
+    ids=[
+        *("nearest", "linear", "weighted", "clean variance", "gradient", "left-out error", "words", "fixed", "random"),
+        "stale keys",
+    ],  # of their own: workers must agree on them
 )
 def test_what_a_variant_replaces_changes_the_picture_and_leaves_the_model_as_it_was(
     bench: Bench, replaced: dict[str, Any]

@@ -63,7 +63,7 @@ def _lifters(config: JiTConfig) -> dict[str, JiTConfig | Variant]:
 
 
 CONTROLS = _named({f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)} | {
-    f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 28)
+    f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10)
 })  # fmt: skip
 
 _BUDGETS: Mapping[str, Mapping[str, Way]] = {
