@@ -22,12 +22,13 @@ import torch
 
 from jitaccel.api import embedded_model
 from jitaccel.cli.comparison import Method
+from jitaccel.cli.lab import append_lines, read_lines
 from jitaccel.cli.loading import load_judge, load_pipeline
 from jitaccel.plan import file_digest
 from jitaccel.provenance import first_line, provenance
 from jitaccel.scenes.prompts import held_out
 
-from .judging import Row, judged, read_rows
+from .judging import Row, judged
 from .questions import CONTROLS, QUESTIONS, REFERENCE, Way, dense
 from .report import write
 from .sampler import Bench, Sampled, sample, sample_by_pipeline
@@ -71,7 +72,7 @@ class Lab:
 
     def _kept(self, chosen: Mapping[str, Way]) -> Iterator[Row]:
         names = {"weights", "device", "torch", "seed", "dtype"} | (set() if self.any_commit else {"commit"})
-        for row in read_rows(self.folder / "rows.jsonl"):
+        for row in read_lines(self.folder / "rows.jsonl"):
             variant = chosen.get(row["method"])
             is_same = all(row[name] == self.origin[name] for name in names)
             if is_same and variant is not None and row["config"] == _settings(variant):
@@ -85,7 +86,7 @@ class Lab:
         steps = variant.steps if isinstance(variant, Method) else variant.config.steps
         shared = {"method": name, "steps": steps, "config": _settings(variant), **self.origin}
         rows = [*judged(bench, self.judge, made, reference, shared, first=part.start)]
-        with (self.folder / "rows.jsonl").open("a") as file:
+        with append_lines(self.folder / "rows.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
 

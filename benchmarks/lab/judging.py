@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from jitaccel.quality import metrics
@@ -43,14 +41,3 @@ def judged(
             "features": [round(float(value), 5) for value in maps[k].mean(axis=(1, 2))],
             "gflop": float(made.gflop[k]),
         }
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a file, none where there is no file; a line that was cut off is passed by."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -39,8 +40,6 @@ def native_levels(steps: int, shift: float = 0.63) -> tuple[float, ...]:
 
     shift: diffusers' `calculate_shift` of the scheduler in the box, base_shift 0.5 at 256 tokens to 1.15 at 4096.
     """
-    import math
-
     even = [1.0 - k * (1.0 - 1.0 / steps) / max(steps - 1, 1) for k in range(steps)]
     factor = math.exp(shift)
     return (*(factor / (factor + (1.0 / level - 1.0)) for level in even), 0.0)

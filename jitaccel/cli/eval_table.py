@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quality.metrics import frechet_distance
+from ..quality.rows import control_of, kind_of
 from ..quality.scorers import Scorer
 from ..quality.statistics import Estimate, bootstrap, mean_of, paired_p_value, share_of
 
@@ -25,8 +26,8 @@ _NOTES = {  # by the column that needs it
     "LPIPS": "LPIPS: distance to the reference, of AlexNet's features.",
     "detail, dB": "detail: power above half the Nyquist frequency, against the reference.",
     "seams": "seams: how steep borders between tokens of different stages are, over those within a stage.",
-    "against": "against: the dense method on the presets' levels whose cost is nearest; {lead} more: the paired "
-    "difference to it, and p by sign flips.",
+    "against": "against: the dense method whose cost is nearest, on the presets' levels where one is; {lead} more: the "
+    "paired difference to it, and p by sign flips.",
 }
 
 
@@ -138,13 +139,8 @@ def _against(of: Mapping[str, Rows], lead: _Lead | None) -> dict[str, list[str]]
 
 
 def _control(name: str, of: Mapping[str, Rows]) -> str | None:
-    """Returns the dense method on the presets' levels whose cost is nearest to that of one not dense, or None."""
-    config = of[name][0].get("config") or {}
-    if name.startswith(("dense:", "beta:")) or config.get("densities") == [1.0]:
-        return None
-    controls = [other for other in of if other.startswith("beta:")]
-    cost = _mean(of[name], "gflop")
-    return min(controls, key=lambda other: abs(_mean(of[other], "gflop") - cost), default=None)
+    """Returns the dense method whose cost is nearest to that of one not dense, or None."""
+    return None if kind_of(of[name][0]).startswith("dense") else control_of(name, of)
 
 
 def _frechet(features: NDArray[Any], other: NDArray[Any], *, is_paired: bool) -> str:

@@ -90,8 +90,9 @@ def kind_of(row: Mapping[str, Any]) -> str:
         return "rival"
     if densities is not None and any(density != 1.0 for density in densities):
         return "sparse"
-    schedule = config.get("schedule") or ("beta" if family == "beta" else "native")
-    return f"dense-{'native' if schedule == 'native' else 'beta'}"
+    if family in ("dense", "beta"):  # says more than levels that are listed one by one
+        return "dense-native" if family == "dense" else "dense-beta"
+    return "dense-native" if config.get("schedule", "native") == "native" else "dense-beta"
 
 
 def control_of(name: str, of: ByMethod) -> str | None:
