@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import jitaccel
-from jitaccel.config import JiTConfig
+from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.flops import flux_flops
 
 pytest.importorskip("diffusers")
@@ -161,18 +161,35 @@ def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:
         assert 3.4 <= cost / flux_flops(model, 1024, TEXT_TOKENS) <= 4.0
 
 
-def test_search_halves_and_goes_on_with_the_better_half(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [SHORT, SHORT.replace(lifter="clean", micro_flow="none")]
-    monkeypatch.setattr(
-        search, "candidates", lambda budget, model: [c.replace(steps=n) for n in (3, 4) for c in wanted[:1]]
-    )
+def test_search_halves_and_goes_on_with_the_better_half(bench: Bench) -> None:
+    among = {str(steps): SHORT.replace(steps=steps) for steps in (3, 4)}
     some = Bench.of(bench.pipe, held_out(4, seed=1), seed=9)
     from jitaccel.cli.loading import load_judge
 
     reference = sample(some, Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=4)))
-    first, last = search.search(4.0, some, load_judge(), 2, reference)
+    first, last = search.search(among, some, load_judge(), 2, reference)
     assert len(first) == 2 and [record["method"] for record in last] == [first[0]["method"]]
     assert (first[0]["prompts"], last[0]["prompts"]) == (2, 4) and first[0]["rank"] <= first[1]["rank"]
+
+
+def test_candidates_are_thinned_evenly() -> None:
+    found = [SHORT.replace(steps=steps) for steps in range(3, 12)]
+    assert [config.steps for config in search.thinned(found, 3)] == [3, 7, 11]
+    assert search.thinned(found, 9) == search.thinned(found, 20) == found
+
+
+def test_levels_searched_hold_the_preset_s_own_and_the_scheduler_s() -> None:
+    found = search.on_levels(PRESETS["7x"])
+    levels = {name: noise_levels(config) for name, config in found.items()}
+    assert levels["alpha 1.4, beta 0.425"] == noise_levels(PRESETS["7x"])
+    assert len(set(levels.values())) == len(found) == 13
+    assert all(config.replace(schedule="beta", alpha=1.4, beta=0.425) == PRESETS["7x"] for config in found.values())
+
+
+def test_a_search_for_nothing_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        search.main([])
+    assert "--budget" in capsys.readouterr().err
 
 
 def test_lab_is_taken_up_and_writes_records_with_paired_differences(

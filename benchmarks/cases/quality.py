@@ -16,7 +16,7 @@ from jitaccel.cli import eval
 
 from ..registry import Case, Options, Row
 
-_PRESETS = "4x,7x,4x-paper,7x-paper"
+_PRESETS = "4x,7x,10x,4x-paper,7x-paper"
 _RIVALS = "firstblock:28:0.2,firstblock:28:0.4,taylorseer:28:4,taylorseer-lite:28:4,half:11:4"
 METHODS = {
     "methods": ",".join(

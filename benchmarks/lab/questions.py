@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -62,8 +63,9 @@ def _lifters(config: JiTConfig) -> dict[str, JiTConfig | Variant]:
 
 
 CONTROLS = _named({f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)} | {
-    f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10)
+    f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 12, 20, 28)
 })  # fmt: skip
+_NOW = PRESETS["7x"]
 
 _BUDGETS: Mapping[str, Mapping[str, Way]] = {
     "budget of 4 dense steps": _named({
@@ -86,8 +88,37 @@ _BUDGETS: Mapping[str, Mapping[str, Way]] = {
     }),
 }  # fmt: skip
 
+_ABOUT_7X: Mapping[str, Mapping[str, Way]] = {
+    "stages at the cost of 7x": _named({
+        "7x": _NOW,
+        "1@0.5 7@1": staged((1, 7), (0.5, 1.0)),
+        "4@0.5 9@1": staged((4, 9), (0.5, 1.0)),
+        "1@0.32 7@1": staged((1, 7), (0.32, 1.0)),
+        "3@0.32 9@1": staged((3, 9), (0.32, 1.0)),
+        "2@0.32 4@0.6 9@1": staged((2, 4, 9), (0.32, 0.6, 1.0)),
+        "clean, none": CLEAN,
+    }),
+    "7x, one part changed": _named({
+        "7x": _NOW,
+        "7x, velocity": _NOW.replace(lifter="velocity"),
+        "7x, velocity, released": _NOW.replace(lifter="velocity", micro_flow="released"),
+        "7x, released": _NOW.replace(micro_flow="released"),
+        "7x, exact, own noise": _NOW.replace(micro_flow="exact", noise="own"),
+        "7x, nearest": Variant(config=_NOW, lifter=lifters.nearest),
+        "7x, linear": Variant(config=_NOW, lifter=lifters.linear),
+        "7x, stale keys": Variant(config=_NOW, stale_keys=True),
+    }),
+    "a cache in the stages of 7x": _named({
+        "7x": _NOW,
+        **{f"7x, cache {t}": Variant(config=_NOW, cache_threshold=t) for t in (0.2, 0.4)},
+        "beta:7, cache 0.2": dataclasses.replace(dense(7), cache_threshold=0.2),
+        "10x": PRESETS["10x"],
+    }),
+}  # fmt: skip
+
 QUESTIONS: Mapping[str, Mapping[str, Way]] = MappingProxyType({
     **_BUDGETS,
+    **_ABOUT_7X,
     "micro-flow": _named({
         "7x-paper": PAPER,
         "exact": PAPER.replace(micro_flow="exact"),

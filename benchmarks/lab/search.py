@@ -1,9 +1,10 @@
-"""Searches stages under a budget on training prompts: `python -m benchmarks.lab.search --budget 6.5 --out out/search`.
+"""Searches stages under a budget, or levels, on training prompts: `python -m benchmarks.lab.search --budget 6.5`.
 
-Candidates are all numbers of steps, ends of stages and densities of a small grid whose cost lies just below the budget.
-They are halved in rounds: each round doubles the prompts, and the better half goes on, by the mean of two ranks, of the
-attributes shown and of the Frechet distance to 50 dense steps. What wins has yet to be judged on the held-out prompts,
-which this never sees: its prompts are those of another seed.
+Candidates are all numbers of steps, ends of stages and densities of a small grid whose cost lies just below the budget,
+thinned evenly by `--most`; or, with `--levels-of`, a preset on other levels. They are halved in rounds: each round
+doubles the prompts, and the better half goes on, by the mean of two ranks, of the attributes shown and of the Frechet
+distance to 50 dense steps. What wins has yet to be judged on the held-out prompts, which this never sees: its prompts
+are those of another seed.
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import stats  # type: ignore[import-untyped]
 
 from jitaccel.cli.loading import load_judge, load_pipeline
-from jitaccel.config import JiTConfig
+from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.control import equivalent_dense_steps
 from jitaccel.flops import flux_flops
+from jitaccel.provenance import provenance
 from jitaccel.quality.summary import summary
 from jitaccel.scenes.prompts import held_out
 
 from .judging import Row, judged
-from .questions import REFERENCE, dense
+from .questions import REFERENCE, dense, native_levels
 from .sampler import GRID, TEXT_TOKENS, Bench, Sampled, sample
 from .variant import Variant
 
 TRAINING_SEED = 1
 DENSITIES = ((0.32, 1.0), (0.5, 1.0), (0.32, 0.6, 1.0))
+ALPHAS, BETAS = (1.0, 1.4, 2.0), (0.3, 0.425, 0.6, 1.0)
 
 
 def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, max_steps: int = 24) -> list[JiTConfig]:
@@ -51,6 +55,19 @@ def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, m
     return found
 
 
+def thinned(found: Sequence[JiTConfig], most: int) -> list[JiTConfig]:
+    """Returns at most so many, evenly from first to last."""
+    if len(found) <= most:
+        return list(found)
+    return [found[round(k * (len(found) - 1) / max(most - 1, 1))] for k in range(most)]
+
+
+def on_levels(config: JiTConfig) -> dict[str, JiTConfig]:
+    """Returns a configuration on levels of several Beta distributions, and on those of the model's scheduler."""
+    found = {f"alpha {a:g}, beta {b:g}": config.replace(alpha=a, beta=b) for a in ALPHAS for b in BETAS}
+    return {**found, "native": config.replace(schedule=native_levels(int(config.steps)))}
+
+
 def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
     """Yields ends of stages: the first takes a sixth to a half of the steps, a middle one at most as many."""
     for first in range(max(1, steps // 6), steps // 2 + 1):
@@ -66,9 +83,11 @@ def name_of(config: JiTConfig) -> str:
     return " ".join(f"{end}@{density:g}" for end, density in zip(ends, config.densities, strict=True))
 
 
-def search(budget: float, bench: Bench, judge: object, start: int, reference: Sampled) -> list[list[Row]]:
+def search(
+    among: Mapping[str, JiTConfig], bench: Bench, judge: object, start: int, reference: Sampled
+) -> list[list[Row]]:
     """Returns the records of each round, the best first. start: prompts of the first round; the last has them all."""
-    left = {name_of(config): config for config in candidates(budget, bench.pipe.transformer.config)}
+    left = dict(among)
     rows: list[Row] = []
     rounds, done, count = [], 0, start
     while True:
@@ -102,28 +121,43 @@ def _sampled_part(made: Sampled, part: slice) -> Sampled:
     return Sampled(made.pictures[part], made.gflop[part], made.stages[part])
 
 
+def _searches(
+    options: argparse.Namespace, model: Mapping[str, object]
+) -> Iterator[tuple[Row, Mapping[str, JiTConfig]]]:
+    for budget in options.budget:
+        chosen = thinned(candidates(budget, model), options.most)
+        yield {"budget": budget}, {name_of(config): config for config in chosen}
+    for preset in options.levels_of:
+        yield {"levels_of": preset}, on_levels(PRESETS[preset])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Searches, prints the rounds and writes them as JSON lines."""
+    """Searches, prints the rounds and writes them as JSON lines, in OUT/search.jsonl, after what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, nargs="+", default=[4.0, 6.5], help="in dense steps")
+    parser.add_argument("--budget", type=float, nargs="*", default=[], help="of stages to search for, in dense steps")
+    parser.add_argument("--levels-of", nargs="*", default=[], choices=PRESETS, help="presets to search levels for")
+    parser.add_argument("--most", type=int, default=24, help="candidates of a budget")
     parser.add_argument("--prompts", type=int, default=128, help="of the last round")
     parser.add_argument("--start", type=int, default=32, help="prompts of the first round")
     parser.add_argument("--out", type=Path, default=Path("out/search"))
     options = parser.parse_args(argv)
+    if not options.budget and not options.levels_of:
+        parser.error("nothing to search for: give --budget 6.5 or --levels-of 7x")
     options.out.mkdir(parents=True, exist_ok=True)
     pipe, judge = load_pipeline(None, device="cpu"), load_judge()
     bench = Bench.of(pipe, held_out(options.prompts, seed=TRAINING_SEED), seed=100_000 * TRAINING_SEED)
     reference = sample(bench, dense(50, "native"))
-    for budget in options.budget:
-        for number, ranked in enumerate(search(budget, bench, judge, options.start, reference)):
+    origin = {**provenance(torch.device("cpu")), "seed": TRAINING_SEED}
+    for searched, among in _searches(options, pipe.transformer.config):
+        for number, ranked in enumerate(search(among, bench, judge, options.start, reference)):
             with (options.out / "search.jsonl").open("a") as file:
-                file.writelines(json.dumps({"budget": budget, "round": number, **record}) + "\n" for record in ranked)
+                for record in ranked:
+                    file.write(json.dumps({**searched, "round": number, **record, **origin}) + "\n")
             for record in ranked:
                 found = {key: record["qualities"][key]["value"] for key in ("attributes", "frechet", "perceptual")}
                 shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-                print(
-                    f"{budget:g} {number} {record['method']:24} {record['cost_dense_steps']:.2f}: {shown}", flush=True
-                )
+                (of,) = searched.values()
+                print(f"{of} {number} {record['method']:24} {record['cost_dense_steps']:.2f}: {shown}", flush=True)
     return 0
 
 
