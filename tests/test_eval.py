@@ -15,6 +15,7 @@ from jitaccel.cli.errors import CommandError
 from jitaccel.cli.eval_table import table
 from jitaccel.cli.methods import parse_methods
 from jitaccel.cli.scoring import parse_metrics
+from jitaccel.quality.summary import summary
 
 pytest.importorskip("diffusers")
 METHODS = "dense:3,beta:2,sparse.json"
@@ -88,7 +89,8 @@ def test_table_compares_with_the_dense_method_of_the_nearest_cost() -> None:
     rows += [row("beta:6", k, 3, 12.0) for k in range(40)] + [row("beta:11", k, 4, 22.0) for k in range(40)]
     rows += [row("7x", k, 4, 13.0, seam=1.2) for k in range(40)]
     data = np.random.default_rng(0).standard_normal((60, 4))
-    text = table(rows, ["dense:50", "beta:6", "beta:11", "7x"], parse_metrics("psnr,ssim", "cpu"), data)
+    records = summary(rows, ["dense:50", "beta:6", "beta:11", "7x"], data=data)
+    text = table(rows, records, parse_metrics("psnr,ssim", "cpu"), len(data))
     cells = {line.split(" | ")[0][2:]: line.rstrip(" |\n").split(" | ") for line in text.splitlines() if "x" in line}
     seven = cells["7x"]
     assert seven[2] == "1.30" and seven[4] == "80.0 (80.0 to 80.0)"

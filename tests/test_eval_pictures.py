@@ -13,7 +13,7 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 
-from jitaccel.cli.eval_pictures import _known, write_pictures  # noqa: E402
+from jitaccel.cli.eval_pictures import known_qualities, write_pictures  # noqa: E402
 from jitaccel.quality.choice import columns_of, sections  # noqa: E402
 from jitaccel.quality.contact import contact_sheet  # noqa: E402
 from jitaccel.quality.drawing import COLOURS, PAPER, Scale, cut, text_width, wrap  # noqa: E402
@@ -407,7 +407,7 @@ def test_metrics_of_ones_own_are_shown_as_their_scorers_say(tmp_path: Path) -> N
     for each in rows:
         del each["shown"], each["claimed"], each["features"]
         each["lab:ugliness_s"] = 0.5 + (each["method"] == "7x") * (0.1, -0.2, 0.3)[each["prompt_index"]]
-    known = _known([own])
+    known = known_qualities([own])
     records = summary(rows, SHEET, known=known)
     assert "lab:ugliness_s" in records[0]["qualities"] and records[0]["guidance"] == 3.5
     assert "guidance" not in records[0]["qualities"]
@@ -415,17 +415,17 @@ def test_metrics_of_ones_own_are_shown_as_their_scorers_say(tmp_path: Path) -> N
     assert (panel.quality.title, panel.quality.best) == ("ugly", -math.inf)
     spread, _, best, worst = sections(rows, SHEET, 1, known)
     assert "ugly" in spread.heading and spread.prompts == worst.prompts == (2,) and best.prompts == (1,)
-    paths = write_pictures(rows, SHEET, tmp_path, lambda *_: Image.new("RGB", (8, 8)), scorers=[own])
+    paths = write_pictures(rows, records, tmp_path, lambda *_: Image.new("RGB", (8, 8)), known=known)
     assert len(paths) == 3 and "ugliness" in paths[0].read_text()
 
 
 def test_files_are_written_for_one_dense_method_too(tmp_path: Path) -> None:
     rows = [row("dense:50", k) for k in range(2)]
-    paths = write_pictures(rows, ["dense:50"], tmp_path, lambda *_: Image.new("RGB", (8, 8)))
+    paths = write_pictures(rows, summary(rows, ["dense:50"]), tmp_path, lambda *_: Image.new("RGB", (8, 8)))
     assert [path.name for path in paths] == ["table.jsonl", "pareto.png", "contact.png"]
     assert json.loads(paths[0].read_text())["method"] == "dense:50"
     assert all(Image.open(path).width > 300 for path in paths[1:])
     for each in rows:
         del each["shown"], each["features"]
-    paths = write_pictures(rows, ["dense:50"], tmp_path, lambda *_: Image.new("RGB", (8, 8)))
+    paths = write_pictures(rows, summary(rows, ["dense:50"]), tmp_path, lambda *_: Image.new("RGB", (8, 8)))
     assert [path.name for path in paths] == ["table.jsonl", "contact.png"]  # nothing to draw against cost

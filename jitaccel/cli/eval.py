@@ -90,17 +90,20 @@ def run(arguments: argparse.Namespace) -> int:
 def _write(lab: Lab, rows: Sequence[Row], names: Sequence[str], scorers: Sequence[Scorer]) -> None:
     from PIL import Image
 
-    from .eval_pictures import write_pictures
+    from ..quality.summary import summary
+    from .eval_pictures import known_qualities, write_pictures
     from .eval_table import table
 
     def picture_of(method: str, prompt: int) -> Image.Image:
         return Image.open(lab.path({"method": method, "prompt_index": prompt}))
 
     data = None if lab.judge is None else _data_features(lab.judge)
-    text = table(rows, names, scorers, data)
+    known = known_qualities(scorers)
+    records = summary(rows, names, data=data, known=known)
+    text = table(rows, records, scorers, 0 if data is None else len(data))
     (lab.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (lab.folder / "table.md").write_text(text)
-    written = write_pictures(rows, names, lab.folder, picture_of, scorers=scorers, data=data)
+    written = write_pictures(rows, records, lab.folder, picture_of, known=known)
     print(text, end="")
     print(f"wrote table.md, results.jsonl, {', '.join(path.name for path in written)} and pictures into {lab.folder}")
 

@@ -5,37 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from ..quality.contact import PictureOf, contact_sheet
 from ..quality.pareto import pareto_picture
 from ..quality.rows import QUALITIES, Known, Quality, Rows
 from ..quality.scorers import Scorer
-from ..quality.summary import summary
+from ..quality.summary import Record
 
 
 def write_pictures(
     rows: Rows,
-    methods: Sequence[str],
+    records: Sequence[Record],
     folder: Path,
     picture_of: PictureOf,
     *,
-    scorers: Sequence[Scorer] = (),
-    data: NDArray[Any] | None = None,
+    known: Known = QUALITIES,
     count: int = 3,
 ) -> list[Path]:
     """Writes table.jsonl, pareto.png and contact.png into a folder, and returns their paths.
 
     There is no Pareto picture where no method has a quality, as of a reference alone that is compared with itself.
 
-    rows, methods, data: as for `summary`; picture_of, count: as for `contact_sheet`. scorers: the metrics whose numbers
-    the rows have, which say how one of somebody's own is called and which way it is better. Raises ValueError where the
-    rows are not of the same 2 or more prompts for every method, before anything is written.
+    records, known: of `summary` of the rows, and as it was given them; picture_of, count: as for `contact_sheet`.
     """
-    known = _known(scorers)
-    records = summary(rows, methods, data=data, known=known)
+    methods = [record["method"] for record in records]
     pictures = {"contact.png": contact_sheet(rows, methods, picture_of, count, known=known)}
     if any(record["qualities"] for record in records):
         pictures = {"pareto.png": pareto_picture(records, known=known), **pictures}
@@ -45,8 +38,11 @@ def write_pictures(
     return [folder / "table.jsonl", *(folder / name for name in pictures)]
 
 
-def _known(scorers: Sequence[Scorer]) -> Known:
-    """Returns the qualities that are known, with those of scorers: the ones that judge the prompt come first."""
+def known_qualities(scorers: Sequence[Scorer]) -> Known:
+    """Returns the qualities that are known, with those of scorers: the ones that judge the prompt come first.
+
+    Scorers say how a metric of somebody's own is called, and which way it is better.
+    """
     sides = {True: float("inf"), False: -float("inf"), None: None}
     named = {
         scorer.name: Quality(title=scorer.title or scorer.name, best=sides[scorer.higher_is_better])
