@@ -30,15 +30,19 @@ def presets(rows: Sequence[Fields]) -> str:
     return "\n".join(_card(name, PRESETS[name], found) for name in names)
 
 
+def stages(config: JiTConfig) -> list[str]:
+    """Returns the steps of each stage and the share of tokens that they run on."""
+    ends = config.stage_ends(int(config.steps))
+    lengths = (end - start for start, end in pairwise((0, *ends)))
+    return [f"{n} of {density:.0%}" for n, density in zip(lengths, config.densities, strict=True)]
+
+
 def _card(name: str, config: JiTConfig, found: Mapping[str, Fields]) -> str:
-    steps = int(config.steps)
-    lengths = [end - start for start, end in pairwise((0, *config.stage_ends(steps)))]
-    stages = ", ".join(f"{n} of {density:.0%}" for n, density in zip(lengths, config.densities, strict=True))
     flux = equivalent_dense_steps(config, _TOKENS, _TEXT_TOKENS, functools.partial(flux_flops, FLUX_DEV))
     lines = [
         f"### `{name}`\n",
-        f"{steps} steps: {stages} of the tokens. Lifts the {_LIFTED[config.lifter]}; new tokens are moved "
-        f"{_MOVED[config.micro_flow]}.\n",
+        f"{config.steps} steps: {', '.join(stages(config))} of the tokens. Lifts the {_LIFTED[config.lifter]}; "
+        f"new tokens are moved {_MOVED[config.micro_flow]}.\n",
         f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
         f"{_DENSE_STEPS / flux:.2f}x against {_DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
         "\n",

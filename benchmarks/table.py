@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitaccel.config import PRESETS
+from jitaccel.config import PRESETS, JiTConfig
 
 from . import cards
 from .compare import identity
@@ -140,6 +140,27 @@ def record(rows: Sequence[Fields]) -> str:
     return "\n".join(parts)
 
 
+def auto(rows: Sequence[Fields]) -> str:
+    """What preset="auto" predicted for each target, and what the loop took."""
+    return _each_device([row for row in rows if row["benchmark"] == "auto"], _auto)
+
+
+def _auto(rows: Sequence[Fields]) -> str:
+    lines = [
+        [
+            _side(row["grid"]),
+            f"{row['target_speedup']:g}x",
+            ", ".join(cards.stages(JiTConfig.from_dict(row["config"]))),
+            f"{row['predicted_ms'] / 1000:.2f}, {row['predicted_speedup']:.2f}x",
+            f"{_seconds(row)}, {row['speedup_to_dense']:.2f}x",
+            f"{100 * (row['measured_over_predicted'] - 1):+.1f} %",
+            _origin(row),
+        ]
+        for row in rows
+    ]
+    return _table("tokens|target|steps|predicted, s|measured, s|longer than predicted|measured at", lines)
+
+
 def codebases(rows: Sequence[Fields]) -> str:
     """What 7x gains through every codebase, and through the pipeline."""
     return _each_device([row for row in rows if row["benchmark"] == "codebases"], _codebases)
@@ -221,6 +242,7 @@ def _table(head: str, lines: Iterable[Sequence[str]]) -> str:
 
 
 TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
+    "auto": auto,
     "codebases": codebases,
     "denoise": denoise,
     "kernels": kernels,

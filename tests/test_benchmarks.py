@@ -19,6 +19,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.cases import kernels
 from benchmarks.registry import Options, find_cases, percentiles
+from benchmarks.table import auto as auto_table
 from jitaccel import PRESETS, provenance
 
 TINY: dict[str, Any] = {
@@ -56,6 +57,22 @@ def test_every_codebase_makes_the_pipelines_picture(distilled: bool) -> None:
     assert all(row["difference_to_pipeline"] < 1e-4 and row["denoise_median_s"] > 0 for row in rows)
     assert rows[0]["speedup_over_pipelines"] == 1.0 and rows[0]["difference_to_pipeline"] == 0.0
     assert "comfy" not in sys.modules
+
+
+def test_auto_rows_hold_what_was_predicted_and_what_was_measured() -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.cases import auto
+    from benchmarks.pipelines import random_subject
+
+    options = Options(device=torch.device("cpu"), repeat=1, seed=0)
+    subject = random_subject(TINY, options.device, torch.float32, (16, 16), 0, text_tokens=8)
+    (row,) = auto.measure(subject, options, targets=(2.0,))
+    fields = row.fields
+    assert fields["predicted_speedup"] >= 2.0 and fields["dense_50_s"] > 0 and fields["method"] in row.line
+    expected = 1000.0 * fields["denoise_median_s"] / fields["predicted_ms"]
+    assert fields["measured_over_predicted"] == pytest.approx(expected, abs=0.01)
+    line = auto_table([{**fields, "benchmark": "auto", "device": "a", "threads": 2, "date": "d", "commit": "c"}])
+    assert "| 16x16 | 2x |" in line and f"{fields['predicted_speedup']:.2f}x" in line
 
 
 def test_percentiles_are_interpolated() -> None:

@@ -17,12 +17,13 @@ from jitaccel.flops import flux_flops
 
 pytest.importorskip("diffusers")
 
-from benchmarks.lab import lifters, report, search, variant
+from benchmarks.lab import lifters, picture, report, search, variant
 from benchmarks.lab.__main__ import main
 from benchmarks.lab.network import CachedNetwork, Texts
 from benchmarks.lab.questions import QUESTIONS, native_levels
 from benchmarks.lab.sampler import GRID, TEXT_TOKENS, Bench, sample, sample_by_pipeline
 from benchmarks.lab.variant import Variant, VariantRun
+from benchmarks.table import RESULTS, read_results
 from jitaccel.cli.comparison import Method
 from jitaccel.cli.loading import load_pipeline
 from jitaccel.clock import KnownLevels
@@ -212,6 +213,15 @@ def test_lab_is_taken_up_and_writes_records_with_paired_differences(
     assert report.tables(found) == (tmp_path / "report.md").read_text() in capsys.readouterr().out
     assert main(["--prompts", "2", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "rows.jsonl").read_text() == rows
+
+
+def test_picture_shows_each_method_once_and_the_reference_first(tmp_path: Path) -> None:
+    names = [record["method"] for record in picture.shown(read_results(RESULTS))]
+    assert names[0] == "dense:50" and len(set(names)) == len(names) and set(PRESETS) - {"dense"} <= {*names}
+    assert picture.main([str(tmp_path / "quality.png")]) == 0
+    assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit):
+        picture.main([str(tmp_path / "none.png"), "--results", str(tmp_path)])
 
 
 def test_every_question_names_its_first_variant_s_rivals() -> None:
