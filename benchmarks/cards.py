@@ -42,7 +42,7 @@ def _card(name: str, config: JiTConfig, found: Mapping[str, Fields]) -> str:
     lines = [
         f"### `{name}`\n",
         f"{config.steps} steps: {', '.join(stages(config))} of the tokens. Lifts the {_LIFTED[config.lifter]}; "
-        f"new tokens are moved {_MOVED[config.micro_flow]}.\n",
+        f"new tokens are moved {_MOVED[config.micro_flow]}. {_SOLVED[config.solver]}\n",
         f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
         f"{_DENSE_STEPS / flux:.2f}x against {_DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
         "\n",
@@ -59,6 +59,7 @@ _MOVED = {
     "released": "a third of the way (released blend)",
     "none": "not at all",
 }
+_SOLVED = {"euler": "Steps are Euler's.", "dpmpp_2m": "Steps are those of DPM-Solver++(2M)."}
 _SHOWN = (
     ("attributes", "attributes shown, %", 100.0, 1),
     ("frechet", "Frechet to 50 dense steps", 1.0, 2),
@@ -68,8 +69,9 @@ _SHOWN = (
 
 
 def _control(row: Fields, found: Mapping[str, Fields]) -> Fields | None:
-    """Returns the dense method on the presets' levels whose cost is nearest."""
-    controls = [other for name, other in found.items() if name.startswith("beta:")]
+    """Returns the dense method on the presets' levels and by the same solver whose cost is nearest."""
+    family = "beta:" if row["config"].get("solver", "euler") == "euler" else "dpm:"
+    controls = [other for name, other in found.items() if name.startswith(family)]
     return min(controls, key=lambda other: abs(other["gflop"] - row["gflop"]), default=None)
 
 

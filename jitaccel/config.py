@@ -17,6 +17,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lifter": ("velocity", "clean"),
         "micro_flow": ("exact", "released", "none"),
         "noise": ("fresh", "own"),
+        "solver": ("euler", "dpmpp_2m"),
     }
 )
 _SCHEDULES = ("beta", "native")
@@ -40,6 +41,8 @@ class JiTConfig:
         ODE), one blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
     relax_steps: divisor of the released blend.
     noise: noise of the target: "fresh" (paper) or the token's "own" initial noise.
+    solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
+        estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
     importance_window: side of the window of the local variance, in tokens, odd.
     blur_scale: the lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or
         below sqrt(density), as in every preset, the width is 1 token whatever the scale.
@@ -57,6 +60,7 @@ class JiTConfig:
     micro_flow: Literal["exact", "released", "none"] = "released"
     relax_steps: int = 3
     noise: Literal["fresh", "own"] = "fresh"
+    solver: Literal["euler", "dpmpp_2m"] = "euler"
     importance_window: int = 3
     blur_scale: float = 0.4
 

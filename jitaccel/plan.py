@@ -22,9 +22,10 @@ from torch import Tensor
 from .config import JiTConfig
 from .errors import ArtefactError
 from .lift import blur_weights
+from .solver import extrapolation_weight
 
 Format = Literal["aoti", "torchscript"]
-VERSION = 1
+VERSION = 2
 JSON, TENSORS, WEIGHTS = "plan.json", "plan.safetensors", "weights.safetensors"
 
 
@@ -164,6 +165,8 @@ def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, in
 
     levels: (S + 1,) float32. stages: (S,) int64, of each step. tokens: (K,) int64. grid: (2,) int64. window: (1,)
     int64, the importance window. move_weight: (1,) float64. own_noise: (1,) int64. blur_k: (W_k,) float32, of stage k.
+    solver_gains: (S,) float64, what a step adds to the state of the change of the clean estimate since the step before,
+    all 0 for Euler.
     """
     steps, num_tokens = len(levels) - 1, grid[0] * grid[1]
     counts = config.token_counts(num_tokens)
@@ -177,12 +180,21 @@ def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, in
     return {
         "levels": torch.tensor(levels, dtype=torch.float32),
         "move_weight": torch.tensor([config.move_weight], dtype=torch.float64),
+        "solver_gains": torch.tensor(_solver_gains(config, levels), dtype=torch.float64),
         **{name: torch.tensor(values, dtype=torch.int64) for name, values in whole.items()},
         **{
             f"blur_{stage}": blur_weights(count / num_tokens, config.blur_scale).float()
             for stage, count in enumerate(counts)
         },
     }
+
+
+def _solver_gains(config: JiTConfig, levels: Sequence[float]) -> list[float]:
+    gains = [0.0] * (len(levels) - 1)
+    if config.solver == "dpmpp_2m":
+        for step, (before, level, next_level) in enumerate(zip(levels, levels[1:], levels[2:], strict=False), start=1):
+            gains[step] = (1.0 - next_level / level) * extrapolation_weight(before, level, next_level)
+    return gains
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

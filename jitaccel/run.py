@@ -14,6 +14,7 @@ from .errors import ConfigError, NonFiniteVelocityError
 from .importance import importance
 from .lift import LiftPlan, lift_velocity, make_lift_plan
 from .microflow import micro_flow
+from .solver import Multistep
 from .tokens import gather_tokens, scatter_tokens
 
 
@@ -73,6 +74,7 @@ class Run:
         self._generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: Left | None = None
+        self._solver = None if config.solver == "euler" else Multistep()
         self._finite: list[tuple[int, Tensor]] = []
         if anchors is None:
             masks = [None] * len(self._generators) if forced is None else forced.cpu().unbind(0)
@@ -156,17 +158,31 @@ class Run:
     def leave(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
         """Returns the velocity at every token, (B, N, D), from the network's `values` (B, M, D) at the anchors.
 
-        Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744). state: the one the network saw.
+        Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744), but for what a solver beyond Euler
+        adds to it. state: the one the network saw.
         """
-        velocity = self.lift(step, state, values)
-        self.remember(step, state, velocity)
-        return velocity
+        return self.remember(step, state, self.lift(step, state, values))
 
-    def remember(self, step: Step, state: Tensor, velocity: Tensor) -> None:
-        """Keeps what the next stage needs: copies, since samplers may write in place."""
+    def remember(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
+        """Keeps what later steps need of a full velocity: copies, since samplers may write in place.
+
+        Returns the velocity whose Euler step is the solver's: the same one, but with `dpmpp_2m`.
+        """
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
+        if self._solver is None:
+            return velocity
+        return self._solver.correct(step, state, velocity, None if self.is_dense else self.anchors)
+
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether each step depends on the velocity of the one before, not only the first of a stage."""
+        return self._solver is not None
+
+    def before_solver(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
+        """Returns the velocity that `remember` got where it returned this one, at the step that was left last."""
+        return velocity if self._solver is None else self._solver.uncorrect(step, state, velocity)
 
     def check_finite(self) -> None:
         """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.

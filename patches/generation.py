@@ -118,8 +118,7 @@ class Generation:
             if answer.lifted is None:
                 velocity = self._run.leave(now.step, now.entered, answer.values)
             else:
-                velocity = answer.lifted
-                self._run.remember(now.step, now.entered, velocity)
+                velocity = self._run.remember(now.step, now.entered, answer.lifted)
             if may_be_last:
                 self._run.check_finite()
             if self._owed is not None:
@@ -139,13 +138,16 @@ class Generation:
         """Takes stock of the step that the loop has made: the guided velocity it used, and what it paid of the move."""
         last = self._now.step
         rounded, predicted = step.noise_level - last.noise_level, last.next_level - last.noise_level
-        needed = last.may_end_stage or self._owed is not None
+        is_kept = last.may_end_stage or self._run.needs_every_step
+        needed = is_kept or self._owed is not None
         is_guided = needed and (self._now.calls > 1 or _has_twins(self.seen))
-        if last.may_end_stage and rounded and is_guided:
+        if is_kept and rounded and is_guided:
             velocity = (state.float() - self.seen.float()) / rounded
             if self._owed is not None:
                 velocity = velocity - self._owed / predicted
-            self._run.remember(last, self._now.entered, velocity.to(state.dtype))
+            entered = self._now.entered
+            velocity = self._run.before_solver(last, entered, velocity.to(state.dtype))
+            self._run.remember(last, entered, velocity)
         if self._owed is not None:
             made = rounded if is_guided else _step_made(self._now, state, rounded)
             rest = 1.0 - made / predicted

@@ -237,8 +237,7 @@ class SchedulerRoute:
         """Returns the velocity at every token: lifted from the anchors, unless the pipeline brings what a call did."""
         if self._lifted is None or model_output is not self._lifted[0] or model_output._version != self._lifted[1]:
             return run.leave(step, sample, run.gather(model_output))
-        run.remember(step, sample, model_output)
-        return model_output
+        return run.remember(step, sample, model_output)
 
     def _index(self) -> int:
         index = self._scheduler.step_index

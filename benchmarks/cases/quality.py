@@ -24,11 +24,12 @@ METHODS = {
             "dense:50",
             *(f"dense:{steps}" for steps in (4, 5, 6, 7, 8, 10, 12, 14, 20, 28)),
             *(f"beta:{steps}" for steps in (4, 5, 6, 7, 8, 10, 12, 14, 20, 28)),
+            *(f"dpm:{steps}" for steps in (4, 5, 6, 7, 8, 10, 12)),
             _PRESETS,
             _RIVALS,
         ]
     ),
-    "presets": f"dense:50,dense:7,beta:4,beta:5,beta:6,beta:7,beta:11,{_PRESETS}",
+    "presets": f"dense:50,dense:7,beta:6,beta:7,beta:11,dpm:4,dpm:5,dpm:6,dpm:7,dpm:12,{_PRESETS}",
 }
 
 

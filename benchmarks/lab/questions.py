@@ -30,10 +30,11 @@ def staged(ends: tuple[int, ...], densities: tuple[float, ...]) -> JiTConfig:
     return CLEAN.replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
 
 
-def dense(steps: int, schedule: str = "beta") -> Variant:
+def dense(steps: int, schedule: str = "beta", solver: str = "euler") -> Variant:
     """Returns dense steps on the presets' levels, or on "native" ones: those of the embedded model's scheduler."""
     levels = native_levels(steps) if schedule == "native" else "beta"
-    return Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=steps, schedule=levels))
+    config = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=steps, schedule=levels)  # type: ignore[arg-type]
+    return Variant(config=config.replace(solver=solver))
 
 
 def native_levels(steps: int, shift: float = 0.63) -> tuple[float, ...]:

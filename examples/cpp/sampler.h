@@ -15,6 +15,7 @@ struct Plan {
   std::vector<at::Tensor> blurs;
   int64_t window = 3;
   double move_weight = 0.0;
+  std::vector<double> solver_gains;  // of each step: what is added of the change of the clean estimate
   bool own_noise = false;
 
   int64_t num_tokens() const { return grid.at(0) * grid.at(1); }
@@ -82,6 +83,9 @@ inline void check(const Plan& plan, const Fields& fields) {
   fields.require(plan.window >= 1 && plan.window % 2 == 1, "window", "be odd and above 0", std::to_string(plan.window));
   fields.require(plan.move_weight >= 0.0 && plan.move_weight <= 1.0, "move_weight", "be in [0, 1]",
                  std::to_string(plan.move_weight));
+  const bool has_gains = static_cast<int64_t>(plan.solver_gains.size()) == steps && plan.solver_gains.front() == 0.0;
+  fields.require(has_gains, "solver_gains", "be " + std::to_string(steps) + " numbers, the first of them 0",
+                 std::to_string(plan.solver_gains.size()) + " others");
   // Below level 1 the first state no longer is the noise that it started from.
   const bool may_own = num_stages == 1 || plan.levels[0].item<float>() >= 1.0f;
   fields.require(!plan.own_noise || may_own, "own_noise", "be 0 where the first level is below 1", "1");
@@ -106,6 +110,8 @@ inline Plan load_plan(const std::filesystem::path& folder, at::Device device) {
   plan.window = only("window", at::kLong).item<int64_t>();
   plan.own_noise = only("own_noise", at::kLong).item<int64_t>() != 0;
   plan.move_weight = only("move_weight", at::kDouble).item<double>();
+  const auto& gains = fields.get("solver_gains", at::kDouble, 1);
+  plan.solver_gains = {gains.data_ptr<double>(), gains.data_ptr<double>() + gains.numel()};
   for (size_t stage = 0; stage < plan.tokens.size(); ++stage) {
     plan.blurs.push_back(fields.get("blur_" + std::to_string(stage), at::kFloat, 1));
   }
@@ -169,7 +175,7 @@ class Sampler {
     for (auto& generator : generators) rows.push_back(first_anchors(plan_.grid, plan_.tokens.at(stage), generator));
     inputs.blur = plan_.blurs.at(stage);
     place(inputs, at::stack(rows).to(state.device()));
-    at::Tensor before, velocity;
+    at::Tensor before, velocity, clean, computed;  // computed: the anchors at the step before
     for (size_t step = 0; step < plan_.stages.size(); ++step) {
       while (stage < plan_.stages[step]) {
         check_finite(velocity, step - 1);
@@ -182,6 +188,7 @@ class Sampler {
       before = inputs.state;
       velocity = outputs.velocity;
       inputs.state = outputs.next_state;
+      solve(inputs, step, before, velocity, clean, computed);
     }
     check_finite(velocity, plan_.stages.size() - 1);
     return inputs.state;
@@ -197,6 +204,25 @@ class Sampler {
                                std::to_string(weights_.size()) + " are the weights, then state, anchors, nearest, " +
                                "blur, text, pooled, guidance, levels); export for these inputs too");
     }
+  }
+
+  // Takes the step to where jitaccel/solver.py ends it. Tokens that were lifted in another stage stay where Euler put
+  // them.
+  void solve(StageInputs& inputs, size_t step, const at::Tensor& state, const at::Tensor& velocity, at::Tensor& clean,
+             at::Tensor& computed) const {
+    const auto& gains = plan_.solver_gains;
+    if (std::all_of(gains.begin(), gains.end(), [](double gain) { return gain == 0.0; })) return;
+    const auto now = state.to(at::kFloat) - inputs.levels[0] * velocity.to(at::kFloat);
+    if (gains[step] != 0.0) {
+      auto change = (now - clean) * gains[step];
+      if (plan_.stages[step] != plan_.stages[step - 1]) {
+        const auto share = at::zeros({change.size(0), change.size(1)}, change.options()).scatter_(1, computed, 1.0);
+        change = change * share.unsqueeze(2);
+      }
+      inputs.state = (inputs.state.to(at::kFloat) + change).to(state.scalar_type());
+    }
+    clean = now;
+    computed = inputs.anchors;
   }
 
   static at::Tensor fresh_noise(const at::Tensor& state, std::vector<at::Generator>& generators) {

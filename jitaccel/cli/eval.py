@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .lab import Lab, Row, Setting
     from .prompts import Prompt
 
-_METHODS = "dense:50,dense:7,beta:5,beta:7,beta:11,4x,7x,10x"
-_MODEL_METHODS = "dense:50,dense:28,dense:7,beta:7,4x,7x"
+_METHODS = "dense:50,dense:7,beta:7,dpm:5,dpm:7,dpm:12,4x,7x,10x"
+_MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:7,4x,7x"
 _METRICS = "psnr,ssim,spectrum"
 _BATCH = 6  # of the embedded model
 _DATA_PICTURES = 512
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         help="separated by commas, the reference first: dense:N steps on native levels, beta:N on those of the "
-        f"presets, a preset, a file with the fields of a JiTConfig in JSON, or a cache or another rival (a wrong word "
-        f"lists their forms); without it {_METHODS} (of --model "
+        "presets, dpm:N also by their solver, a preset, a file with the fields of a JiTConfig in JSON, or a cache or "
+        f"another rival (a wrong word lists their forms); without it {_METHODS} (of --model "
         f"{_MODEL_METHODS})",
     )
     parser.add_argument(

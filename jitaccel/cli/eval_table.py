@@ -23,8 +23,8 @@ _NOTES = {  # by the column that needs it
     "LPIPS": "LPIPS: distance to the reference, of AlexNet's features.",
     "detail, dB": "detail: power above half the Nyquist frequency, against the reference.",
     "seams": "seams: how steep borders between tokens of different stages are, over those within a stage.",
-    "against": "against: the dense method whose cost is nearest, on the presets' levels where one is; {lead} more: the "
-    "paired difference to it, and p by sign flips.",
+    "against": "against: the dense method whose cost is nearest, on the presets' levels and by the "
+    "same solver where one is; {lead} more: the paired difference to it, and p by sign flips.",
 }
 
 

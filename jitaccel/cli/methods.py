@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..config import PRESETS, JiTConfig
 from .comparison import Method
 from .errors import CommandError
 from .rivals import FORMS, find_rival
+
+_DENSE: Mapping[str, Mapping[str, str]] = {
+    "dense": {"schedule": "native"},
+    "beta": {"schedule": "beta"},
+    "dpm": {"schedule": "beta", "solver": "dpmpp_2m"},
+}
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
@@ -20,16 +27,15 @@ def parse_methods(text: str) -> tuple[Method, ...]:
         if rival is not None:
             methods.append(Method(name=word, steps=rival.steps, rival=rival))
             continue
-        if kind in ("dense", "beta") and count.isdigit() and int(count) > 0:
-            schedule = "native" if kind == "dense" else "beta"
-            config = PRESETS["dense"].replace(steps=int(count), schedule=schedule)
+        if kind in _DENSE and count.isdigit() and int(count) > 0:
+            config = PRESETS["dense"].replace(steps=int(count), **_DENSE[kind])
         elif word in PRESETS:
             config = PRESETS[word]
         elif word.endswith(".json") and Path(word).is_file():
             config = JiTConfig.from_dict(json.loads(Path(word).read_text()))
         else:
             raise CommandError(
-                f"--methods must list dense:N, beta:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) "
+                f"--methods must list dense:N, beta:N, dpm:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) "
                 f"or a .json file, got {word!r}"
             )
         if isinstance(config.steps, str):

@@ -17,12 +17,14 @@ INK, GREY, PALE, PAPER = (30, 30, 30), (105, 105, 105), (228, 228, 228), (255, 2
 COLOURS: dict[str, Colour] = {
     "dense-native": (0, 114, 178),
     "dense-beta": (0, 158, 115),
+    "dense-dpm": (86, 180, 233),
     "sparse": (213, 94, 0),
     "rival": (204, 121, 167),
 }
 KINDS = {
     "dense-native": "dense, native levels",
     "dense-beta": "dense, the presets' levels",
+    "dense-dpm": "dense, those by DPM-Solver++(2M)",
     "sparse": "sparse (JiT)",
     "rival": "other methods",
 }
@@ -85,7 +87,12 @@ class Pen:
         if kind == "dense-native":
             self._draw.ellipse(_finer([(x - radius, y - radius), (x + radius, y + radius)]), fill=colour)
             return
-        corners = {"dense-beta": (0.9, 4, 45.0), "sparse": (1.2, 4, 0.0), "rival": (1.2, 3, 90.0)}
+        corners = {
+            "dense-beta": (0.9, 4, 45.0),
+            "dense-dpm": (1.25, 5, 90.0),
+            "sparse": (1.2, 4, 0.0),
+            "rival": (1.2, 3, 90.0),
+        }
         scale, count, turn = corners[kind]
         scale *= math.sqrt(2.0) if kind == "dense-beta" else 1.0
         angles = [math.radians(turn + 360.0 * k / count) for k in range(count)]

@@ -189,7 +189,7 @@ def _labels(marks: Sequence[Mark], steps: Sequence[Point], frame: Box) -> list[B
 def _family_lines(marks: Sequence[Mark]) -> list[tuple[Mark, Mark]]:
     """Returns which marks lines join: neighbours in cost of each dense family."""
     lines = []
-    for kind in ("dense-native", "dense-beta"):
+    for kind in ("dense-native", "dense-beta", "dense-dpm"):
         lines += [*pairwise(sorted((mark for mark in marks if mark.kind == kind), key=lambda mark: mark.cost))]
     return lines
 

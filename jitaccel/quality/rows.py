@@ -82,26 +82,34 @@ def _prompt(row: Mapping[str, Any]) -> int:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """Returns what a row's method is: "dense-native", "dense-beta" (the presets' levels), "sparse" or "rival"."""
+    """Returns what a row's method is: dense ones by their levels and solver, "sparse" or "rival".
+
+    "dense-native": the model's levels. "dense-beta": the presets'. "dense-dpm": those, by DPM-Solver++(2M).
+    """
     family = str(row["method"]).partition(":")[0].lower()
     config = row.get("config") or {}
     densities = config.get("densities")
-    if "rival" in config or (densities is None and family not in ("dense", "beta")):
+    if "rival" in config or (densities is None and family not in ("dense", "beta", "dpm")):
         return "rival"
     if densities is not None and any(density != 1.0 for density in densities):
         return "sparse"
     if family in ("dense", "beta"):  # says more than levels that are listed one by one
         return "dense-native" if family == "dense" else "dense-beta"
+    if family == "dpm" or config.get("solver", "euler") == "dpmpp_2m":
+        return "dense-dpm"
     return "dense-native" if config.get("schedule", "native") == "native" else "dense-beta"
 
 
 def control_of(name: str, of: ByMethod) -> str | None:
     """Returns the dense method whose cost is nearest to that of a sparse one, or None where there is no other.
 
-    Those on the presets' levels come before those on native ones.
+    Those on the presets' levels, by the solver of the sparse one where there are such, come before those on native
+    ones.
     """
     kinds = {other: kind_of(rows[0]) for other, rows in of.items() if other != name}
-    for kind in ("dense-beta", "dense-native"):
+    solver = (of[name][0].get("config") or {}).get("solver", "euler")
+    on_levels = ("dense-beta", "dense-dpm") if solver == "euler" else ("dense-dpm", "dense-beta")
+    for kind in (*on_levels, "dense-native"):
         controls = [other for other in kinds if kinds[other] == kind]
         if controls:
             return min(controls, key=lambda other: abs(mean(of[other], "gflop") - mean(of[name], "gflop")))

@@ -93,7 +93,7 @@ class UnderWay:
         with self.recorder.outside(step.index):
             velocity = (entered - to_tokens(estimate, self._patch)) / step.noise_level
             lifted = run.leave(step, entered, run.gather(velocity))
-            if run.is_dense and not is_moved:
+            if lifted is velocity and not is_moved:
                 return estimate
             if is_moved:
                 lifted = lifted + (entered - state) / (step.next_level - step.noise_level)

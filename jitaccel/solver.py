@@ -1,0 +1,87 @@
+"""Second-order steps: the velocity with which an Euler step ends where DPM-Solver++(2M) does (arXiv:2211.01095).
+
+In flow matching an Euler step goes towards the clean estimate `x0 = y - level * v`. The solver goes towards one that is
+extrapolated from the step before, linearly in the logarithm of the signal-to-noise ratio: `x0 + w * (x0 - x0_before)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .clock import Step
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Estimate:
+    """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them."""
+
+    step: Step
+    clean: Tensor
+    anchors: Tensor | None
+
+
+def extrapolation_weight(before: float, level: float, next_level: float) -> float:
+    """Returns w for a step from `level` to `next_level` after one from `before`.
+
+    0, an Euler step, where the ratio is 0 or infinite at an end: after the step that starts from pure noise, and in the
+    one that ends at the picture.
+    """
+    if not 0.0 < next_level < level < before < 1.0:
+        return 0.0
+    return (_log_ratio(next_level) - _log_ratio(level)) / (2.0 * (_log_ratio(level) - _log_ratio(before)))
+
+
+def _log_ratio(level: float) -> float:
+    return math.log((1.0 - level) / level)
+
+
+class Multistep:
+    """The solver of one generation: `correct` what the network returns, step by step.
+
+    Where a stage begins, tokens that were lifted before it take an Euler step: their estimate was an interpolation.
+    """
+
+    def __init__(self) -> None:
+        self._before: Estimate | None = None
+        self._now: Estimate | None = None
+
+    def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
+        """Returns the velocity (B, N, D) that an Euler step is to take, in its dtype; `velocity` itself for w = 0.
+
+        A step may be given again, for each branch of a guidance and for what they came to: the last one counts
+        for the next step. state: the one the network saw. anchors: (B, M) of this step; None: every token.
+        """
+        if self._now is not None and self._now.step.index < step.index:
+            self._before = self._now
+        clean = state.float() - step.noise_level * velocity.float()
+        self._now = Estimate(step=step, clean=clean, anchors=anchors)
+        weight = self._weight(step, clean)
+        if self._before is None or weight is None:
+            return velocity
+        change = weight * (clean - self._before.clean)
+        return (velocity.float() - change / step.noise_level).to(velocity.dtype)
+
+    def uncorrect(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
+        """Returns what `correct` got where it returned `velocity`, at a step that was given last."""
+        weight = self._weight(step, state)
+        if self._before is None or weight is None:
+            return velocity
+        change = weight * (state.float() - self._before.clean)
+        return ((velocity.float() + change / step.noise_level) / (1.0 + weight)).to(velocity.dtype)
+
+    def _weight(self, step: Step, like: Tensor) -> Tensor | float | None:
+        """Returns w, of each token (B, N, 1) where a stage has begun; None where it is 0 for all."""
+        before = self._before
+        if before is None:
+            return None
+        weight = extrapolation_weight(before.step.noise_level, step.noise_level, step.next_level)
+        if weight == 0.0:
+            return None
+        if before.step.stage == step.stage or before.anchors is None:
+            return weight
+        each = torch.zeros(like.shape[:2], device=like.device)
+        return each.scatter_(1, before.anchors, weight)[..., None]
