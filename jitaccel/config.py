@@ -327,7 +327,12 @@ def _own(density: float, boundary: float, steps: int) -> JiTConfig:
     The paper's own settings, as its authors released them, are the presets that end in "-paper".
     """
     return JiTConfig(
-        densities=(density, 1.0), boundaries=(boundary, 1.0), steps=steps, lifter="clean", micro_flow="none"
+        densities=(density, 1.0),
+        boundaries=(boundary, 1.0),
+        steps=steps,
+        lifter="clean",
+        micro_flow="none",
+        solver="dpmpp_2m",
     )
 
 

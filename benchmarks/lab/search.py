@@ -1,10 +1,10 @@
 """Searches stages under a budget, or levels, on training prompts: `python -m benchmarks.lab.search --budget 6.5`.
 
 Candidates are all numbers of steps, ends of stages and densities of a small grid whose cost lies just below the budget,
-thinned evenly by `--most`; or, with `--levels-of`, a preset on other levels. They are halved in rounds: each round
-doubles the prompts, and the better half goes on, by the mean of two ranks, of the attributes shown and of the Frechet
-distance to 50 dense steps. What wins has yet to be judged on the held-out prompts, which this never sees: its prompts
-are those of another seed.
+thinned evenly by `--most`, with 7x's lifter, moves and solver; or, with `--levels-of`, a preset on other levels. They
+are halved in rounds: each round doubles the prompts, and the better half goes on, by the mean of two ranks, of the
+attributes shown and of the Frechet distance to 50 dense steps. What wins has yet to be judged on the held-out prompts,
+which this never sees: its prompts are those of another seed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, m
         for steps in range(len(densities), max_steps + 1):
             for ends in _ends(steps, len(densities)):
                 boundaries = tuple((end + 1e-6) / steps for end in ends[:-1])
-                config = JiTConfig(
-                    densities=densities, boundaries=(*boundaries, 1.0), steps=steps, lifter="clean", micro_flow="none"
-                )
+                config = PRESETS["7x"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=steps)
                 spent = equivalent_dense_steps(config, GRID[0] * GRID[1], TEXT_TOKENS, cost)
                 if budget - slack <= spent <= budget:
                     found.append(config)
@@ -69,8 +67,8 @@ def on_levels(config: JiTConfig) -> dict[str, JiTConfig]:
 
 
 def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
-    """Yields ends of stages: the first takes a sixth to a half of the steps, a middle one at most as many."""
-    for first in range(max(1, steps // 6), steps // 2 + 1):
+    """Yields ends of stages: the first takes at most half of the steps, a middle one at most as many."""
+    for first in range(1, steps // 2 + 1):
         if stages == 2:
             yield first, steps
         else:
