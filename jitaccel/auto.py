@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import PRESETS, JiTConfig
+from .config import JiTConfig, sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
 from .errors import ConfigError, UnsupportedModelError
 from .execution import Attention, Execution, Mode
@@ -16,38 +16,10 @@ DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """Configurations that differ in their number of steps alone, which is one of `steps`."""
-
-    config: JiTConfig
-    steps: range
-
-    def configs(self) -> Iterator[JiTConfig]:
-        """Yields them, the fewest steps first."""
-        return (self.config.replace(steps=steps) for steps in self.steps)
-
-
-def _member(config: JiTConfig, least: int, most: int) -> Member:
-    """Returns the member with the most numbers of steps, from `least` at least to `most`, that skip no stage."""
-    for steps in range(most, least - 1, -1):
-        try:
-            config.stage_ends(steps)
-        except ConfigError:
-            return Member(config=config, steps=range(steps + 1, most + 1))
-    return Member(config=config, steps=range(least, most + 1))
-
-
-def _family(better: JiTConfig, faster: JiTConfig) -> tuple[Member, ...]:
-    assert better.steps != "caller" and faster.steps != "caller"
-    between = (better.steps + faster.steps) // 2
-    return _member(better, between, DENSE_STEPS), _member(faster, faster.num_stages, between)
-
-
-# The best first: the first of which any is affordable is taken, with the most steps that are. No member has more steps
-# than one before it begins with, so that a larger budget never buys fewer steps. The lab (docs/quality.md) found a
-# quarter to a third of the steps at half the tokens to pay at every budget; 4x has the larger share of such steps.
-FAMILY: tuple[Member, ...] = _family(PRESETS["4x"], PRESETS["7x"])
+_LEAST_STEPS = 4  # below, pictures fall apart (docs/quality.md)
+# The best first: the first that is affordable is taken, so that a larger budget never buys fewer steps. The lab found
+# every dense step to be worth more than sparse ones of its cost, but for the first.
+FAMILY: tuple[JiTConfig, ...] = tuple(sparse_start(steps) for steps in range(DENSE_STEPS, _LEAST_STEPS - 1, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +46,12 @@ class Choice:
 
 
 def choose(
-    cost: Seconds, num_tokens: int, budget_s: float, family: Sequence[Member] = FAMILY, *, multiple: int = 1
+    cost: Seconds, num_tokens: int, budget_s: float, family: Sequence[JiTConfig] = FAMILY, *, multiple: int = 1
 ) -> JiTConfig:
-    """Returns the best configuration of a family whose steps take at most `budget_s` seconds, one image, one branch.
+    """Returns the first configuration of a family whose steps take at most `budget_s` seconds, one image, one branch.
 
-    cost: seconds of a step by its tokens. num_tokens: N. family: the best members first; of the first that has an
-    affordable one, the most steps. multiple: what numbers of anchors are rounded up to.
+    cost: seconds of a step by its tokens. num_tokens: N. family: the best first. multiple: what numbers of anchors are
+    rounded up to.
 
     A budget beyond the largest configuration gets that one: a budget is a limit, which it keeps. Raises ConfigError
     below the cheapest, naming it.
@@ -87,9 +59,8 @@ def choose(
     if not math.isfinite(budget_s) or budget_s <= 0.0:
         raise ConfigError(f"choose: budget_s must be a finite number above 0, got {budget_s!r}; give seconds")
     for member in family:
-        affordable = [c for c in member.configs() if loop_seconds(c, num_tokens, cost, multiple) <= budget_s]
-        if affordable:
-            return affordable[-1]
+        if loop_seconds(member, num_tokens, cost, multiple) <= budget_s:
+            return member
     config, seconds = fastest(cost, num_tokens, family, multiple=multiple)
     raise ConfigError(
         f"choose: budget_s must be at least {seconds:.6g}, which {_describe(config)} take, got {budget_s:.6g}; "
@@ -98,11 +69,10 @@ def choose(
 
 
 def fastest(
-    cost: Seconds, num_tokens: int, family: Sequence[Member] = FAMILY, *, multiple: int = 1
+    cost: Seconds, num_tokens: int, family: Sequence[JiTConfig] = FAMILY, *, multiple: int = 1
 ) -> tuple[JiTConfig, float]:
     """Returns the cheapest configuration of a family, and the seconds of its steps."""
-    configs = (config for member in family for config in member.configs())
-    priced = ((config, loop_seconds(config, num_tokens, cost, multiple)) for config in configs)
+    priced = ((config, loop_seconds(config, num_tokens, cost, multiple)) for config in family)
     return min(priced, key=lambda pair: pair[1])
 
 
@@ -111,7 +81,7 @@ def decide(
     *,
     target_speedup: float | None = None,
     target_ms: float | None = None,
-    family: Sequence[Member] = FAMILY,
+    family: Sequence[JiTConfig] = FAMILY,
     **overrides: Any,
 ) -> Choice:
     """Returns the choice for a target from costs measured before; arguments and errors are those of `auto_config`."""

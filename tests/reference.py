@@ -5,6 +5,7 @@ It shares with the package only the pure functions, each of which has tests of i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -39,6 +40,26 @@ def move(state: Tensor, target: Tensor, tokens: Tensor, weight: float) -> Tensor
     return put_tokens_(state.clone(), values, tokens)
 
 
+def multistep(
+    state: Tensor, clean: Tensor, before: Tensor, levels: tuple[float, float, float], where: Tensor | None
+) -> Tensor:
+    """Returns the state after a step of DPM-Solver++(2M), in the words of arXiv:2211.01095, Algorithm 2.
+
+    levels: of the step before, of this one, of the next. where: the tokens whose estimate before was no interpolation.
+    """
+    (half, h), (sigma, next_sigma) = _log_ratios(levels), levels[1:]
+    ratio = half / h
+    estimate = (1.0 + 0.5 / ratio) * clean - 0.5 / ratio * before
+    if where is not None:
+        estimate = put_tokens_(clean.clone(), gather_tokens(estimate, where), where)
+    return next_sigma / sigma * state - (1.0 - next_sigma) * math.expm1(-h) * estimate
+
+
+def _log_ratios(levels: tuple[float, float, float]) -> list[float]:
+    logs = [math.log(1.0 - level) - math.log(level) for level in levels]
+    return [after - before for before, after in pairwise(logs)]
+
+
 @dataclass
 class Trajectory:
     """`states`: after each step and the move that follows it. `anchors`: of each step."""
@@ -65,19 +86,25 @@ def denoise(
     plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator)[None], grid, config.blur_scale)
     noise = state.clone() if config.noise == "own" else None
     done = Trajectory()
+    estimated: Tensor | None = None
+    computed = plan.anchors
     for i, (level, next_level) in enumerate(pairwise(levels)):
         values = velocity_of(gather_tokens(state, plan.anchors), plan.anchors[0], level)
         velocity = lift_velocity(values, state, level, plan, config.lifter)
         done.anchors.append(plan.anchors[0])
         before, state = state, state + (next_level - level) * velocity
+        clean = clean_estimate(before, velocity, level)
+        if config.solver == "dpmpp_2m" and estimated is not None and next_level > 0.0 and levels[i - 1] < 1.0:
+            where = computed if stages[i] != stages[i - 1] else None
+            state = multistep(before, clean, estimated, (levels[i - 1], level, next_level), where)
+        estimated, computed = clean, plan.anchors
         if i + 1 < steps and stages[i + 1] > stages[i]:
             scores = importance(velocity, grid, config.importance_window)
             tokens = activate(scores, plan.anchors, counts[stages[i + 1]] - plan.anchors.shape[1])
             if config.micro_flow != "none":
                 if noise is None:
                     noise = torch.randn(state.shape[1:], generator=generator)[None]
-                clean = gather_tokens(clean_estimate(before, velocity, level), plan.anchors)
-                target = target_state(clean, plan, noise, next_level)
+                target = target_state(gather_tokens(clean, plan.anchors), plan, noise, next_level)
                 state = move(state, target, tokens, config.move_weight)
             plan = make_lift_plan(merge_anchors(plan.anchors, tokens), grid, config.blur_scale)
         state = edit(state)

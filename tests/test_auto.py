@@ -21,9 +21,6 @@ from jitaccel.auto import (
     DENSE_STEPS,
     FAMILY,
     Choice,
-    Member,
-    _family,
-    _member,
     auto_config,
     choose,
     decide,
@@ -31,7 +28,7 @@ from jitaccel.auto import (
     measure_costs,
 )
 from jitaccel.cli import main
-from jitaccel.config import PRESETS, JiTConfig
+from jitaccel.config import PRESETS, sparse_start
 from jitaccel.control import schedule_flops
 from jitaccel.cost import Costs, Probe, fit, loop_seconds, measure, measured_counts, seconds_of_flops
 from jitaccel.flops import flux_flops
@@ -39,7 +36,10 @@ from tests import test_codebases, tiny
 from tests.bfl_model import Flux
 
 NUM_TOKENS = 4096
-PAPERS = _family(PRESETS["4x-paper"], PRESETS["7x-paper"])
+PAPERS = (
+    *(PRESETS["4x-paper"].replace(steps=steps) for steps in range(DENSE_STEPS, 13, -1)),
+    *(PRESETS["7x-paper"].replace(steps=steps) for steps in range(14, 5, -1)),
+)
 CURVES: dict[str, Callable[[int], float]] = {
     "linear": lambda tokens: tokens / NUM_TOKENS,
     "quadratic": lambda tokens: (tokens / NUM_TOKENS) ** 2,
@@ -66,26 +66,9 @@ def costs(curve: str = "overhead", **changed: Any) -> Costs:
 # The rule
 
 
-def test_family_never_gives_fewer_steps_for_a_larger_budget() -> None:
-    for better, worse in itertools.pairwise(FAMILY):
-        assert worse.steps[-1] <= better.steps[0]
-    assert FAMILY[0].steps[-1] == DENSE_STEPS
-
-
-def test_family_is_of_the_presets_and_skips_no_stage() -> None:
-    assert [member.config for member in FAMILY] == [PRESETS["4x"], PRESETS["7x"]]
-    for member in FAMILY:
-        assert member.config.steps in member.steps
-        assert len([*member.configs()]) == len(member.steps)  # each is validated when made
-
-
-def test_member_begins_where_no_stage_is_skipped_any_more() -> None:
-    config = JiTConfig(densities=(0.3, 0.6, 1.0), boundaries=(0.5, 0.6, 1.0), steps=10)
-    assert config.stage_ends(5) == (2, 3, 5) and config.stage_ends(7) == (3, 4, 7)
-    with pytest.raises(ConfigError):
-        config.stage_ends(8)
-    assert _member(config, 3, 12).steps == range(9, 13)
-    assert _member(config, 10, 12).steps == range(10, 13)
+def test_family_is_of_the_presets_kind_the_most_steps_first() -> None:
+    assert [config.steps for config in FAMILY] == [*range(DENSE_STEPS, 3, -1)]
+    assert {PRESETS["4x"], PRESETS["7x"], PRESETS["10x"]} <= {*FAMILY}
 
 
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
@@ -105,10 +88,10 @@ def test_choice_keeps_the_budget_and_more_of_it_never_buys_fewer_steps(
 
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
 def test_choice_has_the_most_steps_that_fit(curve: Callable[[int], float]) -> None:
-    budget = 0.7 * loop_seconds(PRESETS["4x"].replace(steps=DENSE_STEPS), NUM_TOKENS, curve)
+    budget = 0.7 * loop_seconds(FAMILY[0], NUM_TOKENS, curve)
     config = choose(curve, NUM_TOKENS, budget)
-    assert config == PRESETS["4x"].replace(steps=config.steps)
-    assert loop_seconds(config.replace(steps=int(config.steps) + 1), NUM_TOKENS, curve) > budget
+    assert config == sparse_start(int(config.steps))
+    assert loop_seconds(sparse_start(int(config.steps) + 1), NUM_TOKENS, curve) > budget
 
 
 def test_denser_stages_are_taken_from_their_least_steps_on() -> None:
@@ -119,15 +102,15 @@ def test_denser_stages_are_taken_from_their_least_steps_on() -> None:
 
 
 def test_choice_is_made_of_the_family_given() -> None:
-    family = (Member(config=PRESETS["7x"].replace(lifter="clean"), steps=range(6, 9)),)
-    assert choose(CURVES["linear"], NUM_TOKENS, 100.0, family) == family[0].config.replace(steps=8)
+    family = (PRESETS["7x-paper"], PRESETS["4x-paper"])
+    assert choose(CURVES["linear"], NUM_TOKENS, 100.0, family) is family[0]
+    assert fastest(CURVES["constant"], NUM_TOKENS, family) == (family[0], 11.0)
 
 
 def test_flops_of_flux_dev_choose_the_papers_presets() -> None:
     cost = partial(flux_flops, FLUX_DEV)
     seconds = seconds_of_flops(cost, 512, flops_per_s=1e15)
     dense = DENSE_STEPS * seconds(NUM_TOKENS)
-    assert [(member.steps[0], member.steps[-1]) for member in PAPERS] == [(14, DENSE_STEPS), (4, 14)]
     assert choose(seconds, NUM_TOKENS, dense / 4.13, PAPERS) == PRESETS["4x-paper"]
     assert choose(seconds, NUM_TOKENS, dense / 6.95, PAPERS) == PRESETS["7x-paper"]
     flops = schedule_flops(PRESETS["7x-paper"], NUM_TOKENS, 512, cost, 11)
@@ -135,11 +118,11 @@ def test_flops_of_flux_dev_choose_the_papers_presets() -> None:
 
 
 def test_budget_beyond_the_largest_configuration_gets_that() -> None:
-    assert choose(CURVES["linear"], NUM_TOKENS, 1e9) == PRESETS["4x"].replace(steps=DENSE_STEPS)
+    assert choose(CURVES["linear"], NUM_TOKENS, 1e9) is FAMILY[0]
 
 
 def test_budget_below_the_cheapest_names_it() -> None:
-    least = FAMILY[-1].steps[0]
+    least = FAMILY[-1].steps
     says = rf"^choose: budget_s must be at least \d+\.\d+, which {least} steps .*, got 0\.1; "
     with pytest.raises(ConfigError, match=says):
         choose(CURVES["linear"], NUM_TOKENS, 0.1)
@@ -188,7 +171,7 @@ def test_speedup_is_against_the_untouched_model() -> None:
 @pytest.mark.parametrize("target", ["target_speedup", "target_ms"])
 def test_limit_that_an_error_names_can_be_asked_for(curve: str, target: str) -> None:
     asked = {"target_speedup": 1e4, "target_ms": 1e-3}[target]
-    least = FAMILY[-1].steps[0]
+    least = FAMILY[-1].steps
     says = rf"^auto_config: {target} must be at \w+ .*{least} steps.*got {asked!r}; "
     with pytest.raises(ConfigError, match=says) as raised:
         decide(costs(curve), **{target: asked})

@@ -84,7 +84,13 @@ def test_aoti_makes_the_eager_latents(pipe: Any, aoti: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lifter": "clean", "micro_flow": "none"}, {"noise": "own"}, {"schedule": "native"}, {"micro_flow": "released"}],
+    [
+        {"lifter": "clean", "micro_flow": "none"},
+        {"noise": "own"},
+        {"schedule": "native"},
+        {"micro_flow": "released"},
+        {"solver": "dpmpp_2m"},
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_are_exported(pipe: Any, tmp_path: Path, settings: Mapping[str, Any]) -> None:
@@ -259,7 +265,7 @@ def test_plan_with_another_number_is_refused(folder: Path) -> None:
     with pytest.raises(ArtefactError, match="altered"):
         jitaccel.load_exported(folder)
     (folder / "plan.json").write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ArtefactError, match="version 1 are read, got version 99"):
+    with pytest.raises(ArtefactError, match="version 2 are read, got version 99"):
         jitaccel.load_exported(folder)
 
 
@@ -378,8 +384,9 @@ def test_cpp_program_makes_the_same_latents(
         {"densities": (0.2, 0.7, 1.0), "noise": "own"},
         {"densities": (0.6, 0.8, 1.0)},
         {"lifter": "clean", "micro_flow": "none"},
+        {"solver": "dpmpp_2m"},
     ],
-    ids=["own noise", "fresh noise", "clean, none"],
+    ids=["own noise", "fresh noise", "clean, none", "multistep"],
 )
 def test_cpp_program_makes_a_batch_with_few_and_many_anchors(
     pipe: Any, program: Path, settings: Mapping[str, Any], tmp_path: Path

@@ -198,7 +198,11 @@ def test_nobodys_tensor_is_written(loop: Loop) -> None:
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 @pytest.mark.parametrize("order", ["positive first", "negative first", "batch"])
-@pytest.mark.parametrize("config", [EXACT, SHORT, CLEAN], ids=["7x", "stage of one step", "clean, none"])
+@pytest.mark.parametrize(
+    "config",
+    [EXACT, SHORT, CLEAN, PRESETS["7x"], EXACT.replace(solver="dpmpp_2m")],
+    ids=["7x-paper", "stage of one step", "clean, none", "7x", "solver and moves"],
+)
 def test_guided_loop_makes_the_guided_pipelines_image(loop: Loop, config: JiTConfig, order: str, given: bool) -> None:
     levels = noise_levels(config)
     target = through_pipeline(config, true_cfg_scale=SCALE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -25,9 +24,9 @@ Way = Variant | Method
 
 
 def staged(ends: tuple[int, ...], densities: tuple[float, ...]) -> JiTConfig:
-    """Returns stages that end after so many steps, with the clean estimate lifted and nothing moved."""
+    """Returns stages that end after so many steps, with all else as in the preset 7x."""
     boundaries = tuple((end + 1e-6) / ends[-1] for end in ends[:-1])
-    return CLEAN.replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
+    return PRESETS["7x"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
 
 
 def dense(steps: int, schedule: str = "beta", solver: str = "euler") -> Variant:
@@ -64,64 +63,50 @@ def _lifters(config: JiTConfig) -> dict[str, JiTConfig | Variant]:
 
 
 CONTROLS = _named({
-    **{f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 12, 20)},
+    **{f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 12)},
     **{f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)},
     **{f"dpm:{n}": dense(n, solver="dpmpp_2m") for n in (4, 5, 6, 7, 12)},
 })  # fmt: skip
-_NOW = PRESETS["7x"]
-
 _BUDGETS: Mapping[str, Mapping[str, Way]] = {
-    "budget of 4 dense steps": _named({
-        "beta:4": dense(4),
-        "1@0.5 4@1": staged((1, 4), (0.5, 1.0)),
-        "2@0.5 5@1": staged((2, 5), (0.5, 1.0)),
+    "the cost of 10x": _named({
+        "dpm:4": dense(4, solver="dpmpp_2m"),
+        "10x": PRESETS["10x"],
+        "1@0.5 5@1": staged((1, 5), (0.5, 1.0)),
+        "dpm:5": dense(5, solver="dpmpp_2m"),
+        "beta:5": dense(5),
+        "dense:5": dense(5, "native"),
     }),
-    "budget of 5": _named({"beta:5": dense(5), "10x": PRESETS["10x"]}),
-    "budget of 6 to 7": _named({
-        "beta:6": dense(6),
-        "2@0.5 7@1": staged((2, 7), (0.5, 1.0)),
+    "the cost of 7x": _named({
+        "dpm:6": dense(6, solver="dpmpp_2m"),
         "7x": PRESETS["7x"],
+        "1@0.5 7@1": staged((1, 7), (0.5, 1.0)),
+        "2@0.32 8@1": staged((2, 8), (0.32, 1.0)),
+        "2@0.32 4@0.6 9@1": staged((2, 4, 9), (0.32, 0.6, 1.0)),
+        "dpm:7": dense(7, solver="dpmpp_2m"),
+        "beta:6": dense(6),
         "beta:7": dense(7),
         "7x-paper": PAPER,
     }),
-    "budget of 11": _named({
-        "beta:11": dense(11),
+    "the cost of 4x": _named({
+        "dpm:12": dense(12, solver="dpmpp_2m"),
         "4x": PRESETS["4x"],
+        "beta:11": dense(11),
         "4x-paper": PAPER.replace(densities=(0.35, 0.62, 1.0), steps=18),
-    }),
-}  # fmt: skip
-
-_ABOUT_7X: Mapping[str, Mapping[str, Way]] = {
-    "stages at the cost of 7x": _named({
-        "7x": _NOW,
-        "1@0.5 7@1": staged((1, 7), (0.5, 1.0)),
-        "4@0.5 9@1": staged((4, 9), (0.5, 1.0)),
-        "1@0.32 7@1": staged((1, 7), (0.32, 1.0)),
-        "3@0.32 9@1": staged((3, 9), (0.32, 1.0)),
-        "2@0.32 4@0.6 9@1": staged((2, 4, 9), (0.32, 0.6, 1.0)),
-        "clean, none": CLEAN,
-    }),
-    "7x, one part changed": _named({
-        "7x": _NOW,
-        "7x, velocity": _NOW.replace(lifter="velocity"),
-        "7x, velocity, released": _NOW.replace(lifter="velocity", micro_flow="released"),
-        "7x, released": _NOW.replace(micro_flow="released"),
-        "7x, exact, own noise": _NOW.replace(micro_flow="exact", noise="own"),
-        "7x, nearest": Variant(config=_NOW, lifter=lifters.nearest),
-        "7x, linear": Variant(config=_NOW, lifter=lifters.linear),
-        "7x, stale keys": Variant(config=_NOW, stale_keys=True),
-    }),
-    "a cache in the stages of 7x": _named({
-        "7x": _NOW,
-        **{f"7x, cache {t}": Variant(config=_NOW, cache_threshold=t) for t in (0.2, 0.4)},
-        "beta:7, cache 0.2": dataclasses.replace(dense(7), cache_threshold=0.2),
-        "10x": PRESETS["10x"],
     }),
 }  # fmt: skip
 
 QUESTIONS: Mapping[str, Mapping[str, Way]] = MappingProxyType({
     **_BUDGETS,
-    **_ABOUT_7X,
+    "solver": _named({
+        "7x-paper": PAPER,
+        "7x-paper, dpm": PAPER.replace(solver="dpmpp_2m"),
+        "clean, none": CLEAN,
+        "clean, none, dpm": CLEAN.replace(solver="dpmpp_2m"),
+        "best parts": Variant(
+            config=CLEAN.replace(solver="dpmpp_2m"), lifter=lifters.nearest, scores=variant.clean_variance
+        ),
+    }),
+    "7x by Euler's steps": _named({"7x": PRESETS["7x"], "7x, euler": PRESETS["7x"].replace(solver="euler")}),
     "micro-flow": _named({
         "7x-paper": PAPER,
         "exact": PAPER.replace(micro_flow="exact"),
@@ -149,6 +134,11 @@ QUESTIONS: Mapping[str, Mapping[str, Way]] = MappingProxyType({
     "cache": _named({
         "clean, none": CLEAN,
         **{f"cache {t}": Variant(config=CLEAN, cache_threshold=t) for t in (0.1, 0.2, 0.4)},
+    }),
+    "a cache in the stages of 7x": _named({
+        "7x": PRESETS["7x"],
+        **{f"7x, cache {t}": Variant(config=PRESETS["7x"], cache_threshold=t) for t in (0.2, 0.4)},
+        "10x": PRESETS["10x"],
     }),
     "rivals": {method.name: method for method in parse_methods(
         "firstblock:28:0.2,firstblock:28:0.4,taylorseer-lite:28:4,half:11:4"
