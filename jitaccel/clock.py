@@ -64,13 +64,15 @@ class PredictedLevels:
     def __init__(self, config: JiTConfig) -> None:
         self._levels = noise_levels(config)
         self._starts = stage_starts_by_level(config)
+        self._ends = config.stage_ends(len(self._levels) - 1)
         self._num_stages = config.num_stages
 
     def follow(self, previous: Step | None, noise_level: float) -> Step:
         """Returns the step that starts at `noise_level` after `previous`."""
         match = self._match(previous, noise_level)
         level = noise_level if match is None else self._levels[match]
-        stage = max(stage_of_level(level, self._starts), 0 if previous is None else previous.stage)
+        expected = stage_of_level(level, self._starts) if match is None else sum(match >= end for end in self._ends)
+        stage = max(expected, 0 if previous is None else previous.stage)
         return Step(
             index=0 if previous is None else previous.index + 1,
             stage=stage,

@@ -82,7 +82,7 @@ def test_generate_writes_the_same_picture_for_the_same_seed(command: Command, mo
 
 def test_generate_takes_every_option_and_prints_statistics(command: Command, model: Path, tmp_path: Path) -> None:
     status, out, err = command(
-        "generate", "--model", model, "--prompt", "a red circle", "--preset", "4x", "--steps", 5, "--height", 64,
+        "generate", "--model", model, "--prompt", "a red circle", "--preset", "7x", "--steps", 5, "--height", 64,
         "--width", 48, "--true-cfg", 2, "--negative-prompt", "blue", "--guidance", 2, "--dtype", "float32", "--device",
         "cpu", "--text-tokens", 8, "--stats", "--out", tmp_path / "a.jpg",
     )  # fmt: skip
