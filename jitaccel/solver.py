@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .clock import Step
 
+_MOST = 2.0  # presets reach 1.7; levels that crowd and then fall would be extrapolated without bound
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimate:
@@ -28,11 +30,12 @@ def extrapolation_weight(before: float, level: float, next_level: float) -> floa
     """Returns w for a step from `level` to `next_level` after one from `before`.
 
     0, an Euler step, where the ratio is 0 or infinite at an end: after the step that starts from pure noise, and in the
-    one that ends at the picture.
+    one that ends at the picture. At most 2, which departs from the paper.
     """
     if not 0.0 < next_level < level < before < 1.0:
         return 0.0
-    return (_log_ratio(next_level) - _log_ratio(level)) / (2.0 * (_log_ratio(level) - _log_ratio(before)))
+    made, due = _log_ratio(level) - _log_ratio(before), _log_ratio(next_level) - _log_ratio(level)
+    return min(due / (2.0 * made), _MOST)
 
 
 def _log_ratio(level: float) -> float:

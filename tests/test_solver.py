@@ -82,6 +82,14 @@ def test_ends_of_the_path_take_euler_steps(before: float, level: float, next_lev
         assert solver.correct(_step(index, 0, start, end), state, velocity, None) is velocity
 
 
+def test_levels_that_crowd_are_not_extrapolated_without_bound() -> None:
+    assert extrapolation_weight(0.500001, 0.5, 0.1) == 2.0
+    for name in ("4x", "7x", "10x"):
+        levels = noise_levels(PRESETS[name])
+        weights = [extrapolation_weight(*levels[k : k + 3]) for k in range(len(levels) - 2)]
+        assert weights[0] == weights[-1] == 0.0 < min(weights[1:-1]) and max(weights) < 2.0
+
+
 def test_corrected_velocity_can_be_taken_back() -> None:
     solver, state = Multistep(), first_state()
     generator = torch.Generator().manual_seed(1)
