@@ -64,8 +64,8 @@ def measure_compilation(options: Options, size: str) -> Iterator[Row]:
         warm = [
             _json(_COMPILE, str(options.device), size, TORCHINDUCTOR_CACHE_DIR=folder) for _ in range(options.repeat)
         ]
-    yield _row("compile and capture three stages, cold cache", [cold], options)
-    yield _row("compile and capture three stages, warm cache", warm, options)
+    yield _row("compile and capture 7x's stages, cold cache", [cold], options)
+    yield _row("compile and capture 7x's stages, warm cache", warm, options)
 
 
 def measure(options: Options) -> Iterator[Row]:

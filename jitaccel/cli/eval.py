@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .lab import Lab, Row, Setting
     from .prompts import Prompt
 
-_METHODS = "dense:50,dense:7,beta:7,dpm:5,dpm:7,dpm:12,4x,7x,10x"
-_MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:7,4x,7x"
+_METHODS = "dense:50,dense:7,beta:7,dpm:4,dpm:6,dpm:12,4x,7x,10x"
+_MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:6,4x,7x"
 _METRICS = "psnr,ssim,spectrum"
 _BATCH = 6  # of the embedded model
 _DATA_PICTURES = 512
