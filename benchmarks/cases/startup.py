@@ -58,7 +58,7 @@ print(json.dumps(time.perf_counter() - start))
 
 
 def measure_compilation(options: Options, size: str) -> Iterator[Row]:
-    """Yields how long three stages of 7x take to compile and capture, with an empty cache and with a filled one."""
+    """Yields how long the stages of 7x take to compile and capture, with an empty cache and with a filled one."""
     with tempfile.TemporaryDirectory() as folder:
         cold = _json(_COMPILE, str(options.device), size, TORCHINDUCTOR_CACHE_DIR=folder)
         warm = [
