@@ -205,7 +205,7 @@ def test_other_models_are_refused(pipe: Any) -> None:
         ("half:4:4", "half:STEPS:HALF_STEPS, whole numbers from 1, the second below the first, got 'half:4:4'"),
         ("half:4:0", "half:STEPS:HALF_STEPS"),
         ("cachedit:x", "cachedit:STEPS or cachedit:STEPS:THRESHOLD"),
-        ("firstblocks:4:1", "must list dense:N, beta:N, firstblock:STEPS:THRESHOLD"),
+        ("firstblocks:4:1", "must list dense:N, beta:N, dpm:N, firstblock:STEPS:THRESHOLD"),
         ("half:4:2,half:4:2", "must be different ones"),
     ],
 )
