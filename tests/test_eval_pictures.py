@@ -159,6 +159,16 @@ def test_kinds_and_controls_of_methods() -> None:
     assert control_of("7x", {"7x": of["7x"]}) is None
 
 
+def test_control_takes_the_steps_of_the_same_solver() -> None:
+    solved = {"densities": [1.0], "schedule": "beta", "solver": "dpmpp_2m"}
+    rows = [row("beta:6", 0), row("dpm:6", 0, config=solved), row("7x", 0)]
+    fast = row("fast", 0, config={"densities": [0.3, 1.0], "schedule": "beta", "solver": "dpmpp_2m"}, gflop=66.0)
+    of = {each["method"]: [each] for each in (*rows, fast)}
+    assert kind_of(rows[1]) == kind_of({"method": "mine", "config": solved}) == "dense-dpm"
+    assert control_of("7x", of) == "beta:6" and control_of("fast", of) == "dpm:6"
+    assert control_of("fast", {name: of[name] for name in ("beta:6", "fast")}) == "beta:6"
+
+
 # ------------------------------------------------------------------------------------------------------- Pareto picture
 
 
