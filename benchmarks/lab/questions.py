@@ -63,7 +63,7 @@ def _lifters(config: JiTConfig) -> dict[str, JiTConfig | Variant]:
 
 
 CONTROLS = _named({
-    **{f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10)},
+    **{f"dense:{n}": dense(n, "native") for n in (4, 5, 7, 10, 12, 20)},
     **{f"beta:{n}": dense(n) for n in (3, 4, 5, 6, 7, 11)},
     **{f"dpm:{n}": dense(n, solver="dpmpp_2m") for n in (4, 5, 6, 7, 12)},
 })  # fmt: skip
