@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments, which `python -m benchmarks` shares."""
-    parser.add_argument("group", nargs="?", help="auto, kernels, denoise, packing, record or startup, for example (--list); without it all but the long")
+    parser.add_argument("group", nargs="?", help="auto, denoise, kernels, ... (--list); without it all but long ones")
     parser.add_argument("--size", help="which size of model, such as small, large, flux; without it all")
     parser.add_argument("--only", metavar="TEXT", help="only cases whose name holds this text")
     parser.add_argument("--repeat", type=_positive, default=5, help="how often each method is timed")
