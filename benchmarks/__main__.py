@@ -7,8 +7,8 @@ call of the transformer to the end of the last step, through the pipeline's own 
 left out. On CUDA the clock waits for the device at both ends.
 
 `control` is what a speed-up has to beat: as many dense steps as 7x costs by FLOPs (attention and text counted), to
-the nearest whole, on the same kind of noise levels. `dense` is 50 steps of the pipeline untouched. Where 50 steps
-would take minutes, fewer are timed and multiplied; the row says how many (`timed_steps`).
+the nearest whole, on the same kind of noise levels, by the same solver. `dense` is 50 steps of the pipeline untouched.
+Where 50 steps would take minutes, fewer are timed and multiplied; the row says how many (`timed_steps`).
 
 The first line says machine, torch and commit; `--json` adds one line for each measurement, with the unit in each
 field's name. Rows worth keeping live in `benchmarks/results/`, with device, versions and commit.

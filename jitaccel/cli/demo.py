@@ -133,7 +133,7 @@ def table(results: Sequence[_Result], scores: Sequence[Score] | None) -> list[st
     return [
         *lines,
         "Per picture. GFLOP: the transformer, attention and text counted; =dense: the dense steps that cost as much.",
-        "control: as many dense steps as 7x costs, on the same levels. Speed-ups are of the denoising seconds.",
+        "control: as many dense steps as 7x costs, on the same levels by the same solver. Speed-ups are of denoising.",
         f"PSNR: to the picture of 50 steps from the same noise. attributes: {judged}",
     ]
 
