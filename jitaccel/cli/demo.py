@@ -183,7 +183,8 @@ def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> 
     labels, total = [], stats.grid[0] * stats.grid[1]
     for stage, anchors in enumerate(stats.anchors):
         steps = [step.index for step in stats.steps if step.stage == stage]
-        labels.append(f"{_TOKENS_OF}, steps {steps[0]}-{steps[-1]}: {anchors.shape[1]} of {total} tokens")
+        when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}-{steps[-1]}"
+        labels.append(f"{_TOKENS_OF}, {when}: {anchors.shape[1]} of {total} tokens")
     rows = [
         [show_active(picture, anchors[index].cpu().numpy(), stats.grid) for anchors in stats.anchors]
         for index, picture in enumerate(first.pictures[:_SHOWN_TOKENS])
