@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from jitaccel.cli import bench
-from jitaccel.cli.errors import CommandError
-from jitaccel.cli.loading import pick_device
+from jitaccel.errors import CommandError
+from jitaccel.loading import pick_device
 
 from .compare import ratio_to, read_rows
 from .registry import Case, Options, find_cases

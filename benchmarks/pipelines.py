@@ -45,8 +45,8 @@ class Subject:
 
 def embedded_subject(device: torch.device, grid: tuple[int, int], seed: int, text_tokens: int = 48) -> Subject:
     """Returns the embedded pipeline with a held-out prompt, at any grid."""
-    from jitaccel.cli.loading import load_pipeline
-    from jitaccel.scenes.prompts import held_out
+    from jitaccel.evaluation.scenes.prompts import held_out
+    from jitaccel.loading import load_pipeline
 
     pipe = load_pipeline(None, device=str(device))
     cell = 2 * pipe.vae_scale_factor

@@ -23,6 +23,10 @@ class ArtefactError(ValueError):
     """Exported stages that are damaged, or were made for something else than what is asked of them."""
 
 
+class CommandError(Exception):
+    """Arguments that a command cannot run with, or a file or package that it lacks."""
+
+
 def nearest_match(name: object, allowed: Iterable[str]) -> str:
     """Returns the allowed name most like `name`, ignoring case; an empty string when nothing is allowed."""
     by_folded = {candidate.casefold(): candidate for candidate in allowed}

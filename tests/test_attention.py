@@ -14,7 +14,15 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
-from jitaccel.attention import ATTENTION, BACKENDS, Backend, check_attention, choose_backend, is_found, varlen_attention
+from jitaccel.attention import (
+    ATTENTION,
+    BACKENDS,
+    Backend,
+    check_attention,
+    choose_backend,
+    is_found,
+    varlen_attention,
+)
 from jitaccel.errors import ConfigError
 from jitaccel.packing import PackedLayout
 

@@ -17,16 +17,7 @@ from hypothesis import strategies as st
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from jitaccel.auto import (
-    DENSE_STEPS,
-    FAMILY,
-    Choice,
-    auto_config,
-    choose,
-    decide,
-    fastest,
-    measure_costs,
-)
+from jitaccel.auto import DENSE_STEPS, FAMILY, Choice, auto_config, choose, decide, fastest, measure_costs
 from jitaccel.cli import main
 from jitaccel.config import PRESETS, sparse_start
 from jitaccel.control import schedule_flops

@@ -14,8 +14,8 @@ import pytest
 
 from jitaccel.cli import main
 from jitaccel.cli.demo import table
-from jitaccel.cli.pictures import grid_picture, show_active
-from jitaccel.quality.metrics import psnr_db
+from jitaccel.evaluation.pictures import grid_picture, show_active
+from jitaccel.evaluation.quality.metrics import psnr_db
 
 Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]
@@ -175,7 +175,7 @@ def test_demo_prints_the_table_and_writes_both_pictures(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    from jitaccel.cli import loading
+    from jitaccel import loading
     from tests import tiny
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: tiny.pipeline())
@@ -200,8 +200,8 @@ def test_demo_refuses_a_file_for_a_folder(command: Command, tmp_path: Path) -> N
 
 
 def test_table_shows_both_denominators() -> None:
-    from jitaccel.cli.comparison import Generation, Method
     from jitaccel.cli.demo import _Result
+    from jitaccel.evaluation.comparison import Generation, Method
 
     def result(name: str, steps: int, seconds: float, flops: int, level: float) -> _Result:
         pictures: Any = np.full((2, 8, 8, 3), level)

@@ -11,11 +11,11 @@ import pytest
 
 from jitaccel import PRESETS
 from jitaccel.cli import main
-from jitaccel.cli.errors import CommandError
-from jitaccel.cli.eval_table import table
-from jitaccel.cli.methods import parse_methods
-from jitaccel.cli.scoring import parse_metrics
-from jitaccel.quality.summary import summary
+from jitaccel.errors import CommandError
+from jitaccel.evaluation.eval_table import table
+from jitaccel.evaluation.methods import parse_methods
+from jitaccel.evaluation.quality.summary import summary
+from jitaccel.evaluation.scoring import parse_metrics
 
 pytest.importorskip("diffusers")
 METHODS = "dense:3,beta:2,sparse.json"

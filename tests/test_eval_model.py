@@ -11,9 +11,9 @@ import pytest
 
 import jitaccel
 from jitaccel.cli import main
-from jitaccel.cli.errors import CommandError
-from jitaccel.cli.prompts import read_prompts
-from jitaccel.cli.scoring import parse_metrics
+from jitaccel.errors import CommandError
+from jitaccel.evaluation.prompts import read_prompts
+from jitaccel.evaluation.scoring import parse_metrics
 
 pytest.importorskip("diffusers")
 STUB = """
@@ -97,7 +97,7 @@ def test_another_metric_asks_for_no_new_picture(
     def refuse(*_: Any) -> None:
         raise AssertionError("no pipeline is needed")
 
-    monkeypatch.setattr("jitaccel.cli.lab.load_pipeline", refuse)
+    monkeypatch.setattr("jitaccel.evaluation.lab.load_pipeline", refuse)
     for _ in range(2):
         assert evaluate("--metrics", f"ssim,{stub}:made", methods="dense:2,beta:2") == 0
     assert len(lines(in_folder / "asked.jsonl")) == 1  # the second run takes the numbers up

@@ -13,17 +13,17 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 
-from jitaccel.cli.eval_pictures import known_qualities, write_pictures  # noqa: E402
-from jitaccel.quality.choice import columns_of, sections  # noqa: E402
-from jitaccel.quality.contact import contact_sheet  # noqa: E402
-from jitaccel.quality.drawing import COLOURS, PAPER, Scale, cut, text_width, wrap  # noqa: E402
-from jitaccel.quality.labels import Box, place_labels  # noqa: E402
-from jitaccel.quality.metrics import frechet_distance  # noqa: E402
-from jitaccel.quality.pareto import Panel, arrange, front, pareto_picture  # noqa: E402
-from jitaccel.quality.rows import QUALITIES, by_method, control_of, kind_of, quality_of  # noqa: E402
-from jitaccel.quality.scorers import Scorer  # noqa: E402
-from jitaccel.quality.statistics import mean_of, share_of  # noqa: E402
-from jitaccel.quality.summary import summary  # noqa: E402
+from jitaccel.evaluation.eval_pictures import known_qualities, write_pictures  # noqa: E402
+from jitaccel.evaluation.quality.choice import columns_of, sections  # noqa: E402
+from jitaccel.evaluation.quality.contact import contact_sheet  # noqa: E402
+from jitaccel.evaluation.quality.drawing import COLOURS, PAPER, Scale, cut, text_width, wrap  # noqa: E402
+from jitaccel.evaluation.quality.labels import Box, place_labels  # noqa: E402
+from jitaccel.evaluation.quality.metrics import frechet_distance  # noqa: E402
+from jitaccel.evaluation.quality.pareto import Panel, arrange, front, pareto_picture  # noqa: E402
+from jitaccel.evaluation.quality.rows import QUALITIES, by_method, control_of, kind_of, quality_of  # noqa: E402
+from jitaccel.evaluation.quality.scorers import Scorer  # noqa: E402
+from jitaccel.evaluation.quality.statistics import mean_of, share_of  # noqa: E402
+from jitaccel.evaluation.quality.summary import summary  # noqa: E402
 
 DEFAULT = [
     "dense:50", "dense:7", "beta:6", "beta:4", "beta:3", "dense:5", "7x", "4x", "beta:5", "beta:7", "beta:11",

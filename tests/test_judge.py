@@ -11,9 +11,18 @@ import pytest
 import torch
 
 from jitaccel.api import embedded_model
-from jitaccel.scenes.draw import cover, draw
-from jitaccel.scenes.judge import CELLS, Judge, JudgeNetwork, Score, Sighting, compare, components, outline_of
-from jitaccel.scenes.scene import COLOURS, Claim, Thing, describe, random_scene
+from jitaccel.evaluation.scenes.draw import cover, draw
+from jitaccel.evaluation.scenes.judge import (
+    CELLS,
+    Judge,
+    JudgeNetwork,
+    Score,
+    Sighting,
+    compare,
+    components,
+    outline_of,
+)
+from jitaccel.evaluation.scenes.scene import COLOURS, Claim, Thing, describe, random_scene
 
 CIRCLE = Sighting(shape="circle", colour="red", texture="striped", size="large", x=0.3, y=0.6, cells=400)
 FULL_CLAIM = Claim(shape="circle", colour="red", texture="striped", size="large", place="left")

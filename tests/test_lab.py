@@ -24,11 +24,11 @@ from benchmarks.lab.questions import QUESTIONS, native_levels
 from benchmarks.lab.sampler import GRID, TEXT_TOKENS, Bench, sample, sample_by_pipeline
 from benchmarks.lab.variant import Variant, VariantRun
 from benchmarks.table import RESULTS, read_results
-from jitaccel.cli.comparison import Method
-from jitaccel.cli.loading import load_pipeline
 from jitaccel.clock import KnownLevels
+from jitaccel.evaluation.comparison import Method
+from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.lift import lift, make_lift_plan
-from jitaccel.scenes.prompts import held_out
+from jitaccel.loading import load_pipeline
 from jitaccel.schedule import noise_levels
 
 SHORT = JiTConfig(densities=(0.4, 0.7, 1.0), boundaries=(0.34, 0.67, 1.0), steps=3)
@@ -165,7 +165,7 @@ def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:
 def test_search_halves_and_goes_on_with_the_better_half(bench: Bench) -> None:
     among = {str(steps): SHORT.replace(steps=steps) for steps in (3, 4)}
     some = Bench.of(bench.pipe, held_out(4, seed=1), seed=9)
-    from jitaccel.cli.loading import load_judge
+    from jitaccel.loading import load_judge
 
     reference = sample(some, Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=4)))
     first, last = search.search(among, some, load_judge(), 2, reference)

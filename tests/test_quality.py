@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from jitaccel.quality.metrics import frechet_distance, perceptual_distance, seam_ratio, spectrum_error_db, ssim
-from jitaccel.quality.statistics import bootstrap, mean_of, paired_p_value, share_of
+from jitaccel.evaluation.quality.metrics import (
+    frechet_distance,
+    perceptual_distance,
+    seam_ratio,
+    spectrum_error_db,
+    ssim,
+)
+from jitaccel.evaluation.quality.statistics import bootstrap, mean_of, paired_p_value, share_of
 
 RNG = np.random.default_rng(0)
 

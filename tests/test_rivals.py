@@ -17,9 +17,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jitaccel.cli.comparison import Generation, Method, generate
-from jitaccel.cli.errors import CommandError
-from jitaccel.cli.methods import parse_methods
+from jitaccel.errors import CommandError
+from jitaccel.evaluation.comparison import Generation, Method, generate
+from jitaccel.evaluation.methods import parse_methods
 from jitaccel.flops import flux_flops
 from jitaccel.schedule import beta_levels
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from jitaccel.scenes.draw import TEXTURE_PERIOD_PX, cover, draw
-from jitaccel.scenes.prompts import held_out
-from jitaccel.scenes.scene import (
+from jitaccel.evaluation.scenes.draw import TEXTURE_PERIOD_PX, cover, draw
+from jitaccel.evaluation.scenes.prompts import held_out
+from jitaccel.evaluation.scenes.scene import (
     COLOURS,
     SHAPES,
     TEXTURES,

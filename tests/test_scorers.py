@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from jitaccel.quality import packaged
-from jitaccel.quality.scorers import Scorer, source_of
+from jitaccel.evaluation.quality import packaged
+from jitaccel.evaluation.quality.scorers import Scorer, source_of
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
 REFERENCES = PICTURES[::-1].copy()
@@ -158,7 +158,7 @@ def test_built_in_metrics_compare_with_the_reference() -> None:
 def test_own_scorer_of_a_factory_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "scorers_of_mine.py").write_text(
-        "from jitaccel.quality.scorers import Scorer\n"
+        "from jitaccel.evaluation.quality.scorers import Scorer\n"
         "def darkness():\n"
         "    score = lambda prompts, pictures, references: [1.0] * len(pictures)\n"
         "    return Scorer(name='dark', higher_is_better=False, score=score)\n"

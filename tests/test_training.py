@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from jitaccel.scenes.draw import cover
-from jitaccel.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, random_scene
+from jitaccel.evaluation.scenes.draw import cover
+from jitaccel.evaluation.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, random_scene
 from tests import tiny
 
 pytest.importorskip("diffusers")

@@ -22,7 +22,7 @@ from types import MappingProxyType
 import torch
 
 from jitaccel import embedded_model
-from jitaccel.scenes.judge import Judge
+from jitaccel.evaluation.scenes.judge import Judge
 
 from .assemble import assemble, save
 from .card import write_card

@@ -15,8 +15,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jitaccel.scenes.draw import draw
-from jitaccel.scenes.scene import random_scene
+from jitaccel.evaluation.scenes.draw import draw
+from jitaccel.evaluation.scenes.scene import random_scene
 
 from .log import TrainingLog, warmup_cosine
 from .patch_encoder import encode, latent_statistics, patch_features, pictures_to_tensor

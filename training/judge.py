@@ -23,9 +23,29 @@ from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 
-from jitaccel.scenes.draw import cover, draw
-from jitaccel.scenes.judge import ATTRIBUTES, CELLS, OUTLINE, Judge, JudgeNetwork, Score, compare, outline_of
-from jitaccel.scenes.scene import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Claim, Scene, Thing, describe, random_scene
+from jitaccel.evaluation.scenes.draw import cover, draw
+from jitaccel.evaluation.scenes.judge import (
+    ATTRIBUTES,
+    CELLS,
+    OUTLINE,
+    Judge,
+    JudgeNetwork,
+    Score,
+    compare,
+    outline_of,
+)
+from jitaccel.evaluation.scenes.scene import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Claim,
+    Scene,
+    Thing,
+    describe,
+    random_scene,
+)
 
 from .log import TrainingLog, warmup_cosine
 from .patch_encoder import PATCH, patch_features

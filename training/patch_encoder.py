@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from jitaccel.scenes.draw import draw
-from jitaccel.scenes.scene import random_scene
+from jitaccel.evaluation.scenes.draw import draw
+from jitaccel.evaluation.scenes.scene import random_scene
 
 PATCH = 4
 _LUMA = torch.tensor([0.299, 0.587, 0.114])

@@ -12,8 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jitaccel.scenes.draw import cover_local, draw
-from jitaccel.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, Thing, describe, random_scene
+from jitaccel.evaluation.scenes.draw import cover_local, draw
+from jitaccel.evaluation.scenes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    Thing,
+    describe,
+    random_scene,
+)
 
 from .patch_encoder import encode_tokens
 

@@ -22,7 +22,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from jitaccel.scenes.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Claim, describe, random_scene
+from jitaccel.evaluation.scenes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Claim,
+    describe,
+    random_scene,
+)
 
 from .log import TrainingLog, warmup_cosine
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from jitaccel.api import embedded_model
-from jitaccel.cli.comparison import Generation, Method, compared_methods, generate, warm_up
+from jitaccel.evaluation.comparison import Generation, Method, compared_methods, generate, warm_up
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, Subject, embedded_subject, random_subject
 from ..registry import Case, Options, Row, percentiles
@@ -119,7 +119,7 @@ def _fields(
 
 
 def _psnr(result: _Measured, dense: _Measured) -> float | None:
-    from jitaccel.quality.metrics import psnr_db
+    from jitaccel.evaluation.quality.metrics import psnr_db
 
     if result is dense:
         return None

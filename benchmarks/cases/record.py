@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import jitaccel
-from jitaccel.cli.comparison import Generation, timed
+from jitaccel.evaluation.comparison import Generation, timed
 
 from ..pipelines import FLUX_DEV, embedded_subject, random_call, random_pipeline
 from ..registry import Case, Options, Row, percentiles

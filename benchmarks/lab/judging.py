@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jitaccel.quality import metrics
-from jitaccel.scenes.judge import Judge, compare
+from jitaccel.evaluation.quality import metrics
+from jitaccel.evaluation.scenes.judge import Judge, compare
 
 from .sampler import Bench, Sampled
 

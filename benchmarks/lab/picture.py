@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jitaccel.config import PRESETS
-from jitaccel.quality.pareto import pareto_picture
+from jitaccel.evaluation.quality.pareto import pareto_picture
 
 from ..table import RESULTS, read_results
 from .report import BENCHMARK

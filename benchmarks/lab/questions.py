@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from jitaccel.cli.comparison import Method
-from jitaccel.cli.methods import parse_methods
 from jitaccel.config import PRESETS, JiTConfig
+from jitaccel.evaluation.comparison import Method
+from jitaccel.evaluation.methods import parse_methods
 
 from . import lifters, variant
 from .variant import Variant

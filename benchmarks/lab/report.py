@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jitaccel.quality.statistics import mean_of, paired_p_value
-from jitaccel.quality.summary import summary
+from jitaccel.evaluation.quality.statistics import mean_of, paired_p_value
+from jitaccel.evaluation.quality.summary import summary
 
 from .questions import CONTROLS, QUESTIONS, REFERENCE
 

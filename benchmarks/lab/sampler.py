@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jitaccel.cli.comparison import Method, generate
-from jitaccel.cli.pictures import to_bytes
 from jitaccel.clock import KnownLevels
-from jitaccel.scenes.scene import Claim
+from jitaccel.evaluation.comparison import Method, generate
+from jitaccel.evaluation.pictures import to_bytes
+from jitaccel.evaluation.scenes.scene import Claim
 from jitaccel.schedule import noise_levels
 from jitaccel.tokens import put_tokens_
 

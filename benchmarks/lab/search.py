@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 
-from jitaccel.cli.loading import load_judge, load_pipeline
 from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.control import equivalent_dense_steps
+from jitaccel.evaluation.quality.summary import summary
+from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.flops import flux_flops
+from jitaccel.loading import load_judge, load_pipeline
 from jitaccel.provenance import provenance
-from jitaccel.quality.summary import summary
-from jitaccel.scenes.prompts import held_out
 
 from .judging import Row, judged
 from .questions import REFERENCE, dense, native_levels

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from ..errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
+from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
 from . import bench, demo, doctor, eval, export, generate
-from .errors import CommandError
 
 _COMMANDS = {
     "generate": generate,

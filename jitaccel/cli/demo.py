@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError
+from ..errors import CommandError
 
 if TYPE_CHECKING:
-    from ..scenes.judge import Judge, Score
-    from ..scenes.scene import Claim
-    from .comparison import Generation, Method
+    from ..evaluation.comparison import Generation, Method
+    from ..evaluation.scenes.judge import Judge, Score
+    from ..evaluation.scenes.scene import Claim
 
 _BATCH = 6
 _SHOWN_TOKENS = 3
@@ -49,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--prompts must be at least 1, got {arguments.prompts}")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise CommandError(f"--out must be a folder, got the file {arguments.out}")
-    from .loading import load_judge, load_pipeline, pick_device
+    from ..loading import load_judge, load_pipeline, pick_device
 
     device = pick_device(arguments.device)
 
+    from ..evaluation.scenes.prompts import held_out
     from ..provenance import first_line
-    from ..scenes.prompts import held_out
 
     print(first_line(device), flush=True)
     pipe = load_pipeline(None, device=arguments.device)
@@ -75,8 +75,8 @@ def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
     import torch
     from tqdm import tqdm
 
-    from .comparison import compared_methods, generate, warm_up
-    from .loading import EMBEDDED_TEXT_TOKENS, picture_side
+    from ..evaluation.comparison import compared_methods, generate, warm_up
+    from ..loading import EMBEDDED_TEXT_TOKENS, picture_side
 
     pipe.set_progress_bar_config(disable=True)
     side = picture_side(pipe)
@@ -103,7 +103,7 @@ def _scores(judge: Judge | None, results: list[_Result], claims: Sequence[Sequen
         return None
     import numpy as np
 
-    from ..scenes.judge import Score, compare
+    from ..evaluation.scenes.judge import Score, compare
 
     scores = []
     for result in results:
@@ -159,14 +159,14 @@ def _row(result: _Result, dense: _Result, control: _Result, score: Score | None)
 
 
 def _mean_psnr_db(result: _Result, reference: _Result) -> float:
-    from ..quality.metrics import psnr_db
+    from ..evaluation.quality.metrics import psnr_db
 
     pairs = zip(result.pictures, reference.pictures, strict=True)
     return sum(psnr_db(picture, other) for picture, other in pairs) / len(result.pictures)
 
 
 def _demo_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> Any:
-    from .pictures import grid_picture
+    from ..evaluation.pictures import grid_picture
 
     columns = [f"{result.method.name}: {result.method.steps} steps" for result in results]
     rows = list(zip(*(result.pictures for result in results), strict=True))
@@ -174,7 +174,7 @@ def _demo_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> A
 
 
 def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> Any:
-    from .pictures import grid_picture, show_active
+    from ..evaluation.pictures import grid_picture, show_active
 
     sparse = next(result for result in results if result.method.name == _TOKENS_OF)
     first = sparse.generations[0]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError
-from .loading import DTYPES, EMBEDDED_TEXT_TOKENS
+from ..errors import CommandError
+from ..loading import DTYPES, EMBEDDED_TEXT_TOKENS
 
 if TYPE_CHECKING:
-    from ..quality.scorers import Scorer
-    from .lab import Lab, Row, Setting
-    from .prompts import Prompt
+    from ..evaluation.lab import Lab, Row, Setting
+    from ..evaluation.prompts import Prompt
+    from ..evaluation.quality.scorers import Scorer
 
 _METHODS = "dense:50,dense:7,beta:7,dpm:4,dpm:6,dpm:12,4x,7x,10x"
 _MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:6,4x,7x"
@@ -65,16 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Makes what is missing of the rows, scores what is missing of the numbers, then prints and writes the table."""
     size = _checked(arguments)
+    from ..evaluation.methods import parse_methods
+    from ..evaluation.prompts import read_prompts
+    from ..loading import pick_device
     from ..provenance import first_line
-    from .loading import pick_device
-    from .methods import parse_methods
-    from .prompts import read_prompts
 
     is_embedded = arguments.model is None
     prompts = read_prompts(arguments.prompts, is_embedded=is_embedded)
     methods = parse_methods(arguments.methods or (_METHODS if is_embedded else _MODEL_METHODS))
     device = pick_device(arguments.device)
-    from .scoring import parse_metrics, score_rows
+    from ..evaluation.scoring import parse_metrics, score_rows
 
     scorers = parse_metrics(arguments.metrics, str(device))
     lab = _lab(_setting(arguments, size, device), prompts, methods, arguments.out, arguments.any_commit)
@@ -90,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _write(lab: Lab, rows: Sequence[Row], names: Sequence[str], scorers: Sequence[Scorer]) -> None:
     from PIL import Image
 
-    from ..quality.summary import summary
-    from .eval_pictures import known_qualities, write_pictures
-    from .eval_table import table
+    from ..evaluation.eval_pictures import known_qualities, write_pictures
+    from ..evaluation.eval_table import table
+    from ..evaluation.quality.summary import summary
 
     def picture_of(method: str, prompt: int) -> Image.Image:
         return Image.open(lab.path({"method": method, "prompt_index": prompt}))
@@ -128,7 +128,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device: Any) -> Setting:
-    from .lab import Setting, dtype_of
+    from ..evaluation.lab import Setting, dtype_of
 
     is_embedded = arguments.model is None
     return Setting(
@@ -146,8 +146,8 @@ def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device
 def _lab(
     setting: Setting, prompts: tuple[Prompt, ...], methods: tuple[Any, ...], folder: Path, any_commit: bool
 ) -> Lab:
+    from ..evaluation.lab import Lab, judge_of, weights_of
     from ..provenance import provenance
-    from .lab import Lab, judge_of, weights_of
 
     judge, digest = judge_of(setting, prompts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _of_judge(lab: Lab) -> tuple[Scorer, ...]:
     """Returns what the judge adds to the metrics."""
     if lab.judge is None:
         return ()
-    from ..quality.scorers import perceptual
+    from ..evaluation.quality.scorers import perceptual
 
     return (perceptual(lab.judge.features, version=lab.origin["judge"]),)
 
@@ -175,8 +175,8 @@ def _data_features(judge: Any) -> Any:
     """Returns the judge's mean features (P, F) of drawn scenes that nothing was trained on."""
     import numpy as np
 
-    from ..scenes.draw import draw
-    from ..scenes.scene import random_scene
+    from ..evaluation.scenes.draw import draw
+    from ..evaluation.scenes.scene import random_scene
 
     rng = np.random.default_rng([0x64617461, 0])  # a stream of its own: "data"
     found = []

@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 from ..config import PRESETS, resolve
-from .errors import CommandError
+from ..errors import CommandError
 
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from .loading import DTYPES
+    from ..loading import DTYPES
 
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import jitaccel
 
-    from .loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
     pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
     side = picture_side(pipe)

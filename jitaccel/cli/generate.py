@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS, JiTConfig, resolve
-from .errors import CommandError
+from ..errors import CommandError
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
@@ -18,7 +18,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from .loading import DTYPES
+    from ..loading import DTYPES
 
     parser.add_argument("--prompt", required=True, help="what to show")
     parser.add_argument("--out", type=Path, required=True, help="picture to write; its folder is made where missing")
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import jitaccel
 
-    from .loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
     pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
     side = picture_side(pipe)

@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 from ..api import embedded_model
+from ..errors import CommandError
+from ..loading import EMBEDDED_TEXT_TOKENS, load_judge, load_pipeline, picture_side
 from ..plan import file_digest
-from .errors import CommandError
-from .loading import EMBEDDED_TEXT_TOKENS, load_judge, load_pipeline, picture_side
 
 if TYPE_CHECKING:
-    from ..scenes.judge import Judge
     from .comparison import Generation, Method
     from .prompts import Prompt
+    from .scenes.judge import Judge
 
 Row = dict[str, Any]
 EMBEDDED = "embedded"
@@ -178,8 +178,8 @@ class Lab:
 
     def _noted(self, method: Method, chosen: Sequence[int], made: Generation, origin: Row) -> Iterator[Row]:
         """Saves the pictures of one call, and yields their rows."""
-        from ..quality.metrics import seam_ratio
         from .pictures import to_bytes
+        from .quality.metrics import seam_ratio
 
         pictures = np.stack([to_bytes(picture) for picture in made.pictures])
         judged = self._judged(pictures, chosen)
@@ -211,7 +211,7 @@ class Lab:
         """Returns what the judge says of each picture, nothing where it cannot be asked."""
         if self.judge is None:
             return [{} for _ in chosen]
-        from ..scenes.judge import compare
+        from .scenes.judge import compare
 
         features = self.judge.features(pictures).mean(axis=(2, 3))
         rows = []
@@ -264,7 +264,7 @@ def weights_of(model: str | None) -> str | None:
 
 def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None, str | None]:
     """Returns the judge and its digest where it can be asked: of pictures in its size, for held-out prompts."""
-    from ..scenes.judge import PICTURE_PX
+    from .scenes.judge import PICTURE_PX
 
     is_own = setting.model is None and setting.size in (None, (PICTURE_PX, PICTURE_PX))
     if not is_own or any(prompt.claims is None for prompt in prompts):

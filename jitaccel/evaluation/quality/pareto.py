@@ -10,7 +10,21 @@ from typing import Any
 
 from PIL import Image
 
-from .drawing import COLOURS, GREY, INK, KINDS, PALE, RADIUS, Pen, Point, Scale, darken, fade, text_width, wrap
+from .drawing import (
+    COLOURS,
+    GREY,
+    INK,
+    KINDS,
+    PALE,
+    RADIUS,
+    Pen,
+    Point,
+    Scale,
+    darken,
+    fade,
+    text_width,
+    wrap,
+)
 from .labels import Box, place_labels
 from .rows import QUALITIES, Known, Quality, quality_of
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quality.rows import Rows, by_method, column, control_of, kind_of
-from ..quality.scorers import Scorer
-from ..quality.statistics import Estimate, mean_of, paired_p_value
+from .quality.rows import Rows, by_method, column, control_of, kind_of
+from .quality.scorers import Scorer
+from .quality.statistics import Estimate, mean_of, paired_p_value
 
 _WIDTH = 118
 _NOTES = {  # by the column that needs it

@@ -85,7 +85,7 @@ def pick_device(name: str) -> Any:
 
 def _checked_source(model: str | None) -> str:
     if model is None:
-        from ..api import embedded_model
+        from .api import embedded_model
 
         folder = embedded_model()
         if not (folder / "model_index.json").is_file():
@@ -108,8 +108,8 @@ def picture_side(pipe: Any) -> int:
 
 def load_judge() -> Any:
     """Returns the judge of the embedded model's scenes, or None where none is installed."""
-    from ..api import embedded_model
-    from ..scenes.judge import Judge
+    from .api import embedded_model
+    from .evaluation.scenes.judge import Judge
 
     folder = embedded_model() / "judge"
     return Judge.load(folder) if (folder / "judge.json").is_file() else None

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..quality.contact import PictureOf, contact_sheet
-from ..quality.pareto import pareto_picture
-from ..quality.rows import QUALITIES, Known, Quality, Rows
-from ..quality.scorers import Scorer
-from ..quality.summary import Record
+from .quality.contact import PictureOf, contact_sheet
+from .quality.pareto import pareto_picture
+from .quality.rows import QUALITIES, Known, Quality, Rows
+from .quality.scorers import Scorer
+from .quality.summary import Record
 
 
 def write_pictures(

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..errors import CommandError
+from ..loading import require_diffusers
 from .comparison import Rival
-from .errors import CommandError
 from .half import HalfFirst
-from .loading import require_diffusers
 from .one_by_one import CachedRun
 
 _MOST_STEPS = 10_000

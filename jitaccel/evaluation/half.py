@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..config import PRESETS
+from ..errors import CommandError
 from ..schedule import beta_levels
 from .comparison import Generation, Method, generate
-from .errors import CommandError
 
 
 @dataclass(frozen=True, kw_only=True)

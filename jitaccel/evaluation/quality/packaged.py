@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..provenance import version
+from ...provenance import version
 from .scorers import Pictures, Scorer
 
 _CLIP = "openai/clip-vit-large-patch14"

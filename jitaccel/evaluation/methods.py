@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..config import PRESETS, JiTConfig
+from ..errors import CommandError
 from .comparison import Method
-from .errors import CommandError
 from .rivals import FORMS, find_rival
 
 _DENSE: Mapping[str, Mapping[str, str]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import CommandError
+from ..errors import CommandError
 
 
 class Work:

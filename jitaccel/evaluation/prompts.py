@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CommandError
+from ..errors import CommandError
 
 if TYPE_CHECKING:
-    from ..scenes.scene import Claim
+    from .scenes.scene import Claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def read_prompts(word: str, *, is_embedded: bool) -> tuple[Prompt, ...]:
             )
         if int(word) < 2:
             raise CommandError(f"--prompts must be at least 2, got {word}")
-        from ..scenes.prompts import held_out
+        from .scenes.prompts import held_out
 
         return tuple(Prompt(text=text, claims=claims) for text, claims in held_out(int(word)))
     path = Path(word).expanduser()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..quality.scorers import Scorer, source_of
-from .errors import CommandError
+from ..errors import CommandError
 from .lab import Row, append_lines, read_lines
+from .quality.scorers import Scorer, source_of
 
 _BATCH = 8
 
