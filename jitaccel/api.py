@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import JiTConfig, resolve
 from .errors import ConfigError, UnsupportedModelError
-from .execution import Attention, ControlNet, Execution, Mode, Unsupported
+from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .handle import Handle
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _choice(target: Any, wanted: Mapping[str, Any], how: Execution, overrides: M
 def _compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:
     if value is False:
         return None
-    from .compile import compile_options  # here, because the compiler takes a second to import
+    from .execution.compile import compile_options  # here, because the compiler takes a second to import
 
     return compile_options(value)
 

@@ -33,7 +33,7 @@ from torch.func import functional_call
 from . import ops
 from .config import JiTConfig, resolve
 from .errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
-from .execution import Attention
+from .execution.options import Attention
 from .handle import Handle
 from .plan import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 from .config import JiTConfig, sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
 from .errors import ConfigError, UnsupportedModelError
-from .execution import Attention, Execution, Mode
+from .execution.options import Attention, Execution, Mode
 
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .config import JiTConfig, resolve
 from .errors import ConfigError, UnsupportedModelError
-from .execution import Attention, Execution, Mode
+from .execution.options import Attention, Execution, Mode
 
 OutputType = Literal["pil", "latent"]
 

@@ -15,7 +15,7 @@ from .config import JiTConfig
 from .stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from .compile import CompileStats
+    from .execution.compile import CompileStats
 
 Cost = Callable[[int, int], int]
 """Operations of one forward for one image: (image tokens, text tokens) -> FLOPs."""

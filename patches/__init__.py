@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jitaccel.batch import Outcome
 from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.options import Execution
 from jitaccel.handle import Handle
 
 if TYPE_CHECKING:

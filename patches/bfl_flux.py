@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.config import JiTConfig
-from jitaccel.execution import Execution
+from jitaccel.execution.options import Execution
 from jitaccel.flops import chroma_flops, flux_flops
 from jitaccel.handle import HANDLE, Handle, Patched
 from jitaccel.run import Run

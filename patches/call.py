@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.options import Execution
 from jitaccel.run import Run
 from jitaccel.stats import Cost, Recorder
 
 if TYPE_CHECKING:
-    from jitaccel.compile import CompileStats
+    from jitaccel.execution.compile import CompileStats
 
 _log = logging.getLogger(__name__)
 

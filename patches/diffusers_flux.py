@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.options import Execution
 from jitaccel.handle import Handle
 
 from . import is_instance_of

@@ -17,12 +17,12 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from jitaccel.attention import choose_backend
 from jitaccel.batch import Outcome, OutputType, Request
 from jitaccel.clock import KnownLevels, Step
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.attention.choice import choose_backend
+from jitaccel.execution.options import Execution
 from jitaccel.run import Run
 from jitaccel.schedule import noise_levels
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from jitaccel import ops
 from jitaccel.anchors import first_anchors
 from jitaccel.artefacts import Exported, Source
-from jitaccel.attention import choose_backend
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.execution.attention.choice import choose_backend
+from jitaccel.execution.packing import PackedLayout
 from jitaccel.flops import flux_flops
 from jitaccel.handle import Handle
 from jitaccel.lift import make_lift_plan
 from jitaccel.ops import reference
-from jitaccel.packing import PackedLayout
 from jitaccel.run import Run
 from jitaccel.tokens import gather_tokens
 

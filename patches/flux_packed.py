@@ -27,16 +27,16 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from jitaccel import ops
-from jitaccel.attention import Backend, varlen_attention
-from jitaccel.execution import Execution
+from jitaccel.execution.attention.choice import Backend, varlen_attention
+from jitaccel.execution.options import Execution
+from jitaccel.execution.packing import PackedLayout, Rows
 from jitaccel.lift import LiftPlan, lift
-from jitaccel.packing import PackedLayout, Rows
 from jitaccel.tokens import gather_tokens
 
 from .split import beside
 
 if TYPE_CHECKING:
-    from jitaccel.compile import Compiler
+    from jitaccel.execution.compile import Compiler
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 """Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
@@ -143,7 +143,7 @@ def compiler_of(options: Execution) -> Compiler | None:
     """Returns what compiles the forwards of one `apply`; None where they run eagerly."""
     if options.compile is None:
         return None
-    from jitaccel.compile import Compiler  # here, because the compiler takes a second to import
+    from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
 
     return Compiler(options.compile, options.strict)
 

@@ -16,7 +16,7 @@ from jitaccel.clock import Step
 from jitaccel.config import PRESETS
 from jitaccel.cost import Probe
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.options import Execution
 from jitaccel.run import Run
 
 from .diffusers_flux import check_pipeline, check_transformer

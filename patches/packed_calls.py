@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from jitaccel.attention import Backend, choose_backend
 from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.attention.choice import Backend, choose_backend
+from jitaccel.execution.options import Execution
 from jitaccel.lift import LiftPlan
 from jitaccel.run import Run
 
@@ -41,7 +41,7 @@ from .kinds import kind_of
 from .split import Split
 
 if TYPE_CHECKING:
-    from jitaccel.compile import CompileStats
+    from jitaccel.execution.compile import CompileStats
 
 _log = logging.getLogger(__name__)
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out

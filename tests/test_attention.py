@@ -14,7 +14,8 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
-from jitaccel.attention import (
+from jitaccel.errors import ConfigError
+from jitaccel.execution.attention.choice import (
     ATTENTION,
     BACKENDS,
     Backend,
@@ -23,8 +24,7 @@ from jitaccel.attention import (
     is_found,
     varlen_attention,
 )
-from jitaccel.errors import ConfigError
-from jitaccel.packing import PackedLayout
+from jitaccel.execution.packing import PackedLayout
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -405,7 +405,7 @@ def test_folder_without_a_package_is_not_found(monkeypatch: pytest.MonkeyPatch, 
 def test_finding_out_imports_no_package_and_starts_no_cuda() -> None:
     code = """
 import sys, torch
-from jitaccel.attention import BACKENDS
+from jitaccel.execution.attention.choice import BACKENDS
 for backend in BACKENDS:
     backend.unsupported_reasons(torch.device("cpu"), torch.bfloat16, 64)
 print(torch.cuda.is_initialized(), {name.partition(".")[0] for name in sys.modules} & {

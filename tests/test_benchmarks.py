@@ -208,7 +208,7 @@ def test_packing_compares_ways_that_give_the_same_velocity() -> None:
     pytest.importorskip("diffusers")
     from benchmarks.cases import packing
     from benchmarks.pipelines import random_transformer
-    from jitaccel.attention import choose_backend
+    from jitaccel.execution.attention.choice import choose_backend
 
     model = random_transformer(TINY, torch.device("cpu"), torch.float32, 0)
     images = packing.make_images(model, [(4, 4), (8, 8)], 4, seed=0)
@@ -428,7 +428,7 @@ def test_record_keeps_nothing_of_earlier_cases(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("diffusers")
     import jitaccel
     from benchmarks.cases import record
-    from jitaccel.graphs import Replayed
+    from jitaccel.execution.graphs import Replayed
 
     apply = functools.partial(jitaccel.apply, compile={"graphs": True, "backend": "eager"})
     monkeypatch.setattr(jitaccel, "apply", lambda *args, **settings: apply(*args))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from jitaccel.compile import Compiler, CompileStats, compile_options
-from jitaccel.graphs import Counts, Recording, RepeatedCalls, Replayed
+from jitaccel.execution.compile import Compiler, CompileStats, compile_options
+from jitaccel.execution.graphs import Counts, Recording, RepeatedCalls, Replayed
 from tests import tiny
 from tests.tiny import GRID, SHORT, generate, relative_error
 
@@ -157,7 +157,7 @@ def test_weights_that_move_are_recorded_anew(pipe: Any) -> None:
 
 def test_lora_added_scaled_and_removed_is_used(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr("jitaccel.compile._MAX_VARIANTS", 2)
+    monkeypatch.setattr("jitaccel.execution.compile._MAX_VARIANTS", 2)
 
     def eager() -> Tensor:
         with jitaccel.apply(other, SHORT, execution="packed"):
@@ -216,7 +216,7 @@ class Failing(RepeatedCalls):
 
 def test_failed_replay_leaves_no_trace(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Failing()
-    monkeypatch.setattr("jitaccel.compile.RepeatedCalls", lambda: recorder)
+    monkeypatch.setattr("jitaccel.execution.compile.RepeatedCalls", lambda: recorder)
     with jitaccel.apply(pipe, SHORT, compile={"backend": Counting(), "graphs": True}, strict=True) as handle:
         clean = generate(pipe)
         recorder.replays = 1
@@ -228,7 +228,7 @@ def test_failed_replay_leaves_no_trace(pipe: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_stage_that_cannot_be_captured_runs_compiled_and_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jitaccel.compile.RepeatedCalls", lambda: Failing(captures=True))
+    monkeypatch.setattr("jitaccel.execution.compile.RepeatedCalls", lambda: Failing(captures=True))
     options = {"backend": Counting(), "graphs": True}
     with jitaccel.apply(pipe, SHORT, execution="packed"):
         eager = generate(pipe)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import jitaccel
-from jitaccel.graphs import Counts, CudaGraphs, Replayed
+from jitaccel.execution.graphs import Counts, CudaGraphs, Replayed
 from tests import tiny
 from tests.tiny import SHORT, generate, relative_error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jitaccel.packing import PackedLayout, Rows
+from jitaccel.execution.packing import PackedLayout, Rows
 
 CPU = torch.device("cpu")
 LAYOUTS = [

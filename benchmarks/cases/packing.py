@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jitaccel.api import embedded_model
-from jitaccel.attention import BACKENDS, Backend, choose_backend, varlen_attention
+from jitaccel.execution.attention.choice import BACKENDS, Backend, choose_backend, varlen_attention
+from jitaccel.execution.packing import PackedLayout
 from jitaccel.flops import flux_flops
-from jitaccel.packing import PackedLayout
 from jitaccel.patches.flux_packed import Conditions, make_pack, packed_forward
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, random_transformer

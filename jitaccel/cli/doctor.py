@@ -68,7 +68,7 @@ def attention() -> Iterator[str]:
     """Yields for each attention of packed execution whether it is usable on the best device here, or why not."""
     import torch
 
-    from ..attention import BACKENDS
+    from ..execution.attention.choice import BACKENDS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, head_dim = torch.bfloat16 if device.type == "cuda" else torch.float32, 128

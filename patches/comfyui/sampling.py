@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.execution import Execution
+from jitaccel.execution.options import Execution
 from jitaccel.handle import HANDLE, Handle
 from jitaccel.stats import Recorder, Stats, summarize
 

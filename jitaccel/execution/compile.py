@@ -21,7 +21,7 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 
-from .errors import ConfigError, UnsupportedModelError, nearest_match
+from ..errors import ConfigError, UnsupportedModelError, nearest_match
 from .graphs import Counts, CudaGraphs, Recorder, RepeatedCalls, Replayed
 
 _log = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .errors import ConfigError, nearest_match
-from .execution import Attention
-from .packing import PackedLayout
+from ...errors import ConfigError, nearest_match
+from ..options import Attention
+from ..packing import PackedLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 Capabilities = tuple[tuple[int, int], tuple[int, int]]

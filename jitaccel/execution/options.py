@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .errors import ConfigError, nearest_match
+from ..errors import ConfigError, nearest_match
 
 Mode = Literal["auto", "packed", "indexed"]
 Unsupported = Literal["error", "dense"]
