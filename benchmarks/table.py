@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitaccel.config import PRESETS, JiTConfig
+from jitaccel.method.config import PRESETS, JiTConfig
 
 from . import cards
 from .compare import identity

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .artefacts import Exported, export, load_exported
     from .auto import Choice, auto_config
     from .batch import Outcome, Request, generate_batch
-    from .config import PRESETS, JiTConfig
     from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
     from .handle import Handle
-    from .schedule import noise_levels
+    from .method.config import PRESETS, JiTConfig
+    from .method.schedule import noise_levels
     from .stats import Stats
 
 _HOMES = {
@@ -42,14 +42,14 @@ _HOMES = {
     "Outcome": "batch",
     "Request": "batch",
     "generate_batch": "batch",
-    "JiTConfig": "config",
-    "PRESETS": "config",
+    "JiTConfig": "method.config",
+    "PRESETS": "method.config",
     "ArtefactError": "errors",
     "ConfigError": "errors",
     "NonFiniteVelocityError": "errors",
     "UnsupportedModelError": "errors",
     "Handle": "handle",
-    "noise_levels": "schedule",
+    "noise_levels": "method.schedule",
     "Stats": "stats",
 }
 __all__ = [

@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import JiTConfig, resolve
 from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .handle import Handle
+from .method.config import JiTConfig, resolve
 
 if TYPE_CHECKING:
     from .auto import Choice

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import ops
-from .config import JiTConfig, resolve
 from .errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
 from .execution.options import Attention
 from .handle import Handle
+from .method.config import JiTConfig, resolve
 from .plan import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import JiTConfig, sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
 from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, Execution, Mode
+from .method.config import JiTConfig, sparse_start
 
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about

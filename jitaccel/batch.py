@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config import JiTConfig, resolve
 from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, Execution, Mode
+from .method.config import JiTConfig, resolve
 
 OutputType = Literal["pil", "latent"]
 

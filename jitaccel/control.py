@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from .config import JiTConfig
+from .method.config import JiTConfig
 from .stats import Cost
 
 

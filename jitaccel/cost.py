@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from .config import JiTConfig
+from .method.config import JiTConfig
 from .stats import Cost
 
 Seconds = Callable[[int], float]

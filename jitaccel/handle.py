@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .config import JiTConfig
 from .errors import ConfigError
+from .method.config import JiTConfig
 from .stats import Stats
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .clock import Step
-from .config import JiTConfig
+from .method.config import JiTConfig
+from .method.steps import Step
 from .stopwatch import Stopwatch
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jitaccel.batch import Outcome
-from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.handle import Handle
+from jitaccel.method.config import JiTConfig
 
 if TYPE_CHECKING:
     from jitaccel.artefacts import Source

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.config import JiTConfig
 from jitaccel.execution.options import Execution
 from jitaccel.flops import chroma_flops, flux_flops
 from jitaccel.handle import HANDLE, Handle, Patched
-from jitaccel.run import Run
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
 from .call import Answer, IndexedCalls, ModelCall, answered

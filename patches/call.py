@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.run import Run
+from jitaccel.method.run import Run
 from jitaccel.stats import Cost, Recorder
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.handle import HANDLE, Handle
+from jitaccel.method.config import JiTConfig
 from jitaccel.stats import Stats, summarize
 
 _log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.handle import Handle
+from jitaccel.method.config import JiTConfig
 
 from . import is_instance_of
 from .arguments import grid_of_ids, one_image, single_level

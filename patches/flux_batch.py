@@ -18,13 +18,13 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from jitaccel.batch import Outcome, OutputType, Request
-from jitaccel.clock import KnownLevels, Step
-from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.options import Execution
-from jitaccel.run import Run
-from jitaccel.schedule import noise_levels
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.run import Run
+from jitaccel.method.schedule import noise_levels
+from jitaccel.method.steps import KnownLevels, Step
 
 from .diffusers_flux import check_text_to_image
 from .flux_packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.handle import Handle
-from jitaccel.run import Run
+from jitaccel.method.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level
 from .call import ModelCall, answered

@@ -12,17 +12,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from jitaccel import ops
-from jitaccel.anchors import first_anchors
 from jitaccel.artefacts import Exported, Source
-from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
 from jitaccel.flops import flux_flops
 from jitaccel.handle import Handle
-from jitaccel.lift import make_lift_plan
+from jitaccel.method.anchors import first_anchors
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.lift import make_lift_plan
+from jitaccel.method.run import Run
 from jitaccel.ops import reference
-from jitaccel.run import Run
 from jitaccel.tokens import gather_tokens
 
 from .arguments import grid_of_ids

@@ -30,7 +30,7 @@ from jitaccel import ops
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
 from jitaccel.execution.packing import PackedLayout, Rows
-from jitaccel.lift import LiftPlan, lift
+from jitaccel.method.lift import LiftPlan, lift
 from jitaccel.tokens import gather_tokens
 
 from .split import beside

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jitaccel.clock import Step, is_rounding_of
-from jitaccel.config import JiTConfig
-from jitaccel.run import Run, state_seeds
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.run import Run, state_seeds
+from jitaccel.method.steps import Step, is_rounding_of
 
 from .call import ModelCall
 

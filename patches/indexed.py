@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.run import Run
+from jitaccel.method.run import Run
 
 from .arguments import one_image
 from .kinds import Kind

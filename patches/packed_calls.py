@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.attention.choice import Backend, choose_backend
 from jitaccel.execution.options import Execution
-from jitaccel.lift import LiftPlan
-from jitaccel.run import Run
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.lift import LiftPlan
+from jitaccel.method.run import Run
 
 from .call import Answer
 from .caller import unguided_branch

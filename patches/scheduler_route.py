@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jitaccel.clock import KnownLevels, Step
-from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
-from jitaccel.run import Run
-from jitaccel.schedule import noise_levels
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.run import Run
+from jitaccel.method.schedule import noise_levels
+from jitaccel.method.steps import KnownLevels, Step
 from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import Calls, ModelCall

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.run import Run
+from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
 from .arguments import one_image

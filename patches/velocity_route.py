@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.clock import KnownLevels, PredictedLevels, Step
-from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
 from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import Calls, ModelCall

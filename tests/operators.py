@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.lift import blur_weights
+from jitaccel.method.lift import blur_weights
 from jitaccel.ops import reference
 from jitaccel.ops.schema import num_tokens_of
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from jitaccel import JiTConfig
-from jitaccel.anchors import activate, first_anchors, merge_anchors
-from jitaccel.importance import importance
-from jitaccel.lift import LiftPlan, lift, lift_velocity, make_lift_plan
-from jitaccel.run import image_generators
+from jitaccel.method.anchors import activate, first_anchors, merge_anchors
+from jitaccel.method.importance import importance
+from jitaccel.method.lift import LiftPlan, lift, lift_velocity, make_lift_plan
+from jitaccel.method.run import image_generators
 from jitaccel.tokens import gather_tokens, put_tokens_
 
 Velocity = Callable[[Tensor, Tensor, float], Tensor]

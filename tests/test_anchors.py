@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jitaccel.anchors import activate, first_anchors, merge_anchors
 from jitaccel.errors import NonFiniteVelocityError
-from jitaccel.lift import make_lift_plan
+from jitaccel.method.anchors import activate, first_anchors, merge_anchors
+from jitaccel.method.lift import make_lift_plan
 from jitaccel.tokens import gather_tokens, put_tokens_, scatter_tokens
 
 

@@ -19,10 +19,10 @@ import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.auto import DENSE_STEPS, FAMILY, Choice, auto_config, choose, decide, fastest, measure_costs
 from jitaccel.cli import main
-from jitaccel.config import PRESETS, sparse_start
 from jitaccel.control import schedule_flops
 from jitaccel.cost import Costs, Probe, fit, loop_seconds, measure, measured_counts, seconds_of_flops
 from jitaccel.flops import flux_flops
+from jitaccel.method.config import PRESETS, sparse_start
 from tests import test_codebases, tiny
 from tests.bfl_model import Flux
 

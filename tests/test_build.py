@@ -22,7 +22,7 @@ needs_nvcc = pytest.mark.skipif(
 USE = """
 import torch
 from jitaccel import ops
-from jitaccel.lift import lift, make_lift_plan
+from jitaccel.method.lift import lift, make_lift_plan
 plan = make_lift_plan(torch.tensor([[0, 3, 7]]), (3, 4))
 print(lift(torch.tensor([[[1.0], [2.0], [3.0]]]), plan).flatten().tolist())
 print(sorted(ops.compiled()), torch.ops.jitaccel.importance(torch.ones(1, 4, 1), [2, 2]).tolist())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jitaccel import PRESETS, ConfigError, JiTConfig, noise_levels
-from jitaccel.clock import KnownLevels, PredictedLevels, Step
+from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
 
 UNIFORM = tuple(1.0 - i / 20 for i in range(21))
 

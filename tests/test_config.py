@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitaccel.config import PRESETS, JiTConfig, resolve
 from jitaccel.errors import ConfigError, nearest_match
+from jitaccel.method.config import PRESETS, JiTConfig, resolve
 
 TWO_STAGES: dict[str, Any] = {"densities": (0.5, 1.0), "boundaries": (0.5, 1.0), "steps": 10}
 

@@ -259,13 +259,13 @@ def test_several_images_of_a_prompt_are_the_images_alone(pipe: Any) -> None:
 
 def test_guided_branches_share_anchors_and_are_lifted_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lifted: list[int] = []
-    lift = jitaccel.lift.lift
+    lift = jitaccel.method.lift.lift
 
     def counting(values: Tensor, plan: Any) -> Tensor:
         lifted.append(values.shape[1])
         return lift(values, plan)
 
-    monkeypatch.setattr("jitaccel.lift.lift", counting)
+    monkeypatch.setattr("jitaccel.method.lift.lift", counting)
     with jitaccel.apply(pipe, SHORT, execution="indexed") as handle, forwards(pipe.transformer) as seen:
         generate(pipe, **GUIDED)
     counts = SHORT.token_counts(tiny.NUM_TOKENS)

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jitaccel.anchors import activate, first_anchors, merge_anchors
-from jitaccel.config import PRESETS, JiTConfig
-from jitaccel.importance import importance
-from jitaccel.lift import lift, lift_velocity, make_lift_plan
-from jitaccel.microflow import micro_flow
-from jitaccel.schedule import noise_levels
+from jitaccel.method.anchors import activate, first_anchors, merge_anchors
+from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.importance import importance
+from jitaccel.method.lift import lift, lift_velocity, make_lift_plan
+from jitaccel.method.microflow import micro_flow
+from jitaccel.method.schedule import noise_levels
 from jitaccel.tokens import gather_tokens
 
 COPY = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jitaccel.importance import importance
+from jitaccel.method.importance import importance
 
 
 def _field(grid: tuple[int, int], batch: int = 2, channels: int = 5, seed: int = 0) -> Tensor:

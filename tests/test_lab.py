@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import jitaccel
-from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.flops import flux_flops
+from jitaccel.method.config import PRESETS, JiTConfig
 
 pytest.importorskip("diffusers")
 
@@ -24,12 +24,12 @@ from benchmarks.lab.questions import QUESTIONS, native_levels
 from benchmarks.lab.sampler import GRID, TEXT_TOKENS, Bench, sample, sample_by_pipeline
 from benchmarks.lab.variant import Variant, VariantRun
 from benchmarks.table import RESULTS, read_results
-from jitaccel.clock import KnownLevels
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.scenes.prompts import held_out
-from jitaccel.lift import lift, make_lift_plan
 from jitaccel.loading import load_pipeline
-from jitaccel.schedule import noise_levels
+from jitaccel.method.lift import lift, make_lift_plan
+from jitaccel.method.schedule import noise_levels
+from jitaccel.method.steps import KnownLevels
 
 SHORT = JiTConfig(densities=(0.4, 0.7, 1.0), boundaries=(0.34, 0.67, 1.0), steps=3)
 

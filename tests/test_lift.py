@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jitaccel.lift import LiftPlan, blur_weights, lift, lift_velocity, make_lift_plan
+from jitaccel.method.lift import LiftPlan, blur_weights, lift, lift_velocity, make_lift_plan
 from jitaccel.ops import nearest_anchor
 from jitaccel.ops.reference import blur_matrix
 from jitaccel.tokens import gather_tokens

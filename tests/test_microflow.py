@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jitaccel.lift import LiftPlan, make_lift_plan
-from jitaccel.microflow import micro_flow
+from jitaccel.method.lift import LiftPlan, make_lift_plan
+from jitaccel.method.microflow import micro_flow
 from jitaccel.tokens import gather_tokens, scatter_tokens
 from tests.reference import clean_estimate, target_state
 

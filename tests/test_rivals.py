@@ -21,7 +21,7 @@ from jitaccel.errors import CommandError
 from jitaccel.evaluation.comparison import Generation, Method, generate
 from jitaccel.evaluation.methods import parse_methods
 from jitaccel.flops import flux_flops
-from jitaccel.schedule import beta_levels
+from jitaccel.method.schedule import beta_levels
 
 diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers, "TaylorSeerCacheConfig"):

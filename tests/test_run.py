@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jitaccel import PRESETS, ConfigError, JiTConfig, NonFiniteVelocityError, noise_levels
-from jitaccel.clock import KnownLevels
-from jitaccel.importance import importance
-from jitaccel.lift import lift
-from jitaccel.run import Run, image_generators, state_seeds
+from jitaccel.method.importance import importance
+from jitaccel.method.lift import lift
+from jitaccel.method.run import Run, image_generators, state_seeds
+from jitaccel.method.steps import KnownLevels
 from jitaccel.tokens import gather_tokens
 from tests.reference import clean_estimate, target_state
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitaccel.config import PRESETS, JiTConfig, resolve
 from jitaccel.errors import ConfigError
-from jitaccel.schedule import (
+from jitaccel.method.config import PRESETS, JiTConfig, resolve
+from jitaccel.method.schedule import (
     LEVEL_TOLERANCE,
     beta_levels,
     match_level,

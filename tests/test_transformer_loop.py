@@ -13,7 +13,7 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import PRESETS, ConfigError, JiTConfig, noise_levels
-from jitaccel.clock import Step
+from jitaccel.method.steps import Step
 from jitaccel.patches.generation import _step_made, _Visit
 from tests import reference, tiny
 from tests.tiny import GRID, SHORT, generate, relative_error

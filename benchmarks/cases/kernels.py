@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jitaccel import ops
-from jitaccel.lift import blur_weights
+from jitaccel.method.lift import blur_weights
 from jitaccel.ops import reference
 
 from ..registry import Case, Options, Row, percentiles

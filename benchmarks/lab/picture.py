@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitaccel.config import PRESETS
 from jitaccel.evaluation.quality.pareto import pareto_picture
+from jitaccel.method.config import PRESETS
 
 from ..table import RESULTS, read_results
 from .report import BENCHMARK

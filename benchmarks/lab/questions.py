@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from jitaccel.config import PRESETS, JiTConfig
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.methods import parse_methods
+from jitaccel.method.config import PRESETS, JiTConfig
 
 from . import lifters, variant
 from .variant import Variant

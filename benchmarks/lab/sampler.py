@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jitaccel.clock import KnownLevels
 from jitaccel.evaluation.comparison import Method, generate
 from jitaccel.evaluation.pictures import to_bytes
 from jitaccel.evaluation.scenes.scene import Claim
-from jitaccel.schedule import noise_levels
+from jitaccel.method.schedule import noise_levels
+from jitaccel.method.steps import KnownLevels
 from jitaccel.tokens import put_tokens_
 
 from .network import CachedNetwork, Network, StaleNetwork, Texts, watching

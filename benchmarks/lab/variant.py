@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.clock import Step
-from jitaccel.config import JiTConfig
-from jitaccel.importance import importance
-from jitaccel.lift import LiftPlan
-from jitaccel.run import Left, Run
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.importance import importance
+from jitaccel.method.lift import LiftPlan
+from jitaccel.method.run import Left, Run
+from jitaccel.method.steps import Step
 from jitaccel.tokens import gather_tokens, put_tokens_
 
 from .lifters import Lifter

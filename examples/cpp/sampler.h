@@ -1,4 +1,4 @@
-// One generation, as jitaccel/run.py makes it: anchors, a stage's steps, activation and the move of new tokens.
+// One generation, as jitaccel/method/run.py makes it: anchors, a stage's steps, activation and the move of new tokens.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -206,7 +206,7 @@ class Sampler {
     }
   }
 
-  // Takes the step to where jitaccel/solver.py ends it. Tokens that were lifted in another stage stay where Euler put
+  // Takes the step to where jitaccel/method/solver.py ends it. Tokens that were lifted in another stage stay where Euler put
   // them.
   void solve(StageInputs& inputs, size_t step, const at::Tensor& state, const at::Tensor& velocity, at::Tensor& clean,
              at::Tensor& computed) const {

@@ -7,8 +7,8 @@ import re
 import time
 from pathlib import Path
 
-from ..config import PRESETS, resolve
 from ..errors import CommandError
+from ..method.config import PRESETS, resolve
 
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 

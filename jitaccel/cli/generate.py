@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..config import PRESETS, JiTConfig, resolve
 from ..errors import CommandError
+from ..method.config import PRESETS, JiTConfig, resolve
 
 _UNTOUCHED = "none"
 _AUTO = "auto"

@@ -13,11 +13,11 @@ import torch
 
 import jitaccel
 
-from ..config import PRESETS, JiTConfig
 from ..control import dense_control, schedule_flops
 from ..errors import ConfigError
 from ..flops import flux_flops
 from ..handle import Handle
+from ..method.config import PRESETS, JiTConfig
 from ..stats import Stats
 
 DENSE_STEPS = 50

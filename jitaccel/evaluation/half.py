@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..config import PRESETS
 from ..errors import CommandError
-from ..schedule import beta_levels
+from ..method.config import PRESETS
+from ..method.schedule import beta_levels
 from .comparison import Generation, Method, generate
 
 

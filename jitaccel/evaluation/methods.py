@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import PRESETS, JiTConfig
 from ..errors import CommandError
+from ..method.config import PRESETS, JiTConfig
 from .comparison import Method
 from .rivals import FORMS, find_rival
 

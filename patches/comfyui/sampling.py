@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.config import JiTConfig
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.handle import HANDLE, Handle
+from jitaccel.method.config import JiTConfig
 from jitaccel.stats import Recorder, Stats, summarize
 
 from ..call import IndexedCalls

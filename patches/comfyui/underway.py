@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.clock import KnownLevels, Step
-from jitaccel.config import JiTConfig
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
-from jitaccel.run import Run
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.run import Run
+from jitaccel.method.steps import KnownLevels, Step
 from jitaccel.stats import Recorder
 
 from ..params import config_of

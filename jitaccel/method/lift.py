@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import ops
-from .ops import reference
+from .. import ops
+from ..ops import reference
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import ops
+from .. import ops
 
 
 def importance(velocity: Tensor, grid: tuple[int, int], window: int = 3) -> Tensor:

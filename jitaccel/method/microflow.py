@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
 from .lift import LiftPlan
 
 

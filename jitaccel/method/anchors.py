@@ -6,8 +6,8 @@ Anchors are int64 raster indices, sorted, one row for each image: every image of
 import torch
 from torch import Tensor
 
-from . import ops
-from .errors import NonFiniteVelocityError
+from .. import ops
+from ..errors import NonFiniteVelocityError
 
 
 def first_anchors(

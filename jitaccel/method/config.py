@@ -10,7 +10,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
-from .errors import ConfigError, nearest_match
+from ..errors import ConfigError, nearest_match
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .clock import Step
+from .steps import Step
 
 _MOST = 2.0  # presets reach 1.7; levels that crowd and then fall would be extrapolated without bound
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, NonFiniteVelocityError
+from ..tokens import gather_tokens, scatter_tokens
 from .anchors import activate, first_anchors, merge_anchors
-from .clock import Step
 from .config import JiTConfig
-from .errors import ConfigError, NonFiniteVelocityError
 from .importance import importance
 from .lift import LiftPlan, lift_velocity, make_lift_plan
 from .microflow import micro_flow
 from .solver import Multistep
-from .tokens import gather_tokens, scatter_tokens
+from .steps import Step
 
 
 @dataclass(frozen=True, kw_only=True)
