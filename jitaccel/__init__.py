@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .api import apply, embedded_model
     from .artefacts import Exported, export, load_exported
     from .auto import Choice, auto_config
-    from .batch import Outcome, Request, generate_batch
     from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-    from .handle import Handle
+    from .generation.batch import Outcome, Request, generate_batch
+    from .generation.handle import Handle
+    from .generation.stats import Stats
     from .method.config import PRESETS, JiTConfig
     from .method.schedule import noise_levels
-    from .stats import Stats
 
 _HOMES = {
     "apply": "api",
@@ -39,18 +39,18 @@ _HOMES = {
     "load_exported": "artefacts",
     "Choice": "auto",
     "auto_config": "auto",
-    "Outcome": "batch",
-    "Request": "batch",
-    "generate_batch": "batch",
+    "Outcome": "generation.batch",
+    "Request": "generation.batch",
+    "generate_batch": "generation.batch",
     "JiTConfig": "method.config",
     "PRESETS": "method.config",
     "ArtefactError": "errors",
     "ConfigError": "errors",
     "NonFiniteVelocityError": "errors",
     "UnsupportedModelError": "errors",
-    "Handle": "handle",
+    "Handle": "generation.handle",
     "noise_levels": "method.schedule",
-    "Stats": "stats",
+    "Stats": "generation.stats",
 }
 __all__ = [
     "PRESETS",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
-from .handle import Handle
+from .generation.handle import Handle
 from .method.config import JiTConfig, resolve
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def apply(
     except UnsupportedModelError as error:
         if not how.may_be_dense:
             raise
-        from .patches.dense import leave_dense
+        from .generation.dense import leave_dense
 
         return leave_dense(target, config, error)
 

@@ -33,7 +33,7 @@ from torch.func import functional_call
 from . import ops
 from .errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
 from .execution.options import Attention
-from .handle import Handle
+from .generation.handle import Handle
 from .method.config import JiTConfig, resolve
 from .plan import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
 

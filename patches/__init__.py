@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jitaccel.batch import Outcome
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.handle import Handle
+from jitaccel.generation.batch import Outcome
+from jitaccel.generation.handle import Handle
 from jitaccel.method.config import JiTConfig
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jitaccel.execution.options import Execution
 from jitaccel.flops import chroma_flops, flux_flops
-from jitaccel.handle import HANDLE, Handle, Patched
+from jitaccel.generation.handle import HANDLE, Handle, Patched
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
+from jitaccel.generation.stats import Cost, Recorder
 from jitaccel.method.run import Run
-from jitaccel.stats import Cost, Recorder
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import CompileStats

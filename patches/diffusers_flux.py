@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.handle import Handle
+from jitaccel.generation.handle import Handle
 from jitaccel.method.config import JiTConfig
 
 from . import is_instance_of

@@ -17,10 +17,10 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from jitaccel.batch import Outcome, OutputType, Request
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.options import Execution
+from jitaccel.generation.batch import Outcome, OutputType, Request
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels

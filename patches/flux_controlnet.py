@@ -15,7 +15,7 @@ from diffusers.models.controlnets.controlnet_flux import FluxControlNetOutput
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.handle import Handle
+from jitaccel.generation.handle import Handle
 from jitaccel.method.run import Run
 
 from .arguments import grid_of_ids, one_image, single_level

@@ -17,7 +17,7 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
 from jitaccel.flops import flux_flops
-from jitaccel.handle import Handle
+from jitaccel.generation.handle import Handle
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import make_lift_plan

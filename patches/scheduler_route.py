@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
+from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
+from jitaccel.generation.stats import Recorder, Stats, summarize
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
-from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import Calls, ModelCall
 from .caller import calling_pipeline

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 
-from jitaccel.handle import Handle, refuse_copy
+from jitaccel.generation.handle import Handle, refuse_copy
 
 from .caller import calling_pipeline
 from .scheduler_route import SchedulerRoute

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.generation.stats import Recorder, Stats, summarize
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
-from jitaccel.stats import Recorder, Stats, summarize
 
 from .call import Calls, ModelCall
 from .generation import Generation

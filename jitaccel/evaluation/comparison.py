@@ -16,9 +16,9 @@ import jitaccel
 from ..control import dense_control, schedule_flops
 from ..errors import ConfigError
 from ..flops import flux_flops
-from ..handle import Handle
+from ..generation.handle import Handle
+from ..generation.stats import Stats
 from ..method.config import PRESETS, JiTConfig
-from ..stats import Stats
 
 DENSE_STEPS = 50
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.handle import HANDLE, Handle
+from jitaccel.generation.handle import HANDLE, Handle
+from jitaccel.generation.stats import Recorder, Stats, summarize
 from jitaccel.method.config import JiTConfig
-from jitaccel.stats import Recorder, Stats, summarize
 
 from ..call import IndexedCalls
 from .conditions import fill_mask, sampling_problems, wrappers_of_comfy

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.generation.stats import Recorder
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.steps import KnownLevels, Step
-from jitaccel.stats import Recorder
 
 from ..params import config_of
 from ..split import Branches, Split

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .method.config import JiTConfig
-from .method.steps import Step
+from ..method.config import JiTConfig
+from ..method.steps import Step
 from .stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from .execution.compile import CompileStats
+    from ..execution.compile import CompileStats
 
 Cost = Callable[[int, int], int]
 """Operations of one forward for one image: (image tokens, text tokens) -> FLOPs."""

@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.handle import HANDLE, Handle
+from jitaccel.generation.handle import HANDLE, Handle
+from jitaccel.generation.stats import Stats, summarize
 from jitaccel.method.config import JiTConfig
-from jitaccel.stats import Stats, summarize
 
 _log = logging.getLogger(__name__)
 

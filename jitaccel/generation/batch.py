@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import ConfigError, UnsupportedModelError
-from .execution.options import Attention, Execution, Mode
-from .method.config import JiTConfig, resolve
+from ..errors import ConfigError, UnsupportedModelError
+from ..execution.options import Attention, Execution, Mode
+from ..method.config import JiTConfig, resolve
 
 OutputType = Literal["pil", "latent"]
 
@@ -86,7 +86,7 @@ def generate_batch(
     Raises ConfigError with every request that cannot be run, by index, before any is run; UnsupportedModelError for
     pipelines that cannot be accelerated correctly.
     """
-    from . import patches
+    from .. import patches
 
     how = Execution(execution=execution, attention=attention, strict=strict)
     if output_type not in ("pil", "latent"):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .errors import ConfigError
-from .method.config import JiTConfig
+from ..errors import ConfigError
+from ..method.config import JiTConfig
 from .stats import Stats
 
 if TYPE_CHECKING:
-    from .auto import Choice
+    from ..auto import Choice
 
 MISSING = object()
 HANDLE = "_jitaccel_handle"  # the attribute under which what is patched knows its handle

@@ -1,0 +1,1 @@
+"""One generation, whoever drives it: its route, handle, statistics and times."""
