@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jitaccel.control import equivalent_dense_steps
 from jitaccel.flops import flux_flops
 from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.speed.control import equivalent_dense_steps
 
 from .lab.report import BENCHMARK, cell, tables
 from .pipelines import FLUX_DEV

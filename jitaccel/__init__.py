@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import apply, embedded_model
     from .artefacts import Exported, export, load_exported
-    from .auto import Choice, auto_config
     from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
     from .generation.batch import Outcome, Request, generate_batch
     from .generation.handle import Handle
     from .generation.stats import Stats
     from .method.config import PRESETS, JiTConfig
     from .method.schedule import noise_levels
+    from .speed.auto import Choice, auto_config
 
 _HOMES = {
     "apply": "api",
@@ -37,8 +37,8 @@ _HOMES = {
     "Exported": "artefacts",
     "export": "artefacts",
     "load_exported": "artefacts",
-    "Choice": "auto",
-    "auto_config": "auto",
+    "Choice": "speed.auto",
+    "auto_config": "speed.auto",
     "Outcome": "generation.batch",
     "Request": "generation.batch",
     "generate_batch": "generation.batch",

@@ -15,7 +15,7 @@ from .generation.handle import Handle
 from .method.config import JiTConfig, resolve
 
 if TYPE_CHECKING:
-    from .auto import Choice
+    from .speed.auto import Choice
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _check_wanted(
 ) -> None:
     """Raises ConfigError where targets and preset do not go together."""
     if is_auto:
-        from .auto import check_target
+        from .speed.auto import check_target
 
         check_target(wanted["target_speedup"], wanted["target_ms"], overrides)
         if levels is not None:
@@ -126,7 +126,7 @@ def _check_wanted(
 
 
 def _choice(target: Any, wanted: Mapping[str, Any], how: Execution, overrides: Mapping[str, Any]) -> Choice:
-    from .auto import decide, measure_costs
+    from .speed.auto import decide, measure_costs
 
     costs = measure_costs(target, wanted["size"], wanted["text_tokens"], how)
     choice = decide(costs, target_speedup=wanted["target_speedup"], target_ms=wanted["target_ms"], **overrides)

@@ -20,7 +20,7 @@ from jitaccel.method.config import JiTConfig
 
 if TYPE_CHECKING:
     from jitaccel.artefacts import Source
-    from jitaccel.cost import Probe
+    from jitaccel.speed.cost import Probe
 
 
 @dataclass(frozen=True, kw_only=True)

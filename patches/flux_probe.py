@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jitaccel.cost import Probe
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import PRESETS
 from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
+from jitaccel.speed.cost import Probe
 
 from .diffusers_flux import check_pipeline, check_transformer
 from .kinds import kind_of, token_multiple

@@ -17,12 +17,21 @@ from hypothesis import strategies as st
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from jitaccel.auto import DENSE_STEPS, FAMILY, Choice, auto_config, choose, decide, fastest, measure_costs
 from jitaccel.cli import main
-from jitaccel.control import schedule_flops
-from jitaccel.cost import Costs, Probe, fit, loop_seconds, measure, measured_counts, seconds_of_flops
 from jitaccel.flops import flux_flops
 from jitaccel.method.config import PRESETS, sparse_start
+from jitaccel.speed.auto import (
+    DENSE_STEPS,
+    FAMILY,
+    Choice,
+    auto_config,
+    choose,
+    decide,
+    fastest,
+    measure_costs,
+)
+from jitaccel.speed.control import schedule_flops
+from jitaccel.speed.cost import Costs, Probe, fit, loop_seconds, measure, measured_counts, seconds_of_flops
 from tests import test_codebases, tiny
 from tests.bfl_model import Flux
 
@@ -284,7 +293,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Clock]:
     def make(model: Any) -> Clock:
         clock = Clock()
         clock.follow(model)
-        monkeypatch.setattr("jitaccel.cost.perf_counter", clock)
+        monkeypatch.setattr("jitaccel.speed.cost.perf_counter", clock)
         return clock
 
     return make

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("diffusers")
 
 import jitaccel
-from jitaccel.control import schedule_flops
 from jitaccel.flops import flux_flops
+from jitaccel.speed.control import schedule_flops
 from tests import tiny
 
 TOKENS = tiny.GRID[0] * tiny.GRID[1]

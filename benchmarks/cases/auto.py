@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from jitaccel.auto import DENSE_STEPS, Choice, decide, measure_costs
 from jitaccel.evaluation.comparison import Generation, Method, generate
+from jitaccel.speed.auto import DENSE_STEPS, Choice, decide, measure_costs
 
 from ..pipelines import Subject, embedded_subject
 from ..registry import Case, Options, Row, percentiles

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 
-from jitaccel.control import equivalent_dense_steps
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.flops import flux_flops
 from jitaccel.loading import load_judge, load_pipeline
 from jitaccel.method.config import PRESETS, JiTConfig
 from jitaccel.provenance import provenance
+from jitaccel.speed.control import equivalent_dense_steps
 
 from .judging import Row, judged
 from .questions import REFERENCE, dense, native_levels

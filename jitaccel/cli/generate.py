@@ -107,7 +107,7 @@ def _check_target(arguments: argparse.Namespace) -> None:
     """Raises before anything is loaded what `apply` would raise after."""
     if arguments.steps is not None:
         raise CommandError(f"--steps must be left out with --preset {_AUTO}, which picks them, got {arguments.steps}")
-    from ..auto import check_target
+    from ..speed.auto import check_target
 
     check_target(arguments.target_speedup, arguments.target_ms, {})
 

@@ -13,12 +13,12 @@ import torch
 
 import jitaccel
 
-from ..control import dense_control, schedule_flops
 from ..errors import ConfigError
 from ..flops import flux_flops
 from ..generation.handle import Handle
 from ..generation.stats import Stats
 from ..method.config import PRESETS, JiTConfig
+from ..speed.control import dense_control, schedule_flops
 
 DENSE_STEPS = 50
 

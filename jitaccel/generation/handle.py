@@ -16,7 +16,7 @@ from ..method.config import JiTConfig
 from .stats import Stats
 
 if TYPE_CHECKING:
-    from ..auto import Choice
+    from ..speed.auto import Choice
 
 MISSING = object()
 HANDLE = "_jitaccel_handle"  # the attribute under which what is patched knows its handle

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from .generation.stats import Cost
-from .method.config import JiTConfig
+from ..generation.stats import Cost
+from ..method.config import JiTConfig
 
 
 def schedule_flops(config: JiTConfig, num_tokens: int, text_tokens: int, cost: Cost, steps: int) -> int:

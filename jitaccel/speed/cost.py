@@ -11,8 +11,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from .generation.stats import Cost
-from .method.config import JiTConfig
+from ..generation.stats import Cost
+from ..method.config import JiTConfig
 
 Seconds = Callable[[int], float]
 """Seconds of one step of one image, one branch, by its number of tokens M."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError, UnsupportedModelError
+from ..execution.options import Attention, Execution, Mode
+from ..method.config import JiTConfig, sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
-from .errors import ConfigError, UnsupportedModelError
-from .execution.options import Attention, Execution, Mode
-from .method.config import JiTConfig, sparse_start
 
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about
@@ -153,7 +153,7 @@ def measure_costs(
     clock: Callable[[], float] | None = None,
 ) -> Costs:
     """Returns what steps of a target cost on this machine; `auto_config` says more of the arguments."""
-    from . import patches
+    from .. import patches
 
     if text_tokens is not None and (not isinstance(text_tokens, int) or text_tokens < 1):
         raise ConfigError(

@@ -1,0 +1,1 @@
+"""What a generation costs, the dense one that costs the same, and settings for a wanted speed."""
