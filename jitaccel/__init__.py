@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import apply, embedded_model
-    from .artefacts import Exported, export, load_exported
+    from .artefacts.export import Exported, export, load_exported
     from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
     from .generation.batch import Outcome, Request, generate_batch
     from .generation.handle import Handle
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": "api",
     "embedded_model": "api",
-    "Exported": "artefacts",
-    "export": "artefacts",
-    "load_exported": "artefacts",
+    "Exported": "artefacts.export",
+    "export": "artefacts.export",
+    "load_exported": "artefacts.export",
     "Choice": "speed.auto",
     "auto_config": "speed.auto",
     "Outcome": "generation.batch",

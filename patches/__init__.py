@@ -19,7 +19,7 @@ from jitaccel.generation.handle import Handle
 from jitaccel.method.config import JiTConfig
 
 if TYPE_CHECKING:
-    from jitaccel.artefacts import Source
+    from jitaccel.artefacts.export import Source
     from jitaccel.speed.cost import Probe
 
 

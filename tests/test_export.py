@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import jitaccel
 from jitaccel import ArtefactError, ConfigError, UnsupportedModelError, ops
-from jitaccel.artefacts import weights_of
-from jitaccel.plan import Plan, plan_tensors, write_tensors
+from jitaccel.artefacts.export import weights_of
+from jitaccel.artefacts.manifest import Plan, plan_tensors, write_tensors
 from tests import tiny
 from tests.tiny import GRID, SHORT, TEXT_TOKENS, generate, relative_error
 
@@ -314,7 +314,7 @@ def test_existing_folder_is_kept(pipe: Any, tmp_path: Path) -> None:
 
 
 def test_export_that_fails_leaves_no_folder(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jitaccel.artefacts._lower", _stop)
+    monkeypatch.setattr("jitaccel.artefacts.export._lower", _stop)
     with pytest.raises(RuntimeError, match="stop"):
         export(pipe, tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from jitaccel import PRESETS, JiTConfig
+from jitaccel.artefacts.manifest import plan_tensors
 from jitaccel.errors import ConfigError
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.solver import Multistep, extrapolation_weight
 from jitaccel.method.steps import KnownLevels, Step
-from jitaccel.plan import plan_tensors
 
 DENSE = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=8, solver="dpmpp_2m")
 GRID = (4, 4)

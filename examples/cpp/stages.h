@@ -14,7 +14,7 @@
 
 #include "safetensors.h"
 
-// What a stage is given beside the weights: jitaccel/artefacts.py describes each.
+// What a stage is given beside the weights: jitaccel/artefacts/export.py describes each.
 struct StageInputs {
   at::Tensor state, anchors, nearest, blur, text, pooled, guidance, levels;
 

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ..api import embedded_model
+from ..artefacts.manifest import file_digest
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, load_judge, load_pipeline, picture_side
-from ..plan import file_digest
 
 if TYPE_CHECKING:
     from .comparison import Generation, Method

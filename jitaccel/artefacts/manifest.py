@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import ArtefactError
-from .method.config import JiTConfig
-from .method.lift import blur_weights
-from .method.solver import extrapolation_weight
+from ..errors import ArtefactError
+from ..method.config import JiTConfig
+from ..method.lift import blur_weights
+from ..method.solver import extrapolation_weight
 
 Format = Literal["aoti", "torchscript"]
 VERSION = 2

@@ -4,13 +4,13 @@
     handle = jitaccel.load_exported("flux-7x").apply(pipe)   # pipe may have been loaded with transformer=None
 
 One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the plan
-(`jitaccel/plan.py`). A stage is a function of tensors alone,
+(`jitaccel/artefacts/manifest.py`). A stage is a function of tensors alone,
 
     (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
 int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
-Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the plan says (`jitaccel/plan.py`).
+Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the plan says (`jitaccel/artefacts/manifest.py`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import ops
-from .errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
-from .execution.options import Attention
-from .generation.handle import Handle
-from .method.config import JiTConfig, resolve
-from .plan import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
+from .. import ops
+from ..errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
+from ..execution.options import Attention
+from ..generation.handle import Handle
+from ..method.config import JiTConfig, resolve
+from .manifest import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]
 
@@ -82,7 +82,7 @@ def export(
 
     Raises ConfigError for bad settings and a folder that exists, UnsupportedModelError for what cannot be exported.
     """
-    from . import patches
+    from .. import patches
 
     if format not in get_args(Format):
         raise ConfigError(
@@ -238,7 +238,7 @@ class Exported:
 
         Raises UnsupportedModelError for other pipelines, ConfigError for one that is patched already.
         """
-        from . import patches
+        from .. import patches
 
         patch = patches.find(pipeline)
         if patch.apply_exported is None:
