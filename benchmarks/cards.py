@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jitaccel.flops import flux_flops
 from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.control import equivalent_dense_steps
 
 from .lab.report import BENCHMARK, cell, tables

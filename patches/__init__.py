@@ -72,24 +72,24 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="diffusers FluxPipeline and other pipelines of FLUX.1, FLUX.2 and Chroma",
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
-        apply=_lazily(".diffusers_flux", "apply_to_pipeline"),
-        generate_batch=_lazily(".flux_batch", "generate_batch"),
-        export=_lazily(".flux_export", "export"),
-        apply_exported=_lazily(".flux_export", "apply_exported"),
-        probe=_lazily(".flux_probe", "probe_pipeline"),
+        apply=_lazily(".diffusers.pipelines", "apply_to_pipeline"),
+        generate_batch=_lazily(".diffusers.batch", "generate_batch"),
+        export=_lazily(".diffusers.stages", "export"),
+        apply_exported=_lazily(".diffusers.stages", "apply_exported"),
+        probe=_lazily(".diffusers.probe", "probe_pipeline"),
     ),
     Patch(
         name="diffusers FluxTransformer2DModel, Flux2Transformer2DModel, ChromaTransformer2DModel",
         matches=lambda target: is_instance_of(
             target, "diffusers", "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"
         ),
-        apply=_lazily(".diffusers_flux", "apply_to_transformer"),
-        probe=_lazily(".flux_probe", "probe_transformer"),
+        apply=_lazily(".diffusers.pipelines", "apply_to_transformer"),
+        probe=_lazily(".diffusers.probe", "probe_transformer"),
     ),
     Patch(
         name="black-forest-labs Flux",
         matches=is_bfl_flux,
-        apply=_lazily(".bfl_flux", "apply"),
+        apply=_lazily(".bfl", "apply"),
     ),
     Patch(
         name="ComfyUI ModelPatcher",

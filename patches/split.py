@@ -17,7 +17,7 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
-from .arguments import one_image
+from .flux.arguments import one_image
 
 
 class Places(Protocol):

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.cli import main
-from jitaccel.flops import flux_flops
 from jitaccel.method.config import PRESETS, sparse_start
+from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.auto import (
     DENSE_STEPS,
     FAMILY,

@@ -137,7 +137,7 @@ def test_nothing_of_the_pipeline_or_the_global_generator_changes(pipe: Any) -> N
 
 @pytest.mark.parametrize("step", [0, 3, 4])
 def test_request_that_fails_on_its_way_fails_alone(pipe: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    from jitaccel.patches.flux_batch import Job
+    from jitaccel.patches.diffusers.batch import Job
 
     asked = [request(seed=1), request(seed=2), request(seed=3)]
     advance = Job.advance

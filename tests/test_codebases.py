@@ -15,7 +15,7 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import ConfigError, JiTConfig
-from jitaccel.patches.kinds import PIPELINES
+from jitaccel.patches.flux.kinds import PIPELINES
 from tests import tiny
 from tests.reference import denoise
 from tests.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TOKENS, WIDTH, relative_error

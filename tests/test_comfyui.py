@@ -15,9 +15,9 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from jitaccel.flops import chroma_flops, flux_flops
 from jitaccel.patches.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from jitaccel.patches.comfyui.pictures import to_picture, to_tokens
+from jitaccel.patches.flux.flops import chroma_flops, flux_flops
+from jitaccel.patches.layout import to_picture, to_tokens
 from tests import comfy_stand_in as comfy
 from tests import tiny
 from tests.comfy_stand_in import KSAMPLER, BaseModel, CFGGuider, Flux, ModelPatcher

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import PRESETS, JiTConfig
-from jitaccel.flops import flux_flops
+from jitaccel.patches.flux.flops import flux_flops
 from tests import reference, tiny
 from tests.tiny import DENSE, GRID, SHORT, forwards, generate, relative_error
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import jitaccel
-from jitaccel.flops import flux_flops
 from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.patches.flux.flops import flux_flops
 
 pytest.importorskip("diffusers")
 

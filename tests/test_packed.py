@@ -18,7 +18,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend, varlen_attention
-from jitaccel.patches.flux_packed import Conditions, make_pack, packed_forward, reasons_unpackable
+from jitaccel.patches.flux.packed import Conditions, make_pack, packed_forward, reasons_unpackable
 from tests import tiny
 from tests.tiny import DENSE, GRID, SHORT, TEXT_TOKENS, WIDTH, counted, generate, ids, relative_error, start
 

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor
 
 import jitaccel
-from jitaccel.patches.arguments import grid_of_ids
+from jitaccel.patches.flux.arguments import grid_of_ids
 from tests import tiny
 from tests.test_bfl_flux import Flux
 from tests.test_codebases import _flux_pipeline, _generate

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from jitaccel.errors import CommandError
 from jitaccel.evaluation.comparison import Generation, Method, generate
 from jitaccel.evaluation.methods import parse_methods
-from jitaccel.flops import flux_flops
 from jitaccel.method.schedule import beta_levels
+from jitaccel.patches.flux.flops import flux_flops
 
 diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers, "TaylorSeerCacheConfig"):

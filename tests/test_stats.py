@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import jitaccel
-from jitaccel.flops import flux_flops
+from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.control import schedule_flops
 from tests import tiny
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel import PRESETS, ConfigError, JiTConfig, noise_levels
 from jitaccel.method.steps import Step
-from jitaccel.patches.generation import _step_made, _Visit
+from jitaccel.patches.loops.visits import _step_made, _Visit
 from tests import reference, tiny
 from tests.tiny import GRID, SHORT, generate, relative_error
 
@@ -323,7 +323,7 @@ def test_step_is_fitted_to_no_state_that_guidance_or_an_edit_made(
         return state
 
     fitted = image()
-    monkeypatch.setattr("jitaccel.patches.generation._step_made", lambda visit, state, rounded: rounded)
+    monkeypatch.setattr("jitaccel.patches.loops.visits._step_made", lambda visit, state, rounded: rounded)
     assert torch.equal(fitted, image()) is not is_fitted
 
 
@@ -622,7 +622,7 @@ def test_more_generations_under_way_than_are_kept_are_refused_until_a_reset(loop
 
 def test_finished_and_forgotten_generations_are_let_go(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = noise_levels(SHORT)
-    monkeypatch.setattr("jitaccel.patches.velocity_route._FORGOTTEN_AFTER", 20)
+    monkeypatch.setattr("jitaccel.patches.loops.velocity._FORGOTTEN_AFTER", 20)
     with jitaccel.apply(loop.model, SHORT) as handle:
         loop.run(levels, tiny.start(99), steps=2)
         for seed in range(6):

@@ -126,7 +126,7 @@ def _bfl(inputs: Inputs) -> Way:
 
 
 def _comfyui(inputs: Inputs) -> Way:
-    from jitaccel.patches.comfyui.pictures import to_picture, to_tokens
+    from jitaccel.patches.layout import to_picture, to_tokens
     from tests import comfy_stand_in as comfy
 
     config = inputs.pipe.transformer.config

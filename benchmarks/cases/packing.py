@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from jitaccel.api import embedded_model
 from jitaccel.execution.attention.choice import BACKENDS, Backend, choose_backend, varlen_attention
 from jitaccel.execution.packing import PackedLayout
-from jitaccel.flops import flux_flops
-from jitaccel.patches.flux_packed import Conditions, make_pack, packed_forward
+from jitaccel.patches.flux.flops import flux_flops
+from jitaccel.patches.flux.packed import Conditions, make_pack, packed_forward
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, random_transformer
 from ..registry import Case, Options, Row, percentiles

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import _get_qkv_projections
 from torch import Tensor
 
-from jitaccel.flops import flux_flops
+from jitaccel.patches.flux.flops import flux_flops
 
 
 @dataclass(frozen=True, kw_only=True)

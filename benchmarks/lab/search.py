@@ -22,9 +22,9 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
-from jitaccel.flops import flux_flops
 from jitaccel.loading import load_judge, load_pipeline
 from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.provenance import provenance
 from jitaccel.speed.control import equivalent_dense_steps
 

@@ -10,7 +10,7 @@ One artefact for each stage (gather, network, lift and Euler step), the weights 
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
 int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
-Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the plan says (`jitaccel/artefacts/manifest.py`).
+Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the plan says (`manifest.py`).
 """
 
 from __future__ import annotations

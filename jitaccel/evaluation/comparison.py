@@ -14,10 +14,10 @@ import torch
 import jitaccel
 
 from ..errors import ConfigError
-from ..flops import flux_flops
 from ..generation.handle import Handle
 from ..generation.stats import Stats
 from ..method.config import PRESETS, JiTConfig
+from ..patches.flux.flops import flux_flops
 from ..speed.control import dense_control, schedule_flops
 
 DENSE_STEPS = 50

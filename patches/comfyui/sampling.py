@@ -21,7 +21,7 @@ from jitaccel.generation.handle import HANDLE, Handle
 from jitaccel.generation.stats import Recorder, Stats, summarize
 from jitaccel.method.config import JiTConfig
 
-from ..call import IndexedCalls
+from ..network import IndexedCalls
 from .conditions import fill_mask, sampling_problems, wrappers_of_comfy
 from .underway import UnderWay
 

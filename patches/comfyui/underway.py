@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
 from jitaccel.generation.stats import Recorder
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.steps import KnownLevels, Step
+from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
 
-from ..params import config_of
+from ..flux.params import config_of
+from ..layout import to_picture, to_tokens
 from ..split import Branches, Split
-from .pictures import to_picture, to_tokens
 
 _NOT_RUN = (
     "jitaccel: the model must run for every estimate of its guider, got one without; another node answers in its place "

@@ -33,7 +33,7 @@ from jitaccel.execution.packing import PackedLayout, Rows
 from jitaccel.method.lift import LiftPlan, lift
 from jitaccel.tokens import gather_tokens
 
-from .split import beside
+from ..split import beside
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from jitaccel.method.run import Run
 
+from ..split import Split
 from .arguments import one_image
 from .kinds import Kind
-from .split import Split
 
 
 def run_indexed(

@@ -7,8 +7,8 @@ from typing import Any
 
 from jitaccel.errors import UnsupportedModelError
 
+from ..flux.kinds import Kind
 from .caller import calling_guider, calling_pipeline
-from .kinds import Kind
 
 
 def refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
-from .call import Calls, ModelCall
+from ..network import Calls, ModelCall
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from jitaccel.generation.handle import Handle, refuse_copy
 
+from ..loops.velocity import VelocityRoute
 from .caller import calling_pipeline
-from .scheduler_route import SchedulerRoute
-from .velocity_route import VelocityRoute
+from .scheduler import SchedulerRoute
 
 _NAME = "jitaccel"
 

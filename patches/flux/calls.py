@@ -24,9 +24,12 @@ from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.run import Run
 
-from .call import Answer
-from .caller import unguided_branch
-from .flux_packed import (
+from ..diffusers.caller import unguided_branch
+from ..network import Answer
+from ..split import Split
+from .indexed import run_indexed
+from .kinds import kind_of
+from .packed import (
     Conditions,
     Pack,
     Shown,
@@ -36,9 +39,6 @@ from .flux_packed import (
     reasons_unpackable,
     run_stage,
 )
-from .indexed import run_indexed
-from .kinds import kind_of
-from .split import Split
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import CompileStats

@@ -18,15 +18,15 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.generation.handle import Handle
 from jitaccel.method.run import Run
 
-from .arguments import grid_of_ids, one_image, single_level
-from .call import ModelCall, answered
+from ..flux.arguments import grid_of_ids, one_image, single_level
+from ..flux.indexed import calls_at_anchors
+from ..flux.kinds import CONTROLNET, Kind, kind_of, token_multiple
+from ..network import ModelCall, answered
+from ..split import Split
 from .caller import calling_pipeline, inpainted_tokens
-from .indexed import calls_at_anchors
-from .kinds import CONTROLNET, Kind, kind_of, token_multiple
+from .hook import SharedHook, install, named_arguments
 from .refused import refuse_arguments
-from .scheduler_route import SchedulerRoute
-from .shared_hook import SharedHook, install, named_arguments
-from .split import Split
+from .scheduler import SchedulerRoute
 
 
 def apply_to_controlnet(pipeline: Any, handle: Handle, route: SchedulerRoute) -> None:

@@ -19,11 +19,11 @@ from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
 from jitaccel.speed.cost import Probe
 
-from .diffusers_flux import check_pipeline, check_transformer
-from .kinds import kind_of, token_multiple
-from .packed_calls import FluxCalls
-from .shared_hook import hook_of
-from .split import Split
+from ..flux.calls import FluxCalls
+from ..flux.kinds import kind_of, token_multiple
+from ..split import Split
+from .hook import hook_of
+from .pipelines import check_pipeline, check_transformer
 
 # Pipelines whose calls bring nothing that a probe could not know: no masks, pictures to start from, or ControlNets.
 _MEASURED = ("FluxPipeline", "FluxControlPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "ChromaPipeline")

@@ -26,9 +26,9 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
-from .diffusers_flux import check_text_to_image
-from .flux_packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
-from .shared_hook import hook_of
+from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
+from .hook import hook_of
+from .pipelines import check_text_to_image
 
 _log = logging.getLogger(__name__)
 

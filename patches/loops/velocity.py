@@ -18,8 +18,8 @@ from jitaccel.generation.stats import Recorder, Stats, summarize
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
 
-from .call import Calls, ModelCall
-from .generation import Generation
+from ..network import Calls, ModelCall
+from .visits import Generation
 
 _log = logging.getLogger(__name__)
 _MAX_IN_TURN = 64  # generations under way

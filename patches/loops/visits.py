@@ -16,7 +16,7 @@ from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run, state_seeds
 from jitaccel.method.steps import Step, is_rounding_of
 
-from .call import ModelCall
+from ..network import ModelCall
 
 
 @dataclass

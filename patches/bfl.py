@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from jitaccel.execution.options import Execution
-from jitaccel.flops import chroma_flops, flux_flops
 from jitaccel.generation.handle import HANDLE, Handle, Patched
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
+from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 
-from .arguments import grid_of_ids, one_image, single_level
-from .call import Answer, IndexedCalls, ModelCall, answered
-from .params import config_of
+from .flux.arguments import grid_of_ids, one_image, single_level
+from .flux.params import config_of
+from .loops.velocity import VelocityRoute
+from .network import Answer, IndexedCalls, ModelCall, answered
 from .split import SeenIds, Split
-from .velocity_route import VelocityRoute
 
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
 

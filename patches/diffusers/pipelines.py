@@ -16,18 +16,18 @@ from jitaccel.execution.options import Execution
 from jitaccel.generation.handle import Handle
 from jitaccel.method.config import JiTConfig
 
-from . import is_instance_of
-from .arguments import grid_of_ids, one_image, single_level
-from .call import ModelCall, answered, refuse_controlnet
+from .. import is_instance_of
+from ..flux.arguments import grid_of_ids, one_image, single_level
+from ..flux.calls import FluxCalls
+from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
+from ..loops.velocity import VelocityRoute
+from ..network import ModelCall, answered, refuse_controlnet
+from ..split import SeenIds, Split
 from .caller import calling_pipeline, inpainted_tokens
-from .flux_controlnet import apply_to_controlnet, check_controlnet
-from .kinds import MODELS, PIPELINES, kind_of, token_multiple
-from .packed_calls import FluxCalls
+from .controlnet import apply_to_controlnet, check_controlnet
+from .hook import SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
-from .scheduler_route import SchedulerRoute, check_scheduler, handle_of
-from .shared_hook import SharedHook, hook_of, install, named_arguments
-from .split import SeenIds, Split
-from .velocity_route import VelocityRoute
+from .scheduler import SchedulerRoute, check_scheduler, handle_of
 
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jitaccel.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,22 +16,22 @@ from jitaccel.artefacts.export import Exported, Source
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
-from jitaccel.flops import flux_flops
 from jitaccel.generation.handle import Handle
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import make_lift_plan
 from jitaccel.method.run import Run
 from jitaccel.ops import reference
+from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.tokens import gather_tokens
 
-from .arguments import grid_of_ids
-from .call import Answer, ModelCall
-from .diffusers_flux import check_text_to_image
-from .flux_batch import levels_of
-from .flux_packed import Conditions, Pack, reasons_unpackable, run_packed
-from .scheduler_route import SchedulerRoute, handle_of
-from .shared_hook import hook_of
+from ..flux.arguments import grid_of_ids
+from ..flux.packed import Conditions, Pack, reasons_unpackable, run_packed
+from ..network import Answer, ModelCall
+from .batch import levels_of
+from .hook import hook_of
+from .pipelines import check_text_to_image
+from .scheduler import SchedulerRoute, handle_of
 
 _ARGUMENTS = (
     "hidden_states",

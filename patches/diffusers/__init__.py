@@ -1,0 +1,1 @@
+"""How diffusers drives a model: pipelines, schedulers, hooks, and bare transformers."""
