@@ -10,6 +10,6 @@ import pytest
 @pytest.fixture
 def pipe() -> Any:
     """A tiny FluxPipeline of the test's own."""
-    from tests import tiny  # here, because diffusers takes seconds to import and most tests need none of it
+    from tests.support import tiny  # here, because diffusers takes seconds to import and most tests need none of it
 
     return tiny.pipeline()

@@ -106,7 +106,7 @@ def _transformer(inputs: Inputs) -> Way:
 
 
 def _bfl(inputs: Inputs) -> Way:
-    from tests.test_layouts import flux_of
+    from tests.patches.test_layouts import flux_of
 
     model = flux_of(inputs.pipe.transformer).to(inputs.noise.device, inputs.noise.dtype)
 
@@ -127,7 +127,7 @@ def _bfl(inputs: Inputs) -> Way:
 
 def _comfyui(inputs: Inputs) -> Way:
     from jitaccel.patches.layout import to_picture, to_tokens
-    from tests import comfy_stand_in as comfy
+    from tests.support import comfy_stand_in as comfy
 
     config = inputs.pipe.transformer.config
     model = comfy.Flux(inputs.pipe.transformer, patch_size=2, channels=config.in_channels // 4).eval()
@@ -166,7 +166,7 @@ def measure(options: Options, make: Callable[[Options], Subject], timed_steps: i
     """Yields one row for each codebase: the median of its dense generations over that of its sparse ones."""
     import pytest
 
-    from tests import comfy_stand_in
+    from tests.support import comfy_stand_in
 
     subject = make(options)
     inputs = _inputs(subject, options)
@@ -269,7 +269,7 @@ def _quarter(options: Options) -> Subject:
 
 
 def _no_stand_ins(options: Options) -> str | None:
-    is_here = importlib.util.find_spec("tests") is not None and importlib.util.find_spec("tests.comfy_stand_in")
+    is_here = importlib.util.find_spec("tests") is not None and importlib.util.find_spec("tests.support.comfy_stand_in")
     return None if is_here else "the stand-ins are in tests/ of a checkout: run python -m benchmarks there"
 
 

@@ -1,0 +1,288 @@
+"""The same weights in two layouts: Black Forest Labs' patch makes the image that the diffusers routes make.
+
+`to_bfl` is the key mapping. The network that gets its result, `tests.bfl_model`, shares no code with diffusers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+import jitaccel
+from jitaccel import PRESETS, Stats
+from tests.support import tiny
+from tests.support.bfl_model import Flux, Params
+from tests.support.tiny import CHANNELS, NUM_TOKENS, TEXT_TOKENS
+
+SCALE, EMBEDDED = 3.0, 3.5  # of true CFG; of the guidance that a distilled model is told
+BATCH, CONTEXT, POOLED = 2, 24, 20
+TOLERANCE = 1e-4
+GUIDANCE = ("distilled", "sequential", "batched")
+
+Weights = dict[str, Tensor]
+Text = tuple[Tensor, Tensor]
+"""Token embeddings (B, T, CONTEXT) and a pooled one (B, POOLED) of each image."""
+Network = Callable[[Tensor, Sequence[float], Text], Tensor]
+"""(state, level of each image, text) -> velocity."""
+
+# Each of their modules, and those of diffusers whose rows it stacks: outside the blocks, and in a block of each kind.
+ENDS = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+}
+DOUBLE = {
+    "img_mod.lin": ["norm1.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "img_attn.norm.query_norm": ["attn.norm_q"],
+    "img_attn.norm.key_norm": ["attn.norm_k"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
+    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+    "linear2": ["proj_out"],
+}
+
+
+def to_bfl(weights: Weights) -> Weights:
+    """Returns the weights of a FluxTransformer2DModel as a `Flux` names and stacks them; none may be left over."""
+    depth, depth_single = (
+        len({key.split(".")[1] for key in weights if key.startswith(kind)})
+        for kind in ("transformer_blocks.", "single_transformer_blocks.")
+    )
+    tables = [("", "", ENDS)]
+    tables += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", DOUBLE) for i in range(depth)]
+    tables += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", SINGLE) for i in range(depth_single)]
+    left, made = dict(weights), {}
+    for prefix, source, table in tables:
+        for name, parts in table.items():
+            for kind in ("weight", "bias"):
+                rows = [left.pop(f"{source}{part}.{kind}", None) for part in parts]
+                if rows[0] is None:
+                    continue  # norms have no bias, models that are not distilled no embedded guidance
+                if name == "final_layer.adaLN_modulation.1":
+                    rows = [*reversed(rows[0].chunk(2))]  # scale and shift here, shift and scale there
+                made[f"{prefix}{name}.{'scale' if name.endswith('_norm') else kind}"] = torch.cat(rows)
+    assert not left
+    return made
+
+
+def transformer(distilled: bool) -> FluxTransformer2DModel:
+    """Returns a random FLUX of two blocks of each kind, whose attention tells tokens apart and whose widths differ."""
+    model = tiny.transformer(
+        num_layers=2,
+        num_single_layers=2,
+        joint_attention_dim=CONTEXT,
+        pooled_projection_dim=POOLED,
+        guidance_embeds=distilled,
+    )
+    for name, parameter in model.named_parameters():
+        if ".attn.norm_" in name:
+            parameter.data += 1.0
+    return model
+
+
+def flux_of(model: FluxTransformer2DModel) -> Flux:
+    """Returns the `Flux` of the same weights."""
+    config = model.config
+    params = Params(
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        vec_in_dim=config.pooled_projection_dim,
+        context_in_dim=config.joint_attention_dim,
+        hidden_size=config.num_attention_heads * config.attention_head_dim,
+        mlp_ratio=4.0,
+        num_heads=config.num_attention_heads,
+        depth=config.num_layers,
+        depth_single_blocks=config.num_single_layers,
+        axes_dim=config.axes_dims_rope,
+        theta=10_000,
+        qkv_bias=True,
+        guidance_embed=config.guidance_embeds,
+    )
+    flux = Flux(params).eval()
+    flux.load_state_dict(to_bfl(model.state_dict()), strict=True)
+    return flux
+
+
+def text(seed: int) -> Text:
+    """Returns a prompt for each image."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(BATCH, TEXT_TOKENS, CONTEXT, generator=generator)
+    return embeds, torch.randn(BATCH, POOLED, generator=generator)
+
+
+PROMPT, NEGATIVE = text(1), text(2)
+
+
+def called_as_bfl(flux: Flux) -> Network:
+    """Position ids for each image, levels and guidance as they are."""
+
+    def network(state: Tensor, levels: Sequence[float], text: Text) -> Tensor:
+        batch = len(state)
+        return flux(
+            img=state,
+            img_ids=tiny.ids().expand(batch, -1, -1),
+            txt=text[0],
+            txt_ids=torch.zeros(batch, TEXT_TOKENS, 3),
+            timesteps=torch.tensor(levels),
+            y=text[1],
+            guidance=torch.full((batch,), EMBEDDED),
+        )
+
+    return network
+
+
+def called_as_diffusers(model: FluxTransformer2DModel) -> Network:
+    """Position ids for all images, levels and guidance as they are."""
+
+    def network(state: Tensor, levels: Sequence[float], text: Text) -> Tensor:
+        return model(
+            hidden_states=state,
+            encoder_hidden_states=text[0],
+            pooled_projections=text[1],
+            timestep=torch.tensor(levels),
+            img_ids=tiny.ids(),
+            txt_ids=torch.zeros(TEXT_TOKENS, 3),
+            guidance=torch.full((len(state),), EMBEDDED) if model.config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+
+    return network
+
+
+def loop(network: Network, levels: Sequence[float], guidance: str) -> Tensor:
+    """The Euler loop of BFL's sampling; `guidance`: of a distilled model, or true CFG in two calls or in one batch."""
+    both = tuple(torch.cat(parts) for parts in zip(NEGATIVE, PROMPT, strict=True))
+    state = tiny.start(batch=BATCH)
+    for level, after in pairwise(levels):
+        if guidance == "batched":
+            negative, velocity = network(state.repeat(2, 1, 1), [level] * 2 * BATCH, both).chunk(2)
+        else:
+            velocity = network(state, [level] * BATCH, PROMPT)
+        if guidance == "sequential":
+            negative = network(state, [level] * BATCH, NEGATIVE)
+        if guidance != "distilled":
+            velocity = negative + SCALE * (velocity - negative)
+        state = state + (after - level) * velocity
+    return state
+
+
+def through_bfl(model: FluxTransformer2DModel, preset: str, guidance: str, **options: Any) -> tuple[Tensor, Stats]:
+    """Returns the images that the patched `Flux` of these weights makes, and what it did."""
+    flux = flux_of(model)
+    with jitaccel.apply(flux, preset, **options) as handle:
+        images = loop(called_as_bfl(flux), jitaccel.noise_levels(PRESETS[preset]), guidance)
+        return images, handle.stats()
+
+
+def through_loop(model: FluxTransformer2DModel, preset: str, guidance: str) -> tuple[Tensor, Stats]:
+    """Returns the images that the patched transformer makes in the same loop, and what it did."""
+    levels = jitaccel.noise_levels(PRESETS[preset])
+    with jitaccel.apply(model, preset, noise_levels=levels) as handle:
+        return loop(called_as_diffusers(model), levels, guidance), handle.stats()
+
+
+def through_pipeline(model: FluxTransformer2DModel, preset: str, guidance: str) -> tuple[Tensor, Stats]:
+    """Returns the images that the patched pipeline makes, in which nothing of the loop is ours, and what it did."""
+    pipe = tiny.pipeline(transformer=model)
+    call: dict[str, Any] = {"prompt_embeds": PROMPT[0], "pooled_prompt_embeds": PROMPT[1]}
+    if guidance != "distilled":
+        call |= {"negative_prompt_embeds": NEGATIVE[0], "negative_pooled_prompt_embeds": NEGATIVE[1]}
+        call |= {"true_cfg_scale": SCALE}
+    with jitaccel.apply(pipe, preset) as handle:
+        images = tiny.generate(pipe, prompt=None, latents=tiny.start(batch=BATCH), guidance_scale=EMBEDDED, **call)
+        return images, handle.stats()
+
+
+def anchors_of(stats: Stats) -> list[Tensor]:
+    """Returns each stage's anchors (BATCH, M); branches of guidance that come in one batch must share them."""
+    for anchors in stats.anchors:
+        assert torch.equal(anchors, anchors[:BATCH].repeat(len(anchors) // BATCH, 1))
+    return [anchors[:BATCH] for anchors in stats.anchors]
+
+
+def assert_same(made: tuple[Tensor, Stats], expected: tuple[Tensor, Stats], preset: str) -> None:
+    """Same images, same steps on the preset's numbers of anchors, and for each image the same anchors."""
+    (images, stats), (expected_images, expected_stats) = made, expected
+    config, levels = PRESETS[preset], jitaccel.noise_levels(PRESETS[preset])
+    counts = config.token_counts(NUM_TOKENS)
+    stages = [config.stage_of_step(i, len(levels) - 1) for i in range(len(levels) - 1)]
+    for each in (stats, expected_stats):
+        assert [(step.noise_level, step.next_level) for step in each.steps] == list(pairwise(levels))
+        assert [(step.stage, step.tokens) for step in each.steps] == [(stage, counts[stage]) for stage in stages]
+    for anchors, expected_anchors in zip(anchors_of(stats), anchors_of(expected_stats), strict=True):
+        assert torch.equal(anchors, expected_anchors)
+    assert images.shape == (BATCH, NUM_TOKENS, CHANNELS)
+    torch.testing.assert_close(images, expected_images, rtol=0.0, atol=TOLERANCE)
+
+
+def test_diffusers_own_converter_takes_the_mapping_back() -> None:
+    """Bit for bit, key for key: what `to_bfl` makes is the layout of published checkpoints.
+
+    The converter knows one width, FLUX.1's, and stacks rows alone; so does the mapping, and one column is enough.
+    """
+    loading = pytest.importorskip("diffusers.loaders.single_file_utils")  # no documented interface
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = {key: torch.randn(value.shape[0], generator=generator) for key, value in model.state_dict().items()}
+    back = loading.convert_flux_transformer_checkpoint_to_diffusers(to_bfl(weights))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("distilled", [True, False], ids=["distilled", "undistilled"])
+@torch.no_grad()
+def test_dense_networks_agree(distilled: bool) -> None:
+    """One forward, each image at a level and with a text of its own."""
+    model = transformer(distilled)
+    arguments = (tiny.start(batch=BATCH), [1.0, 0.37], PROMPT)
+    made, expected = called_as_bfl(flux_of(model))(*arguments), called_as_diffusers(model)(*arguments)
+    torch.testing.assert_close(made, expected, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("preset", ["4x-paper", "7x-paper", "7x"])
+@torch.no_grad()
+def test_bfl_makes_the_pipelines_images(preset: str, guidance: str, given: bool) -> None:
+    """Whether the loop's levels are given to `apply` or predicted: they are the preset's own."""
+    model = transformer(distilled=guidance == "distilled")
+    options = {"noise_levels": jitaccel.noise_levels(PRESETS[preset])} if given else {}
+    made = through_bfl(model, preset, guidance, **options)
+    assert_same(made, through_pipeline(model, preset, guidance), preset)
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("preset", ["4x-paper", "7x-paper", "7x"])
+@torch.no_grad()
+def test_bfl_makes_the_images_of_a_bare_transformer_in_the_same_loop(preset: str, guidance: str) -> None:
+    model = transformer(distilled=guidance == "distilled")
+    made = through_bfl(model, preset, guidance, noise_levels=jitaccel.noise_levels(PRESETS[preset]))
+    assert_same(made, through_loop(model, preset, guidance), preset)

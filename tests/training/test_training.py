@@ -1,0 +1,91 @@
+"""What the embedded model is trained with: windows, labels, Muon, and workers that train together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jitaccel.evaluation.scenes.draw import cover
+from jitaccel.evaluation.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, random_scene
+from tests.support import tiny
+
+pytest.importorskip("diffusers")
+
+from training import parallel
+from training.muon import Muon, orthogonalise
+from training.pictures import NUM_LABELS, SIDE, WHOLE, Pictures, random_window, token_labels
+
+
+def test_orthogonalise_keeps_directions_and_evens_their_strength() -> None:
+    for shape in ((40, 24), (24, 40), (16, 16)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        strengths = (left.T @ orthogonalise(matrix) @ right.T).diagonal()
+        assert strengths.min() > 0.6 and strengths.max() < 1.3
+
+
+def test_muon_finds_the_minimum_of_a_quadratic() -> None:
+    target = torch.randn(12, 20, generator=torch.Generator().manual_seed(1))
+    matrix = torch.zeros(12, 20, requires_grad=True)
+    muon = Muon([matrix], lr=0.05, weight_decay=0.0)
+    for _ in range(300):
+        muon.zero_grad()
+        (matrix - target).square().sum().backward()
+        muon.step()
+    assert (matrix - target).abs().max() < 0.1
+
+
+def _steps(folder: Path) -> None:
+    """Takes two steps on gradients of which every worker has its own, and saves where they led."""
+    matrices = [torch.full((4, 6), float(k), requires_grad=True) for k in range(3)]
+    muon = Muon(matrices, lr=0.1)
+    for step in range(2):
+        for k, matrix in enumerate(matrices):
+            generator = torch.Generator().manual_seed(10 * step + k)
+            gradients = torch.randn(2, 4, 6, generator=generator)
+            workers = parallel.num_workers()
+            matrix.grad = gradients[parallel.rank()].clone() if workers == 2 else gradients.mean(dim=0)
+        parallel.average_(matrix.grad for matrix in matrices if matrix.grad is not None)
+        muon.step()
+    torch.save([matrix.detach() for matrix in matrices], folder / f"{parallel.num_workers()}-{parallel.rank()}.pt")
+
+
+def test_two_workers_take_the_steps_of_one(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        parallel.launch(workers, _steps, tmp_path)
+    one, *both = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for worker in both:
+        for alone, together in zip(one, worker, strict=True):
+            torch.testing.assert_close(together, alone)
+
+
+def test_windows_have_their_true_positions_and_reach_every_border() -> None:
+    rng = np.random.default_rng(0)
+    ids = tiny.ids((SIDE, SIDE)).view(1, SIDE, SIDE, 3)
+    windows = [random_window(rng, 256) for _ in range(200)]
+    for window in windows:
+        assert torch.equal(window.of(ids)[0], window.ids()) and window.rows * window.columns == 256
+    square = [window for window in windows if window.rows == 16]
+    assert {0, 16} <= {window.row for window in square} and {0, 16} <= {window.column for window in square}
+    assert torch.equal(WHOLE.ids(), tiny.ids((SIDE, SIDE)))
+
+
+def test_labels_say_what_is_drawn_where() -> None:
+    scene = random_scene(np.random.default_rng(3), num_things=2)
+    labels = token_labels(scene)
+    assert labels.shape == (SIDE, SIDE, NUM_LABELS)
+    for thing in scene.things:
+        share = cover(thing, 4 * SIDE).mean()
+        kinds = labels[..., 1 : 1 + len(SHAPES) + len(COLOURS)].mean(axis=(0, 1), dtype=np.float64)
+        assert kinds[SHAPES.index(thing.shape)] == pytest.approx(share, rel=0.05)
+        assert kinds[len(SHAPES) + list(COLOURS).index(thing.colour)] >= 0.9 * share
+    assert labels[0, 0, -len(BACKGROUNDS) :].tolist() == [float(name == scene.background) for name in BACKGROUNDS]
+
+
+def test_pictures_are_the_same_for_the_same_seed() -> None:
+    first, second = (Pictures.random(3, np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(first.tokens, second.tokens) and torch.equal(first.labels, second.labels)
+    assert first.tokens.shape == (3, SIDE, SIDE, 32)
