@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jitaccel.execution.options import Execution
 from jitaccel.generation.handle import HANDLE, Handle, Patched
+from jitaccel.generation.route import Answer
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.patches.flux.flops import chroma_flops, flux_flops
@@ -25,7 +26,7 @@ from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 from .flux.arguments import grid_of_ids, one_image, single_level
 from .flux.params import config_of
 from .loops.velocity import VelocityRoute
-from .network import Answer, IndexedCalls, ModelCall, answered
+from .network import IndexedCalls, ModelCall, answered
 from .split import SeenIds, Split
 
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")

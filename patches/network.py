@@ -5,27 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.generation.stats import Cost, Recorder
-from jitaccel.method.run import Run
-
-if TYPE_CHECKING:
-    from jitaccel.execution.compile import CompileStats
+from jitaccel.generation.route import Generation, Network
+from jitaccel.generation.stats import Cost
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.steps import Step
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """A network's velocity at the anchors, `values` (B, M, D), and `lifted` (B, N, D) where that came along."""
-
-    values: Tensor
-    lifted: Tensor | None = None
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,48 +38,43 @@ class ModelCall:
     noise_level: Callable[[], float]
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
-    evaluate: Callable[[Run, Tensor], Answer]
+    evaluate: Network
 
-    def recorder(self, grid: tuple[int, int]) -> Recorder:
-        """Returns an empty record of the generation that this call is the first of."""
-        return Recorder(
+    def begin(self, config: JiTConfig, step: Step) -> Generation:
+        """Returns the generation that this call is the first of, at its first step."""
+        return Generation(
+            config,
+            self.grid(),
+            step,
+            self.state,
             cost=self.cost,
-            batch=self.state.shape[0],
-            grid=grid,
             text_tokens=self.text_tokens,
-            device=self.state.device,
+            forced=self.mask,
+            multiple=self.multiple,
         )
 
 
-class Calls(Protocol):
-    """Who runs a codebase's network for a route, and what statistics say of it."""
+class NetworkRoute(Protocol):
+    """What the calls of a network need of their route."""
 
-    @property
-    def execution(self) -> str: ...
+    def begin_call(self) -> None:
+        """Notes that a call begins."""
+        ...
 
-    @property
-    def attention(self) -> str | None: ...
+    def forward(self, call: ModelCall) -> Tensor:
+        """Returns the velocity (B, N, D) that the codebase is given for a call."""
+        ...
 
-    @property
-    def compiled(self) -> CompileStats | None: ...
+    def leave_dense(self, error: UnsupportedModelError) -> bool:
+        """Returns whether a refused call runs as if untouched."""
+        ...
 
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    def release(self) -> None: ...
-
-
-class Answering(Protocol):
-    """What a route must say of a call that is refused or fails."""
-
-    def begin_call(self) -> None: ...
-
-    def leave_dense(self, error: UnsupportedModelError) -> bool: ...
-
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        """Forgets the generation whose call failed."""
+        ...
 
 
-def answered(route: Answering, compute: Callable[[], Any], original: Callable[[], Any]) -> Any:
+def answered(route: NetworkRoute, compute: Callable[[], Result], original: Callable[[], Result]) -> Result:
     """Returns what `compute` does; a failure ends the generation whose call it is.
 
     A call that is refused does what `original` does, where the route leaves it dense.

@@ -24,7 +24,7 @@ import jitaccel
 mark("import jitaccel")
 import torch
 mark("import torch")
-from jitaccel.cli.loading import load_pipeline
+from jitaccel.loading import load_pipeline
 pipe = load_pipeline(None, device=sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 mark("load the embedded pipeline")

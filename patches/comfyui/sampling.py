@@ -18,7 +18,8 @@ from torch import Tensor
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.generation.handle import HANDLE, Handle
-from jitaccel.generation.stats import Recorder, Stats, summarize
+from jitaccel.generation.route import History
+from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
 
 from ..network import IndexedCalls
@@ -68,22 +69,11 @@ class ComfyRoute:
         self.calls = calls
         self._may_be_dense = execution.may_be_dense
         self._now: UnderWay | None = None
-        self._recorder: Recorder | None = None
-        self._notes: tuple[str, ...] = ()
-        self._samplings = 0
+        self._history = History(config, "ComfyUI", calls)
 
     def stats(self) -> Stats:
         """Returns what the last sampling did."""
-        return summarize(
-            self._recorder,
-            codebase="ComfyUI",
-            execution=self.calls.execution,
-            attention=self.calls.attention,
-            compiled=self.calls.compiled,
-            notes=(*self._notes, *self.calls.notes),
-            config=self.config,
-            generations=self._samplings,
-        )
+        return self._history.stats()
 
     def reset(self) -> None:
         """Forgets a sampling under way."""
@@ -110,14 +100,14 @@ class ComfyRoute:
             if not self._may_be_dense:
                 raise UnsupportedModelError(f'{reason}; JiT Apply with on_unsupported="dense" runs it without')
             _log.warning("%s; it runs dense", reason)
-            self._recorder, self._notes = None, (f"the last sampling ran dense: {'; '.join(problems)}",)
+            self._history.show(None)
+            self._history.notes = (f"the last sampling ran dense: {'; '.join(problems)}",)
             return executor(*given, **more)
         model, keeps_rest = guider.inner_model.diffusion_model, denoise_mask is not None
         mask = denoise_mask if keeps_rest else fill_mask(guider, noise.shape[1])
-        now = UnderWay(self.config, model, sigmas.tolist(), noise, mask, keeps_rest)
+        now = UnderWay(self.config, model, sigmas.tolist(), noise, self._history, mask, keeps_rest)
         self._note_steps(now.num_steps)
-        self._recorder, self._samplings, before = now.recorder, self._samplings + 1, self._now
-        self._now = now
+        before, self._now = self._now, now
         try:
             result = executor(*given, **more)
             now.check_finite()
@@ -126,9 +116,10 @@ class ComfyRoute:
         return result
 
     def _note_steps(self, steps: int) -> None:
-        self._notes = ()
+        self._history.notes = ()
         if self.config.steps not in ("caller", steps):
-            self._notes = (f"the sampler's {steps} steps are followed; the configuration asks for {self.config.steps}",)
+            asked = self.config.steps
+            self._history.notes = (f"the sampler's {steps} steps are followed; the configuration asks for {asked}",)
 
     def predict(self, executor: Any, x: Tensor, timestep: Tensor, *rest: Any, **more: Any) -> Tensor:
         """Wraps a guider's `predict_noise`: the denoised estimate of a state (B, C, H, W) at one level."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.generation.stats import Recorder
+from jitaccel.generation.route import Answer, Generation, History, fold_move
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.steps import KnownLevels, Step
-from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.ops.schema import num_tokens_of
 
+from ..flux.flops import chroma_flops, flux2_flops, flux_flops
 from ..flux.params import config_of
 from ..layout import to_picture, to_tokens
 from ..split import Branches, Split
@@ -29,8 +30,8 @@ _NOT_RUN = (
 class UnderWay:
     """levels: of the sampler, 0 included. noise: (B, C, H, W), as the sampler got it.
 
-    mask: what is painted anew, (1 or B, K, H, W), or None for all. keeps_rest: whether the sampler keeps the rest as it
-    is in the given picture.
+    history: gets the generation. mask: what is painted anew, (1 or B, K, H, W), or None for all. keeps_rest: whether
+    the sampler keeps the rest as it is in the given picture.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class UnderWay:
         model: Any,
         levels: Sequence[float],
         noise: Tensor,
+        history: History,
         mask: Tensor | None = None,
         keeps_rest: bool = False,
     ) -> None:
@@ -52,15 +54,9 @@ class UnderWay:
         self._grid = (-(-noise.shape[2] // self._patch), -(-noise.shape[3] // self._patch))
         self._images = noise.shape[0]
         self._index = -1
-        self._run: Run | None = None
+        self._history = history
+        self._generation: Generation | None = None
         self._has_run = False
-        self.recorder = Recorder(
-            cost=lambda image_tokens, text_tokens: 0,
-            batch=noise.shape[0],
-            grid=self._grid,
-            text_tokens=0,
-            device=noise.device,
-        )
 
     @property
     def num_steps(self) -> int:
@@ -69,8 +65,8 @@ class UnderWay:
 
     def check_finite(self) -> None:
         """Raises NonFiniteVelocityError where the network returned NaN or infinity since the last stage."""
-        if self._run is not None:
-            self._run.check_finite()
+        if self._generation is not None:
+            self._generation.run.check_finite()
 
     # The guider's side: states and estimates in float32
 
@@ -81,24 +77,29 @@ class UnderWay:
         """
         step = self._next_step(float(level.flatten()[0]))
         state = to_tokens(x, self._patch)
-        with self.recorder.outside(step.index):
-            if self._run is None:
-                self._run = Run(self._config, self._grid, step, state, forced=self._forced(state))
-            entered = self._run.enter(step, state)
-        run, is_moved, self._has_run = self._run, entered is not state, False
+        generation = self._generation = self._generation or self._begin(step, state)
+        entered = generation.enter(step, state)
+        is_moved, self._has_run = entered is not state, False
         seen = to_picture(entered, self._grid, self._patch, self._size) if is_moved else x
         estimate = denoise(seen)
         if not self._has_run:
             raise RuntimeError(_NOT_RUN)
-        with self.recorder.outside(step.index):
-            velocity = (entered - to_tokens(estimate, self._patch)) / step.noise_level
-            lifted = run.leave(step, entered, run.gather(velocity))
-            if lifted is velocity and not is_moved:
-                return estimate
-            if is_moved:
-                lifted = lifted + (entered - state) / (step.next_level - step.noise_level)
-            returned = to_picture(state - step.noise_level * lifted, self._grid, self._patch, self._size)
+        velocity = (entered - to_tokens(estimate, self._patch)) / step.noise_level
+        lifted = generation.leave(step, entered, Answer(generation.run.gather(velocity)))
+        if lifted is velocity and not is_moved:
+            return estimate
+        lifted = fold_move(lifted, entered - state if is_moved else None, step)
+        returned = to_picture(state - step.noise_level * lifted, self._grid, self._patch, self._size)
         return returned.to(estimate.dtype)
+
+    def _begin(self, step: Step, state: Tensor) -> Generation:
+        """Returns the generation at its first step; what it costs is known once the network is called."""
+        forced = self._forced(state)
+        generation = Generation(
+            self._config, self._grid, step, state, cost=lambda *_: 0, text_tokens=0, forced=lambda: forced
+        )
+        self._history.begin(generation)
+        return generation
 
     def _next_step(self, level: float) -> Step:
         self._index += 1
@@ -127,7 +128,7 @@ class UnderWay:
         `forward_orig`, which has another in its place meanwhile.
         """
         branches = x.shape[0] // self._images
-        if self._run is None or tuple(x.shape[2:]) != self._size or branches * self._images != x.shape[0]:
+        if self._generation is None or tuple(x.shape[2:]) != self._size or branches * self._images != x.shape[0]:
             raise UnsupportedModelError(
                 f"jitaccel: the model must be called for {self._images} pictures of {self._size} in its sampler, got "
                 f"{tuple(x.shape)}; remove JiT Apply for conditions of parts of a picture"
@@ -157,41 +158,49 @@ class UnderWay:
 
     def _at_anchors(self, original: Callable[[], Tensor], arguments: dict[str, Any], branches: int) -> Tensor:
         """Returns what `original` does with the arguments, which are changed to those of the anchors."""
-        run = self._run
-        assert run is not None
-        split = Split(arguments["img"], self._grid[0] * self._grid[1], self._model.out_channels)
-        text_tokens = arguments["txt"].shape[1]
-        self._note_costs(split, text_tokens)
-        with self.recorder.network(self._clock.step(self._index), run.anchors, branches):
-            if run.is_dense:
-                return original()
-            places = Branches(run, branches)
-            ids = arguments["img_ids"]
-            arguments["img"] = split.tokens(places, split.state)
-            arguments["img_ids"] = torch.stack(
-                [split.ids_at(own, at) for own, at in zip(ids, places.anchors, strict=True)]
-            )
-            if arguments.get("control") is not None:
-                arguments["control"] = _control_at(arguments["control"], split, places)
-            if arguments.get("timestep_zero_index"):  # stretches of references, counted among the image tokens
-                absent = split.num_tokens - run.num_active
-                arguments["timestep_zero_index"] = [
-                    [place - absent for place in stretch] for stretch in arguments["timestep_zero_index"]
-                ]
-            if arguments.get("attn_mask") is not None:
-                arguments["attn_mask"] = _mask_at(arguments["attn_mask"], split, places, text_tokens)
-            velocity = original()
-        return split.whole(places.scatter(velocity[:, : run.num_active]))
+        generation, step = self._generation, self._clock.step(self._index)
+        assert generation is not None
+        split = Split(arguments["img"], num_tokens_of(self._grid), self._model.out_channels)
+        self._note_costs(generation, split, arguments["txt"].shape[1])
+        places = Branches(generation.run, branches)
 
-    def _note_costs(self, split: Split, text_tokens: int) -> None:
-        if self.recorder.text_tokens:
+        def network(run: Run, state: Tensor) -> Answer:
+            if run.is_dense:
+                return Answer(original())
+            _thin_out(arguments, split, places, state)
+            return Answer(original()[:, : run.num_active])
+
+        answer = generation.evaluate(step, split.state, network, branches)
+        return answer.values if generation.run.is_dense else split.whole(places.scatter(answer.values))
+
+    def _note_costs(self, generation: Generation, split: Split, text_tokens: int) -> None:
+        recorder = generation.recorder
+        if recorder.text_tokens:
             return
         params = self._model.params
         config = config_of(params, split.hidden.shape[2], split.channels)
         is_flux2 = getattr(params, "global_modulation", False)
         flops = chroma_flops if hasattr(params, "n_layers") else flux2_flops if is_flux2 else flux_flops
-        self.recorder.text_tokens, references = text_tokens, split.num_references  # and no tensor is kept
-        self.recorder.cost = lambda image_tokens, text: flops(config, image_tokens + references, text)
+        recorder.text_tokens, references = text_tokens, split.num_references  # and no tensor is kept
+        recorder.cost = lambda image_tokens, text: flops(config, image_tokens + references, text)
+
+
+def _thin_out(arguments: dict[str, Any], split: Split, places: Branches, state: Tensor) -> None:
+    """Changes the arguments of ComfyUI's `forward_orig` to those of the anchors of a state (branches * B, N, D)."""
+    text_tokens = arguments["txt"].shape[1]
+    arguments["img"] = split.tokens(places, state)
+    arguments["img_ids"] = torch.stack(
+        [split.ids_at(own, at) for own, at in zip(arguments["img_ids"], places.anchors, strict=True)]
+    )
+    if arguments.get("control") is not None:
+        arguments["control"] = _control_at(arguments["control"], split, places)
+    if arguments.get("timestep_zero_index"):  # stretches of references, counted among the image tokens
+        absent = split.num_tokens - places.run.num_active
+        arguments["timestep_zero_index"] = [
+            [place - absent for place in stretch] for stretch in arguments["timestep_zero_index"]
+        ]
+    if arguments.get("attn_mask") is not None:
+        arguments["attn_mask"] = _mask_at(arguments["attn_mask"], split, places, text_tokens)
 
 
 def _control_at(control: Any, split: Split, places: Branches) -> Any:

@@ -21,11 +21,13 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.options import Execution
 from jitaccel.generation.batch import Outcome, OutputType, Request
+from jitaccel.generation.route import Answer, Generation
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
+from ..flux.flops import flux_flops
 from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
 from .hook import hook_of
 from .pipelines import check_text_to_image
@@ -48,7 +50,7 @@ class Job:
 
     request: Request
     clock: KnownLevels
-    run: Run
+    generation: Generation
     state: Tensor
     ids: Tensor
     prompts: tuple[Prompt, ...]
@@ -58,7 +60,13 @@ class Job:
 
     @property
     def step(self) -> Step:
+        """The step under way."""
         return self.clock.step(self.index)
+
+    @property
+    def run(self) -> Run:
+        """The run of the method."""
+        return self.generation.run
 
     def level(self) -> Tensor:
         """Returns the level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
@@ -67,19 +75,19 @@ class Job:
 
     def advance(self, branches: Sequence[Tensor]) -> bool:
         """Takes the Euler step of the branches' velocities (M, D), guided first; returns whether it was the last."""
-        step, run = self.step, self.run
+        step, generation = self.step, self.generation
         velocity = branches[0]
         if len(branches) > 1:
             velocity = branches[1] + self.request.true_cfg_scale * (branches[0] - branches[1])
-        self.token_steps += run.num_active
-        full = run.leave(step, self.state, velocity[None])
+        self.token_steps += self.run.num_active
+        full = generation.leave(step, self.state, Answer(velocity[None]))
         moved = self.state.float() + (step.next_level - step.noise_level) * full
         self.state = moved.to(full.dtype)
         self.index += 1
         if self.index == self.clock.num_steps:
-            run.check_finite()
+            self.run.check_finite()
             return True
-        self.state = run.enter(self.step, self.state)
+        self.state = generation.enter(self.step, self.state)
         return False
 
 
@@ -156,9 +164,11 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     state, ids = pipeline.prepare_latents(1, channels, request.height, request.width, dtype, device, generator, None)
     unit = 2 * pipeline.vae_scale_factor
     clock = KnownLevels(config, levels_of(pipeline, config, state.shape[1]))
-    run = Run(config, (request.height // unit, request.width // unit), clock.step(0), state)
+    grid = (request.height // unit, request.width // unit)
+    cost, text_tokens = functools.partial(flux_flops, model.config), len(prompts[0].text)
+    generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens)
     guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
-    return Job(request, clock, run, state, ids, prompts, guidance)
+    return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
 def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> Prompt:

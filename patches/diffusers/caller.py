@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
 
 def calling_pipeline() -> Any:
@@ -42,34 +41,3 @@ def calling_guider() -> Any:
                 return guider
         frame = frame.f_back
     return None
-
-
-def unguided_branch() -> dict[str, Tensor] | None:
-    """Returns what the calling pipeline's second call of each step will ask (true CFG), or None where it makes none.
-
-    Read off the pipeline's own variables; who relies on it compares it with the call when that comes.
-    """
-    frame = _calling_frame()
-    if frame is None or not frame.f_locals.get("do_true_cfg"):
-        return None
-    names = {
-        "encoder_hidden_states": "negative_prompt_embeds",
-        "pooled_projections": "negative_pooled_prompt_embeds",
-        "txt_ids": "negative_text_ids",
-    }
-    found = {argument: frame.f_locals.get(name) for argument, name in names.items()}
-    return found if all(isinstance(tensor, Tensor) for tensor in found.values()) else None  # type: ignore[return-value]
-
-
-def inpainted_tokens(batch: int, num_tokens: int) -> Tensor | None:
-    """Returns the tokens (batch, num_tokens) under the mask with which the calling pipeline blends each step, or None.
-
-    Read off the pipeline's own variables: an inpainting pipeline tells its transformer nothing of it.
-    """
-    frame = _calling_frame()
-    if frame is None or "Inpaint" not in type(frame.f_locals["self"]).__name__:
-        return None
-    mask = frame.f_locals.get("mask")  # (B, N, C), of latents
-    if not isinstance(mask, Tensor) or mask.ndim != 3 or mask.shape[1] != num_tokens:
-        return None
-    return (mask > 0).any(dim=2).expand(batch, -1)

@@ -23,7 +23,7 @@ from ..flux.indexed import calls_at_anchors
 from ..flux.kinds import CONTROLNET, Kind, kind_of, token_multiple
 from ..network import ModelCall, answered
 from ..split import Split
-from .caller import calling_pipeline, inpainted_tokens
+from .caller import calling_pipeline
 from .hook import SharedHook, install, named_arguments
 from .refused import refuse_arguments
 from .scheduler import SchedulerRoute
@@ -81,7 +81,7 @@ def _at_anchors(original: Callable[..., Any], route: Any, arguments: dict[str, A
     split = Split(arguments["hidden_states"], *arguments["hidden_states"].shape[1:])
     # What the transformer will refuse is refused before the generation begins.
     refuse_arguments(transformer, kind, {"joint_attention_kwargs": arguments.get("joint_attention_kwargs")})
-    run = route.run_of(_beginning(transformer, kind, arguments, split))
+    run = route.run_of(_beginning(route, kind, arguments, split))
     if run.is_dense:
         return original(**arguments)
     made = [
@@ -94,16 +94,16 @@ def _at_anchors(original: Callable[..., Any], route: Any, arguments: dict[str, A
     return FluxControlNetOutput(controlnet_block_samples=double, controlnet_single_block_samples=single)
 
 
-def _beginning(transformer: Any, kind: Kind, arguments: dict[str, Any], split: Split) -> ModelCall:
+def _beginning(route: SchedulerRoute, kind: Kind, arguments: dict[str, Any], split: Split) -> ModelCall:
     """Returns what the generation is begun with, where this is its first call: as the transformer will be called."""
     return ModelCall(
         state=split.state,
         text_tokens=arguments["encoder_hidden_states"].shape[1],
-        cost=functools.partial(kind.cost, transformer.config),
+        cost=functools.partial(kind.cost, route.transformer.config),
         grid=lambda: grid_of_ids(one_image(arguments["img_ids"]), split.num_tokens),
         noise_level=lambda: single_level(arguments["timestep"]),
-        mask=lambda: inpainted_tokens(*split.hidden.shape[:2]),
-        multiple=token_multiple(transformer),
+        mask=lambda: route.inpainted_tokens(*split.hidden.shape[:2]),
+        multiple=token_multiple(route.transformer),
         evaluate=_not_evaluated,
     )
 

@@ -23,7 +23,7 @@ from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
 from ..network import ModelCall, answered, refuse_controlnet
 from ..split import SeenIds, Split
-from .caller import calling_pipeline, inpainted_tokens
+from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
 from .hook import SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
@@ -123,7 +123,7 @@ class _Hook(SharedHook):
 
     def _sparse(self, module: Any, original: Callable[..., Any], route: Any, arguments: dict[str, Any]) -> Any:
         split = self._split(module, route, arguments)
-        velocity = split.whole(route.forward(_model_call(module, self, original, route.calls, arguments, split)))
+        velocity = split.whole(route.forward(_model_call(module, self, original, route, arguments, split)))
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 
     def _split(self, module: Any, route: Any, arguments: Mapping[str, Any]) -> Split:
@@ -206,7 +206,7 @@ def _model_call(
     module: Any,
     hook: Any,
     original: Callable[..., Any],
-    calls: FluxCalls,
+    route: Any,
     arguments: dict[str, Any],
     split: Split,
 ) -> ModelCall:
@@ -221,18 +221,18 @@ def _model_call(
         cost=lambda image_tokens, text_tokens: cost(image_tokens + references, text_tokens),
         grid=lambda: grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1]),
         noise_level=lambda: single_level(arguments["timestep"]),
-        mask=lambda: _mask(split),
+        mask=lambda: _mask(split, route),
         multiple=token_multiple(module),
-        evaluate=functools.partial(calls.evaluate, module, hook, original, arguments, split),
+        evaluate=functools.partial(route.calls.evaluate, module, hook, original, arguments, split),
     )
 
 
-def _mask(split: Split) -> Tensor | None:
-    """Returns the tokens (B, N) that are painted anew, where a Fill model or a pipeline has a mask."""
-    is_fill = split.hidden.shape[2] == _FILL_CHANNELS * split.channels or "Fill" in type(calling_pipeline()).__name__
-    if split.extra is not None and is_fill:
+def _mask(split: Split, route: Any) -> Tensor | None:
+    """Returns the tokens (B, N) that are painted anew, where a Fill model or its pipeline has a mask."""
+    if split.extra is not None and split.hidden.shape[2] == _FILL_CHANNELS * split.channels:
         return (split.extra[..., split.channels :] > 0).any(dim=2)
-    return inpainted_tokens(split.hidden.shape[0], split.num_tokens)
+    found: Tensor | None = route.inpainted_tokens(split.hidden.shape[0], split.num_tokens)
+    return found
 
 
 def _is_compiled_around(module: Any, caller: Any) -> bool:

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
-from jitaccel.generation.stats import Recorder, Stats, summarize
+from jitaccel.generation.route import Answer, Executor, Generation, History
+from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
-from jitaccel.method.steps import KnownLevels, Step
+from jitaccel.method.steps import KnownLevels
+from jitaccel.ops.schema import num_tokens_of
 
-from ..network import Calls, ModelCall
+from ..network import ModelCall
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class SchedulerRoute:
         pipeline: Any,
         config: JiTConfig,
         codebase: str,
-        calls: Calls,
+        calls: Executor,
         transformer: Any = None,
         may_be_dense: bool = False,
     ) -> None:
@@ -53,17 +55,15 @@ class SchedulerRoute:
         self._transformer = weakref.ref(pipeline.transformer if transformer is None else transformer)
         self._scheduler = pipeline.scheduler
         self._default_steps = _default_steps(pipeline)
-        self._codebase = codebase
         self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
         self._first = 0  # the scheduler's index of the step that the generation starts with
         self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
-        self._run: Run | None = None
+        self._generation: Generation | None = None
         self._seen = -1
         self._lifted: tuple[Tensor, int] | None = None  # what a call returned lifted, and how often it was written
-        self._recorder: Recorder | None = None
-        self._notes: tuple[str, ...] = ()
-        self._generations = 0
+        self._mask: weakref.ref[Tensor] | None = None  # lives as long as the pipeline's call that made it
+        self._history = History(config, codebase, calls)
         self._may_be_dense = may_be_dense
         self.is_dense = False  # whether the generation under way runs as if untouched
 
@@ -74,11 +74,15 @@ class SchedulerRoute:
         for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             original = getattr(self._scheduler, name)
             handle.set_attribute(self._scheduler, name, _wrap(original, wrapper, handle))
+        pipeline = self._pipeline()
+        if pipeline is not None and hasattr(pipeline, "prepare_mask_latents"):
+            wrapped = _wrap(pipeline.prepare_mask_latents, self._prepare_mask_latents, handle)
+            handle.set_attribute(pipeline, "prepare_mask_latents", wrapped)
 
     def _restore_progress(self, before: dict[str, Any]) -> None:
         """Puts the scheduler's levels and place back, but not from within a generation that still needs them."""
         caller = calling_pipeline()
-        is_needed = self._run is not None or not self.is_of(caller)
+        is_needed = self._generation is not None or not self.is_of(caller)
         if is_needed and getattr(caller, "scheduler", None) is self._scheduler:
             return
         restore_attributes(vars(self._scheduler), before)
@@ -103,7 +107,7 @@ class SchedulerRoute:
     @property
     def num_tokens(self) -> int | None:
         """How many tokens the generation under way makes, or None."""
-        return None if self._run is None else self._run.grid[0] * self._run.grid[1]
+        return None if self._generation is None else num_tokens_of(self._generation.run.grid)
 
     def accepts(self, caller: Any) -> bool:
         """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
@@ -111,16 +115,17 @@ class SchedulerRoute:
 
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
-        self._levels = self._clock = self._run = self._lifted = None
+        self._levels = self._clock = self._generation = self._lifted = None
         self._is_by_hand, self._seen, self.is_dense = False, -1, False
 
     def leave_dense(self, error: UnsupportedModelError) -> bool:
         """Returns whether the generation, refused with its first call, runs dense; warns that it does."""
-        if not self._may_be_dense or self._run is not None:
+        if not self._may_be_dense or self._generation is not None:
             return False
-        self.is_dense, self._recorder = True, None
+        self.is_dense = True
+        self._history.show(None)
         steps = 0 if self._levels is None else len(self._levels) - 1
-        self._notes = (*self._notes, f"the last generation ran dense, on {steps} steps of the configuration: {error}")
+        self._history.notes += (f"the last generation ran dense, on {steps} steps of the configuration: {error}",)
         _log.warning("jitaccel: the generation runs dense: %s", error)
         return True
 
@@ -130,34 +135,27 @@ class SchedulerRoute:
 
     def stats(self) -> Stats:
         """Returns what the last generation did."""
-        return summarize(
-            self._recorder,
-            codebase=self._codebase,
-            execution=self.calls.execution,
-            attention=self.calls.attention,
-            compiled=self.calls.compiled,
-            notes=(*self._notes, *self.calls.notes),
-            config=self.config,
-            generations=self._generations,
-        )
+        return self._history.stats()
 
     def forward(self, call: ModelCall) -> Tensor:
         """Returns the velocity (B, N, D) at the anchors; elsewhere zeros, or lifted."""
-        run, index = self.run_of(call), self._index()
-        assert self._recorder is not None and self._clock is not None
+        generation, index = self._entered(call), self._index()
+        assert self._clock is not None
         step = self._clock.step(index - self._first)
-        with self._recorder.network(step, run.anchors):
-            answer = call.evaluate(run, call.state)
+        answer = generation.evaluate(step, call.state, call.evaluate)
         self._seen, self._lifted = index, None
         if answer.lifted is None:
-            with self._recorder.outside(step.index):
-                return run.scatter(answer.values)
+            with generation.recorder.outside(step.index):
+                return generation.run.scatter(answer.values)
         if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
             self._lifted = answer.lifted, answer.lifted._version
         return answer.lifted
 
     def run_of(self, call: ModelCall) -> Run:
         """Returns the run as it stands in the step that is due; the first call of a generation begins it."""
+        return self._entered(call).run
+
+    def _entered(self, call: ModelCall) -> Generation:
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
             raise RuntimeError(
@@ -165,16 +163,15 @@ class SchedulerRoute:
                 f"{type(pipeline.scheduler).__name__} set after apply; apply again"
             )
         index = self._index()
-        if self._run is None or self._recorder is None:
-            self._begin(call, index)
-        self._check_follows(call, index)
-        assert self._run is not None
-        return self._run
+        if self._generation is None:
+            self._generation = self._begin(call, index)
+        self._check_follows(call, index, self._generation.run)
+        return self._generation
 
-    def _check_follows(self, call: ModelCall, index: int) -> None:
-        run, clock, shape = self._run, self._clock, tuple(call.state.shape[:2])
-        assert run is not None and clock is not None
-        expected = (run.anchors.shape[0], run.grid[0] * run.grid[1])
+    def _check_follows(self, call: ModelCall, index: int, run: Run) -> None:
+        clock, shape = self._clock, tuple(call.state.shape[:2])
+        assert clock is not None
+        expected = (run.anchors.shape[0], num_tokens_of(run.grid))
         step = index - self._first
         is_next = index in (self._seen, self._seen + 1) and step < clock.num_steps
         if not is_next or clock.step(step).stage != run.stage or shape != expected:
@@ -184,7 +181,7 @@ class SchedulerRoute:
                 f"give each generation a scheduler of its own, and start it with set_timesteps"
             )
 
-    def _begin(self, call: ModelCall, index: int) -> None:
+    def _begin(self, call: ModelCall, index: int) -> Generation:
         if self._levels is None:
             raise RuntimeError(
                 "jitaccel: set_timesteps of the patched scheduler must be called before the transformer, got none; "
@@ -192,13 +189,23 @@ class SchedulerRoute:
             )
         self._first, self._seen = index, index - 1
         self._clock = KnownLevels(self.config, self._levels[index:])
-        grid = call.grid()
-        self._recorder = call.recorder(grid)
-        self._generations += 1
-        with self._recorder.outside(0):
-            self._run = Run(
-                self.config, grid, self._clock.step(0), call.state, forced=call.mask(), multiple=call.multiple
-            )
+        generation = call.begin(self.config, self._clock.step(0))
+        self._history.begin(generation)
+        return generation
+
+    def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
+        """Returns the tokens (batch, num_tokens) under the mask that the pipeline has prepared, or None without one."""
+        mask = None if self._mask is None else self._mask()  # (B, N, C), of latents
+        if mask is None or mask.ndim != 3 or mask.shape[1] != num_tokens:
+            return None
+        return (mask > 0).any(dim=2).expand(batch, -1)
+
+    def _prepare_mask_latents(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Notes the mask that a pipeline's public `prepare_mask_latents` returns, alone or first of several."""
+        prepared = original(*args, **kwargs)
+        mask = prepared[0] if isinstance(prepared, tuple) else prepared
+        self._mask = weakref.ref(mask) if isinstance(mask, Tensor) else None
+        return prepared
 
     def _step(
         self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
@@ -214,30 +221,27 @@ class SchedulerRoute:
     def _sparse_step(
         self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        index, run, clock, recorder = self._index(), self._run, self._clock, self._recorder
-        if run is None or clock is None or recorder is None or self._seen != index:
+        index, generation, clock = self._index(), self._generation, self._clock
+        if generation is None or clock is None or self._seen != index:
             raise RuntimeError(
                 f"jitaccel: the patched transformer must run before scheduler.step, got no call at step {index}; "
                 f"it was replaced, or its forward restored (offloading does), after apply: apply again"
             )
         step = index - self._first
-        with recorder.outside(step):
-            velocity = self._velocity(run, clock.step(step), sample, model_output)
+        velocity = generation.leave(clock.step(step), sample, self._answer(generation.run, model_output))
         output = original(velocity, timestep, sample, *args, **kwargs)
         if step + 1 == clock.num_steps:
-            run.check_finite()
+            generation.run.check_finite()
             self.reset()
             return output
-        with recorder.outside(step):
-            state = output[0]
-            moved = run.enter(clock.step(step + 1), state)
-        return output if moved is state else _with_state(output, moved)
+        moved = generation.enter(clock.step(step + 1), output[0])
+        return output if moved is output[0] else _with_state(output, moved)
 
-    def _velocity(self, run: Run, step: Step, sample: Tensor, model_output: Tensor) -> Tensor:
-        """Returns the velocity at every token: lifted from the anchors, unless the pipeline brings what a call did."""
+    def _answer(self, run: Run, model_output: Tensor) -> Answer:
+        """Returns what the pipeline brings: the anchors' velocity, or the very velocity that a call has lifted."""
         if self._lifted is None or model_output is not self._lifted[0] or model_output._version != self._lifted[1]:
-            return run.leave(step, sample, run.gather(model_output))
-        return run.remember(step, sample, model_output)
+            return Answer(run.gather(model_output))
+        return Answer(model_output, lifted=model_output)
 
     def _index(self) -> int:
         index = self._scheduler.step_index
@@ -278,12 +282,13 @@ class SchedulerRoute:
             )
 
     def _note_steps(self, requested: int, steps: int) -> None:
-        self._notes = ()
+        self._history.notes = ()
         if requested == steps:
             return
         note = f"the configuration decides on {steps} steps; the pipeline asked for {requested}"
-        self._notes = (f"{note} (steps='caller' keeps the pipeline's number)",)
-        _log.log(logging.INFO if requested == self._default_steps else logging.WARNING, "jitaccel: %s", self._notes[0])
+        note = f"{note} (steps='caller' keeps the pipeline's number)"
+        self._history.notes = (note,)
+        _log.log(logging.INFO if requested == self._default_steps else logging.WARNING, "jitaccel: %s", note)
 
     def _write_levels(self, levels: tuple[float, ...]) -> None:
         scheduler = self._scheduler

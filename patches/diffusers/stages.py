@@ -17,6 +17,7 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
 from jitaccel.generation.handle import Handle
+from jitaccel.generation.route import Answer
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import make_lift_plan
@@ -27,7 +28,7 @@ from jitaccel.tokens import gather_tokens
 
 from ..flux.arguments import grid_of_ids
 from ..flux.packed import Conditions, Pack, reasons_unpackable, run_packed
-from ..network import Answer, ModelCall
+from ..network import ModelCall, answered
 from .batch import levels_of
 from .hook import hook_of
 from .pipelines import check_text_to_image
@@ -206,11 +207,7 @@ class _StandIn(nn.Module):
         return nullcontext()
 
     def forward(self, *, return_dict: bool = True, **arguments: Any) -> Any:
-        try:
-            velocity = self.route.forward(self._call(arguments))
-        except BaseException:
-            self.route.abandon()
-            raise
+        velocity = answered(self.route, lambda: self.route.forward(self._call(arguments)), _no_model)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _call(self, arguments: dict[str, Any]) -> ModelCall:
@@ -258,6 +255,10 @@ class _StandIn(nn.Module):
             torch.full((2,), run.noise_level, device=state.device),
         )
         return Answer(run.gather(velocity), velocity)
+
+
+def _no_model() -> Tensor:
+    raise AssertionError("exported stages are never left dense: there is no model to run")
 
 
 def _each(x: Tensor, batch: int) -> Tensor:

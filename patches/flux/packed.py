@@ -176,14 +176,14 @@ def run_stage(
     noise_level: float = 1.0,
     compiler: Compiler | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the velocity at the anchors of a state (B, N, D), (branches, B, M, D), and lifted from them, (B, N, D).
+    """Returns the velocity at the anchors of a state (B, N, D), (B, M, D), and lifted from them, (B, N, D).
 
-    The pack has as many segments as branches times images. The second is there with a lifter, for one sparse branch:
-    of several it is what they are combined to that is lifted. With a compiler all is one graph, made for these lengths.
+    The pack has a segment for each image. The second is there with a lifter, in a sparse stage. With a compiler all is
+    one graph, made for these lengths.
     noise_level: the state's own, which `given` may have rounded.
     """
     layout = pack.layout
-    if plan.is_dense or len(layout.lengths) != state.shape[0]:
+    if plan.is_dense:
         lifter = None
     level = None
     if lifter == "clean":  # a tensor: a number would be compiled in
@@ -199,15 +199,13 @@ def run_stage(
             given: Conditions,
             level: Tensor | None,
         ) -> tuple[Tensor, Tensor | None]:
-            batch = state.shape[0]
-            num_branches = len(pack.layout.lengths) // batch
             extra = None if shown.extra is None else _gathered(shown.extra, plan)
             tokens = beside(_gathered(state, plan), extra, shown.references).flatten(0, 1)
-            velocity = run_packed(model, pack, tokens.repeat(num_branches, 1), given, attention, blocks)
-            values = velocity.unflatten(0, (num_branches, batch, -1))
+            velocity = run_packed(model, pack, tokens, given, attention, blocks)
+            values = velocity.unflatten(0, (state.shape[0], -1))
             if shown.references is not None:
-                values = values[:, :, : plan.anchors.shape[1]]
-            return values, None if lifter is None else _lifted(values[0], state, plan, level)
+                values = values[:, : plan.anchors.shape[1]]
+            return values, None if lifter is None else _lifted(values, state, plan, level)
 
         return stage
 

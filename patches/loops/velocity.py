@@ -2,7 +2,7 @@
 
 Nobody says which generation a call belongs to: a loop may take one image after another, or several in turn, one step of
 each. A call continues the generation whose next state it brings, which is known but for guidance and edits, since
-what the loop got last is known (`generation.Generation`).
+what the loop got last is known (`visits.LoopGeneration`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.generation.stats import Recorder, Stats, summarize
+from jitaccel.generation.route import Executor, History
+from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
 
-from ..network import Calls, ModelCall
-from .visits import Generation
+from ..network import ModelCall
+from .visits import LoopGeneration
 
 _log = logging.getLogger(__name__)
 _MAX_IN_TURN = 64  # generations under way
@@ -44,7 +45,7 @@ class VelocityRoute:
         config: JiTConfig,
         levels: tuple[float, ...] | None,
         codebase: str,
-        calls: Calls,
+        calls: Executor,
         may_be_dense: bool = False,
     ) -> None:
         self.config = config
@@ -57,12 +58,10 @@ class VelocityRoute:
                 f"steps={config.steps!r}, got None; pass the levels of your loop, 0 included"
             )
         self._clock = PredictedLevels(config) if levels is None else KnownLevels(config, levels)
-        self._codebase = codebase
-        self._begun = 0
+        self._history = History(config, codebase, calls)
         self._calls = 0
-        self._recorder: Recorder | None = None
-        self._generations: list[Generation] = []
-        self._current: Generation | None = None
+        self._generations: list[LoopGeneration] = []
+        self._current: LoopGeneration | None = None
 
     def reset(self) -> None:
         """Forgets every generation; what the last one did stays in the statistics."""
@@ -91,18 +90,14 @@ class VelocityRoute:
         """Returns True: whoever calls this network is answered."""
         return True
 
+    def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
+        """Returns None: a loop prepares no mask that could be seen here."""
+        return None
+
     def stats(self) -> Stats:
         """Returns what the generation that was called last did; `generations` counts all that were begun."""
-        return summarize(
-            self._recorder,
-            codebase=self._codebase,
-            execution=self.calls.execution,
-            attention=self.calls.attention,
-            compiled=self.calls.compiled,
-            notes=(*self._notes(), *self.calls.notes),
-            config=self.config,
-            generations=self._begun,
-        )
+        self._history.notes = self._notes()
+        return self._history.stats()
 
     def _notes(self) -> tuple[str, ...]:
         dense = () if self._dense_reason is None else (f"calls ran dense: {self._dense_reason}",)
@@ -124,7 +119,8 @@ class VelocityRoute:
         generation = self._find(call, level)
         if generation is None:
             generation = self._begin(call, level)
-        self._current, self._recorder = generation, generation.recorder
+        self._current = generation
+        self._history.show(generation.generation)
         generation.last_called = self._calls
         return generation.answer(call, may_be_last=self._may_be_last(generation.step))
 
@@ -134,7 +130,7 @@ class VelocityRoute:
             return True
         return isinstance(self._clock, PredictedLevels) and step.stage + 1 == self.config.num_stages
 
-    def _find(self, call: ModelCall, level: float) -> Generation | None:
+    def _find(self, call: ModelCall, level: float) -> LoopGeneration | None:
         """Returns the generation that this call belongs to, in its next step where it is due, or None for a new one."""
         known = [g for g in self._generations if g.seen.shape == call.state.shape and g.level >= level]
         likely = self._nearest(known, call.state, level)
@@ -159,7 +155,7 @@ class VelocityRoute:
                 return generation
         return None
 
-    def _nearest(self, known: list[Generation], state: Tensor, level: float) -> list[tuple[int, str]]:
+    def _nearest(self, known: list[LoopGeneration], state: Tensor, level: float) -> list[tuple[int, str]]:
         """Returns which of the generations the state may belong to, the most likely first, and as what.
 
         "branch": the state of the step under way (guidance). "next": of the next one. "restart": the generation's own
@@ -185,7 +181,7 @@ class VelocityRoute:
         )
         return [(options[k][0], options[k][1]) for _, k in likely]
 
-    def _begin(self, call: ModelCall, level: float) -> Generation:
+    def _begin(self, call: ModelCall, level: float) -> LoopGeneration:
         step = self._clock.follow(None, level)
         if step is None:
             raise ConfigError(
@@ -193,9 +189,9 @@ class VelocityRoute:
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
         self._make_room()
-        generation = Generation(self.config, call, step, level)
+        generation = LoopGeneration(self.config, call, step, level)
         self._generations.append(generation)
-        self._begun += 1
+        self._history.begin(generation.generation)
         return generation
 
     def _make_room(self) -> None:

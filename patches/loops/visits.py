@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jitaccel.generation.route import fold_move
 from jitaccel.method.config import JiTConfig
-from jitaccel.method.run import Run, state_seeds
+from jitaccel.method.run import state_seeds
 from jitaccel.method.steps import Step, is_rounding_of
 
 from ..network import ModelCall
@@ -44,17 +45,15 @@ class _Visit:
         return self.seen.float() + (end - self.step.noise_level) * self.returned / self.calls
 
 
-class Generation:
+class LoopGeneration:
     """`call` begins it; then `begin_step` with the first call of every later step, and `answer` every call.
 
     `last_called`: the route's count of calls when it was last called.
     """
 
     def __init__(self, config: JiTConfig, call: ModelCall, step: Step, level: float) -> None:
-        grid = call.grid()
-        self.recorder = call.recorder(grid)
-        with self.recorder.outside(step.index):
-            self._run = Run(config, grid, step, call.state, forced=call.mask(), multiple=call.multiple)
+        self.generation = call.begin(config, step)
+        self._run = self.generation.run
         self._owed: Tensor | None = None  # what the state still lacks of its last move
         self._before: _Visit | None = None
         self._now = self._visit(call, step, level)
@@ -96,12 +95,12 @@ class Generation:
 
     def begin_step(self, call: ModelCall, step: Step, level: float) -> None:
         """Enters the next step with the state of its first call, and moves it where a stage begins."""
-        with self.recorder.outside(step.index):
+        with self.generation.recorder.outside(step.index):
             self._settle(call.state, step)
             state = call.state if self._owed is None else (call.state.float() + self._owed).to(call.state.dtype)
-            entered = self._run.enter(step, state)
-            if entered is not state:
-                self._owed = entered.float() - call.state.float()
+        entered = self.generation.enter(step, state)
+        if entered is not state:
+            self._owed = entered.float() - call.state.float()
         self._before, self._now = self._now, self._visit(call, step, level)
         if entered is not call.state:
             self._now.entered = entered
@@ -112,18 +111,12 @@ class Generation:
         may_be_last: whether the loop may end with this step, so that what it returns must be finite.
         """
         now = self._now
-        with self.recorder.network(now.step, self._run.anchors):
-            answer = call.evaluate(self._run, now.entered)
-        with self.recorder.outside(now.step.index):
-            if answer.lifted is None:
-                velocity = self._run.leave(now.step, now.entered, answer.values)
-            else:
-                velocity = self._run.remember(now.step, now.entered, answer.lifted)
+        answer = self.generation.evaluate(now.step, now.entered, call.evaluate)
+        velocity = self.generation.leave(now.step, now.entered, answer)
+        with self.generation.recorder.outside(now.step.index):
             if may_be_last:
                 self._run.check_finite()
-            if self._owed is not None:
-                share = self._owed / (now.step.next_level - now.step.noise_level)
-                velocity = (velocity.float() + share).to(velocity.dtype)
+            velocity = fold_move(velocity, self._owed, now.step)
             now.calls += 1
             # A copy: the loop may go on to write what it got.
             got = velocity.detach().to(torch.float32, copy=True)

@@ -425,10 +425,8 @@ def test_guided_branches_share_their_anchors(name: str) -> None:
     with jitaccel.apply(pipe, config, execution="indexed") as handle:
         indexed = _generate(pipe, **guided)
         assert {step.calls for step in handle.stats().steps} == {2}
-    with jitaccel.apply(pipe, config), tiny.counted(pipe.transformer) as seen:
+    with jitaccel.apply(pipe, config):
         assert relative_error(_generate(pipe, **guided), indexed) < 1e-5
-    steps = len(handle.stats().steps)
-    assert len(seen) == 2 * steps if "ControlNet" in name else steps <= len(seen) <= steps + 2  # foreseen, or learnt
 
 
 def test_pipeline_route_and_bare_route_agree_on_references() -> None:
