@@ -50,7 +50,8 @@ def apply(
         says what was picked and why.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
-    execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's own forward on the anchors; "auto" packs what it covers.
+    execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's own
+        forward on the anchors; "auto" packs what it covers.
         `handle.stats()` says which, and why.
     attention: what packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers" or
         "sdpa".

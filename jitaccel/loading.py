@@ -104,12 +104,3 @@ def _checked_source(model: str | None) -> str:
 def picture_side(pipe: Any) -> int:
     """Returns the side in pixels of the pictures that a pipeline was made for: what its autoencoder says."""
     return int(pipe.vae.config.sample_size)
-
-
-def load_judge() -> Any:
-    """Returns the judge of the embedded model's scenes, or None where none is installed."""
-    from .api import embedded_model
-    from .evaluation.scenes.judge import Judge
-
-    folder = embedded_model() / "judge"
-    return Judge.load(folder) if (folder / "judge.json").is_file() else None

@@ -23,11 +23,11 @@ from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 
-from .flux.arguments import grid_of_ids, one_image, single_level
+from .flux.arguments import SeenIds, grid_of_ids, one_image, single_level
 from .flux.params import config_of
 from .loops.velocity import VelocityRoute
 from .network import IndexedCalls, ModelCall, answered
-from .split import SeenIds, Split
+from .split import Split
 
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
 

@@ -6,18 +6,14 @@ Control). References stay dense; further channels go with their tokens.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from jitaccel.errors import UnsupportedModelError
 from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
-
-from .flux.arguments import one_image
 
 
 class Places(Protocol):
@@ -120,34 +116,3 @@ def beside(tokens: Tensor, extra: Tensor | None, references: Tensor | None) -> T
     if extra is not None:
         tokens = torch.cat([tokens, extra], dim=2)
     return tokens if references is None else torch.cat([tokens, references], dim=1)
-
-
-class SeenIds:
-    """How many ids are of generated tokens, told once of the same tensor as long as nobody writes it."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[Tensor], int, int] | None = None
-
-    def num_generated(self, ids: Tensor) -> int:
-        """Returns the number for position ids (S, A) or (B, S, A); waits for the device where they are new."""
-        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == ids._version:
-            return self._seen[2]
-        count = num_generated(one_image(ids))
-        # In inference mode nobody counts how often a tensor is written.
-        self._seen = None if ids.is_inference() else (weakref.ref(ids), ids._version, count)
-        return count
-
-
-def num_generated(ids: Tensor) -> int:
-    """Returns how many of the position ids (S, A) are of generated tokens, whose first id is 0. Waits for the device.
-
-    Raises UnsupportedModelError where those do not come first.
-    """
-    is_reference = ids[:, 0] != 0
-    count = len(ids) - int(is_reference.sum())
-    if bool(is_reference[:count].any()):
-        raise UnsupportedModelError(
-            "jitaccel: img_ids must list generated tokens (first id 0) before references, got references among them; "
-            "remove() the handle for this call"
-        )
-    return count

@@ -23,9 +23,10 @@ import torch
 from jitaccel.api import embedded_model
 from jitaccel.artefacts.manifest import file_digest
 from jitaccel.evaluation.comparison import Method
+from jitaccel.evaluation.judging import load_judge
 from jitaccel.evaluation.lab import append_lines, read_lines
 from jitaccel.evaluation.scenes.prompts import held_out
-from jitaccel.loading import load_judge, load_pipeline
+from jitaccel.loading import load_pipeline
 from jitaccel.provenance import first_line, provenance
 
 from .judging import Row, judged

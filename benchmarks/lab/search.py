@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 
+from jitaccel.evaluation.judging import load_judge
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
-from jitaccel.loading import load_judge, load_pipeline
+from jitaccel.loading import load_pipeline
 from jitaccel.method.config import PRESETS, JiTConfig
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.provenance import provenance

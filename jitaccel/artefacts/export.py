@@ -35,24 +35,24 @@ from ..errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_
 from ..execution.options import Attention
 from ..generation.handle import Handle
 from ..method.config import JiTConfig, resolve
-from .manifest import TENSORS, WEIGHTS, Format, Plan, file_digest, plan_tensors, processor, write_tensors
+from .manifest import TENSORS, WEIGHTS, Format, Input, Plan, file_digest, plan_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a codebase gives to export: its stages as modules of one network, and one call's arguments for each.
+    """What a codebase gives to export: its stages as modules of one network, one call of each by name.
 
-    levels: S + 1. model: the network's configuration, which the stand-in shows. channels: D. device, dtype: of states.
+    The state (B, N, D) comes first; names, shapes and dtypes become the plan's declaration of what stages are called
+    with. levels: S + 1. model: the network's configuration, which the stand-in shows. device, dtype: of states.
     """
 
     codebase: str
-    stages: Sequence[tuple[nn.Module, tuple[Tensor, ...]]]
+    stages: Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
     levels: tuple[float, ...]
     grid: tuple[int, int]
     model: Mapping[str, Any]
-    channels: int
     device: torch.device
     dtype: torch.dtype
 
@@ -138,9 +138,9 @@ def _write(
         grid=source.grid,
         batch=batch,
         text_tokens=text_tokens,
-        channels=source.channels,
-        text_width=source.stages[0][1][4].shape[2],
-        pooled_width=source.stages[0][1][5].shape[1],
+        inputs=tuple(
+            tuple(Input.of(name, tensor) for name, tensor in arguments.items()) for _, arguments in source.stages
+        ),
         dtype=str(source.dtype).removeprefix("torch."),
         device=device,
         processor=processor(source.device),
@@ -151,7 +151,7 @@ def _write(
         files={},
     )
     for (stage, arguments), name in zip(source.stages, plan.stage_files, strict=True):
-        _lower(stage, weights, arguments, folder / name, format, options)
+        _lower(stage, weights, tuple(arguments.values()), folder / name, format, options)
     names = (WEIGHTS, TENSORS, *plan.stage_files)
     replace(plan, files={name: file_digest(folder / name) for name in names}).write(folder)
 

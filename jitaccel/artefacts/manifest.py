@@ -25,18 +25,36 @@ from ..method.lift import blur_weights
 from ..method.solver import extrapolation_weight
 
 Format = Literal["aoti", "torchscript"]
-VERSION = 2
+VERSION = 3
 JSON, TENSORS, WEIGHTS = "plan.json", "plan.safetensors", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that a stage is called with: its name, shape, and dtype as torch names it ("float32")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Input:
+        """Returns the declaration that a tensor meets."""
+        return cls(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def is_met_by(self, tensor: Tensor, device: str) -> bool:
+        """Returns whether a tensor has this shape and dtype and is on this kind of device."""
+        return Input.of(self.name, tensor) == self and tensor.device.type == device
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the stages in a folder compute, and what they were made for.
 
-    config, levels, tokens: the method's settings, the S + 1 noise levels, the anchors of each stage. grid, batch,
-    text_tokens, channels, text_width, pooled_width, dtype: of every call. device, processor, torch_version: of the
-    machine. attention: what is compiled in. operators: device types whose compiled operators the stages call. model:
-    the network's own configuration. files: SHA-256 of every other file.
+    config, levels, tokens: the method's settings, the S + 1 noise levels, the anchors of each stage. inputs: what each
+    stage is called with, in order, the state (B, N, D) first. grid, batch, text_tokens, dtype: of every call. device,
+    processor, torch_version: of the machine. attention: what is compiled in. operators: device types whose compiled
+    operators the stages call. model: the network's own configuration. files: SHA-256 of every other file.
     """
 
     format: Format
@@ -47,9 +65,7 @@ class Plan:
     grid: tuple[int, int]
     batch: int
     text_tokens: int
-    channels: int
-    text_width: int
-    pooled_width: int
+    inputs: tuple[tuple[Input, ...], ...]
     dtype: str
     device: str
     processor: str
@@ -58,6 +74,11 @@ class Plan:
     operators: tuple[str, ...]
     model: Mapping[str, Any]
     files: Mapping[str, str]
+
+    @property
+    def channels(self) -> int:
+        """D, the channels of a token of the state."""
+        return self.inputs[0][0].shape[2]
 
     @property
     def stage_files(self) -> tuple[str, ...]:
@@ -91,6 +112,10 @@ class Plan:
             raise ArtefactError(f"load_exported: {path} must be as it was written, got an altered one; export anew")
         for name in ("levels", "tokens", "grid", "operators"):
             content[name] = tuple(content[name])
+        content["inputs"] = tuple(
+            tuple(Input(each["name"], tuple(each["shape"]), each["dtype"]) for each in stage)
+            for stage in content["inputs"]
+        )
         content["config"] = JiTConfig.from_dict(content["config"])
         return cls(**{field.name: content[field.name] for field in fields(cls)})
 
@@ -122,27 +147,15 @@ class Plan:
 
         Compiled stages check nothing themselves, and would read beyond the end of what is too small.
         """
-        batch, num_tokens, count = self.batch, self.grid[0] * self.grid[1], self.tokens[stage]
-        dtype = getattr(torch, self.dtype)
-        expected = {
-            "state": ((batch, num_tokens, self.channels), dtype),
-            "anchors": ((batch, count), torch.int64),
-            "nearest": ((batch, num_tokens), torch.int64),
-            "blur": (tuple(blur_weights(count / num_tokens, self.config.blur_scale).shape), torch.float32),
-            "text": ((batch, self.text_tokens, self.text_width), dtype),
-            "pooled": ((batch, self.pooled_width), dtype),
-            "guidance": ((batch,), torch.float32),
-            "levels": ((2,), torch.float32),
-        }
+        expected = self.inputs[stage]
         if len(arguments) != len(expected):
-            raise ArtefactError(
-                f"Exported.run: arguments must be {', '.join(expected)}, got {len(arguments)} of them; pass all"
-            )
-        for (name, (shape, kind)), given in zip(expected.items(), arguments, strict=True):
-            if tuple(given.shape) != shape or given.dtype != kind or given.device.type != self.device:
+            names = ", ".join(each.name for each in expected)
+            raise ArtefactError(f"Exported.run: arguments must be {names}, got {len(arguments)} of them; pass all")
+        for each, given in zip(expected, arguments, strict=True):
+            if not each.is_met_by(given, self.device):
                 raise ArtefactError(
-                    f"Exported.run: {name} must be {kind} {shape} on {self.device}, which stages were made for, got "
-                    f"{given.dtype} {tuple(given.shape)} on {given.device}; export for it too"
+                    f"Exported.run: {each.name} must be torch.{each.dtype} {each.shape} on {self.device}, which stages "
+                    f"were made for, got {given.dtype} {tuple(given.shape)} on {given.device}; export for it too"
                 )
 
     def check_call(self, **values: Any) -> None:

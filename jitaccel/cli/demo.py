@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--prompts must be at least 1, got {arguments.prompts}")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise CommandError(f"--out must be a folder, got the file {arguments.out}")
-    from ..loading import load_judge, load_pipeline, pick_device
+    from ..evaluation.judging import load_judge
+    from ..loading import load_pipeline, pick_device
 
     device = pick_device(arguments.device)
 

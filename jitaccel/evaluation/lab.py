@@ -16,7 +16,8 @@ from PIL import Image
 from ..api import embedded_model
 from ..artefacts.manifest import file_digest
 from ..errors import CommandError
-from ..loading import EMBEDDED_TEXT_TOKENS, load_judge, load_pipeline, picture_side
+from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+from .judging import load_judge
 
 if TYPE_CHECKING:
     from .comparison import Generation, Method

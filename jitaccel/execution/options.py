@@ -18,9 +18,9 @@ Attention = Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "xform
 class Execution:
     """How a network runs on the anchors.
 
-    execution: "packed" (the blocks run on one packed sequence: images of a batch with anchors of their own and both
-        branches of true CFG in one forward), "indexed" (the model's own forward on the anchors), or "auto": packed
-        where the model is covered and something is sparse.
+    execution: "packed" (the blocks run on one packed sequence: images of a batch with anchors of their own in one
+        forward), "indexed" (the model's own forward on the anchors), or "auto": packed where the model is covered and
+        something is sparse.
     attention: what packed execution attends with; "auto" takes the first that is usable.
     compile: what `torch.compile` gets for each stage's packed forward, or None to run it eagerly.
     strict: raise where a fallback would run instead of what was asked for.

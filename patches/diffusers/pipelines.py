@@ -17,12 +17,12 @@ from jitaccel.generation.handle import Handle
 from jitaccel.method.config import JiTConfig
 
 from .. import is_instance_of
-from ..flux.arguments import grid_of_ids, one_image, single_level
+from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
 from ..network import ModelCall, answered, refuse_controlnet
-from ..split import SeenIds, Split
+from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
 from .hook import SharedHook, hook_of, install, named_arguments

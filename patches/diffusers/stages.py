@@ -129,7 +129,6 @@ def export(
         levels=levels_of(pipeline, config, num_tokens),
         grid=grid,
         model=dict(model.config),
-        channels=model.config.in_channels,
         device=device,
         dtype=model.dtype,
     )
@@ -137,8 +136,8 @@ def export(
 
 def _arguments(
     model: Any, config: JiTConfig, grid: tuple[int, int], batch: int, text_tokens: int, count: int
-) -> tuple[Tensor, ...]:
-    """Returns arguments of one call of a stage, to trace it with."""
+) -> dict[str, Tensor]:
+    """Returns the arguments of one call of a stage by name, in order, to trace it with."""
     settings, generator = model.config, torch.Generator().manual_seed(0)
     anchors = torch.stack([first_anchors(grid, count, generator)] * batch).to(model.device)
     plan = make_lift_plan(anchors, grid, config.blur_scale)
@@ -150,7 +149,16 @@ def _arguments(
     state, text, pooled = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for shape in shapes)
     guidance = torch.full((batch,), 3.5, device=model.device)
     levels = torch.tensor([0.9, 0.8], device=model.device)
-    return state, anchors, plan.nearest, plan.weights, text, pooled, guidance, levels
+    return {
+        "state": state,
+        "anchors": anchors,
+        "nearest": plan.nearest,
+        "blur": plan.weights,
+        "text": text,
+        "pooled": pooled,
+        "guidance": guidance,
+        "levels": levels,
+    }
 
 
 def apply_exported(pipeline: Any, exported: Exported) -> Handle:

@@ -1,6 +1,8 @@
-"""What the arguments of a FLUX model say: the grid of its tokens, and the noise level."""
+"""What the arguments of a FLUX model say: the grid of its tokens, which are generated, and the noise level."""
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 from torch import Tensor
@@ -52,3 +54,34 @@ def single_level(timestep: Tensor) -> float:
     if not 0.0 < levels[0] <= 1.0:
         raise ValueError(f"jitaccel: timestep must be a noise level in (0, 1], got {levels[0]:g}; divide it by 1000")
     return float(levels[0])
+
+
+class SeenIds:
+    """How many ids are of generated tokens, told once of the same tensor as long as nobody writes it."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[weakref.ref[Tensor], int, int] | None = None
+
+    def num_generated(self, ids: Tensor) -> int:
+        """Returns the number for position ids (S, A) or (B, S, A); waits for the device where they are new."""
+        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == ids._version:
+            return self._seen[2]
+        count = num_generated(one_image(ids))
+        # In inference mode nobody counts how often a tensor is written.
+        self._seen = None if ids.is_inference() else (weakref.ref(ids), ids._version, count)
+        return count
+
+
+def num_generated(ids: Tensor) -> int:
+    """Returns how many of the position ids (S, A) are of generated tokens, whose first id is 0. Waits for the device.
+
+    Raises UnsupportedModelError where those do not come first.
+    """
+    is_reference = ids[:, 0] != 0
+    count = len(ids) - int(is_reference.sum())
+    if bool(is_reference[:count].any()):
+        raise UnsupportedModelError(
+            "jitaccel: img_ids must list generated tokens (first id 0) before references, got references among them; "
+            "remove() the handle for this call"
+        )
+    return count

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import jitaccel
 from jitaccel import ArtefactError, ConfigError, UnsupportedModelError, ops
 from jitaccel.artefacts.export import weights_of
-from jitaccel.artefacts.manifest import Plan, plan_tensors, write_tensors
+from jitaccel.artefacts.manifest import VERSION, Plan, plan_tensors, write_tensors
 from tests.support import tiny
 from tests.support.tiny import GRID, SHORT, TEXT_TOKENS, generate, relative_error
 
@@ -265,7 +265,7 @@ def test_plan_with_another_number_is_refused(folder: Path) -> None:
     with pytest.raises(ArtefactError, match="altered"):
         jitaccel.load_exported(folder)
     (folder / "plan.json").write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ArtefactError, match="version 2 are read, got version 99"):
+    with pytest.raises(ArtefactError, match=f"version {VERSION} are read, got version 99"):
         jitaccel.load_exported(folder)
 
 
@@ -422,3 +422,14 @@ def test_cpp_program_says_what_is_wrong_in_one_line(pipe: Any, program: Path, fo
     done = _run(program, folder, inputs, out)
     assert done.returncode == 2 and "must hold stage1.pt2 or .pt, got neither" in done.stderr
     assert _run(program, folder).returncode == 2 and not out.exists()
+
+
+def test_plan_declares_what_each_stage_is_called_with(folder: Path) -> None:
+    """By name, shape and dtype, as the codebase gave it: nothing here knows what a network asks."""
+    plan = Plan.read(folder)
+    for inputs, count in zip(plan.inputs, plan.tokens, strict=True):
+        declared = {each.name: (each.shape, each.dtype) for each in inputs}
+        assert next(iter(declared)) == "state"
+        assert declared["state"] == ((plan.batch, plan.grid[0] * plan.grid[1], plan.channels), plan.dtype)
+        assert declared["anchors"] == ((plan.batch, count), "int64")
+        assert declared["levels"] == ((2,), "float32")

@@ -165,7 +165,7 @@ def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:
 def test_search_halves_and_goes_on_with_the_better_half(bench: Bench) -> None:
     among = {str(steps): SHORT.replace(steps=steps) for steps in (3, 4)}
     some = Bench.of(bench.pipe, held_out(4, seed=1), seed=9)
-    from jitaccel.loading import load_judge
+    from jitaccel.evaluation.judging import load_judge
 
     reference = sample(some, Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=4)))
     first, last = search.search(among, some, load_judge(), 2, reference)

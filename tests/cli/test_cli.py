@@ -176,10 +176,11 @@ def test_demo_prints_the_table_and_writes_both_pictures(
 ) -> None:
     pytest.importorskip("diffusers")
     from jitaccel import loading
+    from jitaccel.evaluation import judging
     from tests.support import tiny
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: tiny.pipeline())
-    monkeypatch.setattr(loading, "load_judge", lambda: None)
+    monkeypatch.setattr(judging, "load_judge", lambda: None)
     status, out, err = command("demo", "--prompts", 2, "--out", tmp_path / "new", "--device", "cpu")
     assert status == 0, err
     first, *rest = out.splitlines()
