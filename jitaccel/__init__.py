@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import ArtefactError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
     from .generation.batch import Outcome, Request, generate_batch
     from .generation.handle import Handle
+    from .generation.registry import handle_of, remove
     from .generation.stats import Stats
     from .method.config import PRESETS, JiTConfig
     from .method.schedule import noise_levels
@@ -49,6 +50,8 @@ _HOMES = {
     "NonFiniteVelocityError": "errors",
     "UnsupportedModelError": "errors",
     "Handle": "generation.handle",
+    "handle_of": "generation.registry",
+    "remove": "generation.registry",
     "noise_levels": "method.schedule",
     "Stats": "generation.stats",
 }
@@ -70,8 +73,10 @@ __all__ = [
     "embedded_model",
     "export",
     "generate_batch",
+    "handle_of",
     "load_exported",
     "noise_levels",
+    "remove",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
+from .generation import registry
 from .generation.handle import Handle
 from .method.config import JiTConfig, resolve
 
@@ -86,21 +88,34 @@ def apply(
         on_unsupported=on_unsupported,
         controlnet=controlnet,
     )
+    _check_is_object(target)
     choice = None
     try:
         if is_auto:
             choice = _choice(target, wanted, how, overrides)
             config = choice.config
-        handle = patches.find(target).apply(target, config, levels, how)
-        if choice is not None:
-            handle.choice = choice
-        return handle
+        installation = patches.find(target).prepare(target, config, levels, how)
     except UnsupportedModelError as error:
         if not how.may_be_dense:
             raise
         from .generation.dense import leave_dense
 
-        return leave_dense(target, config, error)
+        installation = leave_dense(target, config, error)
+    handle = Handle(target, installation)
+    handle.choice = choice
+    registry.put_in_place(handle)
+    return handle
+
+
+def _check_is_object(target: Any) -> None:
+    """Raises ConfigError for what cannot be a pipeline or a network: None, a name, a path."""
+    try:
+        weakref.ref(target)
+    except TypeError:
+        raise ConfigError(
+            f"apply: target must be a loaded pipeline or network, got {target!r}; load it first, for example with "
+            f"FluxPipeline.from_pretrained(...)"
+        ) from None
 
 
 def _check_wanted(

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.execution.options import Execution
-from jitaccel.generation.batch import Outcome
-from jitaccel.generation.handle import Handle
-from jitaccel.method.config import JiTConfig
 
 if TYPE_CHECKING:
     from jitaccel.artefacts.export import Source
+    from jitaccel.execution.options import Execution
+    from jitaccel.generation.batch import Outcome
+    from jitaccel.generation.handle import Installation
+    from jitaccel.method.config import JiTConfig
     from jitaccel.speed.cost import Probe
 
 
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
 class Patch:
     """How one codebase is patched. `matches` must not import it.
 
-    apply: gets target, settings, known levels and execution. generate_batch: gets pipeline, requests with their
-    settings, execution and the kind of output. export: gets pipeline, settings, size, batch, text length and attention,
-    and returns the stages. apply_exported: gets pipeline and loaded stages. probe: gets target, size in pixels and
-    length of prompts (either may be None) and execution, and returns forwards to time. None where there is none.
+    prepare: gets target, settings, known levels and execution; checks all that can fail, builds, and returns what is to
+    be installed, without changing anything. generate_batch: gets pipeline, requests with their settings, execution and
+    the kind of output. export: gets pipeline, settings, size, batch, text length and attention, and returns the stages.
+    prepare_exported: as prepare, for a pipeline and loaded stages. probe: gets target, size in pixels and length of
+    prompts (either may be None) and execution, and returns forwards to time. None where there is none.
     """
 
     name: str
     matches: Callable[[Any], bool]
-    apply: Callable[[Any, JiTConfig, tuple[float, ...] | None, Execution], Handle]
+    prepare: Callable[[Any, JiTConfig, tuple[float, ...] | None, Execution], Installation]
     generate_batch: Callable[..., list[Outcome]] | None = None
     export: Callable[..., Source] | None = None
-    apply_exported: Callable[..., Handle] | None = None
+    prepare_exported: Callable[..., Installation] | None = None
     probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
 
 
@@ -72,10 +73,10 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="diffusers FluxPipeline and other pipelines of FLUX.1, FLUX.2 and Chroma",
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
-        apply=_lazily(".diffusers.pipelines", "apply_to_pipeline"),
+        prepare=_lazily(".diffusers.pipelines", "prepare_pipeline"),
         generate_batch=_lazily(".diffusers.batch", "generate_batch"),
         export=_lazily(".diffusers.stages", "export"),
-        apply_exported=_lazily(".diffusers.stages", "apply_exported"),
+        prepare_exported=_lazily(".diffusers.stages", "prepare_exported"),
         probe=_lazily(".diffusers.probe", "probe_pipeline"),
     ),
     Patch(
@@ -83,18 +84,18 @@ PATCHES: tuple[Patch, ...] = (
         matches=lambda target: is_instance_of(
             target, "diffusers", "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"
         ),
-        apply=_lazily(".diffusers.pipelines", "apply_to_transformer"),
+        prepare=_lazily(".diffusers.pipelines", "prepare_transformer"),
         probe=_lazily(".diffusers.probe", "probe_transformer"),
     ),
     Patch(
         name="black-forest-labs Flux",
         matches=is_bfl_flux,
-        apply=_lazily(".bfl", "apply"),
+        prepare=_lazily(".bfl", "prepare"),
     ),
     Patch(
         name="ComfyUI ModelPatcher",
         matches=lambda target: is_instance_of(target, "comfy", "ModelPatcher"),
-        apply=_lazily(".comfyui.sampling", "apply"),
+        prepare=_lazily(".comfyui.sampling", "prepare"),
     ),
 )
 _REGISTERED: list[Patch] = []  # those of other packages, the newest first

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.execution.options import Execution
-from jitaccel.generation.handle import HANDLE, Handle, Patched
+from jitaccel.generation.handle import Handle, Installation, Patched
 from jitaccel.generation.route import Answer
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
@@ -32,15 +32,21 @@ from .split import Split
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
 
 
-def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Handle:
-    """Returns the handle of a patched `Flux`."""
-    calls, plain = IndexedCalls("Flux", execution), getattr(model, "_orig_mod", model)
-    old = vars(model).get(HANDLE)
-    if old is not None:
-        old.remove()
-    name = f"{type(plain).__module__} {type(plain).__name__}"
+def prepare(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Installation:
+    """Returns what is to be installed on a `Flux`."""
+    calls, kind = IndexedCalls("Flux", execution), type(getattr(model, "_orig_mod", model))
+    name = f"{kind.__module__} {kind.__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
-    handle = Handle(model, route)
+
+    def put(model: Any, handle: Handle) -> None:
+        handle.set_attribute(model, "forward", Patched(_forward_of(model, handle, route)))
+
+    return Installation(route=route, install=put)
+
+
+def _forward_of(model: Any, handle: Handle, route: VelocityRoute) -> Callable[..., Tensor]:
+    """Returns what answers calls in place of the model's forward."""
+    plain = getattr(model, "_orig_mod", model)
     original, signature, seen = model.forward, inspect.signature(type(plain).forward), SeenIds()
 
     # Compiled around the patch, each of its decisions would break the graph.
@@ -60,9 +66,7 @@ def apply(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execu
         velocity: Tensor = answered(route, compute, functools.partial(original, *args, **kwargs))
         return velocity
 
-    handle.set_attribute(model, HANDLE, handle)
-    handle.set_attribute(model, "forward", Patched(forward))
-    return handle
+    return forward
 
 
 def _model_call(

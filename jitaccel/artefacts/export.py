@@ -33,6 +33,7 @@ from torch.func import functional_call
 from .. import ops
 from ..errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
 from ..execution.options import Attention
+from ..generation import registry
 from ..generation.handle import Handle
 from ..method.config import JiTConfig, resolve
 from .manifest import TENSORS, WEIGHTS, Format, Input, Plan, file_digest, plan_tensors, processor, write_tensors
@@ -241,11 +242,12 @@ class Exported:
         from .. import patches
 
         patch = patches.find(pipeline)
-        if patch.apply_exported is None:
+        if patch.prepare_exported is None:
             raise UnsupportedModelError(
                 f"Exported.apply: pipeline must be a {self.plan.codebase}, got {type(pipeline).__name__}; pass one"
             )
-        handle: Handle = patch.apply_exported(pipeline, self)
+        handle = Handle(pipeline, patch.prepare_exported(pipeline, self))
+        registry.put_in_place(handle)
         return handle
 
 

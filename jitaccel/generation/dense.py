@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.generation.handle import HANDLE, Handle
+from jitaccel.generation.handle import Handle, Installation
 from jitaccel.generation.stats import Stats, summarize
 from jitaccel.method.config import JiTConfig
 
@@ -37,20 +37,11 @@ class DenseRoute:
         """Nothing is kept."""
 
 
-def earlier_handles(target: Any) -> list[Handle]:
-    """Returns the handles of earlier applies to a target, wherever a patch of ours keeps them."""
-    found: list[Any] = [getattr(target, "__dict__", {}).get(HANDLE)]
-    scheduler = getattr(target, "scheduler", None)
-    found.append(getattr(getattr(scheduler, "__dict__", {}).get("set_timesteps"), HANDLE, None))
-    registry = getattr(target, "__dict__", {}).get("_diffusers_hook")
-    hook = None if registry is None else registry.get_hook("jitaccel")
-    found += [] if hook is None else [handle for handle in hook.handles.values() if handle.target is target]
-    return [handle for handle in dict.fromkeys(found) if handle is not None and handle.target is target]
-
-
-def leave_dense(target: Any, config: JiTConfig, error: UnsupportedModelError) -> Handle:
-    """Returns a handle that changed nothing, and warns that the target runs without acceleration."""
-    for old in earlier_handles(target):
-        old.remove()
+def leave_dense(target: Any, config: JiTConfig, error: UnsupportedModelError) -> Installation:
+    """Returns an installation that changes nothing, and warns that the target runs without acceleration."""
     _log.warning("jitaccel: %s runs dense: %s", type(target).__name__, error)
-    return Handle(target, DenseRoute(config, str(error)))
+    return Installation(route=DenseRoute(config, str(error)), install=_change_nothing)
+
+
+def _change_nothing(target: Any, handle: Handle) -> None:
+    """The target stays as it is."""

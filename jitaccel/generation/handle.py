@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,13 +13,15 @@ import torch
 
 from ..errors import ConfigError
 from ..method.config import JiTConfig
+from . import registry
 from .stats import Stats
 
 if TYPE_CHECKING:
     from ..speed.auto import Choice
 
 MISSING = object()
-HANDLE = "_jitaccel_handle"  # the attribute under which what is patched knows its handle
+HANDLE = "_jitaccel_handle"  # the attribute under which a replaced method knows its handle
+_BEFORE = "_jitaccel_before"  # the attribute of an instance under which lies what was replaced on it
 
 
 class Route(Protocol):
@@ -48,29 +50,60 @@ class Patched:
     def __deepcopy__(self, memo: Any) -> Any:
         raise refuse_copy()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_copy()
+
 
 def refuse_copy() -> TypeError:
-    """Returns the error of copying what is patched."""
+    """Returns the error of copying or pickling what is patched."""
     return TypeError(
-        "jitaccel: what is copied must not be patched, since the copy would run the original's weights; remove() the "
-        "handle, copy, and apply to each"
+        "jitaccel: what is copied or pickled must not be patched, since the copy would run the original's weights; "
+        "remove() the handle, copy, and apply to each"
     )
+
+
+def _release_nothing() -> None:
+    """Nothing was built that has to be let go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installation:
+    """What a patch has checked and built for a target, of which nothing is changed yet.
+
+    Attributes:
+        route: What calls will run through.
+        install: Makes the changes to a target through a handle, which undoes them. It must not hold the target.
+        release: Lets go of what was built (compiled graphs); called when the changes are undone.
+        replaces: Handles to remove first, besides the one of the same target.
+    """
+
+    route: Route
+    install: Callable[[Any, Handle], None]
+    release: Callable[[], None] = _release_nothing
+    replaces: tuple[Handle, ...] = ()
 
 
 class Handle:
     """What one `apply` changed. Use it as a context manager, or call `remove()`; removing twice is harmless.
 
+    It keeps neither its target nor a part of it alive.
+
     choice: what `preset="auto"` picked, and why; None for other presets.
     """
 
-    def __init__(self, target: Any, route: Route) -> None:
-        # Weak: what is patched holds the handle, and must not keep a pipeline alive that its user has let go.
+    def __init__(self, target: Any, installation: Installation) -> None:
         self._target = weakref.ref(target)
         self._kind = type(target).__name__
-        self.route = route
+        self._installation = installation
+        self.route = installation.route
         self.choice: Choice | None = None
-        self._undo = ExitStack()
+        self._undo: list[Callable[[], None]] = []
         self._changes: list[str] = []
+
+    @property
+    def replaces(self) -> tuple[Handle, ...]:
+        """The handles that have to go when this one is installed, besides the one of the same target."""
+        return self._installation.replaces
 
     @property
     def target(self) -> Any:
@@ -87,24 +120,35 @@ class Handle:
         """Whether the changes are in place."""
         return bool(self._changes)
 
+    def install(self) -> None:
+        """Makes the changes. Those of an installation that fails half way are undone by `remove`."""
+        target = self.target
+        if target is None:
+            raise RuntimeError("Handle.install: the target must be alive, got one that is gone; apply to another")
+        self._installation.install(target, self)
+
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets `owner.name` on the instance alone; `remove` puts back what stood there, or its absence.
 
         Where somebody has put another value there since, that stays: it may call ours, which then passes calls on.
         """
-        self.change(f"{type(owner).__name__}.{name}")
-        self.on_remove(_put_back, vars(owner), name, value, vars(owner).get(name, MISSING))
-        vars(owner)[name] = value
+        attributes = vars(owner)
+        self.change(f"{type(owner).__name__}.{name}", _put_back, weakref.ref(owner), name, weakref.ref(value))
+        # On the owner, so that a handle that is kept keeps nothing of it alive.
+        attributes.setdefault(_BEFORE, {})[name] = attributes.get(name, MISSING)
+        attributes[name] = value
+
+    def change(self, what: str, undo: Callable[..., None], *args: Any) -> None:
+        """Notes one change before it is made, and how it is undone: harmless where it was not made, or twice.
+
+        Arguments must hold owners weakly.
+        """
+        self._undo.append(functools.partial(undo, *args))
+        self._changes.append(what)
 
     def on_remove(self, undo: Callable[..., None], *args: Any) -> None:
         """Notes what `remove` has to call, the last noted first."""
-        self._undo.callback(undo, *args)
-
-    def change(self, what: str, undo: Any = None, *args: Any) -> None:
-        """Notes one change, and how it is undone."""
-        self._changes.append(what)
-        if undo is not None:
-            self._undo.callback(undo, *args)
+        self._undo.append(functools.partial(undo, *args))
 
     def warmup(
         self,
@@ -145,10 +189,29 @@ class Handle:
         self.route.reset()
 
     def remove(self) -> None:
-        """Takes every change back, the last first."""
+        """Takes every change back, the last first.
+
+        An undo that fails does not keep the others from being done; its error is raised at the end. What has failed or
+        was interrupted is done again by the next call.
+        """
         self._changes.clear()
-        self._undo.close()
+        failed: list[Callable[[], None]] = []
+        error: Exception | None = None
+        try:
+            while self._undo:
+                try:
+                    self._undo[-1]()
+                except Exception as caught:
+                    failed.append(self._undo[-1])
+                    error = error or caught
+                self._undo.pop()
+        finally:
+            self._undo += reversed(failed)
+        self._installation.release()
         self.route.reset()
+        if error is not None:
+            raise error
+        registry.forget(self)
 
     def __enter__(self) -> Handle:
         return self
@@ -164,9 +227,18 @@ class Handle:
         return f"<jitaccel.Handle of {self._kind}: {changes}{auto}>"
 
 
-def _put_back(attributes: dict[str, Any], name: str, ours: Any, before: Any) -> None:
-    if attributes.get(name, MISSING) is ours:
-        restore_attributes(attributes, {name: before})
+def _put_back(owner: weakref.ref[Any], name: str, ours: weakref.ref[Any]) -> None:
+    instance = owner()
+    if instance is None:
+        return
+    attributes = vars(instance)
+    kept = attributes.get(_BEFORE, {})
+    if name in kept:
+        if attributes.get(name, MISSING) is ours():
+            restore_attributes(attributes, {name: kept[name]})
+        del kept[name]
+    if not kept:
+        attributes.pop(_BEFORE, None)
 
 
 def restore_attributes(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:

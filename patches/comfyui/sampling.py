@@ -9,6 +9,7 @@ branches ComfyUI puts into one batch.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.generation.handle import HANDLE, Handle
+from jitaccel.generation.handle import Handle, Installation, refuse_copy
 from jitaccel.generation.route import History
 from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
@@ -30,8 +31,8 @@ _KEY = "jitaccel"
 _log = logging.getLogger(__name__)
 
 
-def apply(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Handle:
-    """Returns the handle of a `ModelPatcher` whose samplings are sparse; its clones take that along."""
+def prepare(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Installation:
+    """Returns what is to be installed on a `ModelPatcher`; its clones take it along."""
     if levels is not None:
         raise ConfigError(
             "apply: noise_levels must be left out for ComfyUI, whose sampler is followed, got a list; "
@@ -39,25 +40,24 @@ def apply(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, exe
         )
     names = wrappers_of_comfy()
     route = ComfyRoute(config, IndexedCalls("ComfyUI's models", execution), execution)
-    old = vars(patcher).get(HANDLE)
-    if old is not None:
-        old.remove()
-    for name in names:  # of an earlier apply to what this is a clone of
-        for wrapper in patcher.get_wrappers(name, _KEY):
-            _remove(patcher, name, wrapper)
-    handle = Handle(patcher, route)
-    handle.set_attribute(patcher, HANDLE, handle)
     # A model that is compiled whole runs its wrappers while it is traced: this one must not be.
     wrappers = (route.sample, route.predict, torch.compiler.disable(route.diffuse))
-    for name, wrapper in zip(names, wrappers, strict=True):
-        patcher.add_wrapper_with_key(name, _KEY, wrapper)
-        handle.change(f"ModelPatcher wrapper {name!r}", _remove, patcher, name, wrapper)
-    return handle
+
+    def put(patcher: Any, handle: Handle) -> None:
+        for name in names:  # of an earlier apply to what this is a clone of
+            for wrapper in patcher.get_wrappers(name, _KEY):
+                _remove(weakref.ref(patcher), name, wrapper)
+        for name, wrapper in zip(names, wrappers, strict=True):
+            handle.change(f"ModelPatcher wrapper {name!r}", _remove, weakref.ref(patcher), name, wrapper)
+            patcher.add_wrapper_with_key(name, _KEY, wrapper)
+
+    return Installation(route=route, install=put)
 
 
-def _remove(patcher: Any, name: str, wrapper: Any) -> None:
+def _remove(of: weakref.ref[Any], name: str, wrapper: Any) -> None:
     """Removes a wrapper of ours where it still stands; ComfyUI itself removes all of a key, ours and later ones."""
-    if wrapper in patcher.get_wrappers(name, _KEY):
+    patcher = of()
+    if patcher is not None and wrapper in patcher.get_wrappers(name, _KEY):
         patcher.remove_wrappers_with_key(name, _KEY)
 
 
@@ -70,6 +70,12 @@ class ComfyRoute:
         self._may_be_dense = execution.may_be_dense
         self._now: UnderWay | None = None
         self._history = History(config, "ComfyUI", calls)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_copy()
 
     def stats(self) -> Stats:
         """Returns what the last sampling did."""

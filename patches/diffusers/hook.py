@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -40,6 +41,9 @@ class SharedHook(ModelHook):  # type: ignore[misc]
     def __deepcopy__(self, memo: Any) -> Any:
         raise refuse_copy()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_copy()
+
     def reset_state(self, module: Any) -> Any:
         """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
         caller = calling_pipeline()
@@ -51,34 +55,53 @@ class SharedHook(ModelHook):  # type: ignore[misc]
 
 def install(module: Any, kind: type[SharedHook], handle: Handle, route: Any) -> None:
     """Lets the hook of a module, a new one where it has none, answer the calls of a route."""
-    hook = hook_of(module)
-    if hook is None:
-        hook = kind()
-        hook.before = {name: vars(module).get(name) for name in ("forward", "_diffusers_hook")}
+    found = hook_of(module)
+    hook = kind() if found is None else found
+    what = f"{type(module).__name__} hook {_NAME!r}"
+    handle.change(what, _uninstall, weakref.ref(module), weakref.ref(hook), weakref.ref(route))
+    hook.handles[route] = handle
+    if found is None:
+        _register(module, hook)
+
+
+def _register(module: Any, hook: SharedHook) -> None:
+    """Puts a hook on a module; where that fails or is interrupted, nothing of it stays."""
+    hook.before = {name: vars(module).get(name) for name in ("forward", "_diffusers_hook")}
+    try:
         # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
         # graph, so the wrapper gets a registry in its own attributes.
         registry = vars(module).setdefault("_diffusers_hook", HookRegistry(module))
         forward = module.forward
         registry.register_hook(hook, _NAME)
         functools.update_wrapper(module.forward, forward)  # diffusers before 0.40 hides the signature
-    hook.handles[route] = handle
-    handle.change(f"{type(module).__name__} hook {_NAME!r}", _uninstall, module, hook, route)
+    except BaseException:
+        if hook_of(module) is hook:
+            vars(module)["_diffusers_hook"].remove_hook(_NAME, recurse=False)
+        _restore(module, hook.before)
+        raise
 
 
-def _uninstall(module: Any, hook: Any, route: Any) -> None:
+def _restore(module: Any, before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if value is None:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = value
+
+
+def _uninstall(of: weakref.ref[Any], by: weakref.ref[Any], route: weakref.ref[Any]) -> None:
     """Removes the route, and after the last one the hook and all that registering it left on the instance."""
-    hook.handles.pop(route, None)
+    module, hook = of(), by()
+    if module is None or hook is None:
+        return
+    hook.handles.pop(route(), None)
     registry = vars(module).get("_diffusers_hook")
     if hook.handles or registry is None or registry.get_hook(_NAME) is not hook:
         return
     registry.remove_hook(_NAME, recurse=False)
     if registry.hooks:
         return
-    for name, value in hook.before.items():
-        if value is None:
-            vars(module).pop(name, None)
-        else:
-            vars(module)[name] = value
+    _restore(module, hook.before)
 
 
 def named_arguments(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.generation.handle import Handle
+from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
 from .. import is_instance_of
@@ -32,34 +32,35 @@ from .scheduler import SchedulerRoute, check_scheduler, handle_of
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
 
-def apply_to_pipeline(
+def prepare_pipeline(
     pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
-) -> Handle:
-    """Returns the handle of a patched pipeline."""
+) -> Installation:
+    """Returns what is to be installed on a pipeline."""
     if levels is not None:
         raise ConfigError(
             "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
     check_pipeline(pipeline)
-    if execution.controlnet == "anchors":
+    on_anchors = execution.controlnet == "anchors"
+    if on_anchors:
         check_controlnet(pipeline)
+    replaces = _handles_of(pipeline)
+    _refuse_shared_scheduler(pipeline, replaces)
     calls = FluxCalls(pipeline.transformer, config, execution)
-    for old in _handles_of(pipeline):
-        old.remove()
-    _refuse_shared_scheduler(pipeline)
     name = f"diffusers {type(pipeline).__name__}"
     route = SchedulerRoute(pipeline, config, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
-    handle = Handle(pipeline, route)
-    handle.on_remove(calls.release)
-    install(pipeline.transformer, _Hook, handle, route)
-    if execution.controlnet == "anchors":
-        apply_to_controlnet(pipeline, handle, route)
-    route.install(handle)
-    return handle
+
+    def put(pipeline: Any, handle: Handle) -> None:
+        install(pipeline.transformer, _Hook, handle, route)
+        if on_anchors:
+            apply_to_controlnet(pipeline, handle, route)
+        route.install(handle)
+
+    return Installation(route=route, install=put, release=calls.release, replaces=replaces)
 
 
-def _handles_of(pipeline: Any) -> list[Handle]:
+def _handles_of(pipeline: Any) -> tuple[Handle, ...]:
     """Returns what patched this pipeline before, and on the same parts one that is gone, for whom nobody can answer.
 
     Found at the transformer or at the scheduler: either may have been replaced since.
@@ -69,31 +70,27 @@ def _handles_of(pipeline: Any) -> list[Handle]:
     if (handle := handle_of(pipeline.scheduler)) is not None:
         found.append(handle)
     routes = [(handle, handle.route) for handle in dict.fromkeys(found)]
-    return [
+    return tuple(
         handle
         for handle, route in routes
         if isinstance(route, SchedulerRoute) and (route.is_of(pipeline) or route.is_orphan)
-    ]
+    )
 
 
-def apply_to_transformer(
+def prepare_transformer(
     transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
-) -> Handle:
-    """Returns the handle of a patched transformer that somebody's own loop calls."""
+) -> Installation:
+    """Returns what is to be installed on a transformer that a custom loop calls."""
     check_transformer(transformer)
     refuse_controlnet(execution)
     calls = FluxCalls(transformer, config, execution)
     name = f"diffusers {type(transformer).__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
-    hook = hook_of(transformer)
-    for other in hook.routes if hook else ():
-        if isinstance(other, VelocityRoute):
-            hook.handles[other].remove()
-            break
-    handle = Handle(transformer, route)
-    handle.on_remove(calls.release)
-    install(transformer, _Hook, handle, route)
-    return handle
+
+    def put(transformer: Any, handle: Handle) -> None:
+        install(transformer, _Hook, handle, route)
+
+    return Installation(route=route, install=put, release=calls.release)
 
 
 class _Hook(SharedHook):
@@ -193,9 +190,9 @@ def _explain(target: Any, problems: list[str]) -> str:
     return f"apply: {type(target).__name__} cannot be accelerated: " + "; ".join(problems)
 
 
-def _refuse_shared_scheduler(pipeline: Any) -> None:
+def _refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
     handle = handle_of(pipeline.scheduler)
-    if handle is not None and handle.is_active:
+    if handle is not None and handle.is_active and handle not in replaces:
         raise ConfigError(
             "apply: pipeline must have a scheduler of its own, got one that is patched for another pipeline; "
             "set pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config) first"

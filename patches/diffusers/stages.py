@@ -16,7 +16,7 @@ from jitaccel.artefacts.export import Exported, Source
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
-from jitaccel.generation.handle import Handle
+from jitaccel.generation.handle import Handle, Installation
 from jitaccel.generation.route import Answer
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
@@ -161,8 +161,8 @@ def _arguments(
     }
 
 
-def apply_exported(pipeline: Any, exported: Exported) -> Handle:
-    """Returns the handle of a `FluxPipeline` that runs exported stages in place of its transformer."""
+def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
+    """Returns what lets a `FluxPipeline` run exported stages in place of its transformer."""
     check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
     if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
@@ -170,11 +170,13 @@ def apply_exported(pipeline: Any, exported: Exported) -> Handle:
     stand_in = _StandIn(exported)
     calls = _Calls(exported)
     route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls, transformer=stand_in)
-    handle = Handle(pipeline, route)
-    handle.set_attribute(pipeline, "transformer", stand_in)
     stand_in.route = route
-    route.install(handle)
-    return handle
+
+    def put(pipeline: Any, handle: Handle) -> None:
+        handle.set_attribute(pipeline, "transformer", stand_in)
+        route.install(handle)
+
+    return Installation(route=route, install=put)
 
 
 class _Calls:

@@ -41,8 +41,14 @@ def test_example_runs_and_is_the_plain_toy_at_density_one(example: dict[str, Any
 
 def test_patch_of_the_same_name_is_replaced(example: dict[str, Any]) -> None:
     seen: list[str] = []
-    patches.register(Patch(name="toy", matches=lambda _: True, apply=lambda *_: seen.append("second")))
-    jitaccel.apply(example["model"])
+
+    def prepare(*_: Any) -> Any:
+        seen.append("second")
+        raise jitaccel.ConfigError("nothing is built here")
+
+    patches.register(Patch(name="toy", matches=lambda _: True, prepare=prepare))
+    with pytest.raises(jitaccel.ConfigError, match="nothing is built"):
+        jitaccel.apply(example["model"])
     assert seen == ["second"] and len(patches._REGISTERED) == 1
     patches._REGISTERED.clear()
     with pytest.raises(jitaccel.UnsupportedModelError, match=r"one of: .*black-forest-labs Flux"):
