@@ -129,12 +129,6 @@ __device__ __forceinline__ void store(const AnyState& to, int64_t offset, const 
   }
 }
 
-__device__ __forceinline__ float rounded_to(ScalarType type, float x) {
-  if (type == ScalarType::Half) return static_cast<float>(static_cast<Half>(x));
-  if (type == ScalarType::BFloat16) return static_cast<float>(static_cast<BFloat16>(x));
-  return x;
-}
-
 // Returns where `position` of an axis lies after reflection at its ends, repeated where the axis is shorter than that.
 __device__ __forceinline__ int reflect(int position, int size) {
   if (position >= 0 && position < size) return position;

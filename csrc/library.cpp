@@ -12,10 +12,6 @@ __attribute__((used)) extern const char source_mark[] = "jitaccel-sources:" JITA
 STABLE_TORCH_LIBRARY(jitaccel, m) {
   m.def("nearest_anchor(Tensor anchors, int[] grid) -> Tensor");
   m.def("lift(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> Tensor");
-  m.def("lift_into(Tensor(a!) out, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> ()");
-  m.def(
-      "lift_step_into(Tensor(a!) state, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, "
-      "Tensor levels, bool clean=False) -> ()");
   m.def("importance(Tensor velocity, int[] grid, int window=3) -> Tensor");
   m.def("activate(Tensor importance, Tensor anchors, int count) -> Tensor");
   m.def(

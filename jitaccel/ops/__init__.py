@@ -31,8 +31,6 @@ __all__ = [
     "importance",
     "lift",
     "lift_clean",
-    "lift_into",
-    "lift_step_into",
     "micro_flow_into",
     "missing",
     "nearest_anchor",
@@ -76,15 +74,6 @@ def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], 
     return run(values, nearest, anchors, grid, weights)
 
 
-def lift_into(
-    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
-) -> None:
-    """Writes `lift` of the other arguments into `out`, (B, N, D), contiguous, of the dtype of `values`."""
-    schema.check_lift_into(out, values, nearest, anchors, grid, weights)
-    run = _ops.lift_into if _runs_compiled(values, out) else reference.lift_into
-    run(out, values, nearest, anchors, grid, weights)
-
-
 def lift_clean(
     values: Tensor,
     state: Tensor,
@@ -97,36 +86,13 @@ def lift_clean(
     """Returns the velocity `(B, N, D)`, in the dtype of `values`, whose clean estimate is the anchors' one, lifted.
 
     `x0 = y - level * v` is lifted in place of v, and `v_i = (y_i - x0_i) / level`: an inactive token keeps its own
-    noise. A variant of ours (docs of `lift_step_into`, which fuses it with the step); no operator of its own.
+    noise. A variant of ours, made of `lift`; no operator of its own.
 
     values: (B, M, D). state: (B, N, D). level: above 0; a tensor () where it must not be compiled in.
     """
     schema.check_lift("lift_clean", values, nearest, anchors, grid, weights)
     schema.check_tokens("lift_clean", "state", state, (*nearest.shape, values.shape[2]), values.device)
     return reference.lift_clean(values, state, nearest, anchors, grid, weights, level, lift=lift)
-
-
-def lift_step_into(
-    state: Tensor,
-    values: Tensor,
-    nearest: Tensor,
-    anchors: Tensor,
-    grid: Sequence[int],
-    weights: Tensor,
-    levels: Tensor,
-    clean: bool = False,
-) -> None:
-    """Takes one Euler step in place: `state += (next_level - level) * velocity`, the velocity lifted from the anchors.
-
-    clean: lift the clean estimate `y - level * v` in place of the velocity, so that inactive tokens keep their own
-    noise. The velocity is rounded to the dtype of `values` first, as if it had been returned.
-
-    state: (B, N, D), contiguous. values: (B, M, D), the velocity at the anchors. levels: (2,) float32, the noise level
-    of the state and the next one, on the state's device: in a CUDA graph they change from replay to replay.
-    """
-    schema.check_lift_step_into(state, values, nearest, anchors, grid, weights, levels, clean)
-    run = _ops.lift_step_into if _runs_compiled(values, state) else reference.lift_step_into
-    run(state, values, nearest, anchors, grid, weights, levels, clean)
 
 
 def importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor:

@@ -96,8 +96,6 @@ def _fake_activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
 _FAKES: dict[str, Callable[..., Any]] = {
     "nearest_anchor": _fake_nearest_anchor,
     "lift": _fake_lift,
-    "lift_into": schema.check_lift_into,
-    "lift_step_into": schema.check_lift_step_into,
     "importance": _fake_importance,
     "activate": _fake_activate,
     "micro_flow_into": schema.check_micro_flow_into,

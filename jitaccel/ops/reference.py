@@ -103,31 +103,6 @@ def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], 
     return put_tokens_(blurred.reshape(shape).to(values.dtype), values, anchors)
 
 
-def lift_into(
-    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
-) -> None:
-    out.copy_(lift(values, nearest, anchors, grid, weights))
-
-
-def lift_step_into(
-    state: Tensor,
-    values: Tensor,
-    nearest: Tensor,
-    anchors: Tensor,
-    grid: Sequence[int],
-    weights: Tensor,
-    levels: Tensor,
-    clean: bool = False,
-) -> None:
-    level, next_level = levels[0], levels[1]
-    if clean:
-        velocity = lift_clean(values, state, nearest, anchors, grid, weights, level)
-    else:
-        velocity = lift(values, nearest, anchors, grid, weights)
-    dtype = torch.promote_types(state.dtype, torch.float32)
-    state.copy_(state.to(dtype) + (next_level - level) * velocity.to(dtype))
-
-
 def lift_clean(
     values: Tensor,
     state: Tensor,

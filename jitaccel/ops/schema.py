@@ -14,13 +14,6 @@ from torch import Tensor
 SCHEMAS = {
     "nearest_anchor": "(Tensor anchors, int[] grid) -> Tensor",
     "lift": "(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> Tensor",
-    "lift_into": (
-        "(Tensor(a!) out, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> ()"
-    ),
-    "lift_step_into": (
-        "(Tensor(a!) state, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, "
-        "Tensor levels, bool clean=False) -> ()"
-    ),
     "importance": "(Tensor velocity, int[] grid, int window=3) -> Tensor",
     "activate": "(Tensor importance, Tensor anchors, int count) -> Tensor",
     "micro_flow_into": (
@@ -167,35 +160,6 @@ def check_lift(
     """Raises ValueError unless the arguments of `lift` fit."""
     check_values(operator, values, anchors)
     check_plan(operator, nearest, anchors, grid, weights, values.device)
-
-
-def check_lift_into(
-    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
-) -> None:
-    """Raises ValueError unless the arguments of `lift_into` fit."""
-    check_lift("lift_into", values, nearest, anchors, grid, weights)
-    check_tokens("lift_into", "out", out, (values.shape[0], num_tokens_of(grid), values.shape[2]), values.device)
-    if out.dtype != values.dtype:
-        _refuse("lift_into", "out", f"be {values.dtype}", out.dtype, "pass a buffer like it")
-    check_out("lift_into", "out", out)
-
-
-def check_lift_step_into(
-    state: Tensor,
-    values: Tensor,
-    nearest: Tensor,
-    anchors: Tensor,
-    grid: Sequence[int],
-    weights: Tensor,
-    levels: Tensor,
-    clean: bool = False,
-) -> None:
-    """Raises ValueError unless the arguments of `lift_step_into` fit."""
-    check_lift("lift_step_into", values, nearest, anchors, grid, weights)
-    shape = (values.shape[0], num_tokens_of(grid), values.shape[2])
-    check_tokens("lift_step_into", "state", state, shape, values.device)
-    check_out("lift_step_into", "state", state)
-    check_levels("lift_step_into", levels, values.device)
 
 
 def check_importance(operator: str, velocity: Tensor, grid: Sequence[int], window: int) -> None:
