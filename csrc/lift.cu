@@ -39,8 +39,8 @@ void run(const LiftTile& tile, const Tensor& values, const Tensor& out, cudaStre
 }
 
 Tensor lift(const Tensor& values, const Tensor& nearest, const Tensor& anchors, const std::vector<int64_t>& sizes,
-            const Tensor& weights) {
-  const Grid grid = make_grid("lift", sizes);
+            const Tensor& weights, bool stack) {
+  const Grid grid = make_grid("lift", sizes, stack);
   check_values("lift", values, anchors);
   check_plan("lift", nearest, anchors, grid, weights, values);
   const Tensor out = torch::stable::new_empty(values, {values.size(0), grid.size(), values.size(2)});

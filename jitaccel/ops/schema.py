@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 SCHEMAS = {
-    "nearest_anchor": "(Tensor anchors, int[] grid) -> Tensor",
-    "lift": "(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> Tensor",
-    "importance": "(Tensor velocity, int[] grid, int window=3) -> Tensor",
+    "nearest_anchor": "(Tensor anchors, int[] grid, bool stack=False) -> Tensor",
+    "lift": (
+        "(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, bool stack=False) -> Tensor"
+    ),
+    "importance": "(Tensor velocity, int[] grid, int window=3, bool stack=False) -> Tensor",
     "activate": "(Tensor importance, Tensor anchors, int count) -> Tensor",
     "micro_flow_into": (
         "(Tensor(a!) state, Tensor previous, Tensor velocity, Tensor noise, Tensor tokens, Tensor nearest, "
-        "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight) -> ()"
+        "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight, bool stack=False) -> ()"
     ),
 }
 
@@ -32,6 +34,11 @@ def num_tokens_of(grid: Sequence[int]) -> int:
     for size in grid:
         count *= size
     return count
+
+
+def num_stacked(grid: Sequence[int], stack: bool) -> int:
+    """Returns how many leading axes of `grid` only stack frames: 1 for a stack of (t, h, w), else 0."""
+    return len(grid) - 2 if stack else 0
 
 
 def _refuse(operator: str, what: str, rule: str, got: object, advice: str) -> NoReturn:
@@ -148,10 +155,17 @@ def check_activate(operator: str, importance: Tensor, anchors: Tensor, count: in
         )  # fmt: skip
 
 
-def check_nearest_anchor(operator: str, anchors: Tensor, grid: Sequence[int]) -> None:
+def check_nearest_anchor(operator: str, anchors: Tensor, grid: Sequence[int], stack: bool = False) -> None:
     """Raises ValueError unless the arguments of `nearest_anchor` fit. Like all below, it reads shapes, never values."""
     check_grid(operator, grid)
     check_anchors(operator, anchors, num_tokens_of(grid))
+    if num_stacked(grid, stack) and anchors.shape[1] < grid[0]:
+        refuse_empty_frame(operator, f"{anchors.shape[1]} anchors for {grid[0]} frames")
+
+
+def refuse_empty_frame(operator: str, got: str) -> NoReturn:
+    """Raises ValueError: a frame of a stack holds no anchor."""
+    _refuse(operator, "anchors", "hold at least one token of every frame", got, "take them from first_anchors")
 
 
 def check_lift(
@@ -181,6 +195,7 @@ def check_micro_flow_into(
     weights: Tensor,
     levels: Tensor,
     weight: float,
+    stack: bool = False,
 ) -> None:
     """Raises ValueError unless the arguments of `micro_flow_into` fit."""
     operator, device = "micro_flow_into", state.device

@@ -236,6 +236,38 @@ def test_micro_flow_of_weight_one_forgets_the_state() -> None:
     assert int(state.isfinite().sum()) == 2 * 9 * 16
 
 
+@pytest.mark.parametrize("grid", [(3, 5, 7), (4, 1, 9), (2, 33, 65), (5, 16, 12)])
+def test_stack_keeps_to_each_frame_as_the_reference_does(grid: tuple[int, ...]) -> None:
+    num_tokens, size = _size(grid), _size(grid[1:])
+    is_anchor = torch.rand(2, num_tokens, generator=torch.Generator().manual_seed(0)) < 0.3
+    is_anchor[:, ::size] = True
+    count = int(is_anchor.sum(dim=1).max())
+    anchors = is_anchor.float().topk(count, dim=1).indices.sort(dim=1).values
+    nearest, weights, levels = reference.nearest_anchor(anchors, grid, True), _weights(3), torch.tensor([0.9, 0.7])
+    plan = (nearest, anchors, grid, weights)
+    there = (*_there(nearest, anchors), grid, weights.to(DEVICE))
+    assert torch.equal(ops.nearest_anchor(anchors.to(DEVICE), grid, True).cpu(), nearest)
+    tokens = _rows(2, num_tokens, num_tokens // 4, seed=1)
+    for dtype in DTYPES:
+        values, fields = _randn(2, count, 16, dtype=dtype), [_randn(2, num_tokens, 16, seed=i) for i in range(4)]
+        exact, plain = (reference.lift(x, *plan, True) for x in (values.double(), values))
+        _assert_as_exact(ops.lift(values.to(DEVICE), *there, True), exact, plain)
+        velocity = _randn(2, num_tokens, 16, dtype=dtype)
+        expected = reference.importance(velocity.double(), grid, 3, True)
+        found = ops.importance(velocity.to(DEVICE), grid, 3, True)
+        torch.testing.assert_close(found.cpu(), expected, rtol=3e-5, atol=1e-6)
+        moved, result = fields[0].clone(), fields[0].to(DEVICE)
+        reference.micro_flow_into(moved, *fields[1:], tokens, *plan, levels, 0.5, True)
+        ops.micro_flow_into(result, *_there(*fields[1:], tokens), *there, levels.to(DEVICE), 0.5, True)
+        torch.testing.assert_close(result.cpu(), moved, rtol=1e-5, atol=1e-5)
+
+
+def test_frame_without_an_anchor_leads_nowhere_out_of_memory() -> None:
+    anchors = torch.tensor([[0, 7, 12], [0, 1, 13]], device=DEVICE)
+    nearest = ops.nearest_anchor(anchors, (3, 2, 3), True)
+    assert int(nearest.min()) >= 0 and int(nearest.max()) < 3
+
+
 def test_empty_batches_give_empty_results() -> None:
     none = torch.zeros(0, 2, dtype=torch.int64, device=DEVICE)
     weights, levels = _there(_weights(3), torch.tensor([0.9, 0.7]))
@@ -365,6 +397,8 @@ unsorted, beyond = on_gpu([0, 4], [5, 1]), on_gpu([0, 4], [1, 6])
 rising = "anchors must rise strictly within 0..5, got "
 wrong(lambda: ops.nearest_anchor(unsorted, grid), "nearest_anchor: " + rising + "1 after 5 in image 1; ")
 wrong(lambda: ops.nearest_anchor(beyond, grid), "nearest_anchor: " + rising + "6 after 1 in image 1; ")
+stacked = on_gpu([0, 4], [0, 1])
+wrong(lambda: ops.nearest_anchor(stacked, (2, 1, 3), True), "every frame, got none in frame 1 of image 1; ")
 wrong(lambda: ops.lift(values, nearest, unsorted, grid, weights), "lift: " + rising)
 wrong(lambda: ops.lift(values, nearest + 1, anchors, grid, weights), "lift: nearest must lie in 0..1, got 2; ")
 wrong(lambda: ops.activate(field[:, :, 0], unsorted, 1), "activate: " + rising)
