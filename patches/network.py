@@ -40,13 +40,13 @@ class ModelCall:
     state: Tensor
     text_tokens: int
     cost: Cost
-    grid: Callable[[], tuple[int, int]]
+    grid: Callable[[], tuple[int, ...]]
     noise_level: Callable[[], float]
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
     evaluate: Callable[[Run, Tensor], Answer]
 
-    def recorder(self, grid: tuple[int, int]) -> Recorder:
+    def recorder(self, grid: tuple[int, ...]) -> Recorder:
         """Returns an empty record of the generation that this call is the first of."""
         return Recorder(
             cost=self.cost,

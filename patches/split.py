@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
+from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
@@ -52,7 +53,7 @@ class Branches:
 
     def scatter(self, values: Tensor) -> Tensor:
         """Returns `values` (count * B, M, ...) in place among zeros, (count * B, N, ...)."""
-        return values if self.is_dense else scatter_tokens(values, self.anchors, self.run.grid[0] * self.run.grid[1])
+        return values if self.is_dense else scatter_tokens(values, self.anchors, num_tokens_of(self.run.grid))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
 from jitaccel.generation.stats import Recorder, Stats, summarize
 from jitaccel.method.config import JiTConfig
+from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
@@ -103,7 +104,7 @@ class SchedulerRoute:
     @property
     def num_tokens(self) -> int | None:
         """How many tokens the generation under way makes, or None."""
-        return None if self._run is None else self._run.grid[0] * self._run.grid[1]
+        return None if self._run is None else num_tokens_of(self._run.grid)
 
     def accepts(self, caller: Any) -> bool:
         """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
@@ -174,7 +175,7 @@ class SchedulerRoute:
     def _check_follows(self, call: ModelCall, index: int) -> None:
         run, clock, shape = self._run, self._clock, tuple(call.state.shape[:2])
         assert run is not None and clock is not None
-        expected = (run.anchors.shape[0], run.grid[0] * run.grid[1])
+        expected = (run.anchors.shape[0], num_tokens_of(run.grid))
         step = index - self._first
         is_next = index in (self._seen, self._seen + 1) and step < clock.num_steps
         if not is_next or clock.step(step).stage != run.stage or shape != expected:
