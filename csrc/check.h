@@ -45,7 +45,8 @@ inline std::string kind(const Tensor& x) {
   return out.str();
 }
 
-// A token grid (t, h, w); t = 1 for a picture. Raster index = (t * height + h) * width + w.
+// A token grid (t, h, w); t = 1 for a picture. Raster index = (t * height + h) * width + w. In a video, distances, blur
+// and windows run along t too; the frames of a stack are pictures of their own.
 struct Grid {
   int64_t frames, height, width;
   bool is_video;
@@ -53,7 +54,7 @@ struct Grid {
   int64_t lines() const { return frames * height; }  // rows of tokens
 };
 
-inline Grid make_grid(const char* op, const std::vector<int64_t>& sizes) {
+inline Grid make_grid(const char* op, const std::vector<int64_t>& sizes, bool stack) {
   bool fits = sizes.size() == 2 || sizes.size() == 3;
   for (const int64_t size : sizes) fits = fits && size >= 1;
   if (!fits) {
@@ -61,8 +62,8 @@ inline Grid make_grid(const char* op, const std::vector<int64_t>& sizes) {
     for (size_t axis = 0; axis < sizes.size(); ++axis) got << (axis ? ", " : "(") << sizes[axis];
     fail(op, "grid", "be (h, w) or (t, h, w) of sizes above 0", got.str() + ")", "give the token grid");
   }
-  const bool is_video = sizes.size() == 3;
-  return {is_video ? sizes[0] : 1, sizes[sizes.size() - 2], sizes[sizes.size() - 1], is_video};
+  const bool has_frames = sizes.size() == 3;
+  return {has_frames ? sizes[0] : 1, sizes[sizes.size() - 2], sizes[sizes.size() - 1], has_frames && !stack};
 }
 
 inline bool is_value_type(const Tensor& x) {
@@ -87,6 +88,16 @@ inline void check_anchors(const char* op, const Tensor& anchors, int64_t num_tok
   if (anchors.dim() != 2 || anchors.scalar_type() != ScalarType::Long || anchors.size(1) < 1 ||
       anchors.size(1) > num_tokens)
     fail(op, "anchors", text("be int64 (B, M), M in 1..", num_tokens), kind(anchors), "give each image its own row");
+}
+
+[[noreturn]] inline void fail_empty_frame(const char* op, const std::string& got) {
+  fail(op, "anchors", "hold at least one token of every frame", got, "take them from first_anchors");
+}
+
+// Of a stack, as far as the number of anchors says it.
+inline void check_num_anchors(const char* op, const Tensor& anchors, const Grid& grid) {
+  if (!grid.is_video && anchors.size(1) < grid.frames)
+    fail_empty_frame(op, text(anchors.size(1), " anchors for ", grid.frames, " frames"));
 }
 
 inline void check_levels(const char* op, const Tensor& levels, const Tensor& like) {
@@ -161,6 +172,18 @@ inline void check_rising(const char* op, const char* name, const int64_t* rows, 
              "sort them and check the grid");
       last = token;
     }
+  }
+}
+
+// Rows of anchors as above, rising: each frame of a stack must hold one.
+inline void check_frames(const char* op, const int64_t* rows, int64_t batch, int64_t count, const Grid& grid) {
+  if (grid.is_video || grid.frames == 1) return;
+  const int64_t frame_size = grid.height * grid.width;
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t next = 0;  // the first frame without an anchor so far
+    for (int64_t i = 0; i < count && rows[b * count + i] / frame_size <= next; ++i)
+      next = rows[b * count + i] / frame_size + 1;
+    if (next < grid.frames) fail_empty_frame(op, text("none in frame ", next, " of image ", b));
   }
 }
 

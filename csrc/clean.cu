@@ -1,11 +1,11 @@
-// The clean estimates at the anchors, which lift_step_into (clean) and micro_flow_into lift.
+// The clean estimates at the anchors, which micro_flow_into lifts.
 //
-//   clean[b, i] = state[b, anchors[b, i]] - level * velocity[b, i]         (or velocity[b, anchors[b, i]])
+//   clean[b, i] = state[b, anchors[b, i]] - level * velocity[b, anchors[b, i]]
 //
-// Layout: state (B, N, D), velocity (B, M, D) or (B, N, D), clean (B, M, D) float32, contiguous; level = levels[0] on
+// Layout: state (B, N, D), velocity (B, N, D), clean (B, M, D) float32, contiguous; level = levels[0] on
 // the device. Moves 4 B M D bytes out, as many elements of both inputs in.
 //
-// It has a pass of its own for two reasons. A step writes the state that these values are taken from, so all of them
+// It has a pass of its own for two reasons. A move may write the state that these values are taken from, so all of them
 // must be taken before. And each is gathered some 20 times by the blur, which then reads one row instead of two and
 // follows one index instead of two. Launch: a thread for each vector of 4 channels (1 where D or an address does not
 // allow 4).
@@ -23,7 +23,6 @@ struct CleanEstimate {
   const float* levels;
   float* clean;
   int64_t rows, num_anchors, num_tokens, channels;
-  bool has_full_velocity;
 };
 
 template <int V>
@@ -35,7 +34,7 @@ __global__ void clean_kernel(CleanEstimate from) {
   const int64_t token = row / from.num_anchors * from.num_tokens + from.anchors[row];
   float y[V], v[V];
   load<V>(from.state, token * from.channels + channel, y);
-  load<V>(from.velocity, (from.has_full_velocity ? token : row) * from.channels + channel, v);
+  load<V>(from.velocity, token * from.channels + channel, v);
   const float level = from.levels[0];
 #pragma unroll
   for (int c = 0; c < V; ++c) y[c] -= level * v[c];
@@ -56,7 +55,6 @@ Tensor clean_at_anchors(const Tensor& state, const Tensor& velocity, const Tenso
   const int64_t batch = anchors.size(0), num_anchors = anchors.size(1);
   const int64_t num_tokens = state.size(1), channels = state.size(2);
   Tensor clean = torch::stable::new_empty(state, {batch, num_anchors, channels}, ScalarType::Float);
-  // Where every token is an anchor the two forms of velocity are one.
   const CleanEstimate from{any_input(state),
                            any_input(velocity),
                            anchors.const_data_ptr<int64_t>(),
@@ -65,8 +63,7 @@ Tensor clean_at_anchors(const Tensor& state, const Tensor& velocity, const Tenso
                            batch * num_anchors,
                            num_anchors,
                            num_tokens,
-                           channels,
-                           velocity.size(1) == num_tokens};
+                           channels};
   const bool is_aligned = takes_vectors(state, channels, 4) && takes_vectors(velocity, channels, 4);
   is_aligned ? launch<4>(from, stream) : launch<1>(from, stream);
   return clean;

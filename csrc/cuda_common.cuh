@@ -38,6 +38,9 @@ inline unsigned num_blocks(int64_t work, int64_t per_block) {
 void check_rising(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream);
 void check_within(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream);
 
+// The same of anchors (B, M), rising, each frame of which must hold one.
+void check_frames(const char* op, const Tensor& anchors, int64_t frames, int64_t frame_size, cudaStream_t stream);
+
 // nearest (B, N) and anchors (B, M) of one lift.
 inline void check_plan_indices(const char* op, const Tensor& nearest, const Tensor& anchors, cudaStream_t stream) {
   check_rising(op, "anchors", anchors, nearest.size(1), stream);
@@ -127,12 +130,6 @@ __device__ __forceinline__ void store(const AnyState& to, int64_t offset, const 
   } else {
     store<V>(static_cast<BFloat16*>(to.data) + offset, x);
   }
-}
-
-__device__ __forceinline__ float rounded_to(ScalarType type, float x) {
-  if (type == ScalarType::Half) return static_cast<float>(static_cast<Half>(x));
-  if (type == ScalarType::BFloat16) return static_cast<float>(static_cast<BFloat16>(x));
-  return x;
 }
 
 // Returns where `position` of an axis lies after reflection at its ends, repeated where the axis is shorter than that.

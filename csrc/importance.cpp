@@ -102,8 +102,8 @@ void run(const Grid& grid, const T* velocity, int64_t batch, int64_t channels, i
   });
 }
 
-Tensor importance(const Tensor& velocity, const std::vector<int64_t>& sizes, int64_t window) {
-  const Grid grid = make_grid("importance", sizes);
+Tensor importance(const Tensor& velocity, const std::vector<int64_t>& sizes, int64_t window, bool stack) {
+  const Grid grid = make_grid("importance", sizes, stack);
   check_velocity("importance", velocity, grid, window);
   const Tensor velocity_ = torch::stable::contiguous(velocity);
   const int64_t batch = velocity.size(0), channels = velocity.size(2);

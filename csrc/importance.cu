@@ -142,8 +142,8 @@ Field make_field(const Tensor& velocity, const Grid& grid, int64_t window) {
           grid.is_video ? wide * wide * wide : wide * wide};
 }
 
-Tensor importance(const Tensor& velocity, const std::vector<int64_t>& sizes, int64_t window) {
-  const Grid grid = make_grid("importance", sizes);
+Tensor importance(const Tensor& velocity, const std::vector<int64_t>& sizes, int64_t window, bool stack) {
+  const Grid grid = make_grid("importance", sizes, stack);
   check_velocity("importance", velocity, grid, window);
   Tensor out = torch::stable::new_empty(velocity, {velocity.size(0), grid.size()}, ScalarType::Float);
   if (velocity.size(2) == 0) torch::stable::fill_(out, std::numeric_limits<double>::quiet_NaN());  // mean of nothing

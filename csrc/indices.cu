@@ -1,9 +1,10 @@
 // Checks of indices on the device, to find the wrong one in an application: off unless JITACCEL_CHECK_INDICES=1.
 //
 //   rising: 0 <= rows[b, 0] < rows[b, 1] < ... < limit          within: 0 <= rows[b, i] < limit
+//   frames: for each f, some i with f * size <= rows[b, i] < (f + 1) * size
 //
 // Layout: rows (B, L) int64, contiguous. Moves 8 B L bytes, and at most 24 to the host. Launch: a thread for each
-// index. The threads that find a wrong one agree on the first by atomicMin, whatever order they run in.
+// index, or each frame. The threads that find a wrong one agree on the first by atomicMin, whatever order they run in.
 
 #include "cuda_common.cuh"
 
@@ -24,6 +25,24 @@ __global__ void find_wrong_kernel(const int64_t* rows, int64_t total, int64_t le
   const int64_t index = rows[at];
   const bool rises = !must_rise || at % length == 0 || rows[at - 1] < index;
   if (index < 0 || index >= limit || !rises) atomicMin(first_wrong, static_cast<Position>(at));
+}
+
+// Rows rise. Marks the first frame, of all images, that holds none of them.
+__global__ void find_empty_frame_kernel(const int64_t* rows, int64_t total, int64_t length, int64_t frames,
+                                        int64_t frame_size, Position* first_wrong) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= total) return;
+  const int64_t* row = rows + at / frames * length;
+  const int64_t start = at % frames * frame_size;
+  int64_t low = 0, high = length;  // the first index from `start` on lies in [low, high]
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (row[middle] < start)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  if (low == length || row[low] >= start + frame_size) atomicMin(first_wrong, static_cast<Position>(at));
 }
 
 bool checks_indices() {
@@ -48,16 +67,24 @@ T read_back(const T* from, cudaStream_t stream) {
   return value;
 }
 
-// Returns the flat position of the first wrong index, or kNone.
-Position find_wrong(const Tensor& rows, int64_t limit, bool must_rise, cudaStream_t stream) {
+// Returns what `launch` leaves in the position it is given: that of the first wrong one, or kNone.
+template <typename Launch>
+Position find_first(const Tensor& rows, cudaStream_t stream, const Launch& launch) {
   if (!checks_indices() || rows.numel() == 0 || is_capturing(stream)) return kNone;
   const Tensor scratch = torch::stable::new_empty(rows, {1}, ScalarType::Long);
   auto* const first_wrong = reinterpret_cast<Position*>(scratch.mutable_data_ptr<int64_t>());
   STD_CUDA_CHECK(cudaMemsetAsync(first_wrong, 0xff, sizeof(Position), stream));
-  find_wrong_kernel<<<num_blocks(rows.numel(), kThreads), kThreads, 0, stream>>>(
-      rows.const_data_ptr<int64_t>(), rows.numel(), rows.size(1), limit, must_rise, first_wrong);
+  launch(first_wrong);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return read_back(first_wrong, stream);
+}
+
+// Returns the flat position of the first wrong index, or kNone.
+Position find_wrong(const Tensor& rows, int64_t limit, bool must_rise, cudaStream_t stream) {
+  return find_first(rows, stream, [&](Position* first_wrong) {
+    find_wrong_kernel<<<num_blocks(rows.numel(), kThreads), kThreads, 0, stream>>>(
+        rows.const_data_ptr<int64_t>(), rows.numel(), rows.size(1), limit, must_rise, first_wrong);
+  });
 }
 
 }  // namespace
@@ -78,6 +105,17 @@ void check_within(const char* op, const char* name, const Tensor& rows, int64_t 
   if (wrong == kNone) return;
   fail(op, name, text("lie in 0..", limit - 1), text(read_back(rows.const_data_ptr<int64_t>() + wrong, stream)),
        "use nearest_anchor");
+}
+
+void check_frames(const char* op, const Tensor& anchors, int64_t frames, int64_t frame_size, cudaStream_t stream) {
+  const int64_t total = anchors.size(0) * frames;
+  const Position wrong = find_first(anchors, stream, [&](Position* first_wrong) {
+    find_empty_frame_kernel<<<num_blocks(total, kThreads), kThreads, 0, stream>>>(
+        anchors.const_data_ptr<int64_t>(), total, anchors.size(1), frames, frame_size, first_wrong);
+  });
+  if (wrong == kNone) return;
+  const int64_t at = static_cast<int64_t>(wrong);
+  fail_empty_frame(op, text("none in frame ", at % frames, " of image ", at / frames));
 }
 
 }  // namespace jitaccel

@@ -10,15 +10,13 @@ __attribute__((used)) extern const char source_mark[] = "jitaccel-sources:" JITA
 }
 
 STABLE_TORCH_LIBRARY(jitaccel, m) {
-  m.def("nearest_anchor(Tensor anchors, int[] grid) -> Tensor");
-  m.def("lift(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> Tensor");
-  m.def("lift_into(Tensor(a!) out, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> ()");
+  m.def("nearest_anchor(Tensor anchors, int[] grid, bool stack=False) -> Tensor");
   m.def(
-      "lift_step_into(Tensor(a!) state, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, "
-      "Tensor levels, bool clean=False) -> ()");
-  m.def("importance(Tensor velocity, int[] grid, int window=3) -> Tensor");
+      "lift(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, bool stack=False) -> Tensor");
+  m.def("importance(Tensor velocity, int[] grid, int window=3, bool stack=False) -> Tensor");
   m.def("activate(Tensor importance, Tensor anchors, int count) -> Tensor");
   m.def(
       "micro_flow_into(Tensor(a!) state, Tensor previous, Tensor velocity, Tensor noise, Tensor tokens, Tensor nearest, "
-      "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight) -> ()");
+      "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight, "
+      "bool stack=False) -> ()");
 }

@@ -1,4 +1,4 @@
-// lift, lift_into: from the anchors to every token (SAG-ODE, arXiv:2603.10744).
+// lift: from the anchors to every token (SAG-ODE, arXiv:2603.10744).
 //
 //   out[b, n] = values[b, nearest[b, n]]      where n is an anchor: its own value, bit for bit
 //             = blurred[b, n] (blur.h)        elsewhere, summed in float32 and rounded once
@@ -34,45 +34,24 @@ void run(const Plan& plan, const T* values, int64_t channels, T* out) {
   });
 }
 
-void lift_checked(const char* op, const Tensor& values, const Tensor& nearest, const Tensor& anchors, const Grid& grid,
-                  const Tensor& weights, Tensor& out) {
+Tensor lift(const Tensor& values, const Tensor& nearest, const Tensor& anchors, const std::vector<int64_t>& sizes,
+            const Tensor& weights, bool stack) {
+  const Grid grid = make_grid("lift", sizes, stack);
+  check_values("lift", values, anchors);
+  check_plan("lift", nearest, anchors, grid, weights, values);
+  Tensor out = torch::stable::new_empty(values, {values.size(0), grid.size(), values.size(2)});
   const Tensor values_ = torch::stable::contiguous(values), nearest_ = torch::stable::contiguous(nearest);
   const Tensor anchors_ = torch::stable::contiguous(anchors), weights_ = torch::stable::contiguous(weights);
-  const Plan plan = make_plan(op, grid, nearest_, anchors_, weights_);
-  if (out.numel() == 0) return;
+  const Plan plan = make_plan("lift", grid, nearest_, anchors_, weights_);
+  if (out.numel() == 0) return out;
   with_type(values, [&](auto type) {
     using T = decltype(type);
     run(plan, values_.const_data_ptr<T>(), values.size(2), out.mutable_data_ptr<T>());
   });
-}
-
-Tensor lift(const Tensor& values, const Tensor& nearest, const Tensor& anchors, const std::vector<int64_t>& sizes,
-            const Tensor& weights) {
-  const Grid grid = make_grid("lift", sizes);
-  check_values("lift", values, anchors);
-  check_plan("lift", nearest, anchors, grid, weights, values);
-  Tensor out = torch::stable::new_empty(values, {values.size(0), grid.size(), values.size(2)});
-  lift_checked("lift", values, nearest, anchors, grid, weights, out);
   return out;
-}
-
-void lift_into(Tensor out, const Tensor& values, const Tensor& nearest, const Tensor& anchors,
-               const std::vector<int64_t>& sizes, const Tensor& weights) {
-  const Grid grid = make_grid("lift_into", sizes);
-  check_values("lift_into", values, anchors);
-  check_plan("lift_into", nearest, anchors, grid, weights, values);
-  check_tokens("lift_into", "out", out, values.size(0), grid.size(), values.size(2));
-  check_device("lift_into", "out", out, values);
-  if (out.scalar_type() != values.scalar_type())
-    fail("lift_into", "out", "have the dtype of values", kind(out), "pass a buffer like it");
-  check_written("lift_into", "out", out);
-  lift_checked("lift_into", values, nearest, anchors, grid, weights, out);
 }
 
 }  // namespace
 }  // namespace jitaccel
 
-STABLE_TORCH_LIBRARY_IMPL(jitaccel, CPU, m) {
-  m.impl("lift", TORCH_BOX(&jitaccel::lift));
-  m.impl("lift_into", TORCH_BOX(&jitaccel::lift_into));
-}
+STABLE_TORCH_LIBRARY_IMPL(jitaccel, CPU, m) { m.impl("lift", TORCH_BOX(&jitaccel::lift)); }

@@ -1,4 +1,4 @@
-// lift, lift_into: from the anchors to every token (SAG-ODE, arXiv:2603.10744).
+// lift: from the anchors to every token (SAG-ODE, arXiv:2603.10744).
 //
 //   out[b, n] = values[b, nearest[b, n]]          where n is an anchor: its own value, bit for bit
 //             = blurred[b, n] (lift_tile.cuh)     elsewhere, summed in float32 and rounded once
@@ -31,54 +31,32 @@ struct Write {
 };
 
 template <typename T>
-void run(const char* op, const LiftTile& tile, const Tensor& values, const Tensor& out, cudaStream_t stream) {
+void run(const LiftTile& tile, const Tensor& values, const Tensor& out, cudaStream_t stream) {
   constexpr int64_t kVector = 16 / sizeof(T);
   const bool is_aligned = takes_vectors(values, tile.channels, kVector) && takes_vectors(out, tile.channels, kVector);
   const T* from = values.const_data_ptr<T>();
-  run_lift_tile(op, tile, from, Write<T>{out.mutable_data_ptr<T>(), from}, is_aligned, stream);
+  run_lift_tile("lift", tile, from, Write<T>{out.mutable_data_ptr<T>(), from}, is_aligned, stream);
 }
 
-void lift_checked(const char* op, const Tensor& values, const Tensor& nearest, const Tensor& anchors, const Grid& grid,
-                  const Tensor& weights, const Tensor& out) {
-  if (out.numel() == 0) return;
+Tensor lift(const Tensor& values, const Tensor& nearest, const Tensor& anchors, const std::vector<int64_t>& sizes,
+            const Tensor& weights, bool stack) {
+  const Grid grid = make_grid("lift", sizes, stack);
+  check_values("lift", values, anchors);
+  check_plan("lift", nearest, anchors, grid, weights, values);
+  const Tensor out = torch::stable::new_empty(values, {values.size(0), grid.size(), values.size(2)});
+  if (out.numel() == 0) return out;
   const DeviceGuard guard(values.get_device_index());
   const cudaStream_t stream = current_stream(values);
   const Tensor values_ = torch::stable::contiguous(values), nearest_ = torch::stable::contiguous(nearest);
   const Tensor anchors_ = torch::stable::contiguous(anchors), weights_ = torch::stable::contiguous(weights);
-  check_plan_indices(op, nearest_, anchors_, stream);
+  check_plan_indices("lift", nearest_, anchors_, stream);
   const LiftTile tile = make_lift_tile(grid, nearest_, anchors_, weights_, values.size(2));
-  THO_DISPATCH_V2(values.scalar_type(), "lift", AT_WRAP([&] { run<scalar_t>(op, tile, values_, out, stream); }),
+  THO_DISPATCH_V2(values.scalar_type(), "lift", AT_WRAP([&] { run<scalar_t>(tile, values_, out, stream); }),
                   ScalarType::Float, ScalarType::Half, ScalarType::BFloat16);
-}
-
-Tensor lift(const Tensor& values, const Tensor& nearest, const Tensor& anchors, const std::vector<int64_t>& sizes,
-            const Tensor& weights) {
-  const Grid grid = make_grid("lift", sizes);
-  check_values("lift", values, anchors);
-  check_plan("lift", nearest, anchors, grid, weights, values);
-  const Tensor out = torch::stable::new_empty(values, {values.size(0), grid.size(), values.size(2)});
-  lift_checked("lift", values, nearest, anchors, grid, weights, out);
   return out;
-}
-
-void lift_into(Tensor out, const Tensor& values, const Tensor& nearest, const Tensor& anchors,
-               const std::vector<int64_t>& sizes, const Tensor& weights) {
-  const char* op = "lift_into";
-  const Grid grid = make_grid(op, sizes);
-  check_values(op, values, anchors);
-  check_plan(op, nearest, anchors, grid, weights, values);
-  check_tokens(op, "out", out, values.size(0), grid.size(), values.size(2));
-  check_device(op, "out", out, values);
-  if (out.scalar_type() != values.scalar_type())
-    fail(op, "out", "have the dtype of values", kind(out), "pass a buffer like it");
-  check_written(op, "out", out);
-  lift_checked(op, values, nearest, anchors, grid, weights, out);
 }
 
 }  // namespace
 }  // namespace jitaccel
 
-STABLE_TORCH_LIBRARY_IMPL(jitaccel, CUDA, m) {
-  m.impl("lift", TORCH_BOX(&jitaccel::lift));
-  m.impl("lift_into", TORCH_BOX(&jitaccel::lift_into));
-}
+STABLE_TORCH_LIBRARY_IMPL(jitaccel, CUDA, m) { m.impl("lift", TORCH_BOX(&jitaccel::lift)); }

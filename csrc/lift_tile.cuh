@@ -1,4 +1,4 @@
-// Nearest fill and separable Gaussian blur on the device: what lift, lift_step_into and micro_flow_into share.
+// Nearest fill and separable Gaussian blur on the device: what lift and micro_flow_into share.
 //
 //   blurred[t, y, x] = sum_k w[k] sum_i w[i] sum_j w[j] values[nearest[r(t + i), r(y + j), r(x + k)]]
 //
@@ -238,7 +238,7 @@ void run_lift_tile(const char* op, const LiftTile& lift, const T* values, const 
 }
 
 // Returns the clean estimates `state - level * velocity` (B, M, D) float32 at the anchors (B, M), level = levels[0].
-// state: (B, N, D). velocity: (B, M, D), or (B, N, D). Contiguous. Defined in clean.cu.
+// state, velocity: (B, N, D). Contiguous. Defined in clean.cu.
 Tensor clean_at_anchors(const Tensor& state, const Tensor& velocity, const Tensor& anchors, const Tensor& levels,
                         cudaStream_t stream);
 

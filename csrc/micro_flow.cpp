@@ -90,9 +90,10 @@ void run(const Plan& plan, const std::vector<float>& clean, const Tensor& noise,
 
 void micro_flow_into(Tensor state, const Tensor& previous, const Tensor& velocity, const Tensor& noise,
                      const Tensor& tokens, const Tensor& nearest, const Tensor& anchors,
-                     const std::vector<int64_t>& sizes, const Tensor& weights, const Tensor& levels, double weight) {
+                     const std::vector<int64_t>& sizes, const Tensor& weights, const Tensor& levels, double weight,
+                     bool stack) {
   const char* op = "micro_flow_into";
-  const Grid grid = make_grid(op, sizes);
+  const Grid grid = make_grid(op, sizes, stack);
   check_plan(op, nearest, anchors, grid, weights, state);
   const int64_t batch = anchors.size(0), channels = state.dim() == 3 ? state.size(2) : 0;
   check_tokens(op, "state", state, batch, grid.size(), channels);

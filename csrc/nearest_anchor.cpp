@@ -2,7 +2,8 @@
 //
 // An exact distance transform, axis by axis. Along a line of tokens the nearest anchor is found by one sweep from each
 // end. Along every further axis a token takes the best of what its neighbours found, at growing offsets, and stops once
-// the offset alone is farther than the best so far (an equal one may still win its tie).
+// the offset alone is farther than the best so far (an equal one may still win its tie). In a stack there is no further
+// axis than h.
 //
 // Layout: anchors (B, M) in; out (B, N), the index among the M anchors. Two pairs of arrays (distance, anchor) of N
 // beside, no N x M matrix. On the grids of this method an anchor is never far: two or three offsets.
@@ -87,13 +88,15 @@ void run(const Grid& grid, const int64_t* anchors, int64_t num_anchors, int64_t*
   for (int64_t n = 0; n < size; ++n) out[n] = order[found[n].anchor];
 }
 
-Tensor nearest_anchor(const Tensor& anchors, const std::vector<int64_t>& sizes) {
-  const Grid grid = make_grid("nearest_anchor", sizes);
+Tensor nearest_anchor(const Tensor& anchors, const std::vector<int64_t>& sizes, bool stack) {
+  const Grid grid = make_grid("nearest_anchor", sizes, stack);
   check_anchors("nearest_anchor", anchors, grid.size());
+  check_num_anchors("nearest_anchor", anchors, grid);
   const Tensor anchors_ = torch::stable::contiguous(anchors);
   const int64_t batch = anchors.size(0), num_anchors = anchors.size(1);
   const int64_t* rows = anchors_.const_data_ptr<int64_t>();
   check_rising("nearest_anchor", "anchors", rows, batch, num_anchors, grid.size());
+  check_frames("nearest_anchor", rows, batch, num_anchors, grid);
   Tensor out = torch::stable::new_empty(anchors, {batch, grid.size()});
   int64_t* result = out.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) run(grid, rows + b * num_anchors, num_anchors, result + b * grid.size());

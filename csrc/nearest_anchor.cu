@@ -7,7 +7,7 @@
 //
 //   mark    order[b, anchors[b, i]] = i, and -1 elsewhere
 //   rows    key of the nearest anchor in the token's own line: two sweeps, from the left and from the right
-//   axes    h, then t: key[p] = min over offsets of key[p +- offset] + offset^2 * N; the last one looks `order` up
+//   axes    h, then t (in a video alone): key[p] = min over offsets of key[p +- offset] + offset^2 * N; the last one looks `order` up
 //
 // An axis pass stops once offset^2 * N > key, that is once the offset alone is farther than the best so far: an equal
 // one may still win its tie. On this method's grids that is after two or three offsets.
@@ -88,7 +88,8 @@ __global__ void axis_kernel(const int64_t* keys, const int32_t* order, int64_t* 
   if (at >= total) return;
   const int64_t token = at % num_tokens;
   const int64_t best = best_along(keys, at, token / stride % size, size, stride, num_tokens);
-  out[at] = IS_LAST ? order[at - token + best % num_tokens] : best;
+  // A frame of a stack without an anchor, which nobody has looked for, must not lead later operators out of memory.
+  out[at] = IS_LAST ? max(order[at - token + best % num_tokens], 0) : best;
 }
 
 template <bool IS_LAST>
@@ -138,10 +139,11 @@ int64_t beyond_grid(const char* op, const Grid& grid) {
   return diameter * diameter;
 }
 
-Tensor nearest_anchor(const Tensor& anchors, const std::vector<int64_t>& sizes) {
+Tensor nearest_anchor(const Tensor& anchors, const std::vector<int64_t>& sizes, bool stack) {
   const char* op = "nearest_anchor";
-  const Grid grid = make_grid(op, sizes);
+  const Grid grid = make_grid(op, sizes, stack);
   check_anchors(op, anchors, grid.size());
+  check_num_anchors(op, anchors, grid);
   const int64_t beyond = beyond_grid(op, grid) * grid.size();
   const Tensor nearest = torch::stable::new_empty(anchors, {anchors.size(0), grid.size()});
   if (nearest.numel() == 0) return nearest;
@@ -149,6 +151,7 @@ Tensor nearest_anchor(const Tensor& anchors, const std::vector<int64_t>& sizes) 
   const cudaStream_t stream = current_stream(anchors);
   const Tensor anchors_ = torch::stable::contiguous(anchors);
   check_rising(op, "anchors", anchors_, grid.size(), stream);
+  if (!grid.is_video) check_frames(op, anchors_, grid.frames, grid.height * grid.width, stream);
   run(anchors_, grid, beyond, nearest, stream);
   return nearest;
 }

@@ -34,7 +34,7 @@ class ModelCall:
     state: Tensor
     text_tokens: int
     cost: Cost
-    grid: Callable[[], tuple[int, int]]
+    grid: Callable[[], tuple[int, ...]]
     noise_level: Callable[[], float]
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1

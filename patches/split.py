@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
@@ -48,7 +49,7 @@ class Branches:
 
     def scatter(self, values: Tensor) -> Tensor:
         """Returns `values` (count * B, M, ...) in place among zeros, (count * B, N, ...)."""
-        return values if self.is_dense else scatter_tokens(values, self.anchors, self.run.grid[0] * self.run.grid[1])
+        return values if self.is_dense else scatter_tokens(values, self.anchors, num_tokens_of(self.run.grid))
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,22 +161,6 @@ KERNELS = (
         lifts=True,
     ),
     Kernel(
-        name="lift_into",
-        run=lambda x: ops.lift_into(x.out, x.values, *x.plan),
-        reference=lambda x: reference.lift_into(x.out, x.values, *x.plan),
-        released=released_lift,
-        bytes_moved=lambda x: _bytes(x.values, x.state, x.nearest, x.anchors),
-        lifts=True,
-    ),
-    Kernel(
-        name="lift_step_into",
-        run=lambda x: ops.lift_step_into(x.out, x.values, *x.plan, x.levels),
-        reference=lambda x: reference.lift_step_into(x.out, x.values, *x.plan, x.levels),
-        released=lambda x: x.state + (_LEVELS[1] - _LEVELS[0]) * released_lift(x),
-        bytes_moved=lambda x: _bytes(x.values, x.state, x.state, x.nearest, x.anchors),
-        lifts=True,
-    ),
-    Kernel(
         name="importance",
         run=lambda x: ops.importance(x.velocity, x.grid),
         reference=lambda x: reference.importance(x.velocity, x.grid),

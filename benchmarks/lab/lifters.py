@@ -10,28 +10,28 @@ import torch
 from scipy import ndimage, spatial  # type: ignore[import-untyped]
 from torch import Tensor
 
-Lifter = Callable[[Tensor, tuple[int, int]], Tensor]
+Lifter = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
-def places(indices: Tensor, grid: tuple[int, int]) -> np.ndarray:
+def places(indices: Tensor, grid: tuple[int, ...]) -> np.ndarray:
     """Returns row and column of raster indices (n,), as (n, 2) float64."""
     return np.stack(np.unravel_index(indices.numpy(), grid), axis=1).astype(np.float64)
 
 
-def nearest(anchors: Tensor, grid: tuple[int, int]) -> Tensor:
+def nearest(anchors: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Returns the weights of the nearest anchor, the lowest raster index among equals."""
     squared = _squared_distances(anchors, grid)
     return torch.nn.functional.one_hot(torch.from_numpy(squared.argmin(axis=1)), len(anchors)).float()
 
 
-def blurred(anchors: Tensor, grid: tuple[int, int], sigma: float = 1.0) -> Tensor:
+def blurred(anchors: Tensor, grid: tuple[int, ...], sigma: float = 1.0) -> Tensor:
     """Returns nearest fill and then a Gaussian blur of `sigma` tokens over the grid, reflecting: the paper's lifter."""
     filled = nearest(anchors, grid).numpy().reshape(*grid, len(anchors))
     blur = functools.partial(ndimage.gaussian_filter1d, sigma=sigma, mode="mirror", radius=int(np.ceil(3 * sigma)))
     return torch.from_numpy(blur(blur(filled, axis=0), axis=1).reshape(-1, len(anchors)))
 
 
-def weighted(anchors: Tensor, grid: tuple[int, int], sigma: float = 1.0) -> Tensor:
+def weighted(anchors: Tensor, grid: tuple[int, ...], sigma: float = 1.0) -> Tensor:
     """Returns a Gaussian-weighted mean over the anchors themselves (Nadaraya-Watson), `sigma` in tokens."""
     squared = _squared_distances(anchors, grid)
     exponent = -0.5 * (squared - squared.min(axis=1, keepdims=True)) / sigma**2
@@ -39,7 +39,7 @@ def weighted(anchors: Tensor, grid: tuple[int, int], sigma: float = 1.0) -> Tens
     return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def linear(anchors: Tensor, grid: tuple[int, int]) -> Tensor:
+def linear(anchors: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Returns barycentric weights of the Delaunay triangle that holds each token; the nearest anchor outside all."""
     where = places(torch.arange(grid[0] * grid[1]), grid)
     triangles = spatial.Delaunay(places(anchors, grid))
@@ -54,7 +54,7 @@ def linear(anchors: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy(weights)
 
 
-def _squared_distances(anchors: Tensor, grid: tuple[int, int]) -> np.ndarray:
+def _squared_distances(anchors: Tensor, grid: tuple[int, ...]) -> np.ndarray:
     tokens = places(torch.arange(grid[0] * grid[1]), grid)
     difference = tokens[:, None] - places(anchors, grid)[None]
     return np.asarray((difference**2).sum(axis=2))

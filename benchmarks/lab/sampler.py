@@ -20,7 +20,7 @@ from jitaccel.method.steps import KnownLevels
 from jitaccel.tokens import put_tokens_
 
 from .network import CachedNetwork, Network, StaleNetwork, Texts, watching
-from .variant import Variant, VariantRun, words_attended
+from .variant import Variant, start, words_attended
 
 GRID, CHANNELS, TEXT_TOKENS, SIDE_PX = (32, 32), 32, 48, 256
 _BATCH = 8
@@ -64,8 +64,8 @@ def sample(bench: Bench, variant: Variant, *, mixed: bool = True) -> Sampled:
     alone = variant.stale_keys or variant.cache_threshold is not None or variant.scores is words_attended
     size = 1 if alone else _BATCH
     pictures, cost, stages = [], [], []
-    for start in range(0, len(bench.prompts), size):
-        chosen = slice(start, start + size)
+    for first in range(0, len(bench.prompts), size):
+        chosen = slice(first, first + size)
         with torch.no_grad():
             state, activated, flops = _denoise(bench, variant, chosen, mixed)
         pictures.append(_decode(bench.pipe, state))
@@ -103,7 +103,7 @@ def _integrate(network: Network, variant: Variant, state: Tensor, processors: Se
     """Returns the last state, and in which stage each token was activated, (B, N)."""
     levels = noise_levels(variant.config)
     clock = KnownLevels(variant.config, levels)
-    run = VariantRun(variant, GRID, clock.step(0), state)
+    run, watched = start(variant, GRID, clock.step(0), state)
     stage = 0
     activated = torch.full(state.shape[:2], variant.config.num_stages - 1)
     if variant.scores is words_attended:
@@ -125,7 +125,7 @@ def _integrate(network: Network, variant: Variant, state: Tensor, processors: Se
             velocity = run.leave(step, state, network(run.gather(state), run.anchors, step.noise_level))
         for share in (p.words_share for p in processors if p.words_share is not None):
             filled = share.gather(1, run.plan.nearest)
-            run.words_seen = put_tokens_(filled.contiguous(), share, run.anchors)
+            watched.words = put_tokens_(filled.contiguous(), share, run.anchors)
         state = state + (step.next_level - step.noise_level) * velocity
     run.check_finite()
     return state, activated

@@ -1,11 +1,10 @@
-"""Variants of the method, with another lifter or importance than the product's: a `Run` that overrides its own."""
+"""Variants of the method, with another lifter or importance than the product's: the parts that they hand to a `Run`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from torch import Tensor
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.importance import importance
 from jitaccel.method.lift import LiftPlan
-from jitaccel.method.run import Left, Run
+from jitaccel.method.run import Left, Parts, Run
 from jitaccel.method.steps import Step
 from jitaccel.tokens import gather_tokens, put_tokens_
 
-from .lifters import Lifter
+from .lifters import Lifter, blurred
 
-Scores = Callable[["VariantRun", Left], Tensor]
+Scores = Callable[["Lab"], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,47 +36,74 @@ class Variant:
     cache_threshold: float | None = None
 
 
-class VariantRun(Run):
-    """A generation of a variant. `words_seen`: how much attention each token pays to the words, (B, N), or None."""
+@dataclass(kw_only=True)
+class Watched:
+    """What the sampler sees of the network: how much attention each token pays to the words, (B, N), or None."""
 
-    def __init__(self, variant: Variant, grid: tuple[int, int], step: Step, state: Tensor) -> None:
-        self._variant = variant
-        self._weights: Tensor | None = None
-        self.words_seen: Tensor | None = None
-        super().__init__(variant.config, grid, step, state)
+    words: Tensor | None = None
 
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """One generator for each image, from which its random choices come."""
-        return self._generators
 
-    def _plan(self, anchors: Tensor) -> None:
-        super()._plan(anchors)
-        lifter = self._variant.lifter
-        if lifter is not None and not self.is_dense:
-            self._weights = torch.stack([lifter(row, self.grid) for row in anchors])
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """What scores may read at the end of a stage."""
 
-    def scores(self, left: Left) -> Tensor:
-        return super().scores(left) if self._variant.scores is None else self._variant.scores(self, left)
+    run: Run
+    left: Left
+    lifter: Lifter | None
+    words: Tensor | None
 
-    def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
-        if self._weights is None or self.is_dense:
-            return super().lift(step, state, values)
-        if self.config.lifter == "velocity":
-            lifted = self._weights @ values
-        else:
-            clean = self.gather(state) - step.noise_level * values
-            lifted = (state - self._weights @ clean) / step.noise_level
-        return put_tokens_(lifted, values, self.anchors)
 
-    def move(self, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
-        if self._variant.lifter is None:
-            return super().move(step, state, left, tokens, old)
-        weights = torch.stack([self._variant.lifter(row, self.grid) for row in old.anchors])
-        lifted = weights @ gather_tokens(clean_of(left), old.anchors)
-        target = (1.0 - step.noise_level) * lifted + step.noise_level * self._target_noise(state)
-        now, goal = gather_tokens(state, tokens), gather_tokens(target, tokens)
-        return put_tokens_(state.clone(), torch.lerp(now, goal, self.config.move_weight), tokens)
+def start(variant: Variant, grid: tuple[int, ...], step: Step, state: Tensor) -> tuple[Run, Watched]:
+    """Returns a generation of a variant, and where its sampler notes what it has watched."""
+    watched = Watched()
+    return Run(variant.config, grid, step, state, parts=parts_of(variant, watched)), watched
+
+
+def parts_of(variant: Variant, watched: Watched) -> Parts:
+    """Returns the product's parts, with those that the variant replaces."""
+    parts = Parts()
+    if variant.scores is not None:
+        parts = replace(parts, scores=functools.partial(_scores, variant, watched))
+    if variant.lifter is not None:
+        weights = _Weights(variant.lifter)
+        parts = replace(parts, lift=functools.partial(_lift, weights), move=functools.partial(_move, weights))
+    return parts
+
+
+class _Weights:
+    """A lifter's weights at each image's anchors, (B, N, M), made once a stage."""
+
+    def __init__(self, lifter: Lifter) -> None:
+        self._lifter = lifter
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def at(self, plan: LiftPlan) -> Tensor:
+        if self._made is None or self._made[0] is not plan.anchors:
+            self._made = plan.anchors, torch.stack([self._lifter(row, plan.grid) for row in plan.anchors])
+        return self._made[1]
+
+
+def _scores(variant: Variant, watched: Watched, run: Run, left: Left) -> Tensor:
+    assert variant.scores is not None
+    return variant.scores(Lab(run=run, left=left, lifter=variant.lifter, words=watched.words))
+
+
+def _lift(weights: _Weights, run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
+    if run.is_dense:
+        return values
+    if run.config.lifter == "velocity":
+        lifted = weights.at(run.plan) @ values
+    else:
+        clean = run.gather(state) - step.noise_level * values
+        lifted = (state - weights.at(run.plan) @ clean) / step.noise_level
+    return put_tokens_(lifted, values, run.anchors)
+
+
+def _move(weights: _Weights, run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
+    lifted = weights.at(old) @ gather_tokens(clean_of(left), old.anchors)
+    target = (1.0 - step.noise_level) * lifted + step.noise_level * run.target_noise(state)
+    now, goal = gather_tokens(state, tokens), gather_tokens(target, tokens)
+    return put_tokens_(state.clone(), torch.lerp(now, goal, run.config.move_weight), tokens)
 
 
 def clean_of(left: Left) -> Tensor:
@@ -85,23 +111,24 @@ def clean_of(left: Left) -> Tensor:
     return left.state - left.noise_level * left.velocity
 
 
-def clean_variance(run: VariantRun, left: Left) -> Tensor:
+def clean_variance(lab: Lab) -> Tensor:
     """Returns the local variance of the clean estimate."""
-    return importance(clean_of(left), run.grid, run.config.importance_window)
+    return importance(clean_of(lab.left), lab.run.grid, lab.run.config.importance_window)
 
 
-def gradient(run: VariantRun, left: Left) -> Tensor:
+def gradient(lab: Lab) -> Tensor:
     """Returns the squared gradient of the clean estimate, by central differences, mean over channels."""
-    field = clean_of(left).unflatten(1, run.grid)
+    field = clean_of(lab.left).unflatten(1, lab.run.grid)
     down, right = torch.gradient(field, dim=(1, 2))
     return (down.square() + right.square()).mean(dim=-1).flatten(1)
 
 
-def left_out_error(run: VariantRun, left: Left) -> Tensor:
+def left_out_error(lab: Lab) -> Tensor:
     """Returns by how much the lifter misses each anchor's velocity when it is left out, as the nearest anchor's."""
+    lifter, run = lab.lifter or functools.partial(blurred, sigma=1.0), lab.run
     found = []
-    for anchors, nearest, velocity in zip(run.anchors, run.plan.nearest, left.velocity, strict=True):
-        weights = _own_weights(run, anchors)
+    for anchors, nearest, velocity in zip(run.anchors, run.plan.nearest, lab.left.velocity, strict=True):
+        weights = lifter(anchors, run.grid)
         values = velocity[anchors]
         own = weights[anchors].diagonal()[:, None].clamp(max=0.99)
         guessed = (weights[anchors] @ values - own * values) / (1.0 - own)
@@ -109,31 +136,23 @@ def left_out_error(run: VariantRun, left: Left) -> Tensor:
     return torch.stack(found)
 
 
-def random_scores(run: VariantRun, left: Left) -> Tensor:
+def random_scores(lab: Lab) -> Tensor:
     """Returns noise: tokens are activated at random."""
-    size = left.velocity.shape[1]
-    return torch.stack([torch.rand(size, generator=generator) for generator in run.generators])
+    size = lab.left.velocity.shape[1]
+    return torch.stack([torch.rand(size, generator=generator) for generator in lab.run.generators])
 
 
-def fixed_grid(run: VariantRun, left: Left) -> Tensor:
+def fixed_grid(lab: Lab) -> Tensor:
     """Returns the same for every picture: first every other token of a checkerboard, then the rest, spread evenly."""
-    height, width = run.grid
+    height, width = lab.run.grid
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     even = ((row + column) % 2 == 0).float()
     spread = (row * 0.7548776662 + column * 0.5698402910) % 1.0  # a low-discrepancy order
-    return (even + spread).flatten().expand(left.velocity.shape[0], -1)
+    return (even + spread).flatten().expand(lab.left.velocity.shape[0], -1)
 
 
-def words_attended(run: VariantRun, left: Left) -> Tensor:
+def words_attended(lab: Lab) -> Tensor:
     """Returns how much attention each token pays to the words; inactive tokens as the nearest anchor."""
-    if run.words_seen is None:
+    if lab.words is None:
         raise RuntimeError("words_attended: the network must have noted the attention to words, got none")
-    return run.words_seen
-
-
-def _own_weights(run: VariantRun, anchors: Tensor) -> Tensor:
-    from .lifters import blurred
-
-    lifter: Callable[..., Any] = run._variant.lifter or functools.partial(blurred, sigma=1.0)
-    weights: Tensor = lifter(anchors, run.grid)
-    return weights
+    return lab.words

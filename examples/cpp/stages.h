@@ -99,13 +99,13 @@ auto find(const char* name) {
 }
 
 inline at::Tensor nearest_anchor(const at::Tensor& anchors, at::IntArrayRef grid) {
-  static const auto op = find<at::Tensor(const at::Tensor&, at::IntArrayRef)>("jitaccel::nearest_anchor");
-  return op.call(anchors, grid);
+  static const auto op = find<at::Tensor(const at::Tensor&, at::IntArrayRef, bool)>("jitaccel::nearest_anchor");
+  return op.call(anchors, grid, false);
 }
 
 inline at::Tensor importance(const at::Tensor& velocity, at::IntArrayRef grid, int64_t window) {
-  static const auto op = find<at::Tensor(const at::Tensor&, at::IntArrayRef, int64_t)>("jitaccel::importance");
-  return op.call(velocity, grid, window);
+  static const auto op = find<at::Tensor(const at::Tensor&, at::IntArrayRef, int64_t, bool)>("jitaccel::importance");
+  return op.call(velocity, grid, window, false);
 }
 
 inline at::Tensor activate(const at::Tensor& scores, const at::Tensor& anchors, int64_t count) {
@@ -119,9 +119,10 @@ inline void micro_flow_into(at::Tensor state, const at::Tensor& previous, const 
                             const at::Tensor& levels, double weight) {
   static const auto op =
       find<void(at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                const at::Tensor&, const at::Tensor&, at::IntArrayRef, const at::Tensor&, const at::Tensor&, double)>(
+                const at::Tensor&, const at::Tensor&, at::IntArrayRef, const at::Tensor&, const at::Tensor&, double,
+                bool)>(
           "jitaccel::micro_flow_into");
-  op.call(state, previous, velocity, noise, tokens, nearest, anchors, grid, blur, levels, weight);
+  op.call(state, previous, velocity, noise, tokens, nearest, anchors, grid, blur, levels, weight, false);
 }
 
 }  // namespace operators

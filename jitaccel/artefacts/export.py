@@ -36,6 +36,7 @@ from ..execution.options import Attention
 from ..generation import registry
 from ..generation.handle import Handle
 from ..method.config import JiTConfig, resolve
+from ..method.grid import num_tokens_of
 from .manifest import TENSORS, WEIGHTS, Format, Input, Plan, file_digest, plan_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]
@@ -52,7 +53,7 @@ class Source:
     codebase: str
     stages: Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
     levels: tuple[float, ...]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     model: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
@@ -128,7 +129,7 @@ def _write(
     weights = weights_of(source.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
     write_tensors(folder / TENSORS, plan_tensors(config, source.levels, source.grid))
-    counts = config.token_counts(source.grid[0] * source.grid[1])
+    counts = config.token_counts(num_tokens_of(source.grid))
     device = source.device.type
     plan = Plan(
         format=format,
@@ -147,7 +148,7 @@ def _write(
         processor=processor(source.device),
         torch_version=torch.__version__,
         attention=attention,
-        operators=(device,) if device in ops.compiled() and counts[0] < source.grid[0] * source.grid[1] else (),
+        operators=(device,) if device in ops.compiled() and counts[0] < num_tokens_of(source.grid) else (),
         model=source.model,
         files={},
     )

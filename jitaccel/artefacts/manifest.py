@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..errors import ArtefactError
 from ..method.config import JiTConfig
+from ..method.grid import num_tokens_of
 from ..method.lift import blur_weights
-from ..method.solver import extrapolation_weight
+from ..method.solver import make_solver
 
 Format = Literal["aoti", "torchscript"]
 VERSION = 3
@@ -62,7 +63,7 @@ class Plan:
     config: JiTConfig
     levels: tuple[float, ...]
     tokens: tuple[int, ...]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     batch: int
     text_tokens: int
     inputs: tuple[tuple[Input, ...], ...]
@@ -173,15 +174,15 @@ def _told(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, int]) -> dict[str, Tensor]:
+def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, ...]) -> dict[str, Tensor]:
     """Returns what a program without JSON needs of a plan, by name.
 
-    levels: (S + 1,) float32. stages: (S,) int64, of each step. tokens: (K,) int64. grid: (2,) int64. window: (1,)
-    int64, the importance window. move_weight: (1,) float64. own_noise: (1,) int64. blur_k: (W_k,) float32, of stage k.
-    solver_gains: (S,) float64, what a step adds to the state of the change of the clean estimate since the step before,
-    all 0 for Euler.
+    levels: (S + 1,) float32. stages: (S,) int64, of each step. tokens: (K,) int64. grid: (2,) int64, height and width,
+    or (3,), frames first, which the C++ example refuses. window: (1,) int64, the importance window. move_weight: (1,)
+    float64. own_noise: (1,) int64. blur_k: (W_k,) float32, of stage k. solver_gains: (S,) float64, what a step adds to
+    the state of the change of the clean estimate since the step before, all 0 for Euler.
     """
-    steps, num_tokens = len(levels) - 1, grid[0] * grid[1]
+    steps, num_tokens = len(levels) - 1, num_tokens_of(grid)
     counts = config.token_counts(num_tokens)
     whole = {
         "stages": [config.stage_of_step(step, steps) for step in range(steps)],
@@ -203,11 +204,9 @@ def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, in
 
 
 def _solver_gains(config: JiTConfig, levels: Sequence[float]) -> list[float]:
-    gains = [0.0] * (len(levels) - 1)
-    if config.solver == "dpmpp_2m":
-        for step, (before, level, next_level) in enumerate(zip(levels, levels[1:], levels[2:], strict=False), start=1):
-            gains[step] = (1.0 - next_level / level) * extrapolation_weight(before, level, next_level)
-    return gains
+    weight = make_solver(config.solver).weight
+    after = zip(levels, levels[1:], levels[2:], strict=False)
+    return [0.0, *((1.0 - end / start) * weight(before, start, end) for before, start, end in after)]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

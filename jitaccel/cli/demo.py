@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..method.grid import num_tokens_of
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Generation, Method
@@ -181,7 +182,7 @@ def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> 
     first = sparse.generations[0]
     assert first.stats is not None
     stats = first.stats
-    labels, total = [], stats.grid[0] * stats.grid[1]
+    labels, total = [], num_tokens_of(stats.grid)
     for stage, anchors in enumerate(stats.anchors):
         steps = [step.index for step in stats.steps if step.stage == stage]
         when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}-{steps[-1]}"

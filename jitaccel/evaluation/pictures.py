@@ -43,11 +43,14 @@ def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: 
     pen.text(corner, text, fill=_INK, font=font)
 
 
-def show_active(picture: Pixels, anchors: Sequence[int] | NDArray[np.int64], grid: tuple[int, int]) -> Pixels:
+def show_active(picture: Pixels, anchors: Sequence[int] | NDArray[np.int64], grid: tuple[int, ...]) -> Pixels:
     """Returns the picture with every token that did not enter the network dimmed, as uint8.
 
-    anchors: raster indices on the grid (grid_h, grid_w), of which each cell is one token's patch.
+    anchors: raster indices on the grid (grid_h, grid_w), of which each cell is one token's patch. Raises
+    ValueError for a grid of frames: a picture shows one.
     """
+    if len(grid) != 2:
+        raise ValueError(f"show_active: grid must be (grid_h, grid_w), got {grid}; show one frame")
     active = np.zeros(grid[0] * grid[1], bool)
     active[np.asarray(anchors)] = True
     cell_h, cell_w = picture.shape[0] // grid[0], picture.shape[1] // grid[1]

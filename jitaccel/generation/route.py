@@ -71,7 +71,7 @@ class Generation:
     def __init__(
         self,
         config: JiTConfig,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         step: Step,
         state: Tensor,
         *,

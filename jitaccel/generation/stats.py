@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..method.config import JiTConfig
+from ..method.grid import name_of, num_tokens_of
 from ..method.steps import Step
 from .stopwatch import Stopwatch
 
@@ -53,7 +54,7 @@ class Stats:
     attention: str | None = None
     compiled: CompileStats | None = None
     batch: int = 0
-    grid: tuple[int, int] = (0, 0)
+    grid: tuple[int, ...] = (0, 0)
     text_tokens: int = 0
     dense_step_flops: int = 0
     steps: tuple[StepStats, ...] = ()
@@ -99,9 +100,8 @@ class Stats:
         lines += [f"note: {note}" for note in self.notes]
         if not self.steps:
             return "\n".join(lines)
-        height, width = self.grid
         lines.append(
-            f"last: batch {self.batch}, grid {height}x{width}, {self.text_tokens} text tokens, "
+            f"last: batch {self.batch}, grid {name_of(self.grid)}, {self.text_tokens} text tokens, "
             f"{self.flops / 1e9:.1f} GFLOP = {self.dense_steps:.2f} dense steps, "
             f"network {self.network_s:.3f} s, method {self.outside_s:.3f} s"
         )
@@ -127,7 +127,7 @@ class Recorder:
 
     cost: Cost
     batch: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     text_tokens: int
     device: torch.device
     _entries: dict[int, _Entry] = field(default_factory=dict)
@@ -196,13 +196,12 @@ def summarize(
     )
     if recorder is None:
         return ran
-    height, width = recorder.grid
     return replace(
         ran,
         batch=recorder.batch,
         grid=recorder.grid,
         text_tokens=recorder.text_tokens,
-        dense_step_flops=recorder.batch * recorder.cost(height * width, recorder.text_tokens),
+        dense_step_flops=recorder.batch * recorder.cost(num_tokens_of(recorder.grid), recorder.text_tokens),
         steps=recorder.steps(),
         anchors=recorder.anchors(),
     )

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import NonFiniteVelocityError
+from .grid import lattice, name_of, num_frames, num_tokens_of
 
 
 def first_anchors(
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     count: int,
     generator: torch.Generator | None = None,
     forced: Tensor | None = None,
@@ -21,22 +22,18 @@ def first_anchors(
     The even rows and columns plus the whole border; where that is fewer than `count`, more tokens are drawn
     at random among the others; where more, some are dropped at random (arXiv:2603.10744, nested token
     sets, as its released code builds them). Departs from that code, which draws from the global generator.
+    On (t, h, w) each frame has these places, and keeps one anchor at least.
 
-    grid: (grid_h, grid_w). count: 1..grid_h * grid_w. generator: needed where something is drawn. forced: (N,) bool,
+    grid: (h, w) or (t, h, w). count: frames..N. generator: needed where something is drawn. forced: (N,) bool,
     tokens that are anchors whatever comes, `count` of them at most; the rest is placed among the others.
     """
-    height, width = grid
-    num_tokens = height * width
-    if not 1 <= count <= num_tokens:
+    num_tokens = num_tokens_of(grid)
+    if not num_frames(grid) <= count <= num_tokens:
         raise ValueError(
-            f"first_anchors: count must be in 1..{num_tokens} on a {height}x{width} grid, got {count}; "
+            f"first_anchors: count must be in {num_frames(grid)}..{num_tokens} on a {name_of(grid)} grid, got {count}; "
             f"take it from JiTConfig.token_counts"
         )
-    regular = torch.zeros(height, width, dtype=torch.bool)
-    regular[::2, ::2] = True
-    regular[[0, -1], :] = True
-    regular[:, [0, -1]] = True
-    regular = regular.flatten()
+    regular = lattice(grid)
     always = torch.zeros(num_tokens, dtype=torch.bool) if forced is None else forced.cpu()
     count -= int(always.sum())
     if count < 0:
@@ -47,12 +44,35 @@ def first_anchors(
         outside = (~regular & ~always).nonzero().squeeze(1)
         inside = torch.cat([inside, outside[_draw(len(outside), missing, generator)]])
     elif missing < 0:
-        inside = inside[_draw(len(inside), count, generator)]
+        inside = _dropped(inside, always, count, grid, generator)
     return torch.cat([always.nonzero().squeeze(1), inside]).sort().values
 
 
-def _draw(population: int, count: int, generator: torch.Generator | None) -> Tensor:
-    if count == population:
+def _dropped(
+    inside: Tensor, always: Tensor, count: int, grid: tuple[int, ...], generator: torch.Generator | None
+) -> Tensor:
+    """Returns `count` of the tokens `inside`, at random; of each frame that `always` leaves empty one at least."""
+    order = inside[_draw(len(inside), len(inside), generator, shuffle=True)]
+    frames = num_frames(grid)
+    if frames == 1:
+        return order[:count]
+    frame_size = num_tokens_of(grid[-2:])
+    needed = ~always.view(frames, frame_size).any(dim=1)
+    # Of each frame that needs one, the token that is drawn first.
+    first = torch.zeros(len(order), dtype=torch.bool)
+    for frame in needed.nonzero().squeeze(1).tolist():
+        first[(order // frame_size == frame).nonzero()[0]] = True
+    kept = torch.cat([order[first], order[~first]])
+    if int(first.sum()) > count:
+        raise ValueError(
+            f"first_anchors: count must leave an anchor to each of the {frames} frames besides the forced tokens, got "
+            f"{count} for {int(first.sum())} frames without one; raise the density"
+        )
+    return kept[:count]
+
+
+def _draw(population: int, count: int, generator: torch.Generator | None, *, shuffle: bool = False) -> Tensor:
+    if count == population and not shuffle:
         return torch.arange(population)
     if generator is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From the anchors to every token: nearest fill, Gaussian blur, anchors kept."""
+"""From the anchors to every token, within each frame: nearest fill, Gaussian blur, anchors kept."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import reference
+from .grid import num_tokens_of
 
 
 @dataclass(frozen=True, eq=False)
 class LiftPlan:
     """What `lift` needs to know of a stage, built once a stage by `make_lift_plan`.
 
-    grid: (grid_h, grid_w). anchors: (B, M) int64, sorted. nearest: (B, N) int64, index among the M anchors of
+    grid: (h, w) or (t, h, w). anchors: (B, M) int64, sorted. nearest: (B, N) int64, index among the M anchors of
     the one nearest to each token. weights: (K,) float32, the blur's.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     anchors: Tensor
     nearest: Tensor
     weights: Tensor
@@ -42,20 +43,21 @@ def blur_weights(density: float, blur_scale: float = 0.4) -> Tensor:
     return weights / weights.sum()
 
 
-def make_lift_plan(anchors: Tensor, grid: tuple[int, int], blur_scale: float = 0.4) -> LiftPlan:
-    """Returns the plan that lifts from `anchors` (B, M) int64, sorted, to a `(grid_h, grid_w)` grid.
+def make_lift_plan(anchors: Tensor, grid: tuple[int, ...], blur_scale: float = 0.4) -> LiftPlan:
+    """Returns the plan that lifts from `anchors` (B, M) int64, sorted, to a grid of (h, w) or (t, h, w).
 
-    All tensors live on the anchors' device. Raises ValueError for anchors that are unsorted or off the grid, which is
-    looked up: on a GPU it waits once, here and in no step.
+    All tensors live on the anchors' device. Raises ValueError for anchors that are unsorted or off the grid, and
+    for a frame without one, which is looked up: on a GPU it waits once, here and in no step.
     """
-    num_tokens = grid[0] * grid[1]
-    ops.schema.check_nearest_anchor("make_lift_plan", anchors, grid)
+    num_tokens = num_tokens_of(grid)
+    ops.schema.check_nearest_anchor("make_lift_plan", anchors, grid, stack=True)
     reference.check_rows("make_lift_plan", anchors, num_tokens)
+    reference.check_frames("make_lift_plan", anchors, grid)
     weights = blur_weights(anchors.shape[1] / num_tokens, blur_scale)
     return LiftPlan(
         grid=grid,
         anchors=anchors,
-        nearest=ops.nearest_anchor(anchors, grid),
+        nearest=ops.nearest_anchor(anchors, grid, stack=True),
         weights=weights.to(anchors.device, torch.float32),
     )
 
@@ -68,7 +70,7 @@ def lift(values: Tensor, plan: LiftPlan) -> Tensor:
     if plan.is_dense:
         ops.schema.check_values("lift", values, plan.anchors)
         return values
-    return ops.lift(values, plan.nearest, plan.anchors, plan.grid, plan.weights)
+    return ops.lift(values, plan.nearest, plan.anchors, plan.grid, plan.weights, stack=True)
 
 
 def lift_velocity(
@@ -93,4 +95,4 @@ def lift_velocity(
         raise ValueError(f'lift_velocity: lifter must be "velocity" or "clean", got {lifter!r}; choose one')
     if not level > 0.0:
         raise ValueError(f"lift_velocity: level must be above 0 to lift the clean estimate, got {level}")
-    return ops.lift_clean(values, state, plan.nearest, plan.anchors, plan.grid, plan.weights, level)
+    return ops.lift_clean(values, state, plan.nearest, plan.anchors, plan.grid, plan.weights, level, stack=True)

@@ -27,7 +27,6 @@ def micro_flow(
     """
     moved = state.clone(memory_format=torch.contiguous_format)
     both = torch.tensor(levels, dtype=torch.float32, device=state.device)
-    ops.micro_flow_into(
-        moved, previous, velocity, noise, tokens, plan.nearest, plan.anchors, plan.grid, plan.weights, both, weight
-    )
+    lift = (plan.nearest, plan.anchors, plan.grid, plan.weights)
+    ops.micro_flow_into(moved, previous, velocity, noise, tokens, *lift, both, weight, stack=True)
     return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,11 @@ from ..errors import ConfigError, NonFiniteVelocityError
 from ..tokens import gather_tokens, scatter_tokens
 from .anchors import activate, first_anchors, merge_anchors
 from .config import JiTConfig
+from .grid import name_of, num_tokens_of
 from .importance import importance
 from .lift import LiftPlan, lift_velocity, make_lift_plan
 from .microflow import micro_flow
-from .solver import Multistep
+from .solver import make_solver
 from .steps import Step
 
 
@@ -27,6 +29,36 @@ class Left:
     noise_level: float
 
 
+def importance_of(run: Run, left: Left) -> Tensor:
+    """Returns the local variance of the last full velocity, (B, N) float32 (ITA, arXiv:2603.10744)."""
+    return importance(left.velocity, run.grid, run.config.importance_window)
+
+
+def lifted(run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
+    """Returns the velocity at every token, (B, N, D), as `JiTConfig.lifter` says: `lift_velocity`."""
+    return lift_velocity(values, state, step.noise_level, run.plan, run.config.lifter)
+
+
+def moved(run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
+    """Returns a new `state` with the activated `tokens` (B, count) moved towards their target: `micro_flow`."""
+    noise, levels = run.target_noise(state), (left.noise_level, step.noise_level)
+    return micro_flow(state, left.state, left.velocity, noise, tokens, old, levels, run.config.move_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run computes with; a variant of the method replaces some.
+
+    scores: (run, left) -> (B, N) float32, what tokens are activated by; asked only where some tokens, not all, are.
+    lift: (run, step, state, values (B, M, D)) -> the velocity at every token, (B, N, D).
+    move: (run, step, state, left, tokens (B, count), plan before activation) -> a new state.
+    """
+
+    scores: Callable[[Run, Left], Tensor] = importance_of
+    lift: Callable[[Run, Step, Tensor, Tensor], Tensor] = lifted
+    move: Callable[[Run, Step, Tensor, Left, Tensor, LiftPlan], Tensor] = moved
+
+
 class Run:
     """One generation: `enter` a step with the state, run the network at `anchors`, `leave` with its velocity.
 
@@ -37,9 +69,9 @@ class Run:
 
     state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation. forced:
     (B, N) bool, tokens that are anchors from the first stage on (a mask that is painted anew); densities are shares of
-    the others. multiple: what numbers of anchors are rounded up to. `noise_level` is that of the step entered last.
-
-    `scores`, `move` and `lift` are what a variant of the method overrides (`benchmarks/lab`).
+    the others. multiple: what numbers of anchors are rounded up to. parts: what a variant of the method replaces
+    (`benchmarks/lab`). `noise_level` is that of the step entered last; `generators`, one for each image, are where its
+    random choices come from.
 
     Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1.
     """
@@ -47,7 +79,7 @@ class Run:
     def __init__(
         self,
         config: JiTConfig,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         step: Step,
         state: Tensor,
         *,
@@ -55,11 +87,12 @@ class Run:
         noise: Tensor | None = None,
         forced: Tensor | None = None,
         multiple: int = 1,
+        parts: Parts = Parts(),
     ) -> None:
-        num_tokens = grid[0] * grid[1]
+        num_tokens = num_tokens_of(grid)
         if state.ndim != 3 or state.shape[1] != num_tokens:
             raise ValueError(
-                f"Run: state must be (B, {num_tokens}, D) for a grid of {grid[0]}x{grid[1]}, got "
+                f"Run: state must be (B, {num_tokens}, D) for a grid of {name_of(grid)}, got "
                 f"{tuple(state.shape)}; pass position ids and tokens of the same picture"
             )
         if config.noise == "own" and config.num_stages > 1 and step.noise_level < 1.0:
@@ -71,15 +104,16 @@ class Run:
         self.noise_level = step.noise_level
         num_forced = 0 if forced is None else int(forced.sum(dim=1).max())
         self._counts = config.token_counts(num_tokens, num_forced, multiple)
-        self._generators = image_generators(state)
+        self._parts = parts
+        self.generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: Left | None = None
-        self._solver = None if config.solver == "euler" else Multistep()
+        self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
         if anchors is None:
-            masks = [None] * len(self._generators) if forced is None else forced.cpu().unbind(0)
+            masks = [None] * len(self.generators) if forced is None else forced.cpu().unbind(0)
             count = self._counts[self.stage]
-            drawn = [first_anchors(grid, count, g, m) for g, m in zip(self._generators, masks, strict=True)]
+            drawn = [first_anchors(grid, count, g, m) for g, m in zip(self.generators, masks, strict=True)]
             anchors = torch.stack(drawn).to(state.device)
         self._plan(anchors)
 
@@ -109,7 +143,7 @@ class Run:
 
     def scatter(self, values: Tensor) -> Tensor:
         """Returns the anchors' `values` in place among zeros, (B, N, ...), or `values` where every token is one."""
-        return values if self.is_dense else scatter_tokens(values, self.anchors, self.grid[0] * self.grid[1])
+        return values if self.is_dense else scatter_tokens(values, self.anchors, num_tokens_of(self.grid))
 
     def enter(self, step: Step, state: Tensor) -> Tensor:
         """Returns the state from which the network runs at `step`: `state`, moved where a stage begins.
@@ -129,29 +163,27 @@ class Run:
         self.stage += 1
         old = self.plan
         count = self._counts[self.stage] - self.num_active
-        tokens = activate(self.scores(left), self.anchors, count)
+        tokens = self._activated(left, count)
         self._plan(merge_anchors(self.anchors, tokens))
         if self.config.move_weight == 0.0:
             return state
-        return self.move(step, state, left, tokens, old)
+        return self._parts.move(self, step, state, left, tokens, old)
 
-    def scores(self, left: Left) -> Tensor:
-        """Returns the importance of every token, (B, N) float32, by which the next ones are activated."""
-        return importance(left.velocity, self.grid, self.config.importance_window)
+    def _activated(self, left: Left, count: int) -> Tensor:
+        """Returns the tokens that a stage activates, (B, count); where it is all or none, nothing has to rank them."""
+        inactive = num_tokens_of(self.grid) - self.num_active
+        if 0 < count < inactive:
+            scores = self._parts.scores(self, left)
+        else:
+            scores = torch.zeros(left.velocity.shape[:2], device=left.velocity.device)
+        return activate(scores, self.anchors, count)
 
-    def move(self, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
-        """Returns a new `state` with the activated `tokens` (B, count) moved towards their target at `step`."""
-        noise, levels = self._target_noise(state), (left.noise_level, step.noise_level)
-        return micro_flow(state, left.state, left.velocity, noise, tokens, old, levels, self.config.move_weight)
-
-    def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
-        """Returns the velocity at every token from the network's `values` (B, M, D) at the anchors."""
-        return lift_velocity(values, state, step.noise_level, self.plan, self.config.lifter)
-
-    def _target_noise(self, state: Tensor) -> Tensor:
+    def target_noise(self, state: Tensor) -> Tensor:
+        """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
+        or drawn from `generators` when it is first asked for."""
         if self._noise is None:
             shape = state.shape[1:]
-            drawn = [torch.randn(shape, generator=generator) for generator in self._generators]
+            drawn = [torch.randn(shape, generator=generator) for generator in self.generators]
             self._noise = torch.stack(drawn).to(state.device)
         return self._noise
 
@@ -161,7 +193,7 @@ class Run:
         Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744), but for what a solver beyond Euler
         adds to it. state: the one the network saw.
         """
-        return self.remember(step, state, self.lift(step, state, values))
+        return self.remember(step, state, self._parts.lift(self, step, state, values))
 
     def remember(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
         """Keeps what later steps need of a full velocity: copies, since samplers may write in place.
@@ -171,18 +203,16 @@ class Run:
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
-        if self._solver is None:
-            return velocity
         return self._solver.correct(step, state, velocity, None if self.is_dense else self.anchors)
 
     @property
     def needs_every_step(self) -> bool:
         """Whether each step depends on the velocity of the one before, not only the first of a stage."""
-        return self._solver is not None
+        return self._solver.needs_every_step
 
     def before_solver(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
         """Returns the velocity that `remember` got where it returned this one, at the step that was left last."""
-        return velocity if self._solver is None else self._solver.uncorrect(step, state, velocity)
+        return self._solver.uncorrect(step, state, velocity)
 
     def check_finite(self) -> None:
         """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.

@@ -1,13 +1,15 @@
-"""Second-order steps: the velocity with which an Euler step ends where DPM-Solver++(2M) does (arXiv:2211.01095).
+"""Solvers: the velocity with which an Euler step, which every sampler takes, ends where the solver's step does.
 
-In flow matching an Euler step goes towards the clean estimate `x0 = y - level * v`. The solver goes towards one that is
-extrapolated from the step before, linearly in the logarithm of the signal-to-noise ratio: `x0 + w * (x0 - x0_before)`.
+`Euler` keeps the velocity. `Multistep` is DPM-Solver++(2M), of second order (arXiv:2211.01095). In flow matching an
+Euler step goes towards the clean estimate `x0 = y - level * v`. That solver goes towards one that is extrapolated from
+the step before, linearly in the logarithm of the signal-to-noise ratio: `x0 + w * (x0 - x0_before)`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -42,11 +44,53 @@ def _log_ratio(level: float) -> float:
     return math.log((1.0 - level) / level)
 
 
-class Multistep:
+class Solver(Protocol):
     """The solver of one generation: `correct` what the network returns, step by step.
+
+    needs_every_step: whether each step depends on the velocity of the one before, not only the first of a stage.
+    """
+
+    @property
+    def needs_every_step(self) -> bool: ...
+
+    def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
+        """Returns the velocity (B, N, D) that an Euler step is to take, in its dtype.
+
+        state: the one the network saw. anchors: (B, M) of this step; None: every token.
+        """
+        ...
+
+    def uncorrect(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
+        """Returns what `correct` got where it returned `velocity`, at a step that was given last."""
+        ...
+
+    def weight(self, before: float, level: float, next_level: float) -> float:
+        """Returns w: how far a step from `level` to `next_level`, after one from `before`, extrapolates."""
+        ...
+
+
+class Euler:
+    """Steps along the velocity as it is."""
+
+    needs_every_step = False
+
+    def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
+        return velocity
+
+    def uncorrect(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
+        return velocity
+
+    def weight(self, before: float, level: float, next_level: float) -> float:
+        return 0.0
+
+
+class Multistep:
+    """DPM-Solver++(2M): steps towards a clean estimate that is extrapolated from the step before.
 
     Where a stage begins, tokens that were lifted before it take an Euler step: their estimate was an interpolation.
     """
+
+    needs_every_step = True
 
     def __init__(self) -> None:
         self._before: Estimate | None = None
@@ -76,6 +120,9 @@ class Multistep:
         change = weight * (state.float() - self._before.clean)
         return ((velocity.float() + change / step.noise_level) / (1.0 + weight)).to(velocity.dtype)
 
+    def weight(self, before: float, level: float, next_level: float) -> float:
+        return extrapolation_weight(before, level, next_level)
+
     def _weight(self, step: Step, like: Tensor) -> Tensor | float | None:
         """Returns w, of each token (B, N, 1) where a stage has begun; None where it is 0 for all."""
         before = self._before
@@ -88,3 +135,8 @@ class Multistep:
             return weight
         each = torch.zeros(like.shape[:2], device=like.device)
         return each.scatter_(1, before.anchors, weight)[..., None]
+
+
+def make_solver(name: Literal["euler", "dpmpp_2m"]) -> Solver:
+    """Returns a fresh solver of one generation, by `JiTConfig.solver`."""
+    return Euler() if name == "euler" else Multistep()

@@ -4,9 +4,12 @@
 check shapes first, and call the plain-torch reference directly where nothing is compiled for the tensor's device or
 dtype, so that torch.compile can fuse it, and where gradients are wanted, which the compiled kernels have none of.
 
-Grids are (h, w), or (t, h, w) for video; N is their product. Indices are int64 raster indices, sorted, one row for each
-image. Values are float32, float16 or bfloat16 (the reference takes float64 too); sums are in float32. No operator
-waits for a CUDA device, allocates on the host or draws random numbers; each gives the same bits every time.
+Grids are (h, w), or (t, h, w) for video or layers; N is their product. Distances, blur and windows run along all axes,
+or, with `stack`, within each frame: then every frame of (t, h, w) is a picture of its own, and must hold an anchor; on
+(h, w) `stack` changes nothing. The method always stacks (`jitaccel.method.grid`). Indices are int64 raster indices,
+sorted, one row for each image. Values are float32, float16 or bfloat16 (the reference takes float64 too); sums are in
+float32. No operator waits for a CUDA device, allocates on the host or draws random numbers; each gives the same bits
+every time.
 
 Raises ValueError for shapes, dtypes and devices that do not fit, and, on the CPU, for indices out of range or out of
 order: naming operator, argument, rule and value. On CUDA indices are checked where JITACCEL_CHECK_INDICES=1 is set.
@@ -31,8 +34,6 @@ __all__ = [
     "importance",
     "lift",
     "lift_clean",
-    "lift_into",
-    "lift_step_into",
     "micro_flow_into",
     "missing",
     "nearest_anchor",
@@ -49,19 +50,21 @@ def _runs_compiled(*tensors: Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def nearest_anchor(anchors: Tensor, grid: Sequence[int]) -> Tensor:
+def nearest_anchor(anchors: Tensor, grid: Sequence[int], stack: bool = False) -> Tensor:
     """Returns for each token which anchor is nearest, `(B, N)` int64, as an index into the M anchors.
 
     Euclidean distance on the grid, exact; ties go to the anchor with the lowest raster index. O(N) memory, where the
     released code builds an N x M matrix at every step (arXiv:2603.10744, SAG-ODE).
 
-    anchors: (B, M) int64, rising.
+    anchors: (B, M) int64, rising. stack: take the nearest anchor of the same frame.
     """
-    schema.check_nearest_anchor("nearest_anchor", anchors, grid)
-    return _ops.nearest_anchor(anchors, grid)
+    schema.check_nearest_anchor("nearest_anchor", anchors, grid, stack)
+    return _ops.nearest_anchor(anchors, grid, stack)
 
 
-def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor) -> Tensor:
+def lift(
+    values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor, stack: bool = False
+) -> Tensor:
     """Returns `values` at every token, `(B, N, D)` in their dtype; anchors keep theirs bit for bit.
 
     The interpolation I_k and the prior Phi_k (SAG-ODE, arXiv:2603.10744): each token takes the value of its nearest
@@ -69,20 +72,11 @@ def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], 
     from the released code in using each image's own anchors.
 
     values: (B, M, D). nearest: (B, N) int64, of `nearest_anchor`. anchors: (B, M) int64. weights: (K,) float32, K odd,
-    of `blur_weights`.
+    of `blur_weights`. stack: blur within each frame.
     """
     schema.check_lift("lift", values, nearest, anchors, grid, weights)
     run = _ops.lift if _runs_compiled(values) else reference.lift
-    return run(values, nearest, anchors, grid, weights)
-
-
-def lift_into(
-    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
-) -> None:
-    """Writes `lift` of the other arguments into `out`, (B, N, D), contiguous, of the dtype of `values`."""
-    schema.check_lift_into(out, values, nearest, anchors, grid, weights)
-    run = _ops.lift_into if _runs_compiled(values, out) else reference.lift_into
-    run(out, values, nearest, anchors, grid, weights)
+    return run(values, nearest, anchors, grid, weights, stack)
 
 
 def lift_clean(
@@ -93,43 +87,21 @@ def lift_clean(
     grid: Sequence[int],
     weights: Tensor,
     level: float | Tensor,
+    stack: bool = False,
 ) -> Tensor:
     """Returns the velocity `(B, N, D)`, in the dtype of `values`, whose clean estimate is the anchors' one, lifted.
 
     `x0 = y - level * v` is lifted in place of v, and `v_i = (y_i - x0_i) / level`: an inactive token keeps its own
-    noise. A variant of ours (docs of `lift_step_into`, which fuses it with the step); no operator of its own.
+    noise. A variant of ours, made of `lift`; no operator of its own.
 
     values: (B, M, D). state: (B, N, D). level: above 0; a tensor () where it must not be compiled in.
     """
     schema.check_lift("lift_clean", values, nearest, anchors, grid, weights)
     schema.check_tokens("lift_clean", "state", state, (*nearest.shape, values.shape[2]), values.device)
-    return reference.lift_clean(values, state, nearest, anchors, grid, weights, level, lift=lift)
+    return reference.lift_clean(values, state, nearest, anchors, grid, weights, level, stack, lift=lift)
 
 
-def lift_step_into(
-    state: Tensor,
-    values: Tensor,
-    nearest: Tensor,
-    anchors: Tensor,
-    grid: Sequence[int],
-    weights: Tensor,
-    levels: Tensor,
-    clean: bool = False,
-) -> None:
-    """Takes one Euler step in place: `state += (next_level - level) * velocity`, the velocity lifted from the anchors.
-
-    clean: lift the clean estimate `y - level * v` in place of the velocity, so that inactive tokens keep their own
-    noise. The velocity is rounded to the dtype of `values` first, as if it had been returned.
-
-    state: (B, N, D), contiguous. values: (B, M, D), the velocity at the anchors. levels: (2,) float32, the noise level
-    of the state and the next one, on the state's device: in a CUDA graph they change from replay to replay.
-    """
-    schema.check_lift_step_into(state, values, nearest, anchors, grid, weights, levels, clean)
-    run = _ops.lift_step_into if _runs_compiled(values, state) else reference.lift_step_into
-    run(state, values, nearest, anchors, grid, weights, levels, clean)
-
-
-def importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor:
+def importance(velocity: Tensor, grid: Sequence[int], window: int = 3, stack: bool = False) -> Tensor:
     """Returns the local variance of the velocity, mean over channels, `(B, N)` float32.
 
     `I = mean_c(E_W[v * v] - E_W[v]^2)` (ITA, arXiv:2603.10744), W a window of `window` tokens along each axis, with
@@ -137,11 +109,11 @@ def importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor
     so that a constant field is important at its border. Departs from that code in not losing small variances beside
     large means: the reference sums in float64, the kernels sum differences from the middle token.
 
-    velocity: (B, N, D). window: odd.
+    velocity: (B, N, D). window: odd. stack: keep windows within each frame.
     """
     schema.check_importance("importance", velocity, grid, window)
     run = _ops.importance if _runs_compiled(velocity) else reference.importance
-    return run(velocity, grid, window)
+    return run(velocity, grid, window, stack)
 
 
 def activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
@@ -168,6 +140,7 @@ def micro_flow_into(
     weights: Tensor,
     levels: Tensor,
     weight: float,
+    stack: bool = False,
 ) -> None:
     """Moves newly activated tokens of `state` towards where they belong, in place; all others keep their bits.
 
@@ -178,8 +151,9 @@ def micro_flow_into(
     state: (B, N, D), contiguous. previous, velocity: (B, N, D), state and full velocity of the step before. noise:
     (B, N, D), standard normal. tokens: (B, count) int64, those activated. nearest, anchors, weights: of the lift before
     activation. levels: (2,) float32, level_p and the level of the step about to be taken. weight: in [0, 1].
+    stack: lift within each frame.
     """
-    arguments = (state, previous, velocity, noise, tokens, nearest, anchors, grid, weights, levels, weight)
+    arguments = (state, previous, velocity, noise, tokens, nearest, anchors, grid, weights, levels, weight, stack)
     schema.check_micro_flow_into(*arguments)
     run = _ops.micro_flow_into if _runs_compiled(state, previous, velocity, noise) else reference.micro_flow_into
     run(*arguments)

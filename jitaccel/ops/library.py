@@ -72,18 +72,19 @@ def _register() -> torch.library.Library:
     return registered
 
 
-def _fake_nearest_anchor(anchors: Tensor, grid: Sequence[int]) -> Tensor:
-    schema.check_grid("nearest_anchor", grid)
-    schema.check_anchors("nearest_anchor", anchors, schema.num_tokens_of(grid))
+def _fake_nearest_anchor(anchors: Tensor, grid: Sequence[int], stack: bool = False) -> Tensor:
+    schema.check_nearest_anchor("nearest_anchor", anchors, grid, stack)
     return anchors.new_empty(anchors.shape[0], schema.num_tokens_of(grid))
 
 
-def _fake_lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor) -> Tensor:
+def _fake_lift(
+    values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor, stack: bool = False
+) -> Tensor:
     schema.check_lift("lift", values, nearest, anchors, grid, weights)
     return values.new_empty(values.shape[0], schema.num_tokens_of(grid), values.shape[2])
 
 
-def _fake_importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor:
+def _fake_importance(velocity: Tensor, grid: Sequence[int], window: int = 3, stack: bool = False) -> Tensor:
     schema.check_importance("importance", velocity, grid, window)
     return velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
 
@@ -96,8 +97,6 @@ def _fake_activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
 _FAKES: dict[str, Callable[..., Any]] = {
     "nearest_anchor": _fake_nearest_anchor,
     "lift": _fake_lift,
-    "lift_into": schema.check_lift_into,
-    "lift_step_into": schema.check_lift_step_into,
     "importance": _fake_importance,
     "activate": _fake_activate,
     "micro_flow_into": schema.check_micro_flow_into,

@@ -1,6 +1,7 @@
 """What each operator means, in plain torch: what runs where nothing is compiled, and what tests compare with.
 
-Grids are (h, w) or (t, h, w). Shapes are checked by the callers (`jitaccel.ops`, or tracing); values are checked here.
+Grids are (h, w) or (t, h, w); `stack` keeps to each frame of the latter. Shapes are checked by the callers
+(`jitaccel.ops`, or tracing); values are checked here.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import gather_tokens, put_tokens_
-from .schema import num_tokens_of
+from .schema import num_stacked, num_tokens_of, refuse_empty_frame
 
 
-def nearest_anchor(anchors: Tensor, grid: Sequence[int]) -> Tensor:
+def nearest_anchor(anchors: Tensor, grid: Sequence[int], stack: bool = False) -> Tensor:
     """Separable: the nearest anchor within each row, then the best along each further axis at growing offsets, until
     none farther can be nearer. O(N) memory, where the released code builds an N x M matrix at every step."""
     num_tokens = num_tokens_of(grid)
     check_rows("nearest_anchor", anchors, num_tokens)
+    if stack:
+        check_frames("nearest_anchor", anchors, grid)
     is_anchor = torch.zeros(anchors.shape[0], num_tokens, dtype=torch.bool, device=anchors.device)
     is_anchor.scatter_(1, anchors, True)
     keys = _row_keys(is_anchor.view(anchors.shape[0], *grid))
-    for axis in range(len(grid) - 1, 0, -1):
+    for axis in range(len(grid) - 1, num_stacked(grid, stack), -1):
         keys = _nearest_along(keys, axis, num_tokens)
     order = is_anchor.cumsum(dim=1) - 1
     return order.gather(1, keys.flatten(1) % num_tokens)
@@ -39,6 +42,17 @@ def check_rows(operator: str, tokens: Tensor, num_tokens: int) -> None:
             f"{operator}: anchors must rise strictly within 0..{num_tokens - 1}, got a row that does not; "
             f"sort them and check the grid"
         )
+
+
+def check_frames(operator: str, anchors: Tensor, grid: Sequence[int]) -> None:
+    """Raises ValueError unless the anchors (B, M) hold a token of every frame of (t, h, w). Waits for the device."""
+    if len(grid) == 2 or anchors.numel() == 0:
+        return
+    frames = torch.zeros(anchors.shape[0], grid[0], dtype=torch.bool, device=anchors.device)
+    empty = (~frames.scatter_(1, anchors // num_tokens_of(grid[1:]), True)).nonzero()
+    if len(empty):
+        image, frame = empty[0].tolist()
+        refuse_empty_frame(operator, f"none in frame {frame} of image {image}")
 
 
 def _row_keys(is_anchor: Tensor) -> Tensor:
@@ -84,7 +98,9 @@ def blur_matrix(weights: Tensor, size: int) -> Tensor:
     return weights.new_zeros(size, size).scatter_add(1, sources, weights.expand(size, -1))
 
 
-def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor) -> Tensor:
+def lift(
+    values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor, stack: bool = False
+) -> Tensor:
     """The blur is one product with a banded matrix along each axis, outside autocast, in float32 (float64 for float64).
 
     It follows `torch.set_float32_matmul_precision`, and a NaN or infinity spreads along the axes.
@@ -94,38 +110,14 @@ def lift(values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], 
     shape = blurred.shape
     if blurred.numel() == 0:
         return blurred.to(values.dtype)
-    lines, rest = shape[0], shape[1] * shape[2]
+    first = num_stacked(grid, stack)
+    lines, rest = shape[0] * num_tokens_of(grid[:first]), num_tokens_of(grid[first:]) * shape[2]
     with torch.autocast(values.device.type, enabled=False):
-        for size in grid:
+        for size in grid[first:]:
             rest //= size
             blurred = blur_matrix(weights.to(dtype), size) @ blurred.reshape(lines, size, rest)
             lines *= size
     return put_tokens_(blurred.reshape(shape).to(values.dtype), values, anchors)
-
-
-def lift_into(
-    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
-) -> None:
-    out.copy_(lift(values, nearest, anchors, grid, weights))
-
-
-def lift_step_into(
-    state: Tensor,
-    values: Tensor,
-    nearest: Tensor,
-    anchors: Tensor,
-    grid: Sequence[int],
-    weights: Tensor,
-    levels: Tensor,
-    clean: bool = False,
-) -> None:
-    level, next_level = levels[0], levels[1]
-    if clean:
-        velocity = lift_clean(values, state, nearest, anchors, grid, weights, level)
-    else:
-        velocity = lift(values, nearest, anchors, grid, weights)
-    dtype = torch.promote_types(state.dtype, torch.float32)
-    state.copy_(state.to(dtype) + (next_level - level) * velocity.to(dtype))
 
 
 def lift_clean(
@@ -136,27 +128,30 @@ def lift_clean(
     grid: Sequence[int],
     weights: Tensor,
     level: Tensor | float,
-    lift: Callable[[Tensor, Tensor, Tensor, Sequence[int], Tensor], Tensor] = lift,
+    stack: bool = False,
+    lift: Callable[[Tensor, Tensor, Tensor, Sequence[int], Tensor, bool], Tensor] = lift,
 ) -> Tensor:
     """Returns the velocity (B, N, D), in the dtype of `values`, whose clean estimate is the anchors' one, lifted."""
     dtype = torch.promote_types(torch.promote_types(values.dtype, state.dtype), torch.float32)
     at_anchors = gather_tokens(state, anchors).to(dtype) - level * values.to(dtype)
-    velocity = (state.to(dtype) - lift(at_anchors, nearest, anchors, grid, weights)) / level
+    velocity = (state.to(dtype) - lift(at_anchors, nearest, anchors, grid, weights, stack)) / level
     return put_tokens_(velocity.to(values.dtype).contiguous(), values, anchors)
 
 
-def importance(velocity: Tensor, grid: Sequence[int], window: int = 3) -> Tensor:
+def importance(velocity: Tensor, grid: Sequence[int], window: int = 3, stack: bool = False) -> Tensor:
     """The two moments are taken in float64, where the square of a float32 is exact: their difference keeps float32
     accuracy down to a standard deviation of about 1e-4 of the mean."""
     # MPS has no float64, and this runs once a stage: the CPU does it.
     device = torch.device("cpu") if velocity.device.type == "mps" else velocity.device
-    field = velocity.to(device).double().reshape(velocity.shape[0], *grid, velocity.shape[2])
-    size = window ** len(grid)
+    first = num_stacked(grid, stack)
+    frames = velocity.shape[0] * num_tokens_of(grid[:first])
+    field = velocity.to(device).double().reshape(frames, *grid[first:], velocity.shape[2])
+    size = window ** len(grid[first:])
     mean = _window_sum(field, window) / size
     # The mean over channels and the window sum commute: the second moment needs one channel only.
     mean_square = _window_sum(field.square().mean(dim=-1, keepdim=True), window) / size
     variance = mean_square.squeeze(-1) - mean.square().mean(dim=-1)
-    return variance.clamp_min(0.0).flatten(1).to(velocity.device, torch.float32)
+    return variance.clamp_min(0.0).reshape(velocity.shape[:2]).to(velocity.device, torch.float32)
 
 
 def _window_sum(field: Tensor, window: int) -> Tensor:
@@ -190,11 +185,12 @@ def micro_flow_into(
     weights: Tensor,
     levels: Tensor,
     weight: float,
+    stack: bool = False,
 ) -> None:
     dtype = torch.promote_types(torch.promote_types(state.dtype, previous.dtype), torch.float32)
     level, next_level = levels[0], levels[1]
     x, v = (gather_tokens(part, anchors).to(dtype) for part in (previous, velocity))
-    prior = lift(x - level * v, nearest, anchors, grid, weights)
+    prior = lift(x - level * v, nearest, anchors, grid, weights, stack)
     target = (1.0 - next_level) * gather_tokens(prior, tokens) + next_level * gather_tokens(noise, tokens).to(dtype)
     if weight != 1.0:
         target = (1.0 - weight) * gather_tokens(state, tokens).to(dtype) + weight * target

@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 
 SCHEMAS = {
-    "nearest_anchor": "(Tensor anchors, int[] grid) -> Tensor",
-    "lift": "(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> Tensor",
-    "lift_into": (
-        "(Tensor(a!) out, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights) -> ()"
+    "nearest_anchor": "(Tensor anchors, int[] grid, bool stack=False) -> Tensor",
+    "lift": (
+        "(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, bool stack=False) -> Tensor"
     ),
-    "lift_step_into": (
-        "(Tensor(a!) state, Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, "
-        "Tensor levels, bool clean=False) -> ()"
-    ),
-    "importance": "(Tensor velocity, int[] grid, int window=3) -> Tensor",
+    "importance": "(Tensor velocity, int[] grid, int window=3, bool stack=False) -> Tensor",
     "activate": "(Tensor importance, Tensor anchors, int count) -> Tensor",
     "micro_flow_into": (
         "(Tensor(a!) state, Tensor previous, Tensor velocity, Tensor noise, Tensor tokens, Tensor nearest, "
-        "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight) -> ()"
+        "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight, bool stack=False) -> ()"
     ),
 }
 
@@ -39,6 +34,11 @@ def num_tokens_of(grid: Sequence[int]) -> int:
     for size in grid:
         count *= size
     return count
+
+
+def num_stacked(grid: Sequence[int], stack: bool) -> int:
+    """Returns how many leading axes of `grid` only stack frames: 1 for a stack of (t, h, w), else 0."""
+    return len(grid) - 2 if stack else 0
 
 
 def _refuse(operator: str, what: str, rule: str, got: object, advice: str) -> NoReturn:
@@ -155,10 +155,17 @@ def check_activate(operator: str, importance: Tensor, anchors: Tensor, count: in
         )  # fmt: skip
 
 
-def check_nearest_anchor(operator: str, anchors: Tensor, grid: Sequence[int]) -> None:
+def check_nearest_anchor(operator: str, anchors: Tensor, grid: Sequence[int], stack: bool = False) -> None:
     """Raises ValueError unless the arguments of `nearest_anchor` fit. Like all below, it reads shapes, never values."""
     check_grid(operator, grid)
     check_anchors(operator, anchors, num_tokens_of(grid))
+    if num_stacked(grid, stack) and anchors.shape[1] < grid[0]:
+        refuse_empty_frame(operator, f"{anchors.shape[1]} anchors for {grid[0]} frames")
+
+
+def refuse_empty_frame(operator: str, got: str) -> NoReturn:
+    """Raises ValueError: a frame of a stack holds no anchor."""
+    _refuse(operator, "anchors", "hold at least one token of every frame", got, "take them from first_anchors")
 
 
 def check_lift(
@@ -167,35 +174,6 @@ def check_lift(
     """Raises ValueError unless the arguments of `lift` fit."""
     check_values(operator, values, anchors)
     check_plan(operator, nearest, anchors, grid, weights, values.device)
-
-
-def check_lift_into(
-    out: Tensor, values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor
-) -> None:
-    """Raises ValueError unless the arguments of `lift_into` fit."""
-    check_lift("lift_into", values, nearest, anchors, grid, weights)
-    check_tokens("lift_into", "out", out, (values.shape[0], num_tokens_of(grid), values.shape[2]), values.device)
-    if out.dtype != values.dtype:
-        _refuse("lift_into", "out", f"be {values.dtype}", out.dtype, "pass a buffer like it")
-    check_out("lift_into", "out", out)
-
-
-def check_lift_step_into(
-    state: Tensor,
-    values: Tensor,
-    nearest: Tensor,
-    anchors: Tensor,
-    grid: Sequence[int],
-    weights: Tensor,
-    levels: Tensor,
-    clean: bool = False,
-) -> None:
-    """Raises ValueError unless the arguments of `lift_step_into` fit."""
-    check_lift("lift_step_into", values, nearest, anchors, grid, weights)
-    shape = (values.shape[0], num_tokens_of(grid), values.shape[2])
-    check_tokens("lift_step_into", "state", state, shape, values.device)
-    check_out("lift_step_into", "state", state)
-    check_levels("lift_step_into", levels, values.device)
 
 
 def check_importance(operator: str, velocity: Tensor, grid: Sequence[int], window: int) -> None:
@@ -217,6 +195,7 @@ def check_micro_flow_into(
     weights: Tensor,
     levels: Tensor,
     weight: float,
+    stack: bool = False,
 ) -> None:
     """Raises ValueError unless the arguments of `micro_flow_into` fit."""
     operator, device = "micro_flow_into", state.device

@@ -12,9 +12,9 @@ from torch import Tensor
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.generation.route import Answer, Generation, History, fold_move
 from jitaccel.method.config import JiTConfig
+from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
 from jitaccel.method.steps import KnownLevels, Step
-from jitaccel.ops.schema import num_tokens_of
 
 from ..flux.flops import chroma_flops, flux2_flops, flux_flops
 from ..flux.params import config_of

@@ -21,10 +21,10 @@ from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore
 from jitaccel.generation.route import Answer, Executor, Generation, History
 from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
+from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
-from jitaccel.ops.schema import num_tokens_of
 
 from ..network import ModelCall
 from .caller import calling_pipeline

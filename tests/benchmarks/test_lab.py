@@ -22,7 +22,7 @@ from benchmarks.lab.__main__ import main
 from benchmarks.lab.network import CachedNetwork, Texts
 from benchmarks.lab.questions import QUESTIONS, native_levels
 from benchmarks.lab.sampler import GRID, TEXT_TOKENS, Bench, sample, sample_by_pipeline
-from benchmarks.lab.variant import Variant, VariantRun
+from benchmarks.lab.variant import Variant
 from benchmarks.table import RESULTS, read_results
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.scenes.prompts import held_out
@@ -147,9 +147,11 @@ def test_native_levels_are_the_pipeline_s(bench: Bench) -> None:
 
 def test_left_out_error_is_nothing_where_the_velocity_is_constant() -> None:
     clock, state = KnownLevels(SHORT, noise_levels(SHORT)), torch.randn(1, 1024, 4, generator=torch.Generator())
-    run = VariantRun(Variant(config=SHORT, scores=variant.left_out_error), GRID, clock.step(0), state)
+    run, _ = variant.start(Variant(config=SHORT, scores=variant.left_out_error), GRID, clock.step(0), state)
     run.leave(clock.step(0), state, torch.ones(1, run.num_active, 4))
-    assert run._left is not None and variant.left_out_error(run, run._left).abs().max() < 1e-6
+    assert run._left is not None
+    lab = variant.Lab(run=run, left=run._left, lifter=None, words=None)
+    assert variant.left_out_error(lab).abs().max() < 1e-6
 
 
 def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from tests.support import operators
 from tests.support.operators import ARGUMENTS, WRITTEN, Fields, call, compiled, fields, plain
 
 NAMES = sorted(ARGUMENTS)
-FLOATING = ["lift", "lift_into", "lift_step_into", "importance", "micro_flow_into"]
+FLOATING = ["lift", "importance", "micro_flow_into"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [(1, 1), (1, 13), (9, 1), (5, 7), (16, 16), (12, 31), (3, 4, 5), (1, 6, 2), (4, 1, 1)]
 COUNTS = {"one": lambda n: 1, "third": lambda n: max(1, n // 3), "all": lambda n: n}
@@ -105,7 +105,7 @@ def test_operator_takes_every_dtype_and_width(name: str, channels: int, dtype: t
 
 
 @pytest.mark.parametrize("scale", [0.9, 3.0, 100.0])
-@pytest.mark.parametrize("name", ["lift", "lift_into", "lift_step_into", "micro_flow_into"])
+@pytest.mark.parametrize("name", ["lift", "micro_flow_into"])
 def test_operator_blurs_as_wide_as_asked(name: str, scale: float) -> None:
     for grid in ((11, 8), (2, 5, 3)):
         check(name, fields(grid, 10, blur_scale=scale))
@@ -129,28 +129,12 @@ def test_importance_is_nearer_to_float64_than_two_moments_in_the_same_dtype(dtyp
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("clean", [False, True])
-@pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_step_moves_a_state_of_any_dtype(dtype: torch.dtype, state_dtype: torch.dtype, clean: bool) -> None:
-    f = fields((8, 9), 20, 24, dtype=dtype)
-    start = fields((8, 9), 20, 24, seed=1).state.to(state_dtype)
-    results = []
-    for step in (compiled("lift_step_into"), plain("lift_step_into")):
-        state = start.clone()
-        step(state, f.values, f.nearest, f.anchors, f.grid, f.weights, f.levels, clean)
-        results.append(state)
-    rounding = 2 * torch.finfo(state_dtype).eps + 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(*(x.float() for x in results), rtol=rounding, atol=rounding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["lift", "lift_into"])
-def test_lift_keeps_anchors_bit_for_bit_whatever_their_value(name: str, dtype: torch.dtype) -> None:
+def test_lift_keeps_anchors_bit_for_bit_whatever_their_value(dtype: torch.dtype) -> None:
     f = fields((9, 9), 30, 8, dtype=dtype)
     special = torch.tensor([torch.nan, torch.inf, -0.0, torch.finfo(dtype).tiny / 4, torch.finfo(dtype).max])
     f.values[0, :5, 0] = special.to(dtype)
-    lifted = call(compiled(name), name, ARGUMENTS[name](f))
+    lifted = compiled("lift")(*ARGUMENTS["lift"](f))
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     kept = lifted.gather(1, f.anchors[:, :, None].expand(-1, -1, 8))
     assert torch.equal(kept.contiguous().view(bits), f.values.view(bits))
@@ -219,13 +203,6 @@ def _strided(x: Tensor) -> Tensor:
     wide = torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
     assert x.numel() < 2 or not wide.is_contiguous()
     return wide
-
-
-def test_written_outputs_hold_nothing_of_what_was_there() -> None:
-    f = fields((6, 7), 12, 8)
-    out = torch.full_like(f.state, torch.nan)
-    compiled("lift_into")(out, *ARGUMENTS["lift"](f))
-    assert torch.equal(out, compiled("lift")(*ARGUMENTS["lift"](f)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -373,13 +350,11 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("lift", "another grid", {"grid": (5, 8)}, "nearest must be int64"),
     ("lift", "even weights", {"weights": torch.ones(4)}, "weights must be float32"),
     ("lift", "float64 weights", {"weights": torch.ones(7).double()}, "weights must be float32"),
-    ("lift_into", "another out", {"state": torch.zeros(2, 35, 4)}, "out must be"),
-    ("lift_into", "another dtype", {"state": torch.zeros(2, 35, 5).half()}, "out must"),
-    ("lift_step_into", "one level", {"levels": torch.zeros(1)}, "levels must be float32"),
-    ("lift_step_into", "fewer tokens", {"state": torch.zeros(2, 34, 5)}, "state must be"),
     ("importance", "another grid", {"grid": (5, 6)}, "velocity must be"),
     ("activate", "float64", {"importance": torch.zeros(2, 35).double()}, "importance.* must be float32"),
     ("activate", "another batch", {"importance": torch.zeros(3, 35)}, "importance and anchors must be"),
+    ("micro_flow_into", "one level", {"levels": torch.zeros(1)}, "levels must be float32"),
+    ("micro_flow_into", "fewer tokens", {"state": torch.zeros(2, 34, 5)}, "state must be"),
     ("micro_flow_into", "another noise", {"noise": torch.zeros(2, 35, 4)}, "noise must be"),
     ("micro_flow_into", "other tokens", {"tokens": torch.zeros(1, 3, dtype=torch.int64)}, "tokens must be int64"),
 ]
@@ -422,7 +397,7 @@ def test_operator_refuses_anchors_that_are_no_set(name: str, what: str) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 9, 2**40])
-@pytest.mark.parametrize("name", ["lift", "lift_into", "lift_step_into", "micro_flow_into"])
+@pytest.mark.parametrize("name", ["lift", "micro_flow_into"])
 def test_operator_refuses_a_nearest_anchor_that_is_none(name: str, index: int) -> None:
     f = fields()
     f.nearest[1, 7] = index

@@ -142,22 +142,6 @@ def test_lift_keeps_the_bits_of_nan_and_infinity_at_anchors(dtype: torch.dtype) 
     _assert_same_bits(_at(_lift(values, nearest, anchors, grid, weights), anchors), values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [3, 16])
-def test_lift_into_fills_every_place_of_any_buffer(dtype: torch.dtype, channels: int) -> None:
-    grid = (6, 7)
-    nearest, anchors, weights = _there(*_plan(grid, 12))
-    memory = _randn(2 * 12 * channels + 1, dtype=dtype).to(DEVICE)
-    for start in (0, 1):  # 1: no address of a row takes vectors
-        values = memory[start : start + 2 * 12 * channels].view(2, 12, channels)
-        expected = ops.lift(values.clone(), nearest, anchors, grid, weights)
-        buffer = torch.full((2 * 42 * channels + 1,), math.nan, dtype=dtype, device=DEVICE)
-        out = buffer[start : start + expected.numel()].view_as(expected)
-        ops.lift_into(out, values, nearest, anchors, grid, weights)
-        _assert_same_bits(out, expected)
-        assert buffer.isnan().sum() == 1
-
-
 def test_inputs_need_not_be_contiguous() -> None:
     grid = (6, 7)
     nearest, anchors, weights = _there(*_plan(grid, 12))
@@ -166,27 +150,6 @@ def test_inputs_need_not_be_contiguous() -> None:
     lifted = ops.lift(values, sparse, anchors.T.contiguous().T, grid, weights.repeat_interleave(2)[::2])
     _assert_same_bits(lifted, ops.lift(values.contiguous(), nearest, anchors, grid, weights))
     _assert_same_bits(ops.importance(velocity, grid), ops.importance(velocity.contiguous(), grid))
-
-
-@pytest.mark.parametrize("clean", [False, True])
-@pytest.mark.parametrize("grid", [(1, 1), (13, 9), (33, 65), (4, 5, 33)])
-@pytest.mark.parametrize("channels", [1, 16, 64])
-def test_lift_step_is_as_exact_as_plain_torch(grid: tuple[int, ...], channels: int, clean: bool) -> None:
-    count = max(1, _size(grid) // 3)
-    nearest, anchors, weights = _plan(grid, count)
-    levels = torch.tensor([0.7, 0.55])
-    for values_dtype in DTYPES:
-        for state_dtype in DTYPES:
-            values = _randn(2, count, channels, dtype=values_dtype)
-            state = _randn(2, _size(grid), channels, dtype=state_dtype, seed=1)
-            plan = (nearest, anchors, grid, weights)
-            plain, exact, result = state.clone(), state.double(), state.to(DEVICE)
-            reference.lift_step_into(plain, values, *plan, levels, clean)
-            reference.lift_step_into(exact, values.double(), *plan, levels.double(), clean)
-            moved = _there(values, nearest, anchors)
-            ops.lift_step_into(result, *moved, grid, *_there(weights, levels), clean)
-            _assert_as_exact(result, exact, plain)
-            _assert_same_bits(_at(result, anchors), _at(plain, anchors))
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, (8, 24)])
@@ -273,6 +236,38 @@ def test_micro_flow_of_weight_one_forgets_the_state() -> None:
     assert int(state.isfinite().sum()) == 2 * 9 * 16
 
 
+@pytest.mark.parametrize("grid", [(3, 5, 7), (4, 1, 9), (2, 33, 65), (5, 16, 12)])
+def test_stack_keeps_to_each_frame_as_the_reference_does(grid: tuple[int, ...]) -> None:
+    num_tokens, size = _size(grid), _size(grid[1:])
+    is_anchor = torch.rand(2, num_tokens, generator=torch.Generator().manual_seed(0)) < 0.3
+    is_anchor[:, ::size] = True
+    count = int(is_anchor.sum(dim=1).max())
+    anchors = is_anchor.float().topk(count, dim=1).indices.sort(dim=1).values
+    nearest, weights, levels = reference.nearest_anchor(anchors, grid, True), _weights(3), torch.tensor([0.9, 0.7])
+    plan = (nearest, anchors, grid, weights)
+    there = (*_there(nearest, anchors), grid, weights.to(DEVICE))
+    assert torch.equal(ops.nearest_anchor(anchors.to(DEVICE), grid, True).cpu(), nearest)
+    tokens = _rows(2, num_tokens, num_tokens // 4, seed=1)
+    for dtype in DTYPES:
+        values, fields = _randn(2, count, 16, dtype=dtype), [_randn(2, num_tokens, 16, seed=i) for i in range(4)]
+        exact, plain = (reference.lift(x, *plan, True) for x in (values.double(), values))
+        _assert_as_exact(ops.lift(values.to(DEVICE), *there, True), exact, plain)
+        velocity = _randn(2, num_tokens, 16, dtype=dtype)
+        expected = reference.importance(velocity.double(), grid, 3, True)
+        found = ops.importance(velocity.to(DEVICE), grid, 3, True)
+        torch.testing.assert_close(found.cpu(), expected, rtol=3e-5, atol=1e-6)
+        moved, result = fields[0].clone(), fields[0].to(DEVICE)
+        reference.micro_flow_into(moved, *fields[1:], tokens, *plan, levels, 0.5, True)
+        ops.micro_flow_into(result, *_there(*fields[1:], tokens), *there, levels.to(DEVICE), 0.5, True)
+        torch.testing.assert_close(result.cpu(), moved, rtol=1e-5, atol=1e-5)
+
+
+def test_frame_without_an_anchor_leads_nowhere_out_of_memory() -> None:
+    anchors = torch.tensor([[0, 7, 12], [0, 1, 13]], device=DEVICE)
+    nearest = ops.nearest_anchor(anchors, (3, 2, 3), True)
+    assert int(nearest.min()) >= 0 and int(nearest.max()) < 3
+
+
 def test_empty_batches_give_empty_results() -> None:
     none = torch.zeros(0, 2, dtype=torch.int64, device=DEVICE)
     weights, levels = _there(_weights(3), torch.tensor([0.9, 0.7]))
@@ -280,7 +275,6 @@ def test_empty_batches_give_empty_results() -> None:
     nearest = ops.nearest_anchor(none, (2, 3))
     assert nearest.shape == (0, 6)
     assert ops.lift(values, nearest, none, (2, 3), weights).shape == (0, 6, 4)
-    ops.lift_step_into(field, values, nearest, none, (2, 3), weights, levels)
     assert ops.importance(field, (2, 3)).shape == (0, 6)
     assert ops.activate(field[:, :, 0], none, 2).shape == (0, 2)
     ops.micro_flow_into(field, field, field, field, none, nearest, none, (2, 3), weights, levels, 1.0)
@@ -299,10 +293,6 @@ class _Scene:
         )
         self.levels = torch.tensor([0.9, 0.7], device=DEVICE)
 
-    def step(self, clean: bool) -> None:
-        plan = (self.nearest, self.anchors, self.grid, self.weights)
-        ops.lift_step_into(self.state, self.values, *plan, self.levels, clean)
-
     def transition(self) -> tuple[Tensor, ...]:
         """Runs a stage boundary into `state` and returns what each operator gave."""
         importance = ops.importance(self.velocity, self.grid)
@@ -314,27 +304,21 @@ class _Scene:
         return importance, tokens, nearest, ops.lift(self.values, *plan), self.state
 
 
-def _run_all(scene: _Scene) -> tuple[Tensor, ...]:
-    scene.step(clean=False)
-    scene.step(clean=True)
-    return scene.transition()
-
-
 def test_runs_repeat_bit_for_bit() -> None:
-    first = [x.clone() for x in _run_all(_Scene())]
+    first = [x.clone() for x in _Scene().transition()]
     for _ in range(20):
-        for a, b in zip(first, _run_all(_Scene()), strict=True):
+        for a, b in zip(first, _Scene().transition(), strict=True):
             _assert_same_bits(a, b)
 
 
 def test_operators_do_not_wait_for_the_device() -> None:
-    _run_all(_Scene())  # kernels are loaded and memory is reserved once, which may wait
+    _Scene().transition()  # kernels are loaded and memory is reserved once, which may wait
     scene = _Scene()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(1_000_000_000)  # half a second or so: an operator that waits returns after it
-        _run_all(scene)
+        scene.transition()
         assert not torch.cuda.current_stream().query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -353,26 +337,13 @@ def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-@pytest.mark.parametrize("clean", [False, True])
-def test_a_captured_step_replays_with_other_levels_and_values(clean: bool) -> None:
-    captured = _Scene()
-    graph = _capture(lambda: captured.step(clean))
-    for seed, levels in ((1, (0.8, 0.6)), (2, (0.5, 0.45)), (3, (0.0909, 0.0))):
-        fresh = _Scene(seed)
-        fresh.levels.copy_(torch.tensor(levels))
-        for name in ("values", "state", "levels"):
-            getattr(captured, name).copy_(getattr(fresh, name))
-        graph.replay()
-        fresh.step(clean)
-        _assert_same_bits(captured.state, fresh.state)
-
-
-def test_a_captured_transition_replays_on_other_fields() -> None:
+def test_a_captured_transition_replays_on_other_fields_and_levels() -> None:
     captured, results = _Scene(), []
     graph = _capture(lambda: results.append(captured.transition()))
-    for seed in (1, 2):
+    for seed, levels in ((1, (0.8, 0.6)), (2, (0.0909, 0.0))):
         fresh = _Scene(seed)
-        for name in ("values", "state", "previous", "velocity", "noise"):
+        fresh.levels.copy_(torch.tensor(levels))
+        for name in ("values", "state", "previous", "velocity", "noise", "levels"):
             getattr(captured, name).copy_(getattr(fresh, name))
         graph.replay()
         for a, b in zip(results[-1], fresh.transition(), strict=True):
@@ -380,7 +351,7 @@ def test_a_captured_transition_replays_on_other_fields() -> None:
 
 
 def test_operators_run_on_the_current_stream() -> None:
-    expected = [x.clone() for x in _run_all(_Scene())]
+    expected = [x.clone() for x in _Scene().transition()]
     scene = _Scene()
     inputs = {name: getattr(scene, name).clone() for name in ("values", "state", "velocity")}
     for name in inputs:
@@ -391,7 +362,7 @@ def test_operators_run_on_the_current_stream() -> None:
         torch.cuda._sleep(100_000_000)  # what ran on another stream would find zeros
         for name, value in inputs.items():
             getattr(scene, name).copy_(value)
-        results = _run_all(scene)
+        results = scene.transition()
     stream.synchronize()
     for a, b in zip(expected, results, strict=True):
         _assert_same_bits(a, b)
@@ -426,10 +397,10 @@ unsorted, beyond = on_gpu([0, 4], [5, 1]), on_gpu([0, 4], [1, 6])
 rising = "anchors must rise strictly within 0..5, got "
 wrong(lambda: ops.nearest_anchor(unsorted, grid), "nearest_anchor: " + rising + "1 after 5 in image 1; ")
 wrong(lambda: ops.nearest_anchor(beyond, grid), "nearest_anchor: " + rising + "6 after 1 in image 1; ")
+stacked = on_gpu([0, 4], [0, 1])
+wrong(lambda: ops.nearest_anchor(stacked, (2, 1, 3), True), "every frame, got none in frame 1 of image 1; ")
 wrong(lambda: ops.lift(values, nearest, unsorted, grid, weights), "lift: " + rising)
 wrong(lambda: ops.lift(values, nearest + 1, anchors, grid, weights), "lift: nearest must lie in 0..1, got 2; ")
-wrong(lambda: ops.lift_into(field, values, nearest - 1, anchors, grid, weights), "lift_into: nearest must lie in 0..1")
-wrong(lambda: ops.lift_step_into(field, values, nearest, beyond, grid, weights, levels), "lift_step_into: " + rising)
 wrong(lambda: ops.activate(field[:, :, 0], unsorted, 1), "activate: " + rising)
 tokens = on_gpu([2, 3], [3, 3])
 move = lambda: ops.micro_flow_into(

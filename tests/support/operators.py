@@ -13,7 +13,7 @@ from jitaccel.method.lift import blur_weights
 from jitaccel.ops import reference
 from jitaccel.ops.schema import num_tokens_of
 
-WRITTEN = {"lift_into": 0, "lift_step_into": 0, "micro_flow_into": 0}
+WRITTEN = {"micro_flow_into": 0}
 """Operators that write an argument, and which."""
 
 
@@ -89,8 +89,6 @@ def _lift(f: Fields) -> tuple[Any, ...]:
 ARGUMENTS: dict[str, Callable[[Fields], tuple[Any, ...]]] = {
     "nearest_anchor": lambda f: (f.anchors, f.grid),
     "lift": _lift,
-    "lift_into": lambda f: (torch.full_like(f.state, torch.nan), *_lift(f)),
-    "lift_step_into": lambda f: (f.state.clone(), *_lift(f), f.levels, False),
     "importance": lambda f: (f.velocity, f.grid, 3),
     "activate": lambda f: (f.importance, f.anchors, f.tokens.shape[1]),
     "micro_flow_into": lambda f: (
@@ -98,7 +96,7 @@ ARGUMENTS: dict[str, Callable[[Fields], tuple[Any, ...]]] = {
         0.25,
     ),
 }  # fmt: skip
-"""One call of each operator. Written arguments are fresh, `lift_into`'s is full of NaN."""
+"""One call of each operator. Written arguments are fresh."""
 
 
 def call(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> Tensor:
