@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, nearest_match
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
@@ -75,6 +77,8 @@ def apply(
     """
     from . import patches
 
+    _check_target(target)
+    _check_overrides(overrides)
     wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     is_auto = isinstance(preset, str) and preset == "auto"
     _check_wanted(is_auto, wanted, overrides, noise_levels)
@@ -116,6 +120,30 @@ def _check_is_object(target: Any) -> None:
             f"apply: target must be a loaded pipeline or network, got {target!r}; load it first, for example with "
             f"FluxPipeline.from_pretrained(...)"
         ) from None
+
+
+def _check_target(target: object) -> None:
+    """Raises ConfigError for a missing target, which cannot run dense either."""
+    if target is None:
+        raise ConfigError("apply: target must be a pipeline or a model, got None; load one first")
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with every reason, for arguments that neither `apply` nor JiTConfig knows."""
+    fields = [field.name for field in dataclasses.fields(JiTConfig)]
+    own = [name for name in inspect.signature(apply).parameters if name not in ("target", "overrides")]
+    if problems := [
+        f"apply: {name} must be an argument of apply or a field of JiTConfig, got an unknown name; "
+        + _suggestion(name, [*own, *fields])
+        for name in overrides
+        if name not in fields
+    ]:
+        raise ConfigError("\n".join(problems))
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    match = nearest_match(name, known, cutoff=0.6)
+    return f'did you mean "{match}"?' if match else "see help(jitaccel.apply)"
 
 
 def _check_wanted(

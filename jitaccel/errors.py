@@ -27,8 +27,11 @@ class CommandError(Exception):
     """Arguments that a command cannot run with, or a file or package that it lacks."""
 
 
-def nearest_match(name: object, allowed: Iterable[str]) -> str:
-    """Returns the allowed name most like `name`, ignoring case; an empty string when nothing is allowed."""
+def nearest_match(name: object, allowed: Iterable[str], cutoff: float = 0.0) -> str:
+    """Returns the allowed name most like `name`, ignoring case; an empty string when none is.
+
+    cutoff: how alike they must be at least, from 0 (anything) to 1 (equal).
+    """
     by_folded = {candidate.casefold(): candidate for candidate in allowed}
-    matches = difflib.get_close_matches(str(name).casefold(), by_folded, n=1, cutoff=0.0)
+    matches = difflib.get_close_matches(str(name).casefold(), by_folded, n=1, cutoff=cutoff)
     return by_folded[matches[0]] if matches else ""
