@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from jitaccel.evaluation.quality.rows import settings_as_now
 from jitaccel.method.config import PRESETS, JiTConfig
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.control import equivalent_dense_steps
@@ -48,7 +49,8 @@ def _card(name: str, config: JiTConfig, found: Mapping[str, Fields]) -> str:
         "\n",
     ]
     row = found.get(name)
-    if row is None or row["config"] != {**row["config"], **config.to_dict()}:
+    known = {} if row is None else settings_as_now(row["config"])
+    if row is None or known != {**known, **config.to_dict()}:
         return "\n".join([*lines, "Not measured on the embedded model.\n"])
     return "\n".join([*lines, _measured(row, _control(row, found), found.get("dense:50"))])
 

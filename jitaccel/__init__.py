@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .method.config import PRESETS, JiTConfig
     from .method.schedule import noise_levels
     from .speed.auto import Choice, auto_config
+    from .version import __version__ as __version__  # not in __all__: `import *` leaves it out
 
 _HOMES = {
     "apply": "api",
@@ -54,6 +55,7 @@ _HOMES = {
     "remove": "generation.registry",
     "noise_levels": "method.schedule",
     "Stats": "generation.stats",
+    "__version__": "version",
 }
 __all__ = [
     "PRESETS",
@@ -87,4 +89,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, "__version__"})

@@ -77,7 +77,7 @@ def apply(
     """
     from . import patches
 
-    _check_target(target)
+    _check_is_object(target)
     _check_overrides(overrides)
     wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     is_auto = isinstance(preset, str) and preset == "auto"
@@ -92,7 +92,6 @@ def apply(
         on_unsupported=on_unsupported,
         controlnet=controlnet,
     )
-    _check_is_object(target)
     choice = None
     try:
         if is_auto:
@@ -120,12 +119,6 @@ def _check_is_object(target: Any) -> None:
             f"apply: target must be a loaded pipeline or network, got {target!r}; load it first, for example with "
             f"FluxPipeline.from_pretrained(...)"
         ) from None
-
-
-def _check_target(target: object) -> None:
-    """Raises ConfigError for a missing target, which cannot run dense either."""
-    if target is None:
-        raise ConfigError("apply: target must be a pipeline or a model, got None; load one first")
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .version import __version__, checkout
+
 
 def provenance(device: torch.device | None = None) -> dict[str, str | int]:
     """Returns what a measurement has to name: date, device, cores, threads, versions and commit.
@@ -28,7 +30,7 @@ def provenance(device: torch.device | None = None) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": version("diffusers") or "none",
-        "jitaccel": version("jitaccel") or "not installed",
+        "jitaccel": __version__,
         "commit": commit(),
     }
 
@@ -68,22 +70,29 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Returns the commit of the checkout this package runs from, "-dirty" where files differ; "no commit" elsewhere.
+    """Returns the commit of our own checkout, "-dirty" where files differ; elsewhere "installed VERSION".
 
-    A copy that came without its history may be told: JITACCEL_COMMIT.
+    A package inside another project's repository must not name that project's commit, nor run its programs: git is
+    asked only where our own pyproject.toml and `.git` lie, with hooks and file-system monitor off. The environment
+    variable JITACCEL_COMMIT names the commit of a copy that came without its history.
     """
     if told := os.environ.get("JITACCEL_COMMIT"):
         return told
-    folder = Path(__file__).resolve().parent
+    root = checkout()
+    found = None if root is None or not (root / ".git").exists() else _described(root)
+    return found or f"installed {__version__}"
+
+
+def _described(root: Path) -> str | None:
+    command = ["git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    command += ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    # Within somebody's hook, GIT_DIR and others name that repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.SubprocessError):
-        return "no commit"
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "no commit"
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

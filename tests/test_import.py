@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,13 @@ def test_import_star_gives_the_public_names() -> None:
         run("from jitaccel import *\nimport jitaccel\nprint(set(jitaccel.__all__) <= set(globals()))")
         == "True\n"
     )
+
+
+def test_version_is_the_projects_and_light() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert run("import jitaccel\nprint(jitaccel.__version__)") == f"{project['version']}\n"
+    loaded = modules_after("import jitaccel\njitaccel.__version__")
+    assert not loaded & (CODEBASES | {"numpy", "torch"})
 
 
 def test_unknown_name_raises_attribute_error() -> None:

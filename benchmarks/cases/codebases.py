@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import jitaccel
+from jitaccel.generation.stopwatch import wait_for
 
 from ..pipelines import FLUX_QUARTER, Subject, embedded_subject, random_subject
 from ..registry import Case, Options, Row, percentiles
@@ -191,16 +192,11 @@ def measure(options: Options, make: Callable[[Options], Subject], timed_steps: i
 
 
 def _timed(generate: Generate, levels: Sequence[float], device: torch.device) -> tuple[float, Tensor]:
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     latents = generate(levels)
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start, latents
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _inputs(subject: Subject, options: Options) -> Inputs:

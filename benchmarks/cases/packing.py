@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from jitaccel.api import embedded_model
 from jitaccel.execution.attention.choice import BACKENDS, Backend, choose_backend, varlen_attention
 from jitaccel.execution.packing import PackedLayout
+from jitaccel.generation.stopwatch import wait_for
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.patches.flux.packed import Conditions, make_pack, packed_forward
 
@@ -218,12 +219,10 @@ def _line(f: Mapping[str, Any]) -> str:
 
 
 def _seconds(way: Forward, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     started = time.perf_counter()
     way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - started
 
 

@@ -25,6 +25,7 @@ from jitaccel.artefacts.manifest import file_digest
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.judging import load_judge
 from jitaccel.evaluation.lab import append_lines, read_lines
+from jitaccel.evaluation.quality.rows import settings_as_now
 from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.loading import load_pipeline
 from jitaccel.provenance import first_line, provenance
@@ -76,7 +77,7 @@ class Lab:
         for row in read_lines(self.folder / "rows.jsonl"):
             variant = chosen.get(row["method"])
             is_same = all(row[name] == self.origin[name] for name in names)
-            if is_same and variant is not None and _as_now(row["config"]) == _settings(variant):
+            if is_same and variant is not None and settings_as_now(row["config"]) == _settings(variant):
                 yield row
 
     def _made(self, name: str, variant: Way, part: range) -> list[Row]:
@@ -124,12 +125,6 @@ def _settings(variant: Way) -> Row:
     }
     settings = json.loads(json.dumps({**variant.config.to_dict(), **own}))
     return settings
-
-
-def _as_now(settings: Row) -> Row:
-    """Returns a row's settings; those from before there was a choice of solvers are Euler's."""
-    return {"solver": "euler", **settings} if "densities" in settings else settings
-
 
 def _told(function: Any) -> str:
     arguments = getattr(function, "keywords", {})

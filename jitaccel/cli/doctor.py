@@ -29,9 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def versions() -> Iterator[str]:
     """Yields the versions of what is installed, without importing it."""
+    from .. import __version__
     from ..provenance import commit, version
 
-    yield f"{'jitaccel':14}{version('jitaccel') or 'not installed'} ({commit()})"
+    yield f"{'jitaccel':14}{__version__} ({commit()})"
     yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
     for name in _PACKAGES:
         yield f"{name:14}{version(name) or 'not installed'}"

@@ -16,6 +16,7 @@ import jitaccel
 from ..errors import ConfigError
 from ..generation.handle import Handle
 from ..generation.stats import Stats
+from ..generation.stopwatch import wait_for
 from ..method.config import PRESETS, JiTConfig
 from ..patches.flux.flops import flux_flops
 from ..speed.control import dense_control, schedule_flops
@@ -150,14 +151,13 @@ class _DenoisingClock:
 
     def __init__(self, pipe: Any, on_step: Callable[[], object] | None) -> None:
         self._pipe, self._on_step = pipe, on_step
-        self._is_cuda = pipe.transformer.device.type == "cuda"
+        self._device = torch.device("cpu")
         self._start: float | None = None
         self._end = 0.0
         self.shape = (0, 0, 0)
 
     def now(self) -> float:
-        if self._is_cuda:
-            torch.cuda.synchronize(self._pipe.transformer.device)
+        wait_for(self._device)
         return time.perf_counter()
 
     @property
@@ -177,6 +177,7 @@ class _DenoisingClock:
         if self._start is None:
             state = kwargs["hidden_states"]
             self.shape = (state.shape[0], state.shape[1], kwargs["encoder_hidden_states"].shape[1])
+            self._device = state.device  # the model's own may be the one that it is offloaded to
             self._start = self.now()
 
     def on_step_end(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..artefacts.manifest import file_digest
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 from .judging import load_judge
+from .quality.rows import settings_as_now
 
 if TYPE_CHECKING:
     from .comparison import Generation, Method
@@ -119,7 +120,7 @@ class Lab:
         for row in read_lines(self.folder / "rows.jsonl"):
             if (
                 row["method"] in settings
-                and row["config"] == settings[row["method"]]
+                and settings_as_now(row["config"] or {}) == (settings[row["method"]] or {})
                 and row["prompt"] == texts.get(row["prompt_index"])
                 and self._is_same(row)
                 and self._is_size(row)

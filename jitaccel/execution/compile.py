@@ -118,7 +118,8 @@ class Compiler:
         self._strict = strict
         self._compiled: dict[Hashable, _Compiled] = {}
         self._signatures: set[Hashable] = set()
-        self._failed: dict[Hashable, str] = {}
+        self._failed: set[Hashable] = set()
+        self._eager_reasons: dict[tuple[Hashable, str], None] = {}
         self._notes: list[str] = []
         self._recorder: Recorder | None = None
         self._counts = Counts()
@@ -139,7 +140,7 @@ class Compiler:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why what runs eagerly does, and why what is not captured, or not compiled in regions, is not."""
-        eager = (f"not compiled, since {reason}" for reason in self._failed.values())
+        eager = (f"not compiled, since {reason}" for _, reason in self._eager_reasons)
         return tuple(dict.fromkeys([*eager, *self._notes]))
 
     def release(self) -> None:
@@ -165,10 +166,11 @@ class Compiler:
         function: a plain function, the same for one signature, that returns tensors and writes none of its arguments.
         regional: the same with regions that repeat (`torch.compiler.nested_compile_region`), compiled in its place
             where that works.
+        reason: why this call must run eagerly; the next one without a reason is compiled again.
         """
         if reason is not None:
-            self._fail(signature, reason)
-        if signature in self._failed:
+            self._note_eager(signature, reason)
+        if reason is not None or signature in self._failed:
             self._eager_calls += 1
             return function(*args)
         compiled = self._compiled.get(signature)
@@ -240,14 +242,20 @@ class Compiler:
         self._notes.append(reason)
 
     def _fail(self, signature: Hashable, reason: str) -> None:
+        """Notes that a signature cannot be compiled, now or later."""
+        self._note_eager(signature, reason)
+        self._failed.add(signature)
+
+    def _note_eager(self, signature: Hashable, reason: str) -> None:
+        """Says why a stage runs eagerly, once for each reason. Raises UnsupportedModelError if strict."""
         if self._strict:
             raise UnsupportedModelError(
                 f"jitaccel: every stage must compile into one graph with strict=True, got {reason}; "
                 f"use strict=False to run such stages eagerly"
             )
-        if signature not in self._failed:
+        if (signature, reason) not in self._eager_reasons:
             _log.warning("jitaccel: a stage runs eagerly, since %s", reason)
-        self._failed[signature] = reason
+        self._eager_reasons[signature, reason] = None
 
 
 def _copy(function: Callable[..., Any], number: int) -> types.FunctionType:

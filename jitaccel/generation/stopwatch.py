@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,17 @@ from typing import Any
 import torch
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until a device has finished its work; the CPU always has."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
 class Stopwatch:
-    """Adds up the seconds of named spans; on CUDA through events, read only when asked."""
+    """Adds up the seconds of named spans; on accelerators through events, read only when asked.
+
+    Seconds are NaN on a device whose torch module has no timed events: the host's clock would time only the queueing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,14 +37,20 @@ class Stopwatch:
             self._spans.setdefault(key, []).append((start, self._mark()))
 
     def _mark(self) -> Any:
-        if self._device.type != "cuda":
+        if self._device.type == "cpu":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        module: Any = getattr(torch, self._device.type, None)  # torch.cuda, torch.mps, torch.xpu, ...
+        if not hasattr(getattr(module, "Event", None), "elapsed_time"):
+            return math.nan
+        event = module.Event(enable_timing=True)
+        if hasattr(module, "current_stream"):
+            event.record(module.current_stream(self._device))
+        else:
+            event.record()
         return event
 
     def seconds(self, key: Hashable) -> float:
-        """Returns the seconds spent under `key`; on CUDA waits for the device."""
+        """Returns the seconds spent under `key`; on an accelerator waits for it. NaN where they are not known."""
         return sum(_seconds_between(start, end) for start, end in self._spans.get(key, ()))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..generation.stats import Cost
+from ..generation.stopwatch import wait_for
 from ..method.config import JiTConfig
 
 Seconds = Callable[[int], float]
@@ -129,13 +130,8 @@ def loop_seconds(config: JiTConfig, num_tokens: int, seconds: Seconds, multiple:
 
 
 def _timed(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    _wait(device)
+    wait_for(device)
     start = clock()
     run()
-    _wait(device)
+    wait_for(device)
     return clock() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -20,7 +20,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import kernels
 from benchmarks.registry import Options, find_cases, percentiles
 from benchmarks.table import auto as auto_table
-from jitaccel import PRESETS, provenance
+from jitaccel import PRESETS, __version__, provenance
 
 TINY: dict[str, Any] = {
     "in_channels": 16,
@@ -141,7 +141,7 @@ def test_provenance_names_device_versions_and_commit(monkeypatch: pytest.MonkeyP
     assert origin["torch"] == torch.__version__
     assert all(str(origin[name]) for name in ("device", "commit", "python", "diffusers"))
     monkeypatch.setenv("PATH", "")
-    assert provenance.commit() == "no commit"
+    assert provenance.commit() == f"installed {__version__}"
     monkeypatch.setenv("JITACCEL_COMMIT", "0123456789ab")
     assert provenance.commit() == "0123456789ab"
 

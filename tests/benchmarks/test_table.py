@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.table import README, RESULTS, TABLES, filled, main, read_results
+from jitaccel import PRESETS, JiTConfig
+from jitaccel.evaluation.quality.rows import kind_of, settings_as_now
 
 RECORD: dict[str, Any] = {
     "benchmark": "record",
@@ -40,6 +43,29 @@ def write(folder: Path, name: str, *rows: dict[str, Any]) -> None:
 
 def record(name: str, **changed: Any) -> dict[str, Any]:
     return {**RECORD, "case": f"FLUX, 1024x1024: {name}", **changed}
+
+
+@pytest.mark.parametrize("field", [field for field in fields(JiTConfig) if field.default is not MISSING])
+@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config.num_stages > 1])
+def test_row_written_before_a_field_existed_reads_as_its_default(name: str, field: Any) -> None:
+    config = PRESETS[name].to_dict()
+    old = {key: value for key, value in config.items() if key != field.name}
+    assert settings_as_now(config) == config
+    assert (settings_as_now(old) == config) == (config[field.name] == field.default)
+    assert kind_of({"method": name, "config": old}) == "sparse"
+
+
+@pytest.mark.parametrize("settings", [{}, {"rival": "cache", "threshold": 0.1}])
+def test_settings_that_are_no_configuration_stay_as_they_are(settings: dict[str, Any]) -> None:
+    assert settings_as_now(settings) == settings
+
+
+def test_every_preset_whose_row_exists_is_shown_as_measured() -> None:
+    rows = read_results(RESULTS)
+    measured = {row["method"] for row in rows if row["benchmark"] == "lab"} & {*PRESETS}
+    cards = TABLES["presets"](rows).split("### ")[1:]
+    shown = {card.split("`")[1] for card in cards if "Not measured on the embedded model" not in card}
+    assert shown == measured
 
 
 def test_record_divides_by_dense_run_plainly_and_alike(tmp_path: Path) -> None:

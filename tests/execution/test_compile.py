@@ -419,6 +419,33 @@ def test_stage_that_cannot_have_regions_is_compiled_whole(why: str) -> None:
     assert count.graphs == 2
 
 
+def test_stage_that_ran_eagerly_for_a_reason_is_compiled_once_the_reason_is_gone() -> None:
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    compiler, x = Compiler({"backend": Counting()}), torch.ones(3)
+    for reason in (None, "blocks are offloaded", "blocks are offloaded", "a hook is set", None):
+        assert torch.equal(compiler.run("stage", double, x, reason=reason), 2 * x)
+    assert (compiler.stats.calls, compiler.stats.eager_calls) == (2, 3)
+    assert compiler.notes == ("not compiled, since blocks are offloaded", "not compiled, since a hook is set")
+
+
+def test_stage_whose_compilation_failed_is_not_tried_again() -> None:
+    tries = []
+
+    def broken(graph: Any, inputs: list[Tensor]) -> Any:
+        tries.append(graph)
+        raise ValueError("no such instruction")
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    compiler, x = Compiler({"backend": broken}), torch.ones(3)
+    for _ in range(3):
+        assert torch.equal(compiler.run("stage", double, x), 2 * x)
+    assert len(tries) == 1 and compiler.stats.eager_calls == 3
+
+
 def test_offloaded_blocks_run_eagerly(pipe: Any) -> None:
     tiny.offload_groups(pipe.transformer, "block_level")
     with jitaccel.apply(pipe, SHORT, execution="packed"):

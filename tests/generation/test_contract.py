@@ -254,3 +254,12 @@ def test_target_left_dense_is_known_by_its_handle() -> None:
     handle = jitaccel.apply(target, on_unsupported="dense")
     assert jitaccel.handle_of(target) is handle and not handle.is_active
     assert jitaccel.remove(target) and jitaccel.handle_of(target) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("executon", '"execution"'), ("atention", '"attention"'), ("step", '"steps"'), ("zzzzzz", "help")],
+)
+def test_unknown_arguments_are_refused_by_apply_with_what_is_like_them(name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"apply: {name} must be .*{words}"):
+        jitaccel.apply(nn.Linear(2, 2), **{name: "packed"})

@@ -523,12 +523,12 @@ def test_flux2_inpainting_starts_late_and_places_its_anchors() -> None:
 
 def test_references_of_flux2_are_told_apart_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pipelines make position ids anew each step, and to look into them is to wait for the device."""
-    from jitaccel.patches import split
+    from jitaccel.patches.flux import arguments
 
     looks: list[int] = []
     picture = PIL.Image.new("RGB", (64, 64), "red")
-    original = split.num_generated
-    monkeypatch.setattr(split, "num_generated", lambda ids: looks.append(1) or original(ids))
+    original = arguments.num_generated
+    monkeypatch.setattr(arguments, "num_generated", lambda ids: looks.append(1) or original(ids))
     pipe = _flux2_pipeline("Flux2KleinPipeline" if hasattr(diffusers, "Flux2KleinPipeline") else "Flux2Pipeline")
     guidance = {} if type(pipe).__name__ == "Flux2Pipeline" else {"guidance_scale": 1.0}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ...method.config import JiTConfig
 
 Rows = Sequence[Mapping[str, Any]]
 ByMethod = Mapping[str, Rows]
@@ -47,6 +49,21 @@ QUALITIES: Known = {
 def quality_of(name: str, known: Known) -> Quality:
     """Returns how a quality is shown; of one that is not known, whether more is better is not either."""
     return known.get(name, Quality(title=name.replace("_", " "), best=None))
+
+
+def settings_as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row's settings with the default of each field of JiTConfig that did not exist when it was written.
+
+    Settings that are not a configuration's (native steps, rivals) stay as they are.
+    """
+    given = dict(settings)
+    if "densities" not in given or "rival" in given:
+        return given
+    return {**_defaults(), **given}
+
+
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in fields(JiTConfig) if field.default is not MISSING}
 
 
 def by_method(rows: Rows, methods: Sequence[str], *, asker: str) -> dict[str, Rows]:
