@@ -1,0 +1,86 @@
+"""What may import what: folders without a cycle, a method that knows no model, and nothing that ships imports tests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("jitaccel", "patches")
+
+
+def _files() -> list[Path]:
+    links = [ROOT / "jitaccel" / name for name in ("patches", "assets", "benchmarks")]
+    found = [path for folder in SHIPPED for path in (ROOT / folder).rglob("*.py")]
+    return [path for path in found if not any(link in path.parents for link in links)]
+
+
+def _module(path: Path) -> list[str]:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ["jitaccel", *parts] if parts[0] == "patches" else parts
+
+
+def _room(module: list[str]) -> str:
+    """Returns the folder of a module, one level deep in jitaccel and in patches; a file beside them is its own."""
+    depth = 3 if module[1:2] == ["patches"] else 2
+    return ".".join(module[:depth])
+
+
+def _imports(path: Path, known: set[str]) -> Iterator[list[str]]:
+    """Yields what a file imports of jitaccel when it runs; what only type checkers see does not count."""
+    module, tree = _module(path), ast.parse(path.read_text())
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in guarded:
+            continue
+        own = module if path.name == "__init__.py" else module[:-1]
+        base = [*own[: len(own) - node.level + 1]] if node.level else []
+        base += node.module.split(".") if node.module else []
+        for name in node.names:
+            target = [*base, name.name]
+            yield target if ".".join(target) in known else base
+
+
+def _arrows() -> dict[str, set[str]]:
+    files = _files()
+    known = {".".join(_module(path)) for path in files}
+    arrows: dict[str, set[str]] = {}
+    for path in files:
+        room = _room(_module(path))
+        targets = {_room(each) for each in _imports(path, known) if each[:1] == ["jitaccel"]}
+        arrows.setdefault(room, set()).update(targets - {room, "jitaccel"})
+    return arrows
+
+
+def test_folders_import_each_other_without_a_cycle() -> None:
+    arrows = _arrows()
+    assert len(arrows) > 15
+    while leaves := [room for room, targets in arrows.items() if not targets & arrows.keys()]:
+        for room in leaves:
+            del arrows[room]
+    assert not arrows, f"a cycle among {sorted(arrows)}"
+
+
+def test_method_knows_no_model_and_no_codebase() -> None:
+    allowed = {"jitaccel.errors", "jitaccel.ops", "jitaccel.tokens"}
+    assert _arrows()["jitaccel.method"] <= allowed
+
+
+def test_nothing_that_ships_imports_tests() -> None:
+    for path in _files():
+        names = [
+            alias.name if isinstance(node, ast.Import) else node.module or ""
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        ]
+        assert not [name for name in names if name.split(".")[0] == "tests"], path
