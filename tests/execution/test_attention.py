@@ -15,13 +15,13 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 from jitaccel.errors import ConfigError
+from jitaccel.execution.attention.backend import is_found
 from jitaccel.execution.attention.choice import (
     ATTENTION,
     BACKENDS,
     Backend,
     check_attention,
     choose_backend,
-    is_found,
     varlen_attention,
 )
 from jitaccel.execution.packing import PackedLayout

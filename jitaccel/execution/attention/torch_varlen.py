@@ -1,0 +1,40 @@
+"""FlashAttention 2 as torch ships it, `torch.nn.attention.varlen`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packing import PackedLayout
+from .backend import AMPERE, Attend, Backend, Source
+
+
+def _load(module: str) -> Attend:
+    if not torch.backends.cuda.is_flash_attention_available():
+        raise ImportError("this torch is built without FlashAttention")
+    return partial(_attend, importlib.import_module(module).varlen_attn)
+
+
+def _attend(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    # These seven by place are all that is the same from torch 2.10 on; without others it is not causal.
+    return function(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
+
+
+_FLASH = {torch.float16: AMPERE, torch.bfloat16: AMPERE}
+
+TORCH_VARLEN = Backend(
+    name="torch_varlen",
+    sources=(
+        Source(
+            module="torch.nn.attention.varlen",
+            package="torch 2.10 or newer",
+            load=_load,
+            takes=_FLASH,
+        ),
+    ),
+)
