@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.execution.options import Execution
+from jitaccel.execution.private import uncompiled
 from jitaccel.generation.handle import Handle, Installation, Patched
 from jitaccel.generation.route import Answer
 from jitaccel.method.config import JiTConfig
@@ -34,7 +35,7 @@ _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_
 
 def prepare(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Installation:
     """Returns what is to be installed on a `Flux`."""
-    calls, kind = IndexedCalls("Flux", execution), type(getattr(model, "_orig_mod", model))
+    calls, kind = IndexedCalls("Flux", execution), type(uncompiled(model))
     name = f"{kind.__module__} {kind.__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
 
@@ -46,7 +47,7 @@ def prepare(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, exe
 
 def _forward_of(model: Any, handle: Handle, route: VelocityRoute) -> Callable[..., Tensor]:
     """Returns what answers calls in place of the model's forward."""
-    plain = getattr(model, "_orig_mod", model)
+    plain = uncompiled(model)
     original, signature, seen = model.forward, inspect.signature(type(plain).forward), SeenIds()
 
     # Compiled around the patch, each of its decisions would break the graph.

@@ -33,6 +33,7 @@ from torch.func import functional_call
 from .. import ops
 from ..errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
 from ..execution.options import Attention
+from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
 from ..method.config import JiTConfig, resolve
@@ -198,7 +199,7 @@ def _lower(
         inputs = ([*weights.values()], *arguments)
         program = torch.export.export(_Functional(stage, [*weights]), inputs, strict=False)
         if format == "aoti":
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
+            write_aoti_package(program, path, options)
             return
         takes_guards = "check_guards" in inspect.signature(program.module).parameters
         flat = program.module(check_guards=False) if takes_guards else program.module()
@@ -279,7 +280,7 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
 
 def _load_aoti(path: Path, device: torch.device) -> Stage:
     index = -1 if device.index is None else device.index
-    stage: Stage = torch._inductor.aoti_load_package(str(path), device_index=index)
+    stage: Stage = load_aoti_package(path, index)
     return stage
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..execution.private import children_of
 from .comparison import Generation, timed
 from .work import counted
 
@@ -59,7 +60,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     diffusers' `disable_cache` leaves a `forward` and a registry on every instance that had a hook; cache-dit's leaves
     a `forward` of its own on the transformer, and the blocks last among its children.
     """
-    before = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    before = [(module, dict(vars(module)), dict(children_of(module))) for module in model.modules()]
     try:
         yield
     finally:
@@ -67,8 +68,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
+            children_of(module).clear()
+            children_of(module).update(children)
 
 
 def _single_calls(call: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,12 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo import lookup_backend
-from torch._dynamo.exc import TorchDynamoException
 
 from ..errors import ConfigError, UnsupportedModelError, nearest_match
 from .graphs import Counts, CudaGraphs, Recorder, RepeatedCalls, Replayed
+from .private import (
+    CompilationError,
+    backend_named,
+    compiled_by_inductor,
+    forget_graphs,
+    inductor_options,
+    inductor_options_of_mode,
+)
 
 _log = logging.getLogger(__name__)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -91,12 +96,12 @@ def _check_values(options: Mapping[str, Any]) -> None:
             )
     if inner is None or options.get("backend", "inductor") != "inductor":
         return
-    known = torch._inductor.list_options()
+    known = inductor_options()
     for name in inner:
         if name not in known:
             raise ConfigError(
                 f"apply: compile must hold options of torch's inductor, got {name!r}; "
-                f'did you mean "{nearest_match(name, tuple(known))}"?'
+                f'did you mean "{nearest_match(name, known)}"?'
             )
 
 
@@ -151,7 +156,7 @@ class Compiler:
 
     def _forget(self, signature: Hashable) -> None:
         """Drops one function and its graphs, which the compiler would keep as long as the process lives."""
-        reset_code(self._compiled.pop(signature).code)
+        forget_graphs(self._compiled.pop(signature).code)
 
     def run(
         self,
@@ -179,7 +184,7 @@ class Compiler:
             compiled = self._compile(signature, regional if use_regions else function, use_regions)
         try:
             result = compiled.run(*args)
-        except TorchDynamoException as error:
+        except CompilationError as error:
             what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if compiled.is_regional:
                 self._notes.append(f"compiled without regions, since {what}")
@@ -216,11 +221,11 @@ class Compiler:
         """Returns the graph compiled by the backend that was asked for."""
         backend, mode, options = (self._options.get(name) for name in ("backend", "mode", "options"))
         if backend in (None, "inductor"):
-            settings = torch._inductor.list_mode_options(mode) if mode else dict(options or {})
+            settings = inductor_options_of_mode(mode) if mode else dict(options or {})
             # Inductor's own CUDA graphs would be captured beside ours.
-            return torch._inductor.compile(graph, inputs, options={**settings, "triton.cudagraphs": False})
+            return compiled_by_inductor(graph, inputs, {**settings, "triton.cudagraphs": False})
         given = {name: value for name, value in (("mode", mode), ("options", options)) if value is not None}
-        run: Callable[..., Any] = lookup_backend(backend)(graph, inputs, **given)
+        run: Callable[..., Any] = backend_named(backend)(graph, inputs, **given)
         return run
 
     def _recorder_for(self, inputs: Sequence[Any]) -> Recorder | None:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .private import inner_tensors
 
 Function = Callable[..., Sequence[Any]]
 
@@ -176,7 +177,5 @@ def _addresses(inputs: Sequence[Any]) -> list[int]:
 
 
 def _addresses_of(x: Tensor) -> list[int]:
-    if not is_traceable_wrapper_subclass(x):
-        return [x.data_ptr()]
-    names, _ = x.__tensor_flatten__()  # quantised weights consist of several tensors
-    return [address for name in names for address in _addresses_of(getattr(x, name))]
+    inner = inner_tensors(x)
+    return [x.data_ptr()] if inner is None else [address for each in inner for address in _addresses_of(each)]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
+from jitaccel.execution.private import uncompiled
 
 _MODELS = ("Flux", "Chroma")
 # Guidance that mixes estimates token by token with fixed weights; others may compare whole pictures.
@@ -100,7 +101,7 @@ def _guidance_problems(guider: Any, options: dict[str, Any]) -> list[str]:
 
 
 def _model_problems(inner: Any) -> list[str]:
-    model = getattr(inner.diffusion_model, "_orig_mod", inner.diffusion_model)
+    model = uncompiled(inner.diffusion_model)
     kind = type(model).__name__
     if kind not in _MODELS or not hasattr(model, "forward_orig"):
         return [f"the model must be one of FLUX.1, FLUX.2 and Chroma, got {kind}"]

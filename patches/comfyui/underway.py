@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
+from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer, Generation, History, fold_move
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
@@ -47,7 +48,7 @@ class UnderWay:
         # What is painted anew is active from the first stage on; where the rest is given, nothing ever has to move.
         self._config = config.replace(micro_flow="none") if keeps_rest else config
         self._clock = KnownLevels(config, levels)
-        self._model = getattr(model, "_orig_mod", model)
+        self._model = uncompiled(model)
         self._patch: int = self._model.patch_size
         self._mask = mask
         self._size = tuple(noise.shape[2:])

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 
+from jitaccel.execution.private import uncompiled
 from jitaccel.generation.handle import Handle, refuse_copy
 
 from ..loops.velocity import VelocityRoute
@@ -111,7 +112,7 @@ def named_arguments(
 
     bases: names of diffusers' classes, from one of which the module's derives; its own forward may take more.
     """
-    model: Any = type(getattr(module, "_orig_mod", module))
+    model: Any = type(uncompiled(module))
     signature = _signature_of(model, bases)
     further = {name: value for name, value in kwargs.items() if name not in signature.parameters}
     if further:

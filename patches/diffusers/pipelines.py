@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
+from jitaccel.execution.private import is_compiled_in_place, uncompiled
 from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
@@ -234,5 +235,6 @@ def _mask(split: Split, route: Any) -> Tensor | None:
 
 def _is_compiled_around(module: Any, caller: Any) -> bool:
     """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
-    is_wrapped = getattr(getattr(caller, "transformer", None), "_orig_mod", None) is module
-    return is_wrapped or module._compiled_call_impl is not None
+    called = getattr(caller, "transformer", None)
+    is_wrapped = called is not module and uncompiled(called) is module
+    return is_wrapped or is_compiled_in_place(module)

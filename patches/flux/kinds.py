@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jitaccel.execution.private import uncompiled
 from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
 
 
@@ -101,5 +102,5 @@ def token_multiple(model: Any) -> int:
 
 def kind_of(model: Any) -> Kind | None:
     """Returns the kind of a transformer, through `torch.compile`'s wrapper and derived classes; None for others."""
-    names = [kind.__name__ for kind in type(getattr(model, "_orig_mod", model)).__mro__]
+    names = [kind.__name__ for kind in type(uncompiled(model)).__mro__]
     return next((kind for kind in KINDS if kind.model in names), None)

@@ -30,6 +30,7 @@ from jitaccel import ops
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
 from jitaccel.execution.packing import PackedLayout, Rows
+from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
 from jitaccel.method.lift import LiftPlan, lift
 from jitaccel.tokens import gather_tokens
 
@@ -366,7 +367,7 @@ def _registered(module: nn.Module) -> list[Any]:
 
 def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
     """Returns why a packed forward would not be this model's own; nothing where it would. `own`: jitaccel's hook."""
-    if hasattr(model, "_orig_mod"):
+    if is_compile_wrapper(model):
         return ["the transformer is compiled as a whole"]
     reasons = []
     if inspect.unwrap(type(model).forward).__module__ != FluxTransformerBlock.__module__:
@@ -395,9 +396,9 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
             reasons.append(f"set_attention_backend chose {processor._attention_backend!s}")
         elif processor._parallel_config is not None:
             reasons.append("context parallelism is on")
-    if module._compiled_call_impl is not None:
+    if is_compiled_in_place(module):
         reasons.append(f"a {kind} is compiled")
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_forward_hooks(module):
         reasons.append(f"{name} has forward hooks")
     if isinstance(module, _BYPASSED):
         if "forward" in vars(module):
