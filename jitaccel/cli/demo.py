@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
-from ..method.grid import num_tokens_of
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Generation, Method
@@ -177,6 +176,7 @@ def _demo_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> A
 
 def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> Any:
     from ..evaluation.pictures import grid_picture, show_active
+    from ..method.grid import num_tokens_of
 
     sparse = next(result for result in results if result.method.name == _TOKENS_OF)
     first = sparse.generations[0]

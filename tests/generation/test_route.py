@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jitaccel import JiTConfig, noise_levels
 from jitaccel.generation.route import Answer, Generation, History, fold_move
-from jitaccel.method.run import Run
+from jitaccel.method.run import Run, lifted
 from jitaccel.method.steps import KnownLevels, Step
 
 GRID = (6, 8)
@@ -84,8 +84,8 @@ def test_lifted_answer_counts_as_the_lift_of_its_anchors() -> None:
     plain, brought = begin(clock, state), begin(clock, state)
     answer = plain.evaluate(step, state, network)
     velocity = plain.leave(step, state, answer)
-    lifted = brought.run.lift(step, state, answer.values)
-    assert torch.equal(brought.leave(step, state, Answer(answer.values, lifted=lifted)), velocity)
+    whole = lifted(brought.run, step, state, answer.values)
+    assert torch.equal(brought.leave(step, state, Answer(answer.values, lifted=whole)), velocity)
 
 
 def test_forced_tokens_are_anchors() -> None:

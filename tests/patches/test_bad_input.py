@@ -75,7 +75,7 @@ def call(model: Any, state: Tensor | None = None, level: float = 1.0, **argument
         ("7X", {}, ("preset", "4x, 7x, 10x, 4x-paper, 7x-paper, dense", "'7X'", 'did you mean "7x"')),
         (7, {}, ("preset", "4x, 7x, 10x, 4x-paper, 7x-paper, dense", "got 7")),
         ("7x", {"density": (0.5, 1.0)}, ("density", "field of JiTConfig", 'did you mean "densities"')),
-        ("7x", {"num_inference_steps": 9}, ("num_inference_steps", "field of JiTConfig", "did you mean")),
+        ("7x", {"num_inference_steps": 9}, ("num_inference_steps", "field of JiTConfig", "help(jitaccel.apply)")),
         ("7x", {"densities": (0.6, 0.3, 1.0)}, ("densities must rise strictly", "(0.6, 0.3, 1.0)")),
         ("7x", {"densities": (0.3, 0.6, 0.9)}, ("densities must end in 1.0", "(0.3, 0.6, 0.9)")),
         ("7x", {"densities": (0.0, 0.6, 1.0)}, ("densities must lie in (0, 1]", "(0.0, 0.6, 1.0)")),
@@ -153,12 +153,16 @@ def test_bare_transformer_needs_levels_where_the_configuration_has_none(model: A
 # Models, schedulers and pipelines
 
 
-@pytest.mark.parametrize("thing", [None, 7, "pipe", object(), torch.nn.Linear(2, 2), {"transformer": None}])
-def test_anything_else_is_refused(thing: Any) -> None:
-    with refused(
-        UnsupportedModelError, "target must be one of", "FluxPipeline", "FluxTransformer2DModel", type(thing).__name__
-    ):
+@pytest.mark.parametrize("thing", [None, 7, "pipe", object(), {"transformer": None}])
+def test_what_is_no_network_is_refused(thing: Any) -> None:
+    with refused(ConfigError, "apply: target must be a loaded pipeline or network", repr(thing), "from_pretrained"):
         jitaccel.apply(thing)
+
+
+def test_other_networks_are_refused() -> None:
+    words = ("target must be one of", "FluxPipeline", "FluxTransformer2DModel", "Linear")
+    with refused(UnsupportedModelError, *words):
+        jitaccel.apply(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("part", ["vae", "scheduler", "text_encoder"])

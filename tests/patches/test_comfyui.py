@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +55,14 @@ def condition(seed: int = 1, model: Any = None) -> dict[str, Any]:
 def start(model: Any, seed: int = 0, batch: int = 1) -> Tensor:
     patch = model.patch_size
     return noise(seed, batch, CHANNELS // patch**2, GRID[0] * patch, GRID[1] * patch)
+
+
+@contextmanager
+def applied(model: Any, *given: Any, **more: Any) -> Iterator[jitaccel.Handle]:
+    """Applies to a patcher that is kept meanwhile: a handle keeps nothing alive."""
+    patcher = ModelPatcher(BaseModel(model))
+    with jitaccel.apply(patcher, *given, **more) as handle:
+        yield handle
 
 
 def sample(patcher: Any, x: Tensor, levels: Tensor = LEVELS, *, sampler: Any = None, **more: Any) -> Tensor:
@@ -124,7 +134,7 @@ def test_picture_is_the_one_of_diffusers_pipeline_route(preset: str, guided: boo
         expected = tiny.generate(pipe, prompt=None, latents=latents, guidance_scale=3.5, **call)
         anchors = handle.stats().anchors
     levels = torch.tensor(jitaccel.noise_levels(jitaccel.PRESETS[preset]))
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), preset) as handle:
+    with applied(model, preset) as handle:
         conds = {"positive": [positive], "negative": [negative]}
         made = sample(handle.target, start(model), levels, conds=conds, cfg=3.0 if guided else 1.0)
         assert all(torch.equal(a, b) for a, b in zip(handle.stats().anchors, anchors, strict=True))
@@ -133,7 +143,7 @@ def test_picture_is_the_one_of_diffusers_pipeline_route(preset: str, guided: boo
 
 def test_costs_are_those_of_diffusers_on_the_same_network() -> None:
     model = flux1()
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         sample(handle.target, start(model))
         comfy_flops = handle.stats().dense_step_flops
     cost = flux_flops(model.inner.config, NUM_TOKENS, TEXT_TOKENS)
@@ -151,7 +161,7 @@ def test_guided_branches_share_anchors_and_the_move_is_made_once(in_turn: bool) 
         return second + (first - second) * 3.0
 
     expected = by_hand(model, start(model), guided)
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         conds = {"positive": [positive], "negative": [negative]}
         made = sample(handle.target, start(model), conds=conds, cfg=3.0, in_turn=in_turn)
         assert {step.calls for step in handle.stats().steps} == {2}
@@ -160,7 +170,7 @@ def test_guided_branches_share_anchors_and_the_move_is_made_once(in_turn: bool) 
 
 def test_each_picture_of_a_batch_is_the_one_made_alone() -> None:
     model = flux1()
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         pictures = [start(model, seed) for seed in (1, 2)]
         alone = [sample(handle.target, x) for x in pictures]
         together = sample(handle.target, torch.cat(pictures))
@@ -175,7 +185,8 @@ def test_half_precision_network_keeps_the_samplers_state_in_float32() -> None:
     def error(config: Any) -> float:
         made = []
         for each, dtype in ((half, torch.bfloat16), (model, torch.float32)):
-            with jitaccel.apply(ModelPatcher(BaseModel(each, dtype)), config) as handle:
+            patcher = ModelPatcher(BaseModel(each, dtype))
+            with jitaccel.apply(patcher, config) as handle:
                 made.append(sample(handle.target, start(model)))
         assert made[0].dtype == torch.float32
         return relative_error(*made)
@@ -187,10 +198,10 @@ def test_picture_with_an_odd_side_is_padded_as_comfy_pads_it() -> None:
     model = flux1()
     x = noise(3, 1, 4, 23, 21)
     dense = sample(ModelPatcher(BaseModel(model)), x)
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         made = sample(handle.target, x)
         assert made.shape == x.shape and handle.stats().grid == (12, 11)
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), DENSE) as handle:
+    with applied(model, DENSE) as handle:
         assert torch.equal(sample(handle.target, x), dense)
 
 
@@ -215,7 +226,7 @@ def test_residuals_references_and_further_channels_go_with_their_tokens() -> Non
     whole = torch.cat([residual, torch.zeros(1, more.shape[1], WIDTH)], dim=1)
     control = {"input": [whole], "output": [-whole]}
     conds = {"positive": [{**given, "c_concat": beside, "ref_latents": [reference], "control": control}]}
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         assert relative_error(sample(handle.target, start(model), conds=conds), expected) < 1e-5
 
 
@@ -223,7 +234,7 @@ def test_stretches_of_references_are_counted_from_the_anchors() -> None:
     model = flux2()
     given = {**condition(model=model), "ref_latents": [noise(8, 1, CHANNELS, 5, 4)]}
     conds = {"positive": [{**given, "ref_latents_method": "index_timestep_zero"}]}
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         sample(handle.target, start(model), conds=conds)
     assert model.stretches == [(n + 20, [[n, n + 20]]) for n in (50, 50, 93, 144, 144)]
 
@@ -232,7 +243,7 @@ def test_residuals_that_are_none_stay_and_those_of_other_sizes_are_refused() -> 
     model = flux1()
     control = {"input": [None, noise(9, 1, NUM_TOKENS, WIDTH)], "output": []}
     conds = {"positive": [{**condition(), "control": control}]}
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         model.inner.transformer_blocks.append(tiny.transformer(seed=1).transformer_blocks[0])
         control["input"].reverse()
         assert sample(handle.target, start(model), conds=conds).isfinite().all()
@@ -257,7 +268,7 @@ def test_attention_mask_between_text_and_tokens() -> None:
 
     expected = by_hand(model, start(model), velocity)
     conds = {"positive": [{**given, "attention_mask": mask[None]}]}
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         assert relative_error(sample(handle.target, start(model), conds=conds), expected) < 1e-5
         with pytest.raises(UnsupportedModelError, match="attn_mask must be of 152 text and image tokens"):
             sample(handle.target, start(model), conds={"positive": [{**given, "attention_mask": mask[None, :7, :7]}]})
@@ -270,7 +281,7 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
     mask[..., 6:8, 4:12] = 0.3  # soft: painted anew in part
     seen: list[Tensor] = []
     model.inner.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         made = sample(handle.target, start(model), latent_image=latents, denoise_mask=mask)
         anchors = handle.stats().anchors
     outside = (to_tokens(mask, 2) == 0).all(dim=2)[0]
@@ -290,7 +301,7 @@ def test_mask_of_a_fill_model_places_the_anchors() -> None:
     shown = torch.cat([noise(4, 1, 4, *SIZE), torch.zeros(1, 16, *SIZE)], dim=1)
     shown[:, 4:, 6:16, 4:12] = 1.0
     given = {**condition(), "c_concat": shown, "model_conds": {"c_concat": SimpleNamespace(cond=shown)}}
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         made = sample(handle.target, start(model), conds={"positive": [given]})
         anchors = handle.stats().anchors
         still = jitaccel.apply(handle.target, SHORT, micro_flow="none")
@@ -304,7 +315,7 @@ def test_mask_of_a_fill_model_places_the_anchors() -> None:
 def test_late_start_places_the_stages_on_the_steps_that_run() -> None:
     model = flux1()
     levels = torch.tensor(jitaccel.noise_levels(SHORT, 10))[-6:]
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         sample(handle.target, start(model), levels, latent_image=noise(4, 1, 4, *SIZE))
         assert [step.tokens for step in handle.stats().steps] == [50, 50, 93, 144, 144]
         with pytest.raises(ConfigError, match="every stage at least one step, got 2"):
@@ -342,11 +353,11 @@ def test_what_cannot_be_right_is_refused_or_runs_dense_on_request(
     model = flux1()
     call = {"x": start(model), **given}
     expected = sample(ModelPatcher(BaseModel(model)), **call)
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         with pytest.raises(UnsupportedModelError, match=message):
             sample(handle.target, **call)
         assert sample(handle.target, start(model)).isfinite().all()
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT, on_unsupported="dense") as handle:
+    with applied(model, SHORT, on_unsupported="dense") as handle:
         with caplog.at_level(logging.WARNING):
             assert torch.equal(sample(handle.target, **call), expected)
         assert message in caplog.text and "ran dense" in handle.stats().notes[0]
@@ -357,7 +368,8 @@ def test_what_cannot_be_right_is_refused_or_runs_dense_on_request(
 def test_other_models_and_other_predictions_are_refused() -> None:
     model = flux1()
     base = BaseModel(model)
-    with jitaccel.apply(ModelPatcher(base), SHORT) as handle:
+    patcher = ModelPatcher(base)
+    with jitaccel.apply(patcher, SHORT) as handle:
         base.diffusion_model = model.inner
         with pytest.raises(UnsupportedModelError, match=r"must be one of FLUX.1, FLUX.2 and Chroma, got FluxTransf"):
             CFGGuider(handle.target, {"positive": [condition()]}).sample(start(model), KSAMPLER(), LEVELS)
@@ -373,7 +385,7 @@ def test_an_exception_ends_the_sampling_and_leaves_the_model_whole() -> None:
         if state["i"] == 2:
             raise InterruptedError
 
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         clean = sample(handle.target, start(model))
         with pytest.raises(InterruptedError):
             sample(handle.target, start(model), callback=interrupt)
@@ -391,14 +403,14 @@ def test_forward_of_another_node_runs_on_the_anchors_and_is_put_back() -> None:
         return original(img, *args, **kwargs)
 
     model.forward_orig = other  # type: ignore[method-assign]
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         sample(handle.target, start(model))
     assert vars(model)["forward_orig"] is other and seen[0] in (50, NUM_TOKENS)
 
 
 def test_cache_that_answers_in_place_of_the_model_is_told() -> None:
     model = flux1()
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         cache = lambda executor, x, *rest, **more: torch.zeros_like(x)  # noqa: E731
         handle.target.wrappers["diffusion_model"] = {"cache": [cache], **handle.target.wrappers["diffusion_model"]}
         with pytest.raises(RuntimeError, match="another node answers"):
@@ -420,7 +432,7 @@ def test_not_finite_is_told() -> None:
 
         spoil({"i": -1})
         with (
-            jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle,
+            applied(model, SHORT) as handle,
             pytest.raises(jitaccel.NonFiniteVelocityError, match=f"at step {step}"),
         ):
             sample(handle.target, start(model), callback=spoil)
@@ -428,7 +440,7 @@ def test_not_finite_is_told() -> None:
 
 def test_model_that_is_compiled_whole_gives_the_same_picture() -> None:
     model = flux1()
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         expected = sample(handle.target, start(model))
         handle.target.model.diffusion_model = torch.compile(model, backend="eager")
         assert relative_error(sample(handle.target, start(model)), expected) < 1e-5
@@ -527,7 +539,7 @@ def test_chroma() -> None:
         )
 
     expected = by_hand(model, start(model), velocity)
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         assert relative_error(sample(handle.target, start(model), conds={"positive": [given]}), expected) < 1e-5
         cost = chroma_flops(model.inner.config, NUM_TOKENS, TEXT_TOKENS)
         assert handle.stats().dense_step_flops == cost
@@ -540,7 +552,7 @@ def test_blocks_that_are_compiled_one_by_one_stay_compiled() -> None:
         calls.append(1)
         return graph.forward
 
-    with jitaccel.apply(ModelPatcher(BaseModel(model)), SHORT) as handle:
+    with applied(model, SHORT) as handle:
         expected = sample(handle.target, start(model))
         model.inner.transformer_blocks[0].compile(backend=backend, dynamic=False)
         assert relative_error(sample(handle.target, start(model)), expected) < 1e-5
