@@ -1,0 +1,1 @@
+"""What judges generated pictures: the drawn world and its judge."""
