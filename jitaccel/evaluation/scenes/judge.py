@@ -1,0 +1,185 @@
+"""A judge of pictures: does a picture show what its caption says?
+
+A small convolutional network names the value of every attribute of `scene.ATTRIBUTES`. `training/judge.py` trains it
+on drawn landscapes, blurred and otherwise spoilt; it never sees a generated picture. Its features serve distances
+between pictures and between sets of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .scene import ATTRIBUTES, Claims
+
+PICTURE_PX = 256  # pictures are brought to this height before they are judged
+UNSURE = "unsure"  # what the judge says where no value has more than half of its belief
+NUM_FEATURES = 96
+_COLUMNS = 6  # of the summary that tells where something is
+# An attribute of an object counts only where the object itself is recognised.
+_NEEDS = {"paint": "thing", "thing_place": "thing", "flowers": "ground"}
+_WEIGHTS, _RECORD = "judge.safetensors", "judge.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many attributes captions claim, and how many of those the pictures show, by attribute; scores add up."""
+
+    claimed: Counter[str] = field(default_factory=Counter)
+    shown: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the claimed attributes that are shown, in [0, 1]; 1 where nothing is claimed."""
+        return self.shown.total() / self.claimed.total() if self.claimed else 1.0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.claimed + other.claimed, self.shown + other.shown)
+
+
+def compare(seen: Mapping[str, str], claims: Claims) -> Score:
+    """Returns which claimed attributes were seen.
+
+    Colour and place of an object count as missing if the object itself was not recognised.
+    """
+    score = Score()
+    for name, said in claims.items():
+        needed = _NEEDS.get(name)
+        found = needed is None or needed not in claims or seen[needed] == claims[needed]
+        score.claimed[name] += 1
+        score.shown[name] += found and seen[name] == said
+    return score
+
+
+class JudgeNetwork(nn.Module):
+    """Scores of all values of all attributes, `(B, num_values)`, from pictures `(B, 3, h, w)` in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _convolution(3, 32, kernel=7, stride=4)
+        self.near = nn.Sequential(_convolution(32, 64, stride=2), _convolution(64, 64))
+        self.around = _convolution(64, 64)
+        self.far = nn.Sequential(_convolution(64, 128, stride=2), _convolution(128, 128))
+        self.farther = _convolution(128, 128)
+        self.merge = _convolution(64 + 128, NUM_FEATURES, kernel=1)
+        self.answer = nn.Sequential(
+            nn.Linear(NUM_FEATURES * (2 + _COLUMNS), 256),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(256, sum(len(values) for values in ATTRIBUTES.values())),
+        )
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Returns what all answers are read from, `(B, NUM_FEATURES, h / 8, w / 8)`."""
+        near = self.near(self.stem(pictures - 0.5))
+        near = near + self.around(near)
+        far = self.far(near)
+        far = far + self.farther(far)
+        grown = F.interpolate(far, size=near.shape[-2:], mode="bilinear")
+        merged: Tensor = self.merge(torch.cat([near, grown], dim=1))
+        return merged
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        features = self.features(pictures)
+        columns = F.adaptive_avg_pool2d(features.amax(dim=2, keepdim=True), (1, _COLUMNS)).flatten(1)
+        summary = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3)), columns], dim=1)
+        answers: Tensor = self.answer(summary)
+        return answers
+
+
+def _convolution(inside: int, out: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inside, out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
+
+
+def split_by_attribute(answers: Tensor) -> dict[str, Tensor]:
+    """Returns for each attribute the scores of its values, `(B, len(values))`."""
+    parts = answers.split([len(values) for values in ATTRIBUTES.values()], dim=1)
+    return dict(zip(ATTRIBUTES, parts, strict=True))
+
+
+class Judge:
+    """Names the attributes of pictures, and scores captions by them.
+
+    Attributes:
+        network: The trained network.
+        record: How it was trained, and how well it does on held-out drawings.
+    """
+
+    def __init__(self, network: JudgeNetwork, record: Mapping[str, Any] | None = None) -> None:
+        self.network = network.eval()
+        self.record = dict(record or {})
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        """Returns the judge that `save` wrote. Raises FileNotFoundError, or ValueError for one of another world."""
+        record = json.loads((folder / _RECORD).read_text())
+        attributes = record.pop("attributes", None)
+        if attributes != {name: list(values) for name, values in ATTRIBUTES.items()}:
+            raise ValueError(
+                f"Judge.load: folder must hold a judge of {dict(ATTRIBUTES)}, got one of {attributes}; "
+                "train it again with `python -m training judge`"
+            )
+        network = JudgeNetwork()
+        weights = load_file(folder / _WEIGHTS)
+        network.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
+        return cls(network, record)
+
+    def save(self, folder: Path) -> None:
+        """Writes weights (float16) and record."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: w.contiguous() for name, w in self.network.state_dict().items()}
+        halves = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+        save_file(halves, folder / _WEIGHTS)
+        (folder / _RECORD).write_text(json.dumps({"attributes": dict(ATTRIBUTES), **self.record}, indent=1) + "\n")
+
+    def __call__(self, pictures: NDArray[Any], batch: int = 16) -> list[dict[str, str]]:
+        """Returns what is seen in each of the pictures `(B, h, w, 3)`, uint8 or floats in [0, 1], of any size."""
+        found = []
+        with torch.inference_mode():
+            for part in _prepared(pictures, batch):
+                by_name = split_by_attribute(self.network(part))
+                beliefs = {name: scores.softmax(dim=1).max(dim=1) for name, scores in by_name.items()}
+                found += [
+                    {
+                        name: ATTRIBUTES[name][int(belief.indices[k])] if belief.values[k] > 0.5 else UNSURE
+                        for name, belief in beliefs.items()
+                    }
+                    for k in range(len(part))
+                ]
+        return found
+
+    def features(self, pictures: NDArray[Any], batch: int = 16) -> NDArray[np.float32]:
+        """Returns the network's features of pictures, `(B, NUM_FEATURES, 32, 32)` for square ones, for distances."""
+        with torch.inference_mode():
+            return np.concatenate([self.network.features(part).numpy() for part in _prepared(pictures, batch)])
+
+    def score(self, picture: NDArray[Any], claims: Claims) -> Score:
+        """Returns which of a caption's claims the picture `(h, w, 3)` shows."""
+        return compare(self(picture[None])[0], claims)
+
+
+def _prepared(pictures: NDArray[Any], batch: int) -> Sequence[Tensor]:
+    """Returns batches `(B, 3, PICTURE_PX, w)` of floats in [0, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    return [at_judged_size(part.float() / (255.0 if part.dtype == torch.uint8 else 1.0)) for part in pixels.split(batch)]
+
+
+def at_judged_size(pictures: Tensor) -> Tensor:
+    """Returns pictures `(B, 3, h, w)` brought to the height at which they are judged."""
+    height, width = pictures.shape[-2:]
+    if height == PICTURE_PX:
+        return pictures
+    size = (PICTURE_PX, round(width * PICTURE_PX / height / 8) * 8)
+    return F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
