@@ -1,4 +1,4 @@
-"""What the embedded model is trained with: windows, labels, Muon, and workers that train together."""
+"""What the embedded model is trained with: pictures, latents, levels, Muon, and workers that train together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from jitaccel.scenes.draw import cover
-from jitaccel.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, random_scene
-from tests import tiny
+from jitaccel.evaluation.scenes.draw import draw
+from jitaccel.evaluation.scenes.scene import random_landscape
 
 pytest.importorskip("diffusers")
 
 from training import parallel
+from training.decoder import new_autoencoder, write_encoder
 from training.muon import Muon, orthogonalise
-from training.pictures import NUM_LABELS, SIDE, WHOLE, Pictures, random_window, token_labels
+from training.patch_encoder import encode, patch_features
+from training.pictures import NUM_LABELS, PictureSet, SetSize, draw_sets
+from training.transformer import random_levels
 
 
 def test_orthogonalise_keeps_directions_and_evens_their_strength() -> None:
@@ -62,30 +64,45 @@ def test_two_workers_take_the_steps_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(together, alone)
 
 
-def test_windows_have_their_true_positions_and_reach_every_border() -> None:
-    rng = np.random.default_rng(0)
-    ids = tiny.ids((SIDE, SIDE)).view(1, SIDE, SIDE, 3)
-    windows = [random_window(rng, 256) for _ in range(200)]
-    for window in windows:
-        assert torch.equal(window.of(ids)[0], window.ids()) and window.rows * window.columns == 256
-    square = [window for window in windows if window.rows == 16]
-    assert {0, 16} <= {window.row for window in square} and {0, 16} <= {window.column for window in square}
-    assert torch.equal(WHOLE.ids(), tiny.ids((SIDE, SIDE)))
+def test_picture_set_gives_sizes_of_the_same_pictures(tmp_path: Path) -> None:
+    draw_sets(tmp_path, workers=1, sets=(SetSize(width=64, height=64, count=3),))
+    pictures = PictureSet(tmp_path, "64x64")
+    numbers = np.array([0, 2])
+    whole, half = pictures.pictures(numbers), pictures.pictures(numbers, rows=4)
+    assert whole.shape == (2, 3, 64, 64) and half.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(whole, 2), half)
+    drawn = draw(pictures.landscape(2), 64)
+    assert np.array_equal(((whole[1] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), drawn)
 
 
-def test_labels_say_what_is_drawn_where() -> None:
-    scene = random_scene(np.random.default_rng(3), num_things=2)
-    labels = token_labels(scene)
-    assert labels.shape == (SIDE, SIDE, NUM_LABELS)
-    for thing in scene.things:
-        share = cover(thing, 4 * SIDE).mean()
-        kinds = labels[..., 1 : 1 + len(SHAPES) + len(COLOURS)].mean(axis=(0, 1), dtype=np.float64)
-        assert kinds[SHAPES.index(thing.shape)] == pytest.approx(share, rel=0.05)
-        assert kinds[len(SHAPES) + list(COLOURS).index(thing.colour)] >= 0.9 * share
-    assert labels[0, 0, -len(BACKGROUNDS) :].tolist() == [float(name == scene.background) for name in BACKGROUNDS]
+def test_labels_share_each_token_among_the_regions(tmp_path: Path) -> None:
+    draw_sets(tmp_path, workers=1, sets=(SetSize(width=64, height=64, count=2),))
+    labels = PictureSet(tmp_path, "64x64").labels(np.array([0, 1]))
+    assert labels.shape == (2, 64, NUM_LABELS)
+    assert (labels.sum(dim=2) - 1).abs().max() < 0.03
 
 
-def test_pictures_are_the_same_for_the_same_seed() -> None:
-    first, second = (Pictures.random(3, np.random.default_rng(5)) for _ in range(2))
-    assert torch.equal(first.tokens, second.tokens) and torch.equal(first.labels, second.labels)
-    assert first.tokens.shape == (3, SIDE, SIDE, 32)
+def test_patch_features_hardly_lose_anything_of_a_drawing() -> None:
+    picture = torch.from_numpy(draw(random_landscape(np.random.default_rng(2)), 128)).permute(2, 0, 1)[None] / 127.5 - 1
+    filters = patch_features()
+    inverse = torch.linalg.pinv(filters.flatten(1)).T.reshape(filters.shape)
+    back = torch.nn.functional.conv_transpose2d(encode(picture), inverse, stride=4)
+    assert -10 * torch.log10((back - picture).square().mean() / 4) > 28
+
+
+def test_autoencoder_encodes_what_the_closed_form_does() -> None:
+    vae = new_autoencoder()
+    write_encoder(vae)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    with torch.no_grad():
+        latents = vae.encode(picture).latent_dist.mode()
+    torch.testing.assert_close(latents, encode(picture), atol=0.02, rtol=0)
+
+
+def test_levels_cover_the_top_at_every_size() -> None:
+    torch.manual_seed(0)
+    for tokens in (256, 1024):
+        levels = random_levels(4000, tokens)
+        assert 0 <= levels.min() and levels.max() <= 1
+        assert (levels > 0.9).float().mean() > 0.2
+        assert (levels < 0.3).float().mean() > 0.05

@@ -5,8 +5,8 @@
     small        transformer, mostly 16x16 tokens        (an hour on one core; resumes where it stopped)
     mixed        transformer, all sizes                  (starts from `small`)
     guided       builds guidance into the transformer    (starts from `mixed`)
-    autoencoder  decoder of the autoencoder
-    judge        attribute classifier
+    autoencoder  decoder of the autoencoder              (15 minutes on one core)
+    judge        attribute classifier                    (10 minutes on one core)
     assemble     puts all into assets/tiny-flux
 
 All but `assemble` write below DIR, outside the checkout; the transformer's phases can be stopped and started again.
@@ -20,13 +20,23 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from diffusers import AutoencoderKL
 
+from jitaccel import embedded_model
+from jitaccel.evaluation.scenes.judge import Judge
+
+from .assemble import assemble, save
+from .card import write_card
+from .decoder import measure_psnr_db, train_decoder
+from .judge import train_judge
 from .parallel import launch
 from .pictures import draw_sets
 from .text import train_text
 from .transformer import MIXED, SMALL, Phase, train_transformer
 
 TEXT_UPDATES = 700
+DECODER_UPDATES = 1_400
+JUDGE_UPDATES = 900
 PHASES: Mapping[str, tuple[Phase, str | None]] = MappingProxyType(
     {
         "small": (Phase(shares=SMALL, updates=3_000), None),
@@ -48,7 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="processes that draw, or train the transformer together")
     parser.add_argument("--updates", type=int, help="stop the transformer's phase after this many updates")
-    parser.add_argument("--start", type=Path, help="folder of weights to start the transformer's phase from")
+    parser.add_argument("--start", type=Path, help="folder of the phase to start from, or to assemble")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run: Path = options.run
@@ -56,10 +66,29 @@ def main() -> None:
         draw_sets(run / "pictures", options.workers)
     elif options.step == "text":
         train_text(run / "text", TEXT_UPDATES)
+    elif options.step == "autoencoder":
+        train_decoder(run, DECODER_UPDATES)
+    elif options.step == "judge":
+        train_judge(run, JUDGE_UPDATES)
+    elif options.step == "assemble":
+        _assemble(run, options.start or run / "guided")
     else:
         phase, before = PHASES[options.step]
         start = options.start or (None if before is None else run / before)
         launch(options.workers, train_transformer, run / options.step, phase.stopping_after(options.updates), start)
+
+
+def _assemble(run: Path, last: Path) -> None:
+    """Writes the embedded model with the transformer of the phase `last`, and its card."""
+    pipeline = assemble(run / "text", run / "vae", last / "ema")
+    save(pipeline, embedded_model())
+    judge = Judge.load(run / "judge")
+    judge.save(embedded_model() / "judge")
+    vae = AutoencoderKL.from_pretrained(run / "vae")
+    psnr_db = {size: measure_psnr_db(vae, size) for size in (128, 256)}
+    phases = [run / name for name in PHASES if (run / name / "log.jsonl").exists()]
+    logs = [run / "text" / "text.jsonl", run / "vae.jsonl", run / "judge" / "judge.jsonl"]
+    write_card(embedded_model(), pipeline.transformer, judge, psnr_db, phases, logs)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A landscape has one number; its caption is written again each time it is used, i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,10 @@ def landscape_of(number: int, size: str) -> Landscape:
     return training_landscape(np.random.default_rng([17, width, height, number]))
 
 
-def draw_sets(folder: Path, workers: int) -> None:
+def draw_sets(folder: Path, workers: int, sets: Sequence[SetSize] = SETS) -> None:
     """Draws all sets that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    for size in SETS:
+    for size in sets:
         if _file(folder, size.name, "labels").exists():
             continue
         pictures = np.lib.format.open_memmap(
