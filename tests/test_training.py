@@ -103,6 +103,6 @@ def test_levels_cover_the_top_at_every_size() -> None:
     torch.manual_seed(0)
     for tokens in (256, 1024):
         levels = random_levels(4000, tokens)
-        assert 0 <= levels.min() and levels.max() <= 1
+        assert levels.min() >= 0 and levels.max() <= 1
         assert (levels > 0.9).float().mean() > 0.2
         assert (levels < 0.3).float().mean() > 0.05

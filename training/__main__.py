@@ -42,9 +42,7 @@ PHASES: Mapping[str, tuple[Phase, str | None]] = MappingProxyType(
         "small": (Phase(shares=SMALL, updates=3_000), None),
         "mixed": (Phase(shares=MIXED, updates=3_000, decay_updates=1_000, seed=1), "small"),
         "guided": (
-            Phase(
-                shares=MIXED, updates=600, decay_updates=400, muon_rate=7e-4, adam_rate=4e-4, guidance=2.5, seed=2
-            ),
+            Phase(shares=MIXED, updates=600, decay_updates=400, muon_rate=7e-4, adam_rate=4e-4, guidance=2.5, seed=2),
             "mixed",
         ),
     }

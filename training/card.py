@@ -73,6 +73,7 @@ def _judged(judge: Judge) -> str:
     kinds = {name: shares for name, shares in judge.record["held_out"].items() if isinstance(shares, dict)}
     lines = ["attribute | " + " | ".join(kinds), " | ".join("---" for _ in range(len(kinds) + 1))]
     lines += [
-        f"{name} | " + " | ".join(f"{100 * shares[name]:.1f}" for shares in kinds.values()) for name in (*ATTRIBUTES, "all")
+        f"{name} | " + " | ".join(f"{100 * shares[name]:.1f}" for shares in kinds.values())
+        for name in (*ATTRIBUTES, "all")
     ]
     return "\n".join(f"| {line} |" for line in lines)

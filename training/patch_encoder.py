@@ -22,7 +22,24 @@ _RED = torch.tensor([0.5, -0.419, -0.081])
 _LUMA_FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0))
 _COLOUR_FREQUENCIES = ((0, 0), (0, 1), (1, 0))
 # Deviations of the features on drawn landscapes, measured by `measure_deviations`.
-_DEVIATIONS = (0.437, 0.039, 0.046, 0.020, 0.018, 0.022, 0.012, 0.012, 0.008, 0.013, 0.174, 0.015, 0.021, 0.165, 0.017, 0.023)
+_DEVIATIONS = (
+    0.437,
+    0.039,
+    0.046,
+    0.020,
+    0.018,
+    0.022,
+    0.012,
+    0.012,
+    0.008,
+    0.013,
+    0.174,
+    0.015,
+    0.021,
+    0.165,
+    0.017,
+    0.023,
+)
 _EVENNESS = 0.65  # 0 leaves the deviations as they are, 1 makes them equal; between, detail neither drowns nor rules
 
 

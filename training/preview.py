@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def sample(
     levels = torch.cat([ratio * levels / (1 + (ratio - 1) * levels), torch.zeros(1)])
     said, plain = text.embed(prompts, LENGTHS[0]), text.embed([""] * count, LENGTHS[0])
     ids = token_ids(rows, columns)
-    for level, following in zip(levels[:-1], levels[1:], strict=True):
+    for level, following in itertools.pairwise(levels):
         velocity = _velocity(model, state, level, said, ids)
         if guidance != 1:
             without = _velocity(model, state, level, plain, ids)

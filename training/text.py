@@ -104,7 +104,9 @@ def train_text(out: Path, updates: int, seed: int = 1) -> None:
         chosen = [corpus[k] for k in rng.integers(len(corpus), size=BATCH)]
         length = int(rng.choice(LENGTHS, p=LENGTH_SHARES))
         texts = [as_typed(caption.text, rng) for caption in chosen]
-        ids = t5_tokens(texts, padding="max_length", max_length=length, return_offsets_mapping=True, return_tensors="pt")
+        ids = t5_tokens(
+            texts, padding="max_length", max_length=length, return_offsets_mapping=True, return_tensors="pt"
+        )
         targets = [_word_targets(*pair) for pair in zip(chosen, ids.offset_mapping.tolist(), strict=True)]
         words = claims_loss(heads["word"](t5(ids.input_ids)[0]), torch.stack(targets))
         pooled = clip(clip_tokens(texts, padding=True, return_tensors="pt").input_ids).pooler_output

@@ -128,16 +128,16 @@ def _paint_range(canvas: Canvas, landscape: Landscape, horizon: float, far: int,
     if landscape.mountains == "autumn":
         colour = mix(colour, _GOLD, 0.8 * smooth_step(0.1, 1.2, field(rng, canvas.x, canvas.y[rows], 0.05, octaves=3)))
     if landscape.mountains == "green":
-        colour = mix(colour, (0.16, 0.30, 0.17), 0.7 * smooth_step(0.2, 1.2, field(rng, canvas.x, canvas.y[rows], 0.04)))
+        colour = mix(
+            colour, (0.16, 0.30, 0.17), 0.7 * smooth_step(0.2, 1.2, field(rng, canvas.x, canvas.y[rows], 0.04))
+        )
     light = np.asarray(LAND_LIGHT[landscape.time], np.float32)
     colour = colour * shade[..., None] * light
     haze = (0.38 if far else 0.06) + 0.14 * np.clip(depth, 0, 1)
     canvas.paint("mountains", alpha.astype(np.float32), mix(colour, SKY_COLOURS[landscape.time][2], haze), rows)
 
 
-def _paint_water(
-    canvas: Canvas, landscape: Landscape, horizon: float, shore: float, rng: np.random.Generator
-) -> None:
+def _paint_water(canvas: Canvas, landscape: Landscape, horizon: float, shore: float, rng: np.random.Generator) -> None:
     rows = canvas.rows(horizon, shore + 0.06)
     y = canvas.y[rows]
     near = ((y - horizon) / (shore + 0.06 - horizon)).clip(0, 1)  # 0 at the horizon

@@ -26,17 +26,18 @@ def paint_ground(canvas: Canvas, landscape: Landscape, shore: float, rng: np.ran
     near = np.clip((y - shore) / (1 - shore), 0, 1)[:, None]
     grass = field(rng, canvas.x, y, 0.05, octaves=4, gain=0.6)
     patches = field(rng, canvas.x, y, 0.20, octaves=2, stretch=2.0)
-    dark, bright = ((0.16, 0.30, 0.14), (0.34, 0.50, 0.22)) if landscape.ground == "pines" else (
-        (0.24, 0.42, 0.16), (0.48, 0.66, 0.26))
+    dark, bright = (
+        ((0.16, 0.30, 0.14), (0.34, 0.50, 0.22))
+        if landscape.ground == "pines"
+        else ((0.24, 0.42, 0.16), (0.48, 0.66, 0.26))
+    )
     colour = mix(dark, bright, np.clip(0.65 - 0.25 * near + 0.12 * grass + 0.16 * patches, 0, 1))
     alpha = np.clip((y[:, None] - edge) / canvas.pixel + 0.5, 0, 1)
     canvas.paint("ground", alpha.astype(np.float32), colour * _light(landscape), rows)
     (_plant_flowers if landscape.ground == "flowers" else _plant_pines)(canvas, landscape, shore, rng)
 
 
-def paint_thing(
-    canvas: Canvas, landscape: Landscape, horizon: float, shore: float, rng: np.random.Generator
-) -> None:
+def paint_thing(canvas: Canvas, landscape: Landscape, horizon: float, shore: float, rng: np.random.Generator) -> None:
     """Paints house, boat or balloon, if there is one."""
     if landscape.thing == NONE:
         return
@@ -71,16 +72,21 @@ def _paint_hills(canvas: Canvas, landscape: Landscape, shore: float, rng: np.ran
     steep = 0.05 if landscape.ground == "dunes" else 0.03
     side = 1.0 if rng.random() < 0.5 else -1.0
     for number, base in enumerate((0.0, 0.07, 0.17)):
-        crest = shore + base * (1 - shore) / 0.34 + steep * (0.35 + 0.35 * number) * line(
-            rng, canvas.x, 0.55, octaves=2, gain=0.35, smooth=True)
+        crest = (
+            shore
+            + base * (1 - shore) / 0.34
+            + steep * (0.35 + 0.35 * number) * line(rng, canvas.x, 0.55, octaves=2, gain=0.35, smooth=True)
+        )
         if landscape.water == NONE and number == 0:
             crest = np.minimum(crest, shore)
         slope = np.gradient(crest) / canvas.pixel
         rows = canvas.rows(float(crest.min()) - canvas.pixel, 1)
         y = canvas.y[rows]
-        below = (y[:, None] - crest)
+        below = y[:, None] - crest
         wind = field(rng, canvas.x, y, 0.06, octaves=4, stretch=4.0)
-        shade = 0.62 + 0.34 * np.tanh(5 * side * slope) * np.exp(-np.maximum(below, 0) / 0.10) - 1.1 * below + 0.05 * wind
+        shade = (
+            0.62 + 0.34 * np.tanh(5 * side * slope) * np.exp(-np.maximum(below, 0) / 0.10) - 1.1 * below + 0.05 * wind
+        )
         alpha = np.clip(below / (canvas.pixel * np.sqrt(1 + slope**2)) + 0.5, 0, 1).astype(np.float32)
         canvas.paint("ground", alpha, mix(shaded, lit, np.clip(shade, 0, 1)) * _light(landscape), rows)
 
@@ -95,7 +101,14 @@ def _plant_flowers(canvas: Canvas, landscape: Landscape, shore: float, rng: np.r
         across = (x - 0.5) * max(1.0, canvas.aspect) * 1.04
         canvas.ellipse("plants", across, y, radius, 0.8 * radius, colour * (0.80 + 0.20 * shade))
         if radius > 0.009:
-            canvas.ellipse("plants", across, y, 0.3 * radius, 0.25 * radius, colour * (0.55 if landscape.flowers != "white" else (0.95, 0.8, 0.3)))
+            canvas.ellipse(
+                "plants",
+                across,
+                y,
+                0.3 * radius,
+                0.25 * radius,
+                colour * (0.55 if landscape.flowers != "white" else (0.95, 0.8, 0.3)),
+            )
 
 
 def _plant_pines(canvas: Canvas, landscape: Landscape, shore: float, rng: np.random.Generator) -> None:
@@ -111,7 +124,9 @@ def _plant_pines(canvas: Canvas, landscape: Landscape, shore: float, rng: np.ran
             low |= landscape.thing == "boat" and foot - tall > shore - 0.03
             if abs(across - thing_column(canvas, landscape)) < clear and not (behind or low):
                 continue
-        _paint_pine(canvas, across, foot, tall, np.asarray((0.13, 0.33, 0.21)) * (0.7 + 0.5 * shade) * _light(landscape))
+        _paint_pine(
+            canvas, across, foot, tall, np.asarray((0.13, 0.33, 0.21)) * (0.7 + 0.5 * shade) * _light(landscape)
+        )
 
 
 def _paint_pine(canvas: Canvas, x: float, foot: float, tall: float, colour: Colour) -> None:
@@ -148,8 +163,12 @@ def _paint_boat(canvas: Canvas, landscape: Landscape, x: float, y: float, paint:
     wood = np.asarray((0.42, 0.28, 0.19)) * light
     hull = [(x - a, y), (x + a, y), (x + 0.7 * a, y + 0.36 * a), (x - 0.7 * a, y + 0.36 * a)]
     _box(canvas, x - 0.10 * a, y - 1.95 * a, x - 0.02 * a, y, wood)
-    canvas.polygon("thing", [(x + 0.02 * a, y - 1.9 * a), (x + 0.95 * a, y - 0.14 * a), (x + 0.02 * a, y - 0.14 * a)], paint)
-    canvas.polygon("thing", [(x - 0.14 * a, y - 1.6 * a), (x - 0.14 * a, y - 0.14 * a), (x - 0.8 * a, y - 0.14 * a)], paint)
+    canvas.polygon(
+        "thing", [(x + 0.02 * a, y - 1.9 * a), (x + 0.95 * a, y - 0.14 * a), (x + 0.02 * a, y - 0.14 * a)], paint
+    )
+    canvas.polygon(
+        "thing", [(x - 0.14 * a, y - 1.6 * a), (x - 0.14 * a, y - 0.14 * a), (x - 0.8 * a, y - 0.14 * a)], paint
+    )
     canvas.polygon("thing", hull, wood)
 
 
@@ -165,7 +184,13 @@ def _paint_balloon(canvas: Canvas, landscape: Landscape, x: float, y: float, pai
     bend = u / np.maximum(width, 0.05)  # gores narrow towards top and mouth
     gores = smooth_step(0.80, 0.95, np.cos(bend * 7.0)) * (np.abs(bend) < 1)
     shade = (1.0 - 0.22 * u - 0.10 * v)[..., None]
-    colour = mix(paint, np.asarray((1.0, 0.97, 0.90)) * light if paint[2] < 0.75 * paint[0] or paint[0] < 0.6 * paint[2] else np.asarray((0.62, 0.62, 0.66)) * light, 0.45 * gores)
+    colour = mix(
+        paint,
+        np.asarray((1.0, 0.97, 0.90)) * light
+        if paint[2] < 0.75 * paint[0] or paint[0] < 0.6 * paint[2]
+        else np.asarray((0.62, 0.62, 0.66)) * light,
+        0.45 * gores,
+    )
     canvas.paint("thing", alpha, colour * shade, rows, columns)
     wood = np.asarray((0.42, 0.27, 0.16)) * light
     for k in (-0.20, 0.15):

@@ -173,7 +173,9 @@ class Judge:
 def _prepared(pictures: NDArray[Any], batch: int) -> Sequence[Tensor]:
     """Returns batches `(B, 3, PICTURE_PX, w)` of floats in [0, 1]."""
     pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
-    return [at_judged_size(part.float() / (255.0 if part.dtype == torch.uint8 else 1.0)) for part in pixels.split(batch)]
+    return [
+        at_judged_size(part.float() / (255.0 if part.dtype == torch.uint8 else 1.0)) for part in pixels.split(batch)
+    ]
 
 
 def at_judged_size(pictures: Tensor) -> Tensor:
