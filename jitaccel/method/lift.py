@@ -76,7 +76,7 @@ def lift(values: Tensor, plan: LiftPlan) -> Tensor:
 def lift_velocity(
     values: Tensor,
     state: Tensor,
-    level: float,
+    level: float | Tensor,
     plan: LiftPlan,
     lifter: Literal["velocity", "clean"] = "velocity",
 ) -> Tensor:
@@ -87,12 +87,12 @@ def lift_velocity(
     keeps its own noise. Anchors keep their velocity bit for bit in both.
 
     values: (B, M, D) velocity at the anchors. state: (B, N, D) at every token. level: noise level of the
-    state; above 0 for "clean".
+    state; above 0 for "clean", which is not looked up where it is a tensor (), as in a graph.
     """
     if lifter == "velocity" or plan.is_dense:
         return lift(values, plan)
     if lifter != "clean":
         raise ValueError(f'lift_velocity: lifter must be "velocity" or "clean", got {lifter!r}; choose one')
-    if not level > 0.0:
+    if not isinstance(level, Tensor) and not level > 0.0:
         raise ValueError(f"lift_velocity: level must be above 0 to lift the clean estimate, got {level}")
     return ops.lift_clean(values, state, plan.nearest, plan.anchors, plan.grid, plan.weights, level, stack=True)

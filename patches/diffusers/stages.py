@@ -11,7 +11,6 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from jitaccel import ops
 from jitaccel.artefacts.export import Exported, Source
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
@@ -20,9 +19,8 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.generation.route import Answer
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
-from jitaccel.method.lift import make_lift_plan
+from jitaccel.method.lift import LiftPlan, lift_velocity, make_lift_plan
 from jitaccel.method.run import Run
-from jitaccel.ops import reference
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.tokens import gather_tokens
 
@@ -87,16 +85,10 @@ class FluxStage(nn.Module):
         )
         pack = Pack(self._layout, rotary, hooked=False)
         values = run_packed(self.model, pack, tokens.flatten(0, 1), given, self._attention).unflatten(0, (batch, -1))
-        velocity = values if self._is_dense else self._lift(values, state, anchors, nearest, blur, levels[0])
+        plan = LiftPlan(grid=self._grid, anchors=anchors, nearest=nearest, weights=blur)
+        velocity = lift_velocity(values, state, levels[0], plan, self._config.lifter)
         moved = state.float() + (levels[1] - levels[0]) * velocity.float()
         return velocity, moved.to(state.dtype)
-
-    def _lift(
-        self, values: Tensor, state: Tensor, anchors: Tensor, nearest: Tensor, blur: Tensor, level: Tensor
-    ) -> Tensor:
-        if self._config.lifter == "velocity":
-            return ops.lift(values, nearest, anchors, self._grid, blur)
-        return reference.lift_clean(values, state, nearest, anchors, self._grid, blur, level, lift=ops.lift)
 
 
 def export(

@@ -26,12 +26,11 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
-from jitaccel import ops
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
 from jitaccel.execution.packing import PackedLayout, Rows
 from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
-from jitaccel.method.lift import LiftPlan, lift
+from jitaccel.method.lift import LiftPlan, lift_velocity
 from jitaccel.tokens import gather_tokens
 
 from ..split import beside
@@ -43,7 +42,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 """Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
 
 StageFunction = Callable[
-    [nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions", Tensor | None], tuple[Tensor, Tensor | None]
+    [nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions", Tensor | float], tuple[Tensor, Tensor | None]
 ]
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
@@ -186,8 +185,8 @@ def run_stage(
     layout = pack.layout
     if plan.is_dense:
         lifter = None
-    level = None
-    if lifter == "clean":  # a tensor: a number would be compiled in
+    level: Tensor | float = 1.0  # not looked at, and the same at every step: a number is compiled in
+    if lifter == "clean":
         level = state.new_full((), noise_level, dtype=torch.promote_types(state.dtype, torch.float32))
 
     def stage_of(blocks: Blocks) -> StageFunction:
@@ -198,7 +197,7 @@ def run_stage(
             state: Tensor,
             shown: Shown,
             given: Conditions,
-            level: Tensor | None,
+            level: Tensor | float,
         ) -> tuple[Tensor, Tensor | None]:
             extra = None if shown.extra is None else _gathered(shown.extra, plan)
             tokens = beside(_gathered(state, plan), extra, shown.references).flatten(0, 1)
@@ -206,7 +205,7 @@ def run_stage(
             values = velocity.unflatten(0, (state.shape[0], -1))
             if shown.references is not None:
                 values = values[:, : plan.anchors.shape[1]]
-            return values, None if lifter is None else _lifted(values, state, plan, level)
+            return values, None if lifter is None else lift_velocity(values, state, level, plan, lifter)
 
         return stage
 
@@ -235,13 +234,6 @@ def run_stage(
         signature, plain, *arguments, regional=stage_of(regional_blocks()), reason=reason
     )
     return result
-
-
-def _lifted(values: Tensor, state: Tensor, plan: LiftPlan, level: Tensor | None) -> Tensor:
-    """Returns the velocity at every token, of the clean estimate where a level is given (`lift_velocity`)."""
-    if level is None:
-        return lift(values, plan)
-    return ops.lift_clean(values, state, plan.nearest, plan.anchors, plan.grid, plan.weights, level)
 
 
 def _gathered(x: Tensor, plan: LiftPlan) -> Tensor:
