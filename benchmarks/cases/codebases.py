@@ -107,7 +107,7 @@ def _transformer(inputs: Inputs) -> Way:
 
 
 def _bfl(inputs: Inputs) -> Way:
-    from tests.patches.test_layouts import flux_of
+    from tests.support.bfl_model import flux_of
 
     model = flux_of(inputs.pipe.transformer).to(inputs.noise.device, inputs.noise.dtype)
 

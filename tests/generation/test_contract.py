@@ -24,10 +24,10 @@ import jitaccel
 from jitaccel import ConfigError, patches
 from jitaccel.generation import registry
 from jitaccel.generation.handle import Handle
-from tests.patches.test_codebases import chroma_transformer, flux2_transformer
 from tests.support import comfy_stand_in as comfy
 from tests.support import tiny
 from tests.support.comfy_stand_in import BaseModel, ModelPatcher
+from tests.support.models import chroma_transformer, flux2_transformer
 from tests.support.tiny import CHANNELS, SHORT
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
@@ -56,7 +56,7 @@ def _toy() -> Any:
 
 
 def _bfl() -> Any:
-    from tests.patches.test_bfl import Flux
+    from tests.support.bfl_wrapped import Flux
 
     return Flux().eval()
 

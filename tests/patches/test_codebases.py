@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -17,180 +15,23 @@ import jitaccel
 from jitaccel import ConfigError, JiTConfig
 from jitaccel.patches.flux.kinds import PIPELINES
 from tests.support import tiny
+from tests.support.models import chroma_transformer, noise, randomised
+from tests.support.pipelines import (
+    call_of,
+    flux2_pipeline,
+    flux_pipeline,
+    mask_picture,
+    picture,
+    run_pipeline,
+)
 from tests.support.reference import denoise
+from tests.support.subjects import SUBJECTS, Subject, flux_subject
 from tests.support.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TOKENS, WIDTH, relative_error
 
 LEVELS = jitaccel.noise_levels(SHORT)
 
 
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomised(model: Any, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
-    return model.eval()
-
-
-def flux2_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "in_channels": CHANNELS, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 4, 4, 4),
-        "timestep_guidance_channels": 16,
-    }  # fmt: skip
-    return randomised(diffusers.Flux2Transformer2DModel(**{**settings, **overrides}))
-
-
-def chroma_transformer() -> Any:
-    return randomised(
-        diffusers.ChromaTransformer2DModel(
-            in_channels=CHANNELS,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=WIDTH,
-            axes_dims_rope=(4, 6, 6),
-            approximator_hidden_dim=16,
-            approximator_num_channels=8,
-            approximator_layers=2,
-        )
-    )
-
-
 # Transformers in somebody's own loop
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One way to call a model.
-
-    arguments: those that no subset changes. extra: (N, E). references: (R, C) and their ids. masks: (T + N + R,), by
-    name. residuals: (N + R, width), by name.
-    """
-
-    model: Any
-    arguments: dict[str, Any]
-    ids: Tensor
-    extra: Tensor | None = None
-    references: Tensor | None = None
-    reference_ids: Tensor | None = None
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    residuals: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def velocity(self, tokens: Tensor, at: Tensor, level: float) -> Tensor:
-        """Calls the model on tokens (1, M, D) of these raster indices, with all that belongs to them, by hand."""
-        num_references = 0 if self.references is None else len(self.references)
-        hidden, ids = tokens[0], self.ids[at]
-        if self.extra is not None:
-            hidden = torch.cat([hidden, self.extra[at]], dim=1)
-        if self.references is not None and self.reference_ids is not None:
-            hidden, ids = torch.cat([hidden, self.references]), torch.cat([ids, self.reference_ids])
-        rows = torch.cat([at, NUM_TOKENS + torch.arange(num_references)])
-        text = torch.arange(TEXT_TOKENS)
-        out = self.model(
-            hidden_states=hidden[None],
-            img_ids=ids,
-            timestep=torch.tensor([level]),
-            **{name: mask[torch.cat([text, TEXT_TOKENS + rows])][None] for name, mask in self.masks.items()},
-            **{name: [x[rows][None] for x in several] for name, several in self.residuals.items()},
-            **self.arguments,
-            return_dict=False,
-        )[0]
-        return out[:, : len(at)]
-
-    def loop(self, state: Tensor, batch: int = 1) -> Tensor:
-        """An Euler loop that calls the model with everything, as its users do."""
-        ids = self.ids if self.reference_ids is None else torch.cat([self.ids, self.reference_ids])
-        for level, after in itertools.pairwise(LEVELS):
-            hidden = state if self.extra is None else torch.cat([state, self.extra.expand(batch, -1, -1)], dim=2)
-            if self.references is not None:
-                hidden = torch.cat([hidden, self.references.expand(batch, -1, -1)], dim=1)
-            out = self.model(
-                hidden_states=hidden,
-                img_ids=ids,
-                timestep=torch.full((batch,), level),
-                **{name: mask.expand(batch, -1) for name, mask in self.masks.items()},
-                **{name: [x.expand(batch, -1, -1) for x in several] for name, several in self.residuals.items()},
-                **{name: _of_batch(value, name, batch) for name, value in self.arguments.items()},
-                return_dict=False,
-            )[0]
-            assert out.shape[:2] == hidden.shape[:2]
-            state = state + (after - level) * out[:, :NUM_TOKENS]
-        return state
-
-
-def _of_batch(value: Any, name: str, batch: int) -> Any:
-    is_row = isinstance(value, Tensor) and name != "txt_ids"
-    return value.expand(batch, *value.shape[1:]) if is_row else value
-
-
-def _flux(**parts: Any) -> Subject:
-    parts.setdefault("model", tiny.transformer())
-    arguments = {
-        "encoder_hidden_states": noise(1, 1, TEXT_TOKENS, WIDTH),
-        "pooled_projections": noise(2, 1, WIDTH),
-        "guidance": torch.tensor([3.5]),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3),
-    }
-    return Subject(arguments=arguments, ids=tiny.ids(), **parts)
-
-
-def _kontext() -> Subject:
-    ids = tiny.ids((5, 4))
-    ids[:, 0] = 1
-    return _flux(references=noise(3, 20, CHANNELS), reference_ids=ids)
-
-
-def _channels(extra: int) -> Subject:
-    model = tiny.transformer(in_channels=CHANNELS + extra, out_channels=CHANNELS)
-    return _flux(model=model, extra=noise(4, NUM_TOKENS, extra))
-
-
-def _controlnet() -> Subject:
-    residuals = {
-        "controlnet_block_samples": [noise(5, NUM_TOKENS, WIDTH)],
-        "controlnet_single_block_samples": [noise(6, NUM_TOKENS, WIDTH)],
-    }
-    return _flux(residuals=residuals)
-
-
-def _flux2(**parts: Any) -> Subject:
-    ids = torch.cat([tiny.ids(), torch.zeros(NUM_TOKENS, 1)], dim=1).long()
-    text_ids = torch.zeros(TEXT_TOKENS, 4, dtype=torch.int64)
-    text_ids[:, 3] = torch.arange(TEXT_TOKENS)
-    arguments = {
-        "encoder_hidden_states": noise(1, 1, TEXT_TOKENS, WIDTH), "guidance": torch.tensor([3.5]), "txt_ids": text_ids,
-    }  # fmt: skip
-    return Subject(model=flux2_transformer(), arguments=arguments, ids=ids, **parts)
-
-
-def _flux2_references() -> Subject:
-    ids = torch.cat([tiny.ids((5, 4)), torch.zeros(20, 1)], dim=1).long()
-    ids[:, 0] = 10
-    return _flux2(references=noise(3, 20, CHANNELS), reference_ids=ids)
-
-
-def _chroma() -> Subject:
-    mask = torch.ones(TEXT_TOKENS + NUM_TOKENS)
-    mask[5:TEXT_TOKENS] = 0.0
-    arguments = {"encoder_hidden_states": noise(1, 1, TEXT_TOKENS, WIDTH), "txt_ids": torch.zeros(TEXT_TOKENS, 3)}
-    return Subject(
-        model=chroma_transformer(), arguments=arguments, ids=tiny.ids(), masks={"attention_mask": mask.bool()}
-    )
-
-
-SUBJECTS: dict[str, Callable[[], Subject]] = {
-    "FLUX.1": _flux,
-    "FLUX.1 Kontext": _kontext,
-    "FLUX.1 Control": lambda: _channels(CHANNELS),
-    "FLUX.1 ControlNet": _controlnet,
-    "FLUX.2": _flux2,
-    "FLUX.2 references": _flux2_references,
-    "Chroma": _chroma,
-}
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -255,7 +96,7 @@ def test_fill_model_paints_its_mask_from_the_first_stage_on() -> None:
     mask[3:8, 2:6] = True
     extra[:, CHANNELS:] = mask.flatten()[:, None].float()
     model = tiny.transformer(in_channels=6 * CHANNELS, out_channels=CHANNELS)
-    subject = _flux(model=model, extra=extra)
+    subject = flux_subject(model=model, extra=extra)
     with jitaccel.apply(model, SHORT, noise_levels=LEVELS) as handle:
         subject.loop(tiny.start())
         stats = handle.stats()
@@ -274,7 +115,7 @@ def test_nunchaku_gets_numbers_of_anchors_that_its_kernels_pad_to() -> None:
 
     model = randomised(NunchakuFluxTransformer2dModel.from_config(tiny.transformer().config))
     levels, state = jitaccel.noise_levels(SHORT), tiny.start(grid=(24, 30))
-    subject = _flux(model=model)
+    subject = flux_subject(model=model)
     with jitaccel.apply(model, SHORT, noise_levels=levels, execution="indexed") as handle:
         for level, after in itertools.pairwise(levels):
             velocity = model(
@@ -291,70 +132,6 @@ def test_nunchaku_gets_numbers_of_anchors_that_its_kernels_pad_to() -> None:
 # Pipelines
 
 
-def _parts(name: str, transformer: Any) -> dict[str, Any]:
-    import inspect
-
-    kind = getattr(diffusers, name)
-    given = {**tiny.pipeline().components, "transformer": transformer, "scheduler": tiny.scheduler()}
-    if "ControlNet" in name:
-        given["controlnet"] = randomised(
-            diffusers.FluxControlNetModel(
-                in_channels=CHANNELS,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                pooled_projection_dim=WIDTH,
-                guidance_embeds=True,
-                axes_dims_rope=(4, 6, 6),
-            )
-        )
-    return {part: given.get(part) for part in inspect.signature(kind).parameters if part in given}
-
-
-def _flux_pipeline(name: str) -> Any:
-    channels = {"Fill": 3, "FluxControl": 2}
-    factor = next((n for word, n in channels.items() if word in name and "ControlNet" not in name), 1)
-    model = tiny.transformer(in_channels=factor * CHANNELS, out_channels=CHANNELS)
-    pipe = getattr(diffusers, name)(**_parts(name, model))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _picture(seed: int) -> Tensor:
-    return noise(seed, 1, 3, *(4 * side for side in GRID)).clamp(-1, 1) / 2 + 0.5
-
-
-def _mask_picture() -> Tensor:
-    mask = torch.zeros(1, 1, *(4 * side for side in GRID))
-    mask[..., 12:32, 8:24] = 1.0
-    return mask
-
-
-def _call(name: str) -> dict[str, Any]:
-    call: dict[str, Any] = {
-        "prompt": "a red circle", "height": 4 * GRID[0], "width": 4 * GRID[1], "max_sequence_length": TEXT_TOKENS,
-        "output_type": "latent", "num_inference_steps": 8, "return_dict": False,
-    }  # fmt: skip
-    takes = {"image": _picture(1), "control_image": _picture(2), "mask_image": _mask_picture()}
-    import inspect
-
-    parameters = inspect.signature(getattr(diffusers, name).__call__).parameters
-    call |= {argument: value for argument, value in takes.items() if argument in parameters}
-    if "strength" in parameters and "Fill" not in name:
-        call["strength"] = 0.7
-    if "_auto_resize" in parameters:
-        call |= {"_auto_resize": False, "max_area": 16 * NUM_TOKENS}  # else a picture of a million pixels
-    return {argument: value for argument, value in call.items() if argument in parameters}
-
-
-def _generate(pipe: Any, **changed: Any) -> Tensor:
-    call = {**_call(type(pipe).__name__), **changed}
-    latents: Tensor = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
-    return latents
-
-
 FLUX_PIPELINES, CHROMA_PIPELINES = (
     [name for name in PIPELINES[model] if hasattr(diffusers, name)]
     for model in ("FluxTransformer2DModel", "ChromaTransformer2DModel")
@@ -363,22 +140,22 @@ FLUX_PIPELINES, CHROMA_PIPELINES = (
 
 @pytest.mark.parametrize("name", FLUX_PIPELINES)
 def test_dense_pipeline_is_the_untouched_one(name: str) -> None:
-    pipe = _flux_pipeline(name)
-    expected = _generate(pipe)
+    pipe = flux_pipeline(name)
+    expected = run_pipeline(pipe)
     with jitaccel.apply(pipe, DENSE):
-        assert torch.equal(_generate(pipe), expected)
-    assert torch.equal(_generate(pipe), expected)
+        assert torch.equal(run_pipeline(pipe), expected)
+    assert torch.equal(run_pipeline(pipe), expected)
 
 
 @pytest.mark.parametrize("name", FLUX_PIPELINES)
 def test_sparse_pipeline_computes_fewer_tokens_on_the_steps_that_run(name: str) -> None:
-    pipe = _flux_pipeline(name)
+    pipe = flux_pipeline(name)
     config = SHORT.replace(steps=8, schedule="native")
     with jitaccel.apply(pipe, config) as handle, tiny.counted(pipe.transformer) as seen:
-        made = _generate(pipe)
+        made = run_pipeline(pipe)
         stats = handle.stats()
     assert made.isfinite().all()
-    starts_late = "strength" in _call(name)
+    starts_late = "strength" in call_of(name)
     steps = 6 if starts_late else 8  # 0.7 of 8 steps is 5.6, from step 2 on
     ends = config.stage_ends(steps)
     masked = 20 if "Inpaint" in name or "Fill" in name else 0
@@ -393,45 +170,54 @@ def test_sparse_pipeline_computes_fewer_tokens_on_the_steps_that_run(name: str) 
     assert seen == [count + references for count in expected]
 
 
-@pytest.mark.parametrize("name", ["FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextInpaintPipeline"])
-def test_mask_places_the_anchors(name: str) -> None:
-    pipe = _flux_pipeline(name)
+MASKED = [name for name in FLUX_PIPELINES if hasattr(getattr(diffusers, name), "prepare_mask_latents")]
+
+
+@pytest.mark.parametrize("derived", [False, True], ids=["diffusers' own", "derived, of another name"])
+@pytest.mark.parametrize("name", MASKED)
+def test_mask_places_the_anchors(name: str, derived: bool) -> None:
+    """Told by the mask that a pipeline prepares, not by what its class is called."""
+    pipe = flux_pipeline(name)
+    call = call_of(name)
+    if derived:
+        pipe.__class__ = type("Repaint", (type(pipe),), {})
     with jitaccel.apply(pipe, SHORT.replace(steps=8, schedule="native")) as handle:
-        _generate(pipe)
+        pipe(**call, generator=torch.Generator().manual_seed(0))
         first = set(handle.stats().anchors[0][0].tolist())
     inside = torch.zeros(GRID, dtype=torch.bool)
     inside[3:8, 2:6] = True
     assert set(inside.flatten().nonzero().squeeze(1).tolist()) <= first < set(range(NUM_TOKENS))
+    assert "prepare_mask_latents" not in vars(pipe)
 
 
 def test_mask_of_everything_makes_every_stage_dense() -> None:
-    pipe = _flux_pipeline("FluxFillPipeline")
+    pipe = flux_pipeline("FluxFillPipeline")
     with jitaccel.apply(pipe, SHORT) as handle:
-        _generate(pipe, mask_image=torch.ones_like(_mask_picture()))
+        run_pipeline(pipe, mask_image=torch.ones_like(mask_picture()))
         assert [step.tokens for step in handle.stats().steps] == [NUM_TOKENS] * 5
 
 
 def test_strength_that_leaves_too_few_steps_says_how_many_are_needed() -> None:
-    pipe = _flux_pipeline("FluxImg2ImgPipeline")
+    pipe = flux_pipeline("FluxImg2ImgPipeline")
     with jitaccel.apply(pipe, SHORT), pytest.raises(ConfigError, match="every stage at least one step, got 2"):
-        _generate(pipe, strength=0.3)
+        run_pipeline(pipe, strength=0.3)
 
 
 @pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxImg2ImgPipeline", "FluxControlNetPipeline"])
 def test_guided_branches_share_their_anchors(name: str) -> None:
-    pipe = _flux_pipeline(name)
+    pipe = flux_pipeline(name)
     guided = {"negative_prompt": "green", "true_cfg_scale": 2.0}
     config = SHORT.replace(steps=8)
     with jitaccel.apply(pipe, config, execution="indexed") as handle:
-        indexed = _generate(pipe, **guided)
+        indexed = run_pipeline(pipe, **guided)
         assert {step.calls for step in handle.stats().steps} == {2}
     with jitaccel.apply(pipe, config):
-        assert relative_error(_generate(pipe, **guided), indexed) < 1e-5
+        assert relative_error(run_pipeline(pipe, **guided), indexed) < 1e-5
 
 
 def test_pipeline_route_and_bare_route_agree_on_references() -> None:
     """The same model, noise and levels: once through Kontext's pipeline, once in a loop of one's own."""
-    pipe = _flux_pipeline("FluxKontextPipeline")
+    pipe = flux_pipeline("FluxKontextPipeline")
     seen: dict[str, Any] = {}
 
     def remember(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -439,7 +225,7 @@ def test_pipeline_route_and_bare_route_agree_on_references() -> None:
 
     hook = pipe.transformer.register_forward_pre_hook(remember, with_kwargs=True)
     with jitaccel.apply(pipe, SHORT):
-        expected = _generate(pipe)
+        expected = run_pipeline(pipe)
     hook.remove()
     call = seen["call"]
     hidden, ids = call.pop("hidden_states"), call.pop("img_ids")
@@ -451,20 +237,6 @@ def test_pipeline_route_and_bare_route_agree_on_references() -> None:
     )  # fmt: skip
     with jitaccel.apply(pipe.transformer, SHORT, noise_levels=LEVELS), torch.no_grad():
         assert relative_error(subject.loop(hidden[:, :NUM_TOKENS]), expected) < 1e-4
-
-
-def _flux2_pipeline(name: str) -> Any:
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=CHANNELS // 4,
-    )  # fmt: skip
-    # Said only where it differs: diffusers 0.36 has no such setting, and no klein.
-    model = flux2_transformer(**({} if name == "Flux2Pipeline" else {"guidance_embeds": False}))
-    pipe = getattr(diffusers, name)(
-        scheduler=tiny.scheduler(), vae=vae.eval(), text_encoder=None, tokenizer=None, transformer=model
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(
@@ -479,7 +251,7 @@ def _flux2_pipeline(name: str) -> Any:
 def test_flux2_pipelines(name: str, call: dict[str, Any]) -> None:
     if not hasattr(diffusers, name):
         pytest.skip("this diffusers has no such pipeline")
-    pipe = _flux2_pipeline(name)
+    pipe = flux2_pipeline(name)
 
     def make() -> Tensor:
         return pipe(
@@ -500,11 +272,11 @@ def test_flux2_pipelines(name: str, call: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinInpaintPipeline"), reason="this diffusers has no such pipeline")
 def test_flux2_inpainting_starts_late_and_places_its_anchors() -> None:
-    pipe = _flux2_pipeline("Flux2KleinInpaintPipeline")
+    pipe = flux2_pipeline("Flux2KleinInpaintPipeline")
 
     def make() -> Tensor:
         return pipe(
-            image=_picture(1), mask_image=_mask_picture(), strength=0.7, prompt_embeds=noise(1, 1, TEXT_TOKENS, WIDTH),
+            image=picture(1), mask_image=mask_picture(), strength=0.7, prompt_embeds=noise(1, 1, TEXT_TOKENS, WIDTH),
             guidance_scale=1.0, height=4 * GRID[0], width=4 * GRID[1], num_inference_steps=8, output_type="latent",
             generator=torch.Generator().manual_seed(0), return_dict=False,
         )[0]  # fmt: skip
@@ -529,7 +301,7 @@ def test_references_of_flux2_are_told_apart_once_a_generation(monkeypatch: pytes
     picture = PIL.Image.new("RGB", (64, 64), "red")
     original = arguments.num_generated
     monkeypatch.setattr(arguments, "num_generated", lambda ids: looks.append(1) or original(ids))
-    pipe = _flux2_pipeline("Flux2KleinPipeline" if hasattr(diffusers, "Flux2KleinPipeline") else "Flux2Pipeline")
+    pipe = flux2_pipeline("Flux2KleinPipeline" if hasattr(diffusers, "Flux2KleinPipeline") else "Flux2Pipeline")
     guidance = {} if type(pipe).__name__ == "Flux2Pipeline" else {"guidance_scale": 1.0}
 
     def make() -> None:
@@ -561,11 +333,11 @@ def test_chroma_pipelines(name: str) -> None:
         "return_dict": False,
     }  # fmt: skip
     if name != "ChromaPipeline":
-        call |= {"image": _picture(1), "strength": 0.7}
+        call |= {"image": picture(1), "strength": 0.7}
     if "Inpaint" in name:
         if not hasattr(pipe.transformer.config, "guidance_embeds"):
             pytest.skip("this diffusers' own pipeline asks its transformer for a setting that it has not")
-        call["mask_image"] = _mask_picture()
+        call["mask_image"] = mask_picture()
 
     def make() -> Tensor:
         return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
@@ -587,8 +359,8 @@ def test_names_of_pipelines_are_those_of_diffusers() -> None:
 
 
 def test_caller_may_set_the_steps_of_a_pipeline_that_starts_late() -> None:
-    pipe = _flux_pipeline("FluxImg2ImgPipeline")
+    pipe = flux_pipeline("FluxImg2ImgPipeline")
     config = JiTConfig(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps="caller", schedule="native")
     with jitaccel.apply(pipe, config) as handle:
-        _generate(pipe, num_inference_steps=10)
+        run_pipeline(pipe, num_inference_steps=10)
         assert [step.tokens for step in handle.stats().steps] == [72] * 3 + [144] * 4

@@ -20,10 +20,10 @@ from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.patches.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 from jitaccel.patches.layout import to_picture, to_tokens
-from tests.patches.test_codebases import chroma_transformer, flux2_transformer, noise
 from tests.support import comfy_stand_in as comfy
 from tests.support import tiny
 from tests.support.comfy_stand_in import KSAMPLER, BaseModel, CFGGuider, Flux, ModelPatcher
+from tests.support.models import chroma_transformer, flux2_transformer, noise
 from tests.support.reference import denoise
 from tests.support.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TOKENS, WIDTH, relative_error
 

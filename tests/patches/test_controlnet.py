@@ -11,8 +11,8 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from tests.patches.test_codebases import _call, _flux_pipeline, _generate
 from tests.support import tiny
+from tests.support.pipelines import call_of, flux_pipeline, run_pipeline
 from tests.support.reference import denoise
 from tests.support.tiny import DENSE, GRID, NUM_TOKENS, SHORT, relative_error
 
@@ -29,21 +29,21 @@ def _tokens(network: Any) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_preset_leaves_both_networks_as_they_are(name: str) -> None:
-    pipe = _flux_pipeline(name)
+    pipe = flux_pipeline(name)
     before = {**vars(pipe.controlnet)}
-    expected = _generate(pipe)
+    expected = run_pipeline(pipe)
     with jitaccel.apply(pipe, DENSE, controlnet="anchors"):
-        assert torch.equal(_generate(pipe), expected)
+        assert torch.equal(run_pipeline(pipe), expected)
     assert {**vars(pipe.controlnet)}.keys() - before.keys() <= {"_diffusers_hook"}
-    assert torch.equal(_generate(pipe), expected)
+    assert torch.equal(run_pipeline(pipe), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_controlnet_runs_on_the_anchors_of_each_step_from_the_first_on(name: str) -> None:
-    pipe = _flux_pipeline(name)
+    pipe = flux_pipeline(name)
     seen = _tokens(pipe.controlnet)
     with jitaccel.apply(pipe, CONFIG, controlnet="anchors") as handle:
-        assert _generate(pipe).isfinite().all()
+        assert run_pipeline(pipe).isfinite().all()
         assert seen == [step.tokens for step in handle.stats().steps] and seen[0] < NUM_TOKENS == seen[-1]
         assert any("without the ControlNet" in note for note in handle.stats().notes)
         if "Inpaint" in name:
@@ -52,13 +52,13 @@ def test_controlnet_runs_on_the_anchors_of_each_step_from_the_first_on(name: str
             assert set(inside.flatten().nonzero()[:, 0].tolist()) <= set(handle.stats().anchors[0][0].tolist())
     seen.clear()
     with jitaccel.apply(pipe, CONFIG):
-        _generate(pipe)
+        run_pipeline(pipe)
     assert seen == [NUM_TOKENS] * len(seen)
 
 
 @torch.no_grad()
 def test_residuals_are_those_of_the_controlnet_called_by_hand_on_the_anchors() -> None:
-    pipe = _flux_pipeline("FluxControlNetPipeline")
+    pipe = flux_pipeline("FluxControlNetPipeline")
     asked: dict[str, Any] = {}
 
     def remember(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def test_residuals_are_those_of_the_controlnet_called_by_hand_on_the_anchors() -
 
     hook = pipe.controlnet.register_forward_pre_hook(remember, with_kwargs=True)
     with jitaccel.apply(pipe, SHORT):
-        _generate(pipe)
+        run_pipeline(pipe)
     hook.remove()
     state = tiny.start(7)
 
@@ -87,58 +87,58 @@ def test_residuals_are_those_of_the_controlnet_called_by_hand_on_the_anchors() -
     levels = jitaccel.noise_levels(SHORT)
     expected = denoise(velocity, SHORT, GRID, state, levels).states[-1]
     with jitaccel.apply(pipe, SHORT, controlnet="anchors"):
-        assert relative_error(_generate(pipe, latents=state), expected) < 1e-4
+        assert relative_error(run_pipeline(pipe, latents=state), expected) < 1e-4
     with jitaccel.apply(pipe, SHORT):
-        assert relative_error(_generate(pipe, latents=state), expected) > 1e-4  # it sees the whole picture
+        assert relative_error(run_pipeline(pipe, latents=state), expected) > 1e-4  # it sees the whole picture
 
 
 def test_images_of_a_batch_have_their_own_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
     monkeypatch.setattr(encoded, "sample", lambda self, generator=None: self.mode())  # else each draws its own picture
-    pipe = _flux_pipeline("FluxControlNetPipeline")
+    pipe = flux_pipeline("FluxControlNetPipeline")
     states = [tiny.start(seed) for seed in (1, 2)]
     with jitaccel.apply(pipe, SHORT, controlnet="anchors") as handle:
-        alone = [_generate(pipe, latents=state) for state in states]
-        call = {"prompt": ["a red circle"] * 2, "control_image": [_call("FluxControlNetPipeline")["control_image"]] * 2}
-        call["control_image"] = torch.cat(call["control_image"])
-        together = _generate(pipe, latents=torch.cat(states), **call)
+        alone = [run_pipeline(pipe, latents=state) for state in states]
+        control = call_of("FluxControlNetPipeline")["control_image"]
+        call = {"prompt": ["a red circle"] * 2, "control_image": torch.cat([control] * 2)}
+        together = run_pipeline(pipe, latents=torch.cat(states), **call)
         first, second = handle.stats().anchors[1]
     assert relative_error(together, torch.cat(alone)) < 1e-5 and not torch.equal(first, second)
 
 
 def test_several_controlnets_all_run_on_the_anchors() -> None:
-    pipe = _flux_pipeline("FluxControlNetPipeline")
-    other = _flux_pipeline("FluxControlNetPipeline").controlnet
+    pipe = flux_pipeline("FluxControlNetPipeline")
+    other = flux_pipeline("FluxControlNetPipeline").controlnet
     pipe.controlnet = diffusers.FluxMultiControlNetModel([pipe.controlnet, other])
-    image = _call("FluxControlNetPipeline")["control_image"]
+    image = call_of("FluxControlNetPipeline")["control_image"]
     seen = [_tokens(network) for network in pipe.controlnet.nets]
     call = {"control_image": [image, image], "control_mode": [0, 0], "controlnet_conditioning_scale": [0.5, 0.7]}
     with jitaccel.apply(pipe, SHORT, controlnet="anchors") as handle:
-        _generate(pipe, **call)
+        run_pipeline(pipe, **call)
         assert seen == [[step.tokens for step in handle.stats().steps]] * 2
 
 
 def test_two_pipelines_share_a_controlnet() -> None:
-    first, second = (_flux_pipeline("FluxControlNetPipeline") for _ in range(2))
+    first, second = (flux_pipeline("FluxControlNetPipeline") for _ in range(2))
     second.controlnet = first.controlnet
     seen = _tokens(first.controlnet)
-    expected = _generate(second)
+    expected = run_pipeline(second)
     with jitaccel.apply(first, SHORT, controlnet="anchors"):
         seen.clear()
-        assert torch.equal(_generate(second), expected) and set(seen) == {NUM_TOKENS}
-        _generate(first)
+        assert torch.equal(run_pipeline(second), expected) and set(seen) == {NUM_TOKENS}
+        run_pipeline(first)
         assert seen[-5] < NUM_TOKENS
 
 
 def test_exception_ends_the_generation() -> None:
-    pipe = _flux_pipeline("FluxControlNetPipeline")
+    pipe = flux_pipeline("FluxControlNetPipeline")
     with jitaccel.apply(pipe, SHORT, controlnet="anchors"):
-        clean = _generate(pipe)
+        clean = run_pipeline(pipe)
         hook = pipe.controlnet.controlnet_blocks[0].register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            _generate(pipe)
+            run_pipeline(pipe)
         hook.remove()
-        assert torch.equal(_generate(pipe), clean)
+        assert torch.equal(run_pipeline(pipe), clean)
 
 
 def test_what_has_no_such_controlnet_is_refused() -> None:
@@ -148,7 +148,7 @@ def test_what_has_no_such_controlnet_is_refused() -> None:
         jitaccel.apply(tiny.transformer(), controlnet="anchors")
     with pytest.raises(ConfigError, match="controlnet must be one of dense, anchors"):
         jitaccel.apply(tiny.pipeline(), controlnet="sparse")  # type: ignore[arg-type]
-    pipe = _flux_pipeline("FluxControlNetPipeline")
+    pipe = flux_pipeline("FluxControlNetPipeline")
     pipe.controlnet.input_hint_block = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="reads the whole picture"):
         jitaccel.apply(pipe, controlnet="anchors")

@@ -1,6 +1,6 @@
 """The same weights in two layouts: Black Forest Labs' patch makes the image that the diffusers routes make.
 
-`to_bfl` is the key mapping. The network that gets its result, `tests.bfl_model`, shares no code with diffusers'.
+`to_bfl` is the key mapping; the network that gets its result shares no code with diffusers'.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel import PRESETS, Stats
 from tests.support import tiny
-from tests.support.bfl_model import Flux, Params
+from tests.support.bfl_model import Flux, flux_of, to_bfl
 from tests.support.tiny import CHANNELS, NUM_TOKENS, TEXT_TOKENS
 
 SCALE, EMBEDDED = 3.0, 3.5  # of true CFG; of the guidance that a distilled model is told
@@ -30,66 +30,6 @@ Text = tuple[Tensor, Tensor]
 """Token embeddings (B, T, CONTEXT) and a pooled one (B, POOLED) of each image."""
 Network = Callable[[Tensor, Sequence[float], Text], Tensor]
 """(state, level of each image, text) -> velocity."""
-
-# Each of their modules, and those of diffusers whose rows it stacks: outside the blocks, and in a block of each kind.
-ENDS = {
-    "img_in": ["x_embedder"],
-    "txt_in": ["context_embedder"],
-    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
-    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
-    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
-    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
-    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
-    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
-    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-    "final_layer.linear": ["proj_out"],
-}
-DOUBLE = {
-    "img_mod.lin": ["norm1.linear"],
-    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "img_attn.norm.query_norm": ["attn.norm_q"],
-    "img_attn.norm.key_norm": ["attn.norm_k"],
-    "img_attn.proj": ["attn.to_out.0"],
-    "img_mlp.0": ["ff.net.0.proj"],
-    "img_mlp.2": ["ff.net.2"],
-    "txt_mod.lin": ["norm1_context.linear"],
-    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
-    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
-    "txt_attn.proj": ["attn.to_add_out"],
-    "txt_mlp.0": ["ff_context.net.0.proj"],
-    "txt_mlp.2": ["ff_context.net.2"],
-}
-SINGLE = {
-    "modulation.lin": ["norm.linear"],
-    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-    "norm.query_norm": ["attn.norm_q"],
-    "norm.key_norm": ["attn.norm_k"],
-    "linear2": ["proj_out"],
-}
-
-
-def to_bfl(weights: Weights) -> Weights:
-    """Returns the weights of a FluxTransformer2DModel as a `Flux` names and stacks them; none may be left over."""
-    depth, depth_single = (
-        len({key.split(".")[1] for key in weights if key.startswith(kind)})
-        for kind in ("transformer_blocks.", "single_transformer_blocks.")
-    )
-    tables = [("", "", ENDS)]
-    tables += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", DOUBLE) for i in range(depth)]
-    tables += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", SINGLE) for i in range(depth_single)]
-    left, made = dict(weights), {}
-    for prefix, source, table in tables:
-        for name, parts in table.items():
-            for kind in ("weight", "bias"):
-                rows = [left.pop(f"{source}{part}.{kind}", None) for part in parts]
-                if rows[0] is None:
-                    continue  # norms have no bias, models that are not distilled no embedded guidance
-                if name == "final_layer.adaLN_modulation.1":
-                    rows = [*reversed(rows[0].chunk(2))]  # scale and shift here, shift and scale there
-                made[f"{prefix}{name}.{'scale' if name.endswith('_norm') else kind}"] = torch.cat(rows)
-    assert not left
-    return made
 
 
 def transformer(distilled: bool) -> FluxTransformer2DModel:
@@ -105,29 +45,6 @@ def transformer(distilled: bool) -> FluxTransformer2DModel:
         if ".attn.norm_" in name:
             parameter.data += 1.0
     return model
-
-
-def flux_of(model: FluxTransformer2DModel) -> Flux:
-    """Returns the `Flux` of the same weights."""
-    config = model.config
-    params = Params(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        vec_in_dim=config.pooled_projection_dim,
-        context_in_dim=config.joint_attention_dim,
-        hidden_size=config.num_attention_heads * config.attention_head_dim,
-        mlp_ratio=4.0,
-        num_heads=config.num_attention_heads,
-        depth=config.num_layers,
-        depth_single_blocks=config.num_single_layers,
-        axes_dim=config.axes_dims_rope,
-        theta=10_000,
-        qkv_bias=True,
-        guidance_embed=config.guidance_embeds,
-    )
-    flux = Flux(params).eval()
-    flux.load_state_dict(to_bfl(model.state_dict()), strict=True)
-    return flux
 
 
 def text(seed: int) -> Text:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel.patches.flux.arguments import grid_of_ids
-from tests.patches.test_bfl import Flux
-from tests.patches.test_codebases import _flux_pipeline, _generate
 from tests.support import tiny
+from tests.support.bfl_wrapped import Flux
+from tests.support.pipelines import flux_pipeline, run_pipeline
 from tests.support.tiny import (
     CHANNELS,
     DENSE,
@@ -90,7 +90,7 @@ def test_3_picture_of_more_than_256_tokens_a_side_runs_in_bfloat16() -> None:
 
 def test_4_state_that_a_pipeline_edits_is_taken_as_it_comes() -> None:
     """Inpainting puts the given picture back after each step; a model of its own state would drift away from it."""
-    pipe = _flux_pipeline("FluxInpaintPipeline")
+    pipe = flux_pipeline("FluxInpaintPipeline")
     seen: list[Tensor] = []
     with jitaccel.apply(pipe, SHORT.replace(steps=8, schedule="native")):
         pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
@@ -100,7 +100,7 @@ def test_4_state_that_a_pipeline_edits_is_taken_as_it_comes() -> None:
             given.append(values["latents"].clone())
             return {}
 
-        _generate(pipe, callback_on_step_end=keep)
+        run_pipeline(pipe, callback_on_step_end=keep)
     last, dense = given[-2], seen[-1].reshape(1, -1, CHANNELS)
     assert torch.equal(dense, last)  # the last stage is dense: it enters the network as the pipeline left it
 
@@ -146,9 +146,9 @@ def test_7_both_branches_of_guidance_see_the_same_anchors() -> None:
 
 
 def test_8_stages_are_placed_on_the_steps_that_run() -> None:
-    pipe = _flux_pipeline("FluxImg2ImgPipeline")
+    pipe = flux_pipeline("FluxImg2ImgPipeline")
     with jitaccel.apply(pipe, SHORT.replace(steps=10, schedule="native")) as handle:
-        _generate(pipe, strength=0.5, num_inference_steps=10)
+        run_pipeline(pipe, strength=0.5, num_inference_steps=10)
         assert [step.tokens for step in handle.stats().steps] == [50, 50, 93, NUM_TOKENS, NUM_TOKENS]
 
 

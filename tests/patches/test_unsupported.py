@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from tests.patches.test_codebases import SUBJECTS, _flux_pipeline, _generate
 from tests.support import tiny
+from tests.support.pipelines import flux_pipeline, run_pipeline
+from tests.support.subjects import SUBJECTS
 from tests.support.tiny import SHORT
 
 LEVELS = jitaccel.noise_levels(SHORT)
@@ -180,7 +181,7 @@ def test_dense_in_place_of_what_was_applied_before_takes_that_back() -> None:
 
 
 def test_controlnet_on_the_anchors_runs_dense_with_its_transformer_and_by_hand() -> None:
-    pipe = _flux_pipeline("FluxControlNetPipeline")
+    pipe = flux_pipeline("FluxControlNetPipeline")
     for module in (pipe.transformer, pipe.controlnet):
         original = type(module).forward
 
@@ -190,12 +191,12 @@ def test_controlnet_on_the_anchors_runs_dense_with_its_transformer_and_by_hand()
 
         module.__class__ = Tolerant
     options = {"controlnet": "anchors", "schedule": "native", "steps": 8}
-    expected = _generate(pipe, **UNKNOWN)
+    expected = run_pipeline(pipe, **UNKNOWN)
     with jitaccel.apply(pipe, SHORT, on_unsupported="dense", **options) as handle:  # type: ignore[arg-type]
-        assert torch.equal(_generate(pipe, **UNKNOWN), expected)
+        assert torch.equal(run_pipeline(pipe, **UNKNOWN), expected)
         assert any("region_masks" in note for note in handle.stats().notes)
     with jitaccel.apply(pipe, SHORT, **options), pytest.raises(UnsupportedModelError, match="region_masks"):  # type: ignore[arg-type]
-        _generate(pipe, **UNKNOWN)
+        run_pipeline(pipe, **UNKNOWN)
 
 
 @torch.no_grad()

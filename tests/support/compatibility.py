@@ -20,8 +20,9 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.patches.test_codebases import _call, _flux2_pipeline, _flux_pipeline, chroma_transformer, noise
 from tests.support import tiny
+from tests.support.models import chroma_transformer, noise
+from tests.support.pipelines import call_of, flux2_pipeline, flux_pipeline
 from tests.support.tiny import TEXT_TOKENS, WIDTH
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def _embedded(**more: Any) -> dict[str, Any]:
 
 
 def _flux(name: str) -> tuple[Callable[[], Any], dict[str, Any]]:
-    return lambda: _flux_pipeline(name), {**_call(name), "num_inference_steps": 3}
+    return lambda: flux_pipeline(name), {**call_of(name), "num_inference_steps": 3}
 
 
 _MASK = torch.ones(1, TEXT_TOKENS)
@@ -64,7 +65,7 @@ CODEBASES = {
     "Kontext": Codebase(*_flux("FluxKontextPipeline"), "packed"),
     "Fill": Codebase(*_flux("FluxFillPipeline"), "packed"),
     "ControlNet": Codebase(*_flux("FluxControlNetPipeline"), "indexed"),
-    "FLUX.2": Codebase(lambda: _flux2_pipeline("Flux2KleinPipeline"), _embedded(guidance_scale=1.0), "indexed"),
+    "FLUX.2": Codebase(lambda: flux2_pipeline("Flux2KleinPipeline"), _embedded(guidance_scale=1.0), "indexed"),
     "Chroma": Codebase(
         _chroma_pipeline,
         _embedded(
