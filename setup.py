@@ -15,6 +15,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+NOT_INSTALLED = ["checkout", "checkout.*"]  # benchmarks that need the stand-ins of tests/
 FOLDERS = {
     "jitaccel.patches": "patches",
     "jitaccel.assets": "assets",
@@ -49,7 +50,7 @@ links = [pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
 packages = find_packages(include=["jitaccel", "jitaccel.*"], exclude=links)
 for name, folder in FOLDERS.items():
     if Path(folder).is_dir():
-        packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder))]
+        packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder, exclude=NOT_INSTALLED))]
 
 setup(
     packages=packages,

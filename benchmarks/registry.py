@@ -1,11 +1,15 @@
-"""What a benchmark case is, and where cases are found: every module in `benchmarks/cases` has a tuple `CASES`."""
+"""What a benchmark case is, and where cases are found: modules of `benchmarks/cases` and `benchmarks/checkout`.
+
+Each has a tuple `CASES`. `checkout` is there in a checkout alone.
+"""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,11 +50,18 @@ class Case:
 
 
 def find_cases() -> tuple[Case, ...]:
-    """Returns the cases of every module in `benchmarks/cases`, by the modules' names."""
+    """Returns the cases of every module, by the modules' names."""
     found: list[Case] = []
-    for module in sorted(pkgutil.iter_modules(cases.__path__), key=lambda module: module.name):
-        found += importlib.import_module(f"{cases.__name__}.{module.name}").CASES
+    for package in (cases, *_of_checkout()):
+        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
+            found += importlib.import_module(f"{package.__name__}.{module.name}").CASES
     return tuple(found)
+
+
+def _of_checkout() -> list[ModuleType]:
+    """Returns the package of cases that are not installed, where this is run as `python -m benchmarks`."""
+    is_here = __package__ == "benchmarks" and importlib.util.find_spec("benchmarks.checkout") is not None
+    return [importlib.import_module("benchmarks.checkout")] if is_here else []
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:

@@ -8,7 +8,6 @@ networks is not. Each sparse result is held against the pipeline's.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,9 @@ from tqdm import tqdm
 import jitaccel
 from jitaccel.generation.stopwatch import wait_for
 
+from ..cases.denoise import no_embedded
 from ..pipelines import FLUX_QUARTER, Subject, embedded_subject, random_subject
 from ..registry import Case, Options, Row, percentiles
-from .denoise import no_embedded
 
 _GUIDANCE, _STEPS = 3.5, 50
 
@@ -264,24 +263,19 @@ def _quarter(options: Options) -> Subject:
     return random_subject(FLUX_QUARTER, options.device, dtype, (64, 64), options.seed, text_tokens=128)
 
 
-def _no_stand_ins(options: Options) -> str | None:
-    is_here = importlib.util.find_spec("tests") is not None and importlib.util.find_spec("tests.support.comfy_stand_in")
-    return None if is_here else "the stand-ins are in tests/ of a checkout: run python -m benchmarks there"
-
-
 CASES: tuple[Case, ...] = (
     Case(
         group="codebases",
         size="small",
         name="embedded model, 32x32 tokens",
         run=functools.partial(measure, make=_embedded, timed_steps=10),
-        why_not=lambda options: no_embedded(options) or _no_stand_ins(options),
+        why_not=no_embedded,
     ),
     Case(
         group="codebases",
         size="large",
         name="random transformer of width 768 and 3 blocks, 64x64 tokens",
         run=functools.partial(measure, make=_quarter, timed_steps=3),
-        why_not=_no_stand_ins,
+        why_not=lambda options: None,
     ),
 )
