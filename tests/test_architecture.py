@@ -86,3 +86,14 @@ def test_nothing_that_ships_imports_tests() -> None:
             for alias in node.names
         ]
         assert not [name for name in names if name.split(".")[0] == "tests"], path
+
+
+def test_test_files_import_each_other_through_support_alone() -> None:
+    support = {f"tests.support.{path.stem}" for path in (ROOT / "tests" / "support").glob("*.py")}
+    shared = {"tests", "tests.support", *support}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                assert node.module in shared, f"{path}: {node.module}"
+                assert not any(name.rpartition(".")[2].startswith("test_") for name in named), path

@@ -32,8 +32,7 @@ from jitaccel.speed.auto import (
 )
 from jitaccel.speed.control import schedule_flops
 from jitaccel.speed.cost import Costs, Probe, fit, loop_seconds, measure, measured_counts, seconds_of_flops
-from tests.patches import test_codebases
-from tests.support import tiny
+from tests.support import models, pipelines, tiny
 from tests.support.bfl_model import Flux
 
 NUM_TOKENS = 4096
@@ -366,7 +365,7 @@ def test_measurement_of_a_compiled_model_calls_it_as_a_whole(pipe: Any) -> None:
 
 @pytest.mark.parametrize("make", ["flux2_transformer", "chroma_transformer"])
 def test_other_transformers_are_measured(make: str) -> None:
-    model = getattr(test_codebases, make)()
+    model = getattr(models, make)()
     choice = chosen_for(model, size=(192, 192))
     assert [tokens for tokens, _ in choice.costs.measured] == [46, 66, 87, 144]
     assert choice.costs(100) == pytest.approx(0.1)
@@ -376,12 +375,12 @@ def test_other_transformers_are_measured(make: str) -> None:
 def test_other_pipelines_are_measured(name: str) -> None:
     if name == "ChromaPipeline":
         parts = {part: tiny.pipeline().components[part] for part in ("vae", "scheduler")}
-        model = test_codebases.chroma_transformer()
+        model = models.chroma_transformer()
         pipe = diffusers.ChromaPipeline(**parts, text_encoder=None, tokenizer=None, transformer=model)
     elif name == "Flux2Pipeline":
-        pipe = test_codebases._flux2_pipeline(name)
+        pipe = pipelines.flux2_pipeline(name)
     else:
-        pipe = test_codebases._flux_pipeline(name)
+        pipe = pipelines.flux_pipeline(name)
     unit = 2 * pipe.vae_scale_factor
     choice = chosen_for(pipe, size=(12 * unit, 12 * unit))
     assert choice.costs.num_tokens == 144
@@ -395,7 +394,7 @@ def test_bare_transformer_needs_a_size() -> None:
 @pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxKontextPipeline"])
 def test_what_is_not_measured_asks_for_a_preset(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf'auto_config: .*got {name}.*give a preset \("4x", "7x"\)'):
-        jitaccel.apply(test_codebases._flux_pipeline(name), "auto", target_speedup=6.0)
+        jitaccel.apply(pipelines.flux_pipeline(name), "auto", target_speedup=6.0)
 
 
 def test_model_of_a_patch_without_measurement_asks_for_a_preset() -> None:
@@ -449,7 +448,7 @@ def test_embedded_model_reaches_its_target_in_steps(ticking: Callable[[Any], Clo
 
 
 def test_what_may_run_dense_does_where_it_is_not_measured(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = test_codebases._flux_pipeline("FluxKontextPipeline")
+    pipe = pipelines.flux_pipeline("FluxKontextPipeline")
     handle = jitaccel.apply(pipe, "auto", target_speedup=6.0, on_unsupported="dense")
     assert handle.choice is None and "runs dense" in caplog.text
     assert any("auto_config" in note for note in handle.stats().notes)
