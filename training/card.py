@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import FluxTransformer2DModel
+
+from jitaccel.evaluation.scenes.judge import Judge
+from jitaccel.evaluation.scenes.prompts import SHARE_HELD_OUT
+from jitaccel.evaluation.scenes.scene import ATTRIBUTES
+
+from .pictures import SETS
 
 _ROWS = 10
 _INTRODUCTION = Path(__file__).with_suffix(".md")
 
 
-def write_card(out: Path, transformer: FluxTransformer2DModel, phases: Sequence[Path], logs: Sequence[Path]) -> None:
+def write_card(
+    out: Path,
+    transformer: FluxTransformer2DModel,
+    judge: Judge,
+    psnr_db: Mapping[int, float],
+    phases: Sequence[Path],
+    logs: Sequence[Path],
+    faults: Path | None = None,
+) -> None:
     """Writes `README.md` into the model's folder.
 
-    phases: folders of the transformer's phases, in order. logs: JSON lines of the rest.
+    Args:
+        out: The model's folder.
+        transformer: For its size.
+        judge: For its record of right answers.
+        psnr_db: Of the autoencoder, by size of the drawings in pixels.
+        phases: Folders of the transformer's phases, in order; a `note.md` in one says what its settings do not.
+        logs: JSON lines of the other trainings.
+        faults: Text that says what the pictures show wrong, where somebody has looked at them.
     """
     config = transformer.config
     introduction = _INTRODUCTION.read_text().format(
         parameters=sum(p.numel() for p in transformer.parameters()) / 1e6,
         layers=f"{config.num_layers} double and {config.num_single_layers} single",
         width=config.num_attention_heads * config.attention_head_dim,
+        channels=config.in_channels,
+        psnr_db=", ".join(f"{value:.1f} dB at {size} px" for size, value in psnr_db.items()),
+        judged=_judged(judge),
+        drawings=", ".join(f"{size.count:,} of {size.name}" for size in SETS),
+        held_out=f"One in {SHARE_HELD_OUT}",
     )
     text = [introduction]
+    if faults is not None and faults.exists():
+        text.append(f"## What is wrong with it\n\n{faults.read_text()}")
     text.append("## How it was trained\n")
     for phase in phases:
         settings = json.loads((phase / "phase.json").read_text())
@@ -47,3 +75,14 @@ def _curve(log: Path) -> str:
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
     lines += [" | ".join(str(row.get(name, "")) for name in names) for row in chosen]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _judged(judge: Judge) -> str:
+    """Returns a table of the judge's right answers in percent, by attribute and kind of drawing."""
+    kinds = {name: shares for name, shares in judge.record["held_out"].items() if isinstance(shares, dict)}
+    lines = ["attribute | " + " | ".join(kinds), " | ".join("---" for _ in range(len(kinds) + 1))]
+    lines += [
+        f"{name} | " + " | ".join(f"{100 * shares[name]:.1f}" for shares in kinds.values())
+        for name in (*ATTRIBUTES, "all")
+    ]
+    return "\n".join(f"| {line} |" for line in lines)

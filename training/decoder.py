@@ -7,6 +7,7 @@ linear analysis, and constant channels turn the last group norm and its activati
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jitaccel.evaluation.scenes.draw import draw
-from jitaccel.evaluation.scenes.scene import random_scene
+from jitaccel.evaluation.scenes.prompts import held_out_landscape
 
 from .log import TrainingLog, warmup_cosine
-from .patch_encoder import encode, latent_statistics, patch_features, pictures_to_tensor
+from .muon import has_native_bfloat16
+from .patch_encoder import NUM_FEATURES, encode, latent_statistics, patch_features
+from .pictures import PictureSet
 
 CROP_PX = 64
 BATCH = 16
-NUM_PICTURES = 600
-_CHANNELS = (16, 32, 64)
+NUM_PICTURES = 1500
+_CHANNELS = (32, 48, 64)
+_LATENT_NOISE = 0.08  # the most that is added to latents in training, in their own deviations
 _FLOOR = 256.0  # size of the constant channels that make the encoder's last group norm a fixed scale
 _SILU_OFFSET = 16.0  # silu(x + 16) = x + 16 to one part in ten thousand for the latents that occur
 _LOG_VARIANCE = -20.0
@@ -39,7 +43,7 @@ def new_autoencoder() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=_CHANNELS,
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=NUM_FEATURES,
         norm_num_groups=2,
         sample_size=256,
         shift_factor=shift,
@@ -57,34 +61,39 @@ def write_encoder(vae: AutoencoderKL) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.zero_()
-            module.bias.zero_()
+            _bias(module).zero_()
     colours, halves = 3, 12
     encoder.conv_in.weight[range(colours), range(colours), 1, 1] = 1.0
     first, second = (encoder.down_blocks[k].downsamplers[0].conv for k in (0, 1))
     for k, (row, column) in enumerate((r, c) for r in (0, 1) for c in (0, 1)):
         for colour in range(colours):
             first.weight[k * colours + colour, colour, row, column] = 1.0
-    filters = patch_features()  # (8, 3, 4, 4): the coarse offset is the strided pixel, the fine one the channel
+    filters = patch_features()  # (16, 3, 4, 4): the coarse offset is the strided pixel, the fine one the channel
     for k, (row, column) in enumerate((r, c) for r in (0, 1) for c in (0, 1)):
-        second.weight[:8, k * colours : (k + 1) * colours, :2, :2] = filters[:, :, row::2, column::2]
+        second.weight[:NUM_FEATURES, k * colours : (k + 1) * colours, :2, :2] = filters[:, :, row::2, column::2]
     widen = [block.resnets[0].conv_shortcut for block in encoder.down_blocks[1:]]
     widen[0].weight[range(halves), range(halves), 0, 0] = 1.0
     _write_last_norm(encoder, widen[1])
 
 
-def _write_last_norm(encoder: nn.Module, shortcut: nn.Conv2d) -> None:
-    """Splits the eight features over both groups, fills the rest with constants, and undoes the norm and activation."""
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _write_last_norm(encoder: Any, shortcut: nn.Conv2d) -> None:
+    """Splits the features over both groups, fills the rest with constants, and undoes the norm and activation."""
     half = _CHANNELS[-1] // 2
-    places = [0, 1, 2, 3, half, half + 1, half + 2, half + 3]
+    places = [*range(NUM_FEATURES // 2), *range(half, half + NUM_FEATURES // 2)]
     constant = [k for k in range(2 * half) if k not in places]
-    shortcut.weight[places, range(8), 0, 0] = 1.0
-    shortcut.bias[constant] = _FLOOR * (1.0 - 2.0 * (torch.arange(len(constant)) % 2))
+    shortcut.weight[places, range(NUM_FEATURES), 0, 0] = 1.0
+    _bias(shortcut)[constant] = _FLOOR * (1.0 - 2.0 * (torch.arange(len(constant)) % 2))
     deviation = _FLOOR * (len(constant) / (2 * half)) ** 0.5
     encoder.conv_norm_out.weight.fill_(deviation)
     encoder.conv_norm_out.bias.fill_(_SILU_OFFSET)
-    encoder.conv_out.weight[range(8), places, 1, 1] = 1.0
-    encoder.conv_out.bias[:8] = -_SILU_OFFSET
-    encoder.conv_out.bias[8:] = _LOG_VARIANCE
+    encoder.conv_out.weight[range(NUM_FEATURES), places, 1, 1] = 1.0
+    encoder.conv_out.bias[:NUM_FEATURES] = -_SILU_OFFSET
+    encoder.conv_out.bias[NUM_FEATURES:] = _LOG_VARIANCE
 
 
 @torch.no_grad()
@@ -105,44 +114,73 @@ def _start_decoder(vae: AutoencoderKL, offset: float = 4.0) -> None:
         steady = range(3, conv.out_channels, 4)
         conv.weight[steady] = 0.0
         conv.bias[steady] = offset * (1.0 - 2.0 * (torch.arange(len(steady)) % 2))
-        if conv.in_channels > 8:
+        if conv.in_channels > NUM_FEATURES:
             conv.weight[:, range(3, conv.in_channels, 4)] = 0.0
 
 
-def train_decoder(out: Path, updates: int, seed: int = 0) -> None:
-    """Trains the decoder on crops, to latents with a little noise, and saves the autoencoder."""
+def train_decoder(run: Path, updates: int, seed: int = 0, num_pictures: int = NUM_PICTURES) -> None:
+    """Trains the decoder on crops of large and small pictures, to latents with a little noise; saves `vae` in `run`."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     vae = new_autoencoder()
     write_encoder(vae)
     _start_decoder(vae)
     decoder = vae.decoder.to(memory_format=torch.channels_last)
-    pictures = np.stack([draw(random_scene(rng)) for _ in range(NUM_PICTURES)])
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    average = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    source = PictureSet(run / "pictures", "256x256")
+    chosen = rng.integers(len(source), size=num_pictures)
+    large, small = chosen[: 2 * num_pictures // 3], chosen[2 * num_pictures // 3 :]
+    pictures = [source.pictures(large), source.pictures(small, rows=16)]
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(40, updates))
-    log = TrainingLog(out.with_suffix(".jsonl"), every=20)
+    log = TrainingLog(run / "vae.jsonl", every=20)
+    scale = latent_statistics()[1]
     for update in range(updates):
-        x = _crops(pictures, rng)
+        x = _crops(pictures[int(rng.random() < 0.3)], rng)
         z = encode(x)
-        y = decoder((z + 0.02 * torch.randn_like(z)).contiguous(memory_format=torch.channels_last))
+        z = z + _LATENT_NOISE / scale * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_native_bfloat16()):
+            y = decoder(z.contiguous(memory_format=torch.channels_last)).float()
         loss = (y - x).abs().mean() + 0.5 * _edges(y - x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+        with torch.no_grad():
+            for name, p in decoder.named_parameters():
+                average[name].lerp_(p, 1 - min(0.99, update / (update + 10)))
         log.add(update, loss=loss.item(), psnr_db=_psnr_db(y, x))
-    vae.save_pretrained(out)
+        if update % 500 == 499 or update + 1 == updates:
+            _save(run / "vae", vae, average)
     log.close()
 
 
-def _crops(pictures: np.ndarray, rng: np.random.Generator) -> Tensor:
+def _save(out: Path, vae: AutoencoderKL, average: dict[str, Tensor]) -> None:
+    """Saves the autoencoder with the averaged weights in its decoder, and leaves it as it was."""
+    own = {name: p.detach().clone() for name, p in vae.decoder.named_parameters()}
+    vae.decoder.load_state_dict(average)
+    vae.save_pretrained(out)
+    vae.decoder.load_state_dict(own)
+
+
+@torch.no_grad()
+def measure_psnr_db(vae: AutoencoderKL, size: int, count: int = 32) -> float:
+    """Returns the mean over held-out drawings of the peak signal-to-noise ratio after encoding and decoding."""
+    rng = np.random.default_rng([0x70736E72, size])
+    found = []
+    for _ in range(count):
+        x = torch.from_numpy(draw(held_out_landscape(rng), size)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        found.append(_psnr_db(vae.decode(vae.encode(x).latent_dist.mode()).sample, x))
+    return sum(found) / count
+
+
+def _crops(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     """Returns crops whose corners lie on the patch grid."""
-    side = pictures.shape[1] - CROP_PX
+    side = pictures.shape[-1] - CROP_PX
     rows, columns = 4 * rng.integers(0, side // 4 + 1, size=(2, BATCH))
     chosen = zip(rng.integers(len(pictures), size=BATCH), rows, columns, strict=True)
-    crops = np.stack([pictures[k, r : r + CROP_PX, c : c + CROP_PX] for k, r, c in chosen])
-    return pictures_to_tensor(crops).contiguous()
+    return torch.stack([pictures[k, :, r : r + CROP_PX, c : c + CROP_PX] for k, r, c in chosen]).contiguous()
 
 
 def _edges(difference: Tensor) -> Tensor:

@@ -19,26 +19,31 @@ class TrainingLog:
         self._path, self._every = path, every
         self._start = time.monotonic() - _seconds_so_far(path)
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._count = self._updates = 0
         self._bar = tqdm.tqdm(desc=path.stem, unit="update")
 
     def add(self, update: int, **values: float) -> None:
+        """Adds what the update, counted from 0, came to."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
+        self._updates = update + 1
         self._bar.update()
-        if (update + 1) % self._every == 0:
-            self._write(update + 1)
+        if self._updates % self._every == 0:
+            self._write()
 
-    def _write(self, updates: int) -> None:
+    def _write(self) -> None:
         means = {name: round(total / self._count, 5) for name, total in self._sums.items()}
-        row = {"updates": updates, "seconds": round(time.monotonic() - self._start, 1), **means}
+        row = {"updates": self._updates, "seconds": round(time.monotonic() - self._start, 1), **means}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._bar.set_postfix(means)
         self._sums, self._count = {}, 0
 
     def close(self) -> None:
+        """Writes what was added since the last row."""
+        if self._count:
+            self._write()
         self._bar.close()
 
 

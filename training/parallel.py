@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch import multiprocessing as processes
+from torch.multiprocessing.spawn import spawn
 
 
 def launch(workers: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -24,7 +24,7 @@ def launch(workers: int, function: Callable[..., None], *arguments: Any) -> None
         return
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder, "meeting")
-        processes.spawn(_work, (workers, meeting, function, arguments), nprocs=workers)  # type: ignore[no-untyped-call]
+        spawn(_work, (workers, meeting, function, arguments), nprocs=workers)
 
 
 def _work(rank: int, workers: int, meeting: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

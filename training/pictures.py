@@ -1,118 +1,129 @@
-"""The pictures that the transformer learns from: their tokens, their captions, and what is drawn in each token.
+"""The training pictures: drawn once into files below the run's folder, read as memory maps, several sizes from one.
 
-Half of the pictures' cost at 32x32 tokens is attention, and neighbouring tokens teach the same; so most of the training
-sees windows of a picture, at their true positions, and only the last part whole pictures.
+Training must not wait for drawing. A set is a file of pictures, uint8, and one of what is drawn in each token, uint8.
+A landscape has one number; its caption is written again each time it is used, in another wording.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from jitaccel.evaluation.scenes.draw import cover_local, draw
-from jitaccel.evaluation.scenes.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    TEXTURES,
-    Scene,
-    Thing,
-    describe,
-    random_scene,
+from jitaccel.evaluation.scenes.canvas import REGIONS
+from jitaccel.evaluation.scenes.draw import draw, draw_regions
+from jitaccel.evaluation.scenes.prompts import training_landscape
+from jitaccel.evaluation.scenes.scene import Landscape
+
+TOKEN_PX = 8
+NUM_LABELS = len(REGIONS)
+_CHUNK = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSize:
+    """Pictures of one shape. `count` of them, of `width` x `height` pixels."""
+
+    width: int
+    height: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+SETS = (
+    SetSize(width=256, height=256, count=12_000),
+    SetSize(width=192, height=128, count=2_000),
+    SetSize(width=128, height=192, count=2_000),
 )
 
-from .patch_encoder import encode_tokens
 
-SIDE = 32  # tokens
-NUM_LABELS = 1 + len(SHAPES) + len(COLOURS) + len(TEXTURES) + 3 + len(BACKGROUNDS)
-
-
-@dataclass(frozen=True)
-class Window:
-    """A rectangle of a token grid; `stride` is how far apart its tokens lie, in tokens of the whole picture."""
-
-    row: int
-    column: int
-    rows: int
-    columns: int
-    stride: int = 1
-
-    def of(self, grid: Tensor) -> Tensor:
-        """Returns the tokens `(B, rows * columns, ...)` of a grid `(B, SIDE, SIDE, ...)`."""
-        part = grid[:, self.row : self.row + self.rows, self.column : self.column + self.columns]
-        return part.flatten(1, 2)
-
-    def ids(self) -> Tensor:
-        """Returns the position ids `(rows * columns, 3)`, as FluxPipeline numbers them."""
-        rows = self.stride * torch.arange(self.row, self.row + self.rows)
-        columns = self.stride * torch.arange(self.column, self.column + self.columns)
-        row, column = torch.meshgrid(rows, columns, indexing="ij")
-        return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float()
+def landscape_of(number: int, size: str) -> Landscape:
+    """Returns the landscape behind a picture of a set."""
+    width, height = (int(side) for side in size.split("x"))
+    return training_landscape(np.random.default_rng([17, width, height, number]))
 
 
-WHOLE = Window(0, 0, SIDE, SIDE)
-HALF = Window(0, 0, SIDE // 2, SIDE // 2, stride=2)
+def draw_sets(folder: Path, workers: int, sets: Sequence[SetSize] = SETS) -> None:
+    """Draws all sets that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for size in sets:
+        if _file(folder, size.name, "labels").exists():
+            continue
+        pictures = np.lib.format.open_memmap(
+            _file(folder, size.name, "drawing"), "w+", np.uint8, (size.count, size.height, size.width, 3)
+        )
+        labels = np.empty((size.count, NUM_LABELS, size.height // TOKEN_PX, size.width // TOKEN_PX), np.uint8)
+        starts = range(0, size.count, _CHUNK)
+        with ProcessPoolExecutor(workers) as pool:
+            for start, (some, shares) in zip(starts, pool.map(_draw_chunk, [(size, k) for k in starts]), strict=True):
+                pictures[start : start + _CHUNK], labels[start : start + _CHUNK] = some, shares
+        pictures.flush()
+        _file(folder, size.name, "drawing").rename(_file(folder, size.name, "pictures"))
+        np.save(_file(folder, size.name, "labels"), labels)
 
 
-def random_window(rng: np.random.Generator, num_tokens: int) -> Window:
-    """Returns a square window of `num_tokens` tokens or, two times in five, a strip from border to border."""
-    side, strip = round(num_tokens**0.5), num_tokens // SIDE
-    shapes = ((side, side), (strip, SIDE), (SIDE, strip))
-    rows, columns = shapes[rng.choice(3, p=[0.6, 0.2, 0.2])]
-    return Window(_offset(rng, rows), _offset(rng, columns), rows, columns)
+def _draw_chunk(task: tuple[SetSize, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    size, start = task
+    pictures, labels = [], []
+    for number in range(start, min(start + _CHUNK, size.count)):
+        landscape = landscape_of(number, size.name)
+        pictures.append(draw(landscape, size.width, size.height))
+        regions = draw_regions(landscape, size.width // 2, size.height // 2)
+        half = TOKEN_PX // 2
+        cells = regions.reshape(NUM_LABELS, regions.shape[1] // half, half, regions.shape[2] // half, half)
+        labels.append((255 * cells.mean(axis=(2, 4))).round().astype(np.uint8))
+    return np.stack(pictures), np.stack(labels)
 
 
-def _offset(rng: np.random.Generator, size: int) -> int:
-    """Returns where a window starts; the borders are drawn more often, or their tokens would hardly be seen."""
-    last = SIDE - size
-    return int(np.clip(rng.integers(-last // 4, last + last // 4 + 1), 0, last))
+def _file(folder: Path, size: str, kind: str) -> Path:
+    return folder / f"{kind}-{size}.npy"
 
 
-class Pictures:
-    """Scenes with their tokens `(n, SIDE, SIDE, 32)` and labels `(n, SIDE, SIDE, NUM_LABELS)`, in float16."""
+class PictureSet:
+    """One set, to be read at its own size or smaller."""
 
-    def __init__(self, scenes: list[Scene], side: int = SIDE) -> None:
-        self.scenes = scenes
-        self.tokens = torch.cat([_tokens(scenes[k : k + 50], side) for k in range(0, len(scenes), 50)])
-        self.labels = torch.stack([torch.from_numpy(token_labels(scene, side)) for scene in scenes])
+    def __init__(self, folder: Path, size: str) -> None:
+        self._pictures = np.load(_file(folder, size, "pictures"), mmap_mode="r")
+        self._labels = np.load(_file(folder, size, "labels"), mmap_mode="r")
+        self._size = size
 
-    @classmethod
-    def random(cls, count: int, rng: np.random.Generator) -> Pictures:
-        return cls([random_scene(rng) for _ in range(count)])
+    def __len__(self) -> int:
+        return len(self._pictures)
 
-    def halved(self) -> Pictures:
-        """Returns the same scenes drawn at half the size, on half the tokens a side."""
-        return Pictures(self.scenes, SIDE // 2)
+    @property
+    def height(self) -> int:
+        """Height of the pictures in pixels."""
+        return int(self._pictures.shape[1])
 
-    def caption(self, k: int, rng: np.random.Generator) -> str:
-        return describe(self.scenes[k], rng)[0]
+    def landscape(self, number: int) -> Landscape:
+        return landscape_of(number, self._size)
 
+    def pictures(self, numbers: NDArray[np.integer], rows: int | None = None) -> Tensor:
+        """Returns pictures `(B, 3, h, w)` in [-1, 1]; `rows` tokens high, as they are without."""
+        chosen = torch.from_numpy(np.stack([self._pictures[k] for k in numbers])).permute(0, 3, 1, 2).float()
+        factor = 1.0 if rows is None else rows * TOKEN_PX / chosen.shape[2]
+        return _resized(chosen / 127.5 - 1, factor)
 
-def _tokens(scenes: list[Scene], side: int) -> Tensor:
-    pictures = np.stack([draw(scene, 8 * side) for scene in scenes])
-    return encode_tokens(pictures).half().unflatten(1, (side, side))
-
-
-def token_labels(scene: Scene, side: int = SIDE) -> np.ndarray:
-    """Returns what is drawn in each token, `(side, side, NUM_LABELS)`.
-
-    How much of it things cover; weighted by that, their shape, colour, texture and size, and where in the thing the
-    token lies; and the background.
-    """
-    labels = np.zeros((side, side, NUM_LABELS), np.float32)
-    for thing in scene.things:
-        labels[..., : -len(BACKGROUNDS)] += _thing_labels(thing, side)
-    labels[..., list(BACKGROUNDS).index(scene.background) - len(BACKGROUNDS)] = 1.0
-    return labels.astype(np.float16)
+    def labels(self, numbers: NDArray[np.integer], rows: int | None = None) -> Tensor:
+        """Returns the share of every region in each token, `(B, N, NUM_LABELS)`."""
+        chosen = torch.from_numpy(np.stack([self._labels[k] for k in numbers])).float() / 255
+        factor = 1.0 if rows is None else rows / chosen.shape[2]
+        return _resized(chosen, factor).flatten(2).transpose(1, 2)
 
 
-def _thing_labels(thing: Thing, side: int, sub: int = 2) -> np.ndarray:
-    inside, u, v = cover_local(thing, sub * side)
-    kinds = ((SHAPES, thing.shape), (tuple(COLOURS), thing.colour), (TEXTURES, thing.texture))
-    constant = [1.0] + [float(name == said) for names, said in kinds for name in names] + [4.0 * thing.radius]
-    parts = [inside * value for value in constant] + [inside * u, inside * v]
-    cells = np.stack(parts, axis=-1).reshape(side, sub, side, sub, -1)
-    return cells.mean(axis=(1, 3))
+def _resized(x: Tensor, factor: float) -> Tensor:
+    if factor == 1.0:
+        return x
+    if factor == 0.5:
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", antialias=True)

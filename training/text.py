@@ -1,56 +1,47 @@
 """Trains the tokenizers and the two text encoders, alone, before the transformer.
 
-FLUX gives its text tokens no positions, so which colour belongs to which shape has to be in the embeddings
-themselves. The T5 encoder learns that here: from every word it must tell all that the caption says of the thing the
-word belongs to. Captions are padded to random lengths, since a pipeline pads to 512 and masks nothing.
+FLUX gives its text tokens no positions, so which colour belongs to which object has to be in the embeddings
+themselves. The T5 encoder learns that here: from every word, a linear map must tell all that this part of the caption
+claims. CLIP's pooled vector must tell what the whole caption claims. Captions are padded to random lengths, since a
+pipeline pads to a fixed length and masks nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from jitaccel.evaluation.scenes.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Claim,
-    describe,
-    random_scene,
-)
+from jitaccel.evaluation.scenes.captions import Caption, Claims, describe
+from jitaccel.evaluation.scenes.prompts import training_landscape
+from jitaccel.evaluation.scenes.scene import ATTRIBUTES
 
 from .log import TrainingLog, warmup_cosine
 
 WIDTH = 128
+LENGTHS, LENGTH_SHARES = (40, 48, 64, 128), (0.55, 0.3, 0.1, 0.05)  # of padded captions; the longest has 36 tokens
 BATCH = 40
 _SPELLING = [chr(c) for c in range(33, 127)]
-_KINDS: tuple[Sequence[str], ...] = (SHAPES, tuple(COLOURS), TEXTURES, tuple(SIZES), tuple(PLACES))  # order of Claim
-_BACKGROUND = re.compile(r" on an? (\w+) background")
 
 
-def captions(count: int, rng: np.random.Generator) -> list[tuple[str, tuple[Claim, ...]]]:
-    """Returns captions and claims, some of them written with a capital or a full stop, as people do."""
-    found = []
-    for _ in range(count):
-        text, claims = describe(random_scene(rng), rng)
-        text = text[0].upper() + text[1:] if rng.random() < 0.2 else text
-        found.append((text + "." if rng.random() < 0.2 else text, claims))
-    return found
+def captions(count: int, rng: np.random.Generator) -> list[Caption]:
+    """Returns captions of random landscapes."""
+    return [describe(training_landscape(rng), rng) for _ in range(count)]
+
+
+def as_typed(text: str, rng: np.random.Generator) -> str:
+    """Returns a caption as people type it: some begin with a capital, some end with a full stop."""
+    text = text[0].upper() + text[1:] if text and rng.random() < 0.15 else text
+    return text + "." if text and rng.random() < 0.15 else text
 
 
 def train_tokenizers(corpus: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenizer]:
@@ -69,12 +60,12 @@ def train_tokenizers(corpus: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenizer]
 
 def _unigram_pieces(corpus: Sequence[str]) -> list[tuple[str, float]]:
     """Returns whole words by their log frequency, and single characters, much dearer, to spell the rest."""
-    counts = Counter(word.rstrip(".") for text in corpus for word in text.split())
+    counts = Counter(word.strip(".,") for text in corpus for word in text.split())
     total = sum(counts.values())
     pieces = [(special, 0.0) for special in ("<pad>", "</s>", "<unk>")]
     pieces += [(f"▁{word}", math.log(count / total)) for word, count in sorted(counts.items()) if len(word) > 1]
-    pieces += [("▁a", math.log(counts["a"] / total)), ("▁A", math.log(counts["A"] / total)), ("▁", -14.0)]
-    return pieces + [(character, -14.0) for character in _SPELLING]
+    pieces += [("▁a", math.log(counts["a"] / total)), ("▁", -14.0)]
+    return pieces + [(character, -3.0 if character in ",." else -14.0) for character in _SPELLING]
 
 
 def new_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, T5EncoderModel]:
@@ -98,24 +89,29 @@ def new_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, T
     return CLIPTextModel(clip_config), T5EncoderModel(t5_config)
 
 
-def train_text(out: Path, updates: int, seed: int = 1) -> None:
+def train_text(out: Path, updates: int, seed: int = 1, num_captions: int = 20_000) -> None:
     """Trains and saves `tokenizer`, `text_encoder` (CLIP), `tokenizer_2` and `text_encoder_2` (T5) below `out`."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([0x74657874, seed])
     torch.manual_seed(seed)
-    corpus = captions(20_000, rng)
-    clip_tokens, t5_tokens = train_tokenizers([text for text, _ in corpus])
+    corpus = captions(num_captions, rng)
+    clip_tokens, t5_tokens = train_tokenizers([as_typed(caption.text, rng) for caption in corpus])
     clip, t5 = new_encoders(clip_tokens, t5_tokens)
-    heads = nn.ModuleDict({"word": nn.Linear(WIDTH, _num_word_targets()), "pooled": nn.Linear(WIDTH, _num_facts())})
+    heads = nn.ModuleDict({"word": nn.Linear(WIDTH, num_answers()), "pooled": nn.Linear(WIDTH, num_answers())})
     modules = nn.ModuleList([clip, t5, heads])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(100, updates))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(60, updates))
     log = TrainingLog(out / "text.jsonl", every=50)
     for update in range(updates):
-        batch = [corpus[k] for k in rng.integers(len(corpus), size=BATCH)]
-        texts = [text for text, _ in batch]
-        length = int(rng.choice([28, 48, 64, 128, 512], p=[0.7, 0.1, 0.1, 0.07, 0.03]))
-        keep = BATCH if length <= 48 else max(2, 1024 // length)
-        words, facts = _losses(clip, t5, heads, clip_tokens, t5_tokens, batch[:keep], texts[:keep], length)
+        chosen = [corpus[k] for k in rng.integers(len(corpus), size=BATCH)]
+        length = int(rng.choice(LENGTHS, p=LENGTH_SHARES))
+        texts = [as_typed(caption.text, rng) for caption in chosen]
+        ids = t5_tokens(
+            texts, padding="max_length", max_length=length, return_offsets_mapping=True, return_tensors="pt"
+        )
+        targets = [_word_targets(*pair) for pair in zip(chosen, ids.offset_mapping.tolist(), strict=True)]
+        words = claims_loss(heads["word"](t5(ids.input_ids)[0]), torch.stack(targets))
+        pooled = clip(clip_tokens(texts, padding=True, return_tensors="pt").input_ids).pooler_output
+        facts = claims_loss(heads["pooled"](pooled), torch.stack([_targets(c.claims) for c in chosen]))
         optimizer.zero_grad(set_to_none=True)
         (words + facts).backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -129,70 +125,28 @@ def train_text(out: Path, updates: int, seed: int = 1) -> None:
     t5.save_pretrained(out / "text_encoder_2")
 
 
-def _losses(clip, t5, heads, clip_tokens, t5_tokens, batch, texts, length):  # type: ignore[no-untyped-def]
-    ids = t5_tokens(
-        texts,
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_offsets_mapping=True,
-        return_tensors="pt",
+def num_answers() -> int:
+    """Returns the number of scores that one claim of each attribute needs; silence counts as a value."""
+    return sum(len(values) + 1 for values in ATTRIBUTES.values())
+
+
+def claims_loss(answers: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean cross entropy of scores `(..., num_answers())` for targets `(..., attributes)`; -100: none."""
+    parts = answers.split([len(values) + 1 for values in ATTRIBUTES.values()], dim=-1)
+    losses = [F.cross_entropy(p.flatten(0, -2), targets[..., k].flatten()) for k, p in enumerate(parts)]
+    return torch.stack(losses).mean()
+
+
+def _targets(claims: Claims) -> Tensor:
+    """Returns for each attribute the index of the claimed value; the last index is silence."""
+    return torch.tensor(
+        [values.index(claims[name]) if name in claims else len(values) for name, values in ATTRIBUTES.items()]
     )
-    predicted = heads["word"](t5(ids.input_ids)[0])
-    offsets = ids.offset_mapping
-    targets = torch.stack([word_targets(*pair, places) for pair, places in zip(batch, offsets, strict=True)])
-    parts = predicted.split([len(k) + 1 for k in _KINDS] + [len(BACKGROUNDS)], dim=-1)
-    words = sum(_word_loss(p.flatten(0, 1), targets[..., j].flatten()) for j, p in enumerate(parts))
-    pooled = clip(
-        clip_tokens(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-    ).pooler_output
-    facts = torch.stack([_facts(*pair) for pair in batch])
-    return words, 10 * F.binary_cross_entropy_with_logits(heads["pooled"](pooled), facts)
 
 
-def _word_loss(predicted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Returns the mean cross entropy over the words that have a target; 0 where a short batch has none."""
-    total = F.cross_entropy(predicted, targets, ignore_index=-1, reduction="sum")
-    return total / (targets >= 0).sum().clamp(min=1)
-
-
-def _num_word_targets() -> int:
-    return sum(len(kind) + 1 for kind in _KINDS) + len(BACKGROUNDS)
-
-
-def word_targets(text: str, claims: Sequence[Claim], offsets: torch.Tensor) -> torch.Tensor:
-    """Returns for each token `(length, 6)` what the caption says of its thing and of the background; -1: nothing."""
-    targets = torch.full((len(offsets), len(_KINDS) + 1), -1)
-    background = _BACKGROUND.search(text)
-    end = background.start() if background else len(text)
-    start = 0
-    for phrase, claim in zip(text[:end].split(" and "), claims, strict=True):
-        inside = (offsets[:, 1] > start) & (offsets[:, 1] <= start + len(phrase))
-        for j, (kind, said) in enumerate(zip(_KINDS, astuple(claim), strict=True)):
-            targets[inside, j] = len(kind) if said is None else list(kind).index(said)
-        start += len(phrase) + len(" and ")
-    if background:
-        inside = (offsets[:, 1] > end) & (offsets[:, 1] <= background.end())
-        targets[inside, -1] = list(BACKGROUNDS).index(background[1])
-    return targets
-
-
-def _num_facts() -> int:
-    return len(SHAPES) * len(COLOURS) + len(SHAPES) * len(TEXTURES) + len(SHAPES) + len(BACKGROUNDS)
-
-
-def _facts(text: str, claims: Sequence[Claim]) -> torch.Tensor:
-    coloured = torch.zeros(len(SHAPES), len(COLOURS))
-    textured = torch.zeros(len(SHAPES), len(TEXTURES))
-    present = torch.zeros(len(SHAPES))
-    behind = torch.zeros(len(BACKGROUNDS))
-    for claim in claims:
-        shape = SHAPES.index(claim.shape)
-        present[shape] = 1
-        if claim.colour:
-            coloured[shape, list(COLOURS).index(claim.colour)] = 1
-        if claim.texture:
-            textured[shape, TEXTURES.index(claim.texture)] = 1
-    if background := _BACKGROUND.search(text):
-        behind[list(BACKGROUNDS).index(background[1])] = 1
-    return torch.cat([coloured.flatten(), textured.flatten(), present, behind])
+def _word_targets(caption: Caption, offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """Returns what the part around each token claims, `(length, attributes)`; -100 outside of all parts."""
+    found = torch.full((len(offsets), len(ATTRIBUTES)), -100)
+    for start, end, claims in caption.parts:
+        found[[k for k, (_, last) in enumerate(offsets) if start < last <= end]] = _targets(claims)
+    return found

@@ -1,15 +1,16 @@
-"""Trains the flow-matching transformer on captioned scenes: first on windows of the pictures, then on whole ones.
+"""Trains the flow-matching transformer on captioned landscapes of several sizes, as FLUX.1 was.
 
-Beside the velocity, a linear map of the features half-way must tell what is drawn in each token (alignment of the
+A batch has pictures of one size and about the same number of tokens whatever the size, so that all updates cost the
+same: many small pictures or a few large ones. Noise levels are shifted with the number of tokens, as the pipeline's
+scheduler shifts them, and a share of them lies above 0.9 at every size: what is where is decided there.
+
+Besides the velocity, a linear map of the features half-way must tell what is drawn in each token (alignment of the
 representation, Yu et al. 2024, arXiv:2410.06940, with the drawn truth in place of another network's features). The
-map is thrown away; it is what makes shapes and their attributes appear after minutes instead of hours.
-
-What is where is decided at high noise, above level 0.8, and there most of the training of whole pictures takes place.
-Until the learning rate falls, part of its batches are pictures of half the size at the same positions: they teach the
-outline of things at a quarter of the cost.
+map is thrown away.
 
 Matrices inside the blocks are updated by Muon, all else by AdamW. The learning rate is constant until
 `decay_updates` before the end, then falls linearly to zero, so that a run can be prolonged from any checkpoint.
+Matrix products run in bfloat16 where the processor multiplies it natively; weights and updates stay float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,31 +29,47 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from jitaccel.evaluation.scenes.captions import describe
+
 from . import parallel
 from .log import TrainingLog
-from .muon import Muon
-from .pictures import HALF, NUM_LABELS, WHOLE, Pictures, Window, random_window
+from .muon import Muon, has_native_bfloat16
+from .patch_encoder import NUM_FEATURES, PATCH, encode_tokens
+from .pictures import NUM_LABELS, TOKEN_PX, PictureSet
+from .text import LENGTH_SHARES, LENGTHS, as_typed
+
+CHANNELS = NUM_FEATURES * (TOKEN_PX // PATCH) ** 2
+SIZES: Mapping[str, tuple[str, int]] = {  # tokens high x wide -> the set they come from, tokens high
+    "16x16": ("256x256", 16),
+    "24x24": ("256x256", 24),
+    "32x32": ("256x256", 32),
+    "16x24": ("192x128", 16),
+    "24x16": ("128x192", 24),
+}
+SMALL: Mapping[str, float] = {"16x16": 0.8, "16x24": 0.1, "24x16": 0.1}
+MIXED: Mapping[str, float] = {"16x16": 0.35, "16x24": 0.1, "24x16": 0.1, "24x24": 0.2, "32x32": 0.25}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of training. `window_tokens`: tokens of a window, `None` for whole pictures; `batch` is that of all
-    together; `alignment` weighs the loss of what is drawn; `decay_updates` end the phase, and until they begin the
-    share `half_share` of the batches has pictures of half the size, four times as many. Noise levels are logit-normal
-    around `level_mean`, one in six uniform. `guidance` is the scale of classifier-free guidance that the velocity
-    learns to have built in, as FLUX.1-dev has; 1 for none."""
+    """One phase of training.
 
-    window_tokens: int | None
-    num_pictures: int
-    batch: int
+    Attributes:
+        updates: When it ends; `decay_updates` of them let the learning rate fall to zero.
+        shares: Share of the updates for each size in `SIZES`.
+        batch_tokens: Tokens of a batch, of all pictures and workers together.
+        alignment: Weight of the loss of what is drawn.
+        guidance: Scale of classifier-free guidance that the velocity learns to have built in; 1 for none.
+    """
+
     updates: int
-    alignment: float
+    shares: Mapping[str, float]
+    batch_tokens: int = 6144
+    alignment: float = 0.3
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3
     warmup_updates: int = 50
     decay_updates: int = 0
-    half_share: float = 0.0
-    level_mean: float = 0.5
     guidance: float = 1.0
     seed: int = 0
 
@@ -65,11 +82,11 @@ def new_transformer() -> FluxTransformer2DModel:
     """Returns the untrained model; modulation and output start at zero, as adaptive norms want."""
     model = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=32,
+        in_channels=CHANNELS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=64,
-        num_attention_heads=3,
+        num_attention_heads=4,
         joint_attention_dim=128,
         pooled_projection_dim=128,
         guidance_embeds=False,
@@ -93,9 +110,9 @@ class Learner(nn.Module):
         nn.init.zeros_(self.labels.weight), nn.init.zeros_(self.labels.bias)
 
     def forward(
-        self, state: Tensor, level: Tensor, words: Tensor, pooled: Tensor, window: Window
+        self, state: Tensor, level: Tensor, words: Tensor, pooled: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the velocity `(B, N, 32)` and the labels `(B, N, NUM_LABELS)`."""
+        """Returns the velocity `(B, N, CHANNELS)` and the labels `(B, N, NUM_LABELS)`."""
         features: list[Tensor] = []
         blocks = self.transformer.single_transformer_blocks
         middle = blocks[len(blocks) // 2 - 1]
@@ -106,13 +123,31 @@ class Learner(nn.Module):
                 encoder_hidden_states=words,
                 pooled_projections=pooled,
                 timestep=level,
-                img_ids=window.ids(),
+                img_ids=ids,
                 txt_ids=torch.zeros(words.shape[1], 3),
                 return_dict=False,
             )[0]
         finally:
             hook.remove()
-        return velocity, self.labels(F.layer_norm(features[0], features[0].shape[-1:]))
+        return velocity.float(), self.labels(F.layer_norm(features[0].float(), features[0].shape[-1:])).float()
+
+
+def token_ids(rows: int, columns: int) -> Tensor:
+    """Returns the positions `(rows * columns, 3)` that diffusers gives the tokens of a picture."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.flatten(0, 1)
+
+
+def random_levels(count: int, tokens: int) -> Tensor:
+    """Returns noise levels `(count,)`: logit-normal, shifted with the number of tokens; a quarter uniform in the whole
+    range, and an eighth uniform above 0.9."""
+    shift = 0.5 + (tokens - 256) * 0.65 / 3840  # the pipeline's own shift, FLUX.1-dev's
+    level = torch.sigmoid(0.25 + shift + 1.2 * torch.randn(count))
+    kind = torch.rand(count)
+    level = torch.where(kind < 0.25, torch.rand(count), level)
+    return torch.where(kind > 0.875, 0.9 + 0.1 * torch.rand(count), level)
 
 
 class TextEncoders:
@@ -150,11 +185,9 @@ def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> 
     text = TextEncoders(folder.parent / "text")
     log = TrainingLog(folder / "log.jsonl", every=20) if parallel.rank() == 0 else None
     saved = time.monotonic()
-    for update, (tokens, labels, window, texts, length) in zip(
-        range(done, phase.updates), _batches(phase, done), strict=False
-    ):
-        unguided = text.embed([""] * len(texts), length) if phase.guidance > 1 else None
-        flow, drawn = _losses(learner, tokens, labels, window, text.embed(texts, length), unguided, phase)
+    for update, batch in zip(range(done, phase.updates), _batches(folder.parent, phase, done), strict=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_native_bfloat16()):
+            flow, drawn = _losses(learner, text, batch, phase)
         (flow + phase.alignment * drawn).backward()
         parallel.average_(parameter.grad for parameter in learner.parameters() if parameter.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -164,11 +197,11 @@ def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> 
                 group["lr"] = rate * group["base_rate"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        _follow(average, learner.transformer, decay=min(0.99, update / (update + 10)))
+        _follow(average, learner.transformer, decay=min(0.995, update / (update + 10)))
         if log is None:
             continue
         log.add(update, loss=flow.item(), drawn=drawn.item(), norm=float(norm))
-        if time.monotonic() - saved > 240 or update + 1 == phase.updates:
+        if time.monotonic() - saved > 120 or update + 1 == phase.updates:
             _save(folder, update + 1, learner, average, optimizers)
             saved = time.monotonic()
     if log is not None:
@@ -176,9 +209,11 @@ def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> 
 
 
 def _optimizers(learner: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in learner.named_parameters():
-        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else others).append(parameter)
+        is_inner = parameter.ndim == 2 and "transformer_blocks" in name and "norm" not in name  # modulation is AdamW's
+        (matrices if is_inner else others).append(parameter)
     muon = Muon(matrices, lr=phase.muon_rate)
     adam = torch.optim.AdamW(others, lr=phase.adam_rate, betas=(0.9, 0.99), weight_decay=0.0)
     for optimizer, rate in ((muon, phase.muon_rate), (adam, phase.adam_rate)):
@@ -193,55 +228,59 @@ def _rate_factor(update: int, phase: Phase) -> float:
     return warm * min(1.0, left / phase.decay_updates if phase.decay_updates else 1.0)
 
 
-def _batches(phase: Phase, skip: int) -> Iterator[tuple[Tensor, Tensor, Window, list[str], int]]:
-    """Yields this worker's share of every batch: tokens, labels, the window they lie in, captions and their length.
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tokens `(B, N, CHANNELS)`, what is drawn in them `(B, N, NUM_LABELS)`, their positions, captions, text length."""
 
-    Every worker has pictures of its own; only the length of the text is the same for all, that none waits for another.
-    """
-    pictures = Pictures.random(
-        phase.num_pictures // parallel.num_workers(), np.random.default_rng([phase.seed, parallel.rank()])
-    )
+    clean: Tensor
+    labels: Tensor
+    ids: Tensor
+    texts: list[str]
+    length: int
+
+
+def _batches(run: Path, phase: Phase, skip: int) -> Iterator[Batch]:
+    """Yields this worker's share of every batch. Size and text length are the same for all workers."""
+    sets = {name: PictureSet(run / "pictures", name) for name in {SIZES[size][0] for size in phase.shares}}
     shared = np.random.default_rng([phase.seed, skip])
     rng = np.random.default_rng([phase.seed, skip, 1 + parallel.rank()])
-    halves = pictures.halved() if phase.half_share else pictures
-    for update in itertools.count(skip):
-        half = update < phase.updates - phase.decay_updates and shared.random() < phase.half_share
-        share = (4 if half else 1) * phase.batch // parallel.num_workers()
-        length = int(shared.choice([28, 48, 128, 512], p=[0.85, 0.08, 0.05, 0.02]))
-        chosen = rng.integers(len(pictures.scenes), size=share if length < 512 else share // 2)
-        texts = ["" if rng.random() < 0.08 else pictures.caption(k, rng) for k in chosen]
-        window = random_window(rng, phase.window_tokens) if phase.window_tokens else HALF if half else WHOLE
-        where, source = torch.from_numpy(chosen), halves if half else pictures
-        tokens, labels = (window.of(grid[where]).float() for grid in (source.tokens, source.labels))
-        yield tokens, labels, window, texts, length
+    names, shares = list(phase.shares), list(phase.shares.values())
+    for _ in itertools.count(skip):
+        size = str(shared.choice(names, p=shares))
+        source = sets[SIZES[size][0]]
+        rows, columns = (int(side) for side in size.split("x"))
+        length = int(shared.choice(LENGTHS, p=LENGTH_SHARES))
+        count = max(1, round(phase.batch_tokens / (rows * columns) / parallel.num_workers()))
+        chosen = rng.integers(len(source), size=count)
+        texts = [
+            "" if rng.random() < 0.1 else as_typed(describe(source.landscape(int(k)), rng).text, rng) for k in chosen
+        ]
+        yield Batch(
+            clean=encode_tokens(source.pictures(chosen, rows)),
+            labels=source.labels(chosen, rows),
+            ids=token_ids(rows, columns),
+            texts=texts,
+            length=length,
+        )
 
 
-def _losses(
-    learner: Learner,
-    clean: Tensor,
-    labels: Tensor,
-    window: Window,
-    texts: tuple[Tensor, Tensor],
-    unguided: tuple[Tensor, Tensor] | None,
-    phase: Phase,
-) -> tuple[Tensor, Tensor]:
-    """Returns the flow-matching loss at logit-normal noise levels, some of them uniform, and that of what is drawn.
+def _losses(learner: Learner, text: TextEncoders, batch: Batch, phase: Phase) -> tuple[Tensor, Tensor]:
+    """Returns the flow-matching loss and that of what is drawn.
 
-    unguided: the empty text for each picture, where guidance is to be built in. The target then is moved by what the
-    text changes (model guidance, Tang et al. 2025, arXiv:2502.12154): its fixed point is the velocity guided by that
-    scale.
+    Where guidance is to be built in, the target is moved by what the text changes (model guidance, Tang et al. 2025,
+    arXiv:2502.12154): its fixed point is the velocity guided by that scale.
     """
-    batch = clean.shape[0]
-    level = torch.sigmoid(phase.level_mean + 1.1 * torch.randn(batch))
-    level = torch.where(torch.rand(batch) < 0.15, torch.rand(batch), level)
+    clean, count = batch.clean, len(batch.texts)
+    level = random_levels(count, clean.shape[1])
     noise = torch.randn_like(clean)
     state = clean + level[:, None, None] * (noise - clean)
-    velocity, drawn = learner(state, level, *texts, window)
+    velocity, drawn = learner(state, level, *text.embed(batch.texts, batch.length), batch.ids)
     target = noise - clean
-    if unguided is not None:
+    if phase.guidance > 1:
         with torch.no_grad():
-            target += (1.0 - 1.0 / phase.guidance) * (velocity - learner(state, level, *unguided, window)[0])
-    return F.mse_loss(velocity, target), F.mse_loss(drawn, labels, reduction="sum") / labels[..., 0].numel()
+            plain = learner(state, level, *text.embed([""] * count, batch.length), batch.ids)[0]
+            target += (1.0 - 1.0 / phase.guidance) * (velocity - plain)
+    return F.mse_loss(velocity, target), F.mse_loss(drawn, batch.labels, reduction="sum") / drawn[..., 0].numel()
 
 
 @torch.no_grad()
@@ -250,7 +289,13 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
         slow.lerp_(fast, 1 - decay)
 
 
-def _save(folder: Path, update: int, learner, average, optimizers) -> None:  # type: ignore[no-untyped-def]
+def _save(
+    folder: Path,
+    update: int,
+    learner: Learner,
+    average: FluxTransformer2DModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
     state = {
         "update": update,
         "learner": learner.state_dict(),
@@ -262,17 +307,24 @@ def _save(folder: Path, update: int, learner, average, optimizers) -> None:  # t
     average.save_pretrained(folder / "ema")
 
 
-def _resume(folder: Path, start: Path | None, learner, average, optimizers) -> int:  # type: ignore[no-untyped-def]
+def _resume(
+    folder: Path,
+    start: Path | None,
+    learner: Learner,
+    average: FluxTransformer2DModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> int:
     """Loads the phase's last checkpoint and returns its update; else the one to start from, moments too: 0."""
     resumed = (folder / "last.pt").exists()
-    if not resumed and start is None:
+    source = folder if resumed else start
+    if source is None:
         return 0
-    if start is not None and not resumed and not (start / "last.pt").exists():
-        weights = FluxTransformer2DModel.from_pretrained(start).state_dict()
+    if not (source / "last.pt").exists():
+        weights = FluxTransformer2DModel.from_pretrained(source).state_dict()
         learner.transformer.load_state_dict(weights)
         average.load_state_dict(weights)
         return 0
-    state = torch.load((folder if resumed else start) / "last.pt", weights_only=True)
+    state = torch.load(source / "last.pt", weights_only=True)
     learner.load_state_dict(state["learner"])
     average.load_state_dict(state["average"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jitaccel.evaluation.comparison import Method, generate
 from jitaccel.evaluation.pictures import to_bytes
-from jitaccel.evaluation.scenes.scene import Claim
+from jitaccel.evaluation.scenes.captions import Claims
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
 from jitaccel.tokens import put_tokens_
@@ -22,7 +22,7 @@ from jitaccel.tokens import put_tokens_
 from .network import CachedNetwork, Network, StaleNetwork, Texts, watching
 from .variant import Variant, start, words_attended
 
-GRID, CHANNELS, TEXT_TOKENS, SIDE_PX = (32, 32), 32, 48, 256
+GRID, TEXT_TOKENS, SIDE_PX = (32, 32), 48, 256
 _BATCH = 8
 
 
@@ -31,22 +31,22 @@ class Bench:
     """A pipeline with encoded prompts and the noise of each: prompt k has `seed` + k."""
 
     pipe: Any
-    prompts: Sequence[tuple[str, tuple[Claim, ...]]]
+    prompts: Sequence[tuple[str, Claims]]
     texts: Texts
     noise: Tensor
     seed: int
 
     @classmethod
-    def of(cls, pipe: Any, prompts: Sequence[tuple[str, tuple[Claim, ...]]], seed: int = 0) -> Bench:
+    def of(cls, pipe: Any, prompts: Sequence[tuple[str, Claims]], seed: int = 0) -> Bench:
         """Encodes the prompts and draws the noise, as FluxPipeline does for one generator a picture."""
         with torch.no_grad():
             found = [pipe.encode_prompt(text, None, max_sequence_length=TEXT_TOKENS)[:2] for text, _ in prompts]
         words, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
         latents = []
+        shape = (pipe.transformer.config.in_channels // 4, 2 * GRID[0], 2 * GRID[1])
         for k in range(len(prompts)):
             generator = torch.Generator().manual_seed(seed + k)
-            drawn = torch.randn(1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1], generator=generator)
-            latents.append(pipe._pack_latents(drawn, 1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1]))
+            latents.append(pipe._pack_latents(torch.randn(1, *shape, generator=generator), 1, *shape))
         return cls(pipe, prompts, Texts(words=words, pooled=pooled), torch.cat(latents), seed)
 
 

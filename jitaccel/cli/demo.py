@@ -12,8 +12,8 @@ from ..errors import CommandError
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Generation, Method
+    from ..evaluation.scenes.captions import Claims
     from ..evaluation.scenes.judge import Judge, Score
-    from ..evaluation.scenes.scene import Claim
 
 _BATCH = 6
 _SHOWN_TOKENS = 3
@@ -99,7 +99,7 @@ def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
     return results
 
 
-def _scores(judge: Judge | None, results: list[_Result], claims: Sequence[Sequence[Claim]]) -> list[Score] | None:
+def _scores(judge: Judge | None, results: list[_Result], claims: Sequence[Claims]) -> list[Score] | None:
     if judge is None:
         return None
     import numpy as np
@@ -108,8 +108,8 @@ def _scores(judge: Judge | None, results: list[_Result], claims: Sequence[Sequen
 
     scores = []
     for result in results:
-        sightings = judge(np.stack(result.pictures))
-        scores.append(sum((compare(seen, said) for seen, said in zip(sightings, claims, strict=True)), Score()))
+        found = judge(np.stack(result.pictures))
+        scores.append(sum((compare(seen, said) for seen, said in zip(found, claims, strict=True)), Score()))
     return scores
 
 

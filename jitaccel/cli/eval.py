@@ -20,7 +20,6 @@ _METHODS = "dense:50,dense:7,beta:7,dpm:4,dpm:6,dpm:12,4x,7x,10x"
 _MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:6,4x,7x"
 _METRICS = "psnr,ssim,spectrum"
 _BATCH = 6  # of the embedded model
-_DATA_PICTURES = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         default="48",
         metavar="N|FILE",
-        help="how many held-out prompts of the embedded model to use, or a file: .txt with one prompt a line, .jsonl "
-        "with a field prompt in each",
+        help="how many held-out prompts of drawn landscapes to use (of the embedded model, or one with its judge), or "
+        "a file: .txt with one prompt a line, .jsonl with a field prompt in each",
     )
     parser.add_argument(
         "--methods",
@@ -70,14 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ..loading import pick_device
     from ..provenance import first_line
 
-    is_embedded = arguments.model is None
-    prompts = read_prompts(arguments.prompts, is_embedded=is_embedded)
-    methods = parse_methods(arguments.methods or (_METHODS if is_embedded else _MODEL_METHODS))
     device = pick_device(arguments.device)
+    setting = _setting(arguments, size, device)
+    prompts = read_prompts(arguments.prompts, is_judged=setting.is_judged)
+    methods = parse_methods(arguments.methods or (_METHODS if setting.is_judged else _MODEL_METHODS))
     from ..evaluation.scoring import parse_metrics, score_rows
 
     scorers = parse_metrics(arguments.metrics, str(device))
-    lab = _lab(_setting(arguments, size, device), prompts, methods, arguments.out, arguments.any_commit)
+    lab = _lab(setting, prompts, methods, arguments.out, arguments.any_commit)
     scorers = (*scorers, *_of_judge(lab))
     print(first_line(device), flush=True)
     rows = lab.rows()
@@ -97,7 +96,7 @@ def _write(lab: Lab, rows: Sequence[Row], names: Sequence[str], scorers: Sequenc
     def picture_of(method: str, prompt: int) -> Image.Image:
         return Image.open(lab.path({"method": method, "prompt_index": prompt}))
 
-    data = None if lab.judge is None else _data_features(lab.judge)
+    data = None if lab.judge is None else lab.judge.drawn
     known = known_qualities(scorers)
     records = summary(rows, names, data=data, known=known)
     text = table(rows, records, scorers, 0 if data is None else len(data))
@@ -128,18 +127,19 @@ def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device: Any) -> Setting:
+    from ..evaluation.judging import judge_folder
     from ..evaluation.lab import Setting, dtype_of
 
-    is_embedded = arguments.model is None
+    is_known = arguments.model is None or judge_folder(arguments.model) is not None
     return Setting(
         model=arguments.model,
         device=device,
         dtype=dtype_of(arguments.dtype, device),
         size=size,
         guidance=arguments.guidance,
-        text_tokens=arguments.max_sequence_length or (EMBEDDED_TEXT_TOKENS if is_embedded else None),
+        text_tokens=arguments.max_sequence_length or (EMBEDDED_TEXT_TOKENS if is_known else None),
         seed=arguments.seed,
-        batch=arguments.batch or (_BATCH if is_embedded else 1),
+        batch=arguments.batch or (_BATCH if is_known else 1),
     )
 
 
@@ -169,18 +169,3 @@ def _of_judge(lab: Lab) -> tuple[Scorer, ...]:
     from ..evaluation.quality.scorers import perceptual
 
     return (perceptual(lab.judge.features, version=lab.origin["judge"]),)
-
-
-def _data_features(judge: Any) -> Any:
-    """Returns the judge's mean features (P, F) of drawn scenes that nothing was trained on."""
-    import numpy as np
-
-    from ..evaluation.scenes.draw import draw
-    from ..evaluation.scenes.scene import random_scene
-
-    rng = np.random.default_rng([0x64617461, 0])  # a stream of its own: "data"
-    found = []
-    for _ in range(_DATA_PICTURES // 16):
-        drawn = np.stack([draw(random_scene(rng)) for _ in range(16)])
-        found.append(judge.features(np.clip(drawn, 0.0, 1.0)).mean(axis=(2, 3)))
-    return np.concatenate(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
     pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
+    if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
+        print(f"jitaccel generate: {note}", file=sys.stderr)
     side = picture_side(pipe)
     size = (arguments.height or side, arguments.width or side)
     _check_sides(*size, 2 * pipe.vae_scale_factor)
@@ -84,6 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stats:
         print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
     return 0
+
+
+def _of_unknown_words(prompt: str) -> str | None:
+    """Returns what to say of a prompt with words that the embedded model was not trained on, None without any."""
+    from ..api import embedded_model
+    from ..evaluation.scenes.captions import unknown_words
+
+    words = ", ".join(repr(word) for word in unknown_words(prompt))
+    card = embedded_model() / "README.md"
+    return f"the embedded model draws landscapes, it does not know {words}; its words are in {card}" if words else None
 
 
 def _config(arguments: argparse.Namespace) -> JiTConfig | None:

@@ -18,7 +18,7 @@ _WIDTH = 118
 _NOTES = {  # by the column that needs it
     "cost in dense steps": "Cost: FLOPs with attention and text, in dense steps.",
     "Frechet to reference": "Frechet: squared distance of the judge's features to those of the reference's pictures, "
-    "and of {data} drawn scenes; resampling widens it, so its intervals lie high.",
+    "and of {data} drawn landscapes; resampling widens it, so its intervals lie high.",
     "perceptual": "perceptual: distance of the judge's feature maps to the reference, 0 to 2.",
     "LPIPS": "LPIPS: distance to the reference, of AlexNet's features.",
     "detail, dB": "detail: power above half the Nyquist frequency, against the reference.",
@@ -32,7 +32,7 @@ def table(rows: Rows, records: Sequence[Mapping[str, Any]], scorers: Sequence[Sc
     """Returns the table in Markdown; what no row tells has no column.
 
     records: of `summary` of the rows, the first the reference. scorers: the metrics whose numbers the rows have in
-    fields of their names. drawn: how many scenes `frechet_to_data` compares with.
+    fields of their names. drawn: how many drawings `frechet_to_data` compares with.
     """
     methods = [record["method"] for record in records]
     of = by_method(rows, methods, asker="table")

@@ -1,12 +1,27 @@
-"""The judge of the embedded model's scenes, where one is installed."""
+"""The judge of drawn landscapes, where one lies with a model."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..api import embedded_model
+from ..errors import CommandError
 from .scenes.judge import Judge
 
 
-def load_judge() -> Judge | None:
-    """Returns the judge that lies with the embedded model, or None without one."""
-    folder = embedded_model() / "judge"
-    return Judge.load(folder) if (folder / "judge.json").is_file() else None
+def judge_folder(model: str | None = None) -> Path | None:
+    """Returns the folder of the judge that lies with a model, of the embedded one without a name; None without one.
+
+    A model that comes with this judge is one of the world that it judges: the held-out prompts are made for it.
+    """
+    folder = (embedded_model() if model is None else Path(model).expanduser()) / "judge"
+    return folder if (folder / "judge.json").is_file() else None
+
+
+def load_judge(model: str | None = None) -> Judge | None:
+    """Returns the judge that lies with a model, or None without one. Raises CommandError for one of another world."""
+    folder = judge_folder(model)
+    try:
+        return None if folder is None else Judge.load(folder)
+    except ValueError as error:
+        raise CommandError(str(error)) from error

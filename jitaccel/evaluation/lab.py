@@ -17,7 +17,7 @@ from ..api import embedded_model
 from ..artefacts.manifest import file_digest
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
-from .judging import load_judge
+from .judging import judge_folder, load_judge
 from .quality.rows import settings_as_now
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ class Setting:
     text_tokens: int | None
     seed: int
     batch: int
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the model comes with a judge of drawn landscapes, as the embedded one does."""
+        return self.model is None or judge_folder(self.model) is not None
 
     @property
     def fields(self) -> Row:
@@ -68,7 +73,7 @@ class Setting:
         """Returns how the pipeline is called for every picture."""
         call: Row = {"output_type": "np"}
         size = self.size
-        if size is None and self.model is None:
+        if size is None and self.is_judged:
             size = (picture_side(pipe),) * 2
         elif size is None and isinstance(getattr(pipe, "default_sample_size", None), int):
             size = (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
@@ -218,7 +223,7 @@ class Lab:
         features = self.judge.features(pictures).mean(axis=(2, 3))
         rows = []
         for k, seen, own in zip(chosen, self.judge(pictures), features, strict=True):
-            score = compare(seen, self.prompts[k].claims or ())
+            score = compare(seen, self.prompts[k].claims or {})
             rounded = [round(float(value), 5) for value in own]
             rows.append({"claimed": score.claimed.total(), "shown": score.shown.total(), "features": rounded})
         return rows
@@ -265,16 +270,14 @@ def weights_of(model: str | None) -> str | None:
 
 
 def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None, str | None]:
-    """Returns the judge and its digest where it can be asked: of pictures in its size, for held-out prompts."""
-    from .scenes.judge import PICTURE_PX
-
-    is_own = setting.model is None and setting.size in (None, (PICTURE_PX, PICTURE_PX))
-    if not is_own or any(prompt.claims is None for prompt in prompts):
+    """Returns the judge and its digest where it can be asked: of square pictures, for held-out prompts."""
+    is_square = setting.size is None or setting.size[0] == setting.size[1]
+    if not setting.is_judged or not is_square or any(prompt.claims is None for prompt in prompts):
         return None, None
-    judge = load_judge()
-    if judge is None:
+    folder, judge = judge_folder(setting.model), load_judge(setting.model)
+    if folder is None or judge is None:
         raise CommandError("the judge of the embedded model must be installed, got none; install jitaccel whole")
-    return judge, file_digest(embedded_model() / "judge" / "judge.safetensors")
+    return judge, file_digest(folder / "judge.safetensors")
 
 
 def read_lines(path: Path) -> Iterator[Row]:

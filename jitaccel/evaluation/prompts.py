@@ -1,4 +1,4 @@
-"""The prompts of `jitaccel eval --prompts`: held-out ones of the embedded model, or those of a file."""
+"""The prompts of `jitaccel eval --prompts`: held-out ones of the drawn world, or those of a file."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from typing import TYPE_CHECKING
 from ..errors import CommandError
 
 if TYPE_CHECKING:
-    from .scenes.scene import Claim
+    from .scenes.captions import Claims
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt, and what it claims where the judge of the embedded model can tell."""
+    """A prompt, and what it claims where the judge of drawn landscapes can tell."""
 
     text: str
-    claims: tuple[Claim, ...] | None = None
+    claims: Claims | None = None
 
 
-def read_prompts(word: str, *, is_embedded: bool) -> tuple[Prompt, ...]:
+def read_prompts(word: str, *, is_judged: bool) -> tuple[Prompt, ...]:
     """Returns so many held-out prompts, or those of a file: one a line, or the field "prompt" of JSON lines.
+
+    is_judged: whether the model comes with a judge of drawn landscapes, as the embedded one does.
 
     Raises CommandError for fewer than two, and for lines that hold no prompt, with their numbers.
     """
     if word.lstrip("-").isdigit():
-        if not is_embedded:
+        if not is_judged:
             raise CommandError(
-                f"--prompts must be a file where --model is given, got {word}; "
-                f"the held-out prompts are made for the embedded model"
+                f"--prompts must be a file for a model without a judge of drawn landscapes, got {word}; "
+                f"the held-out prompts are of that world, as the embedded model is"
             )
         if int(word) < 2:
             raise CommandError(f"--prompts must be at least 2, got {word}")

@@ -80,6 +80,28 @@ def test_generate_writes_the_same_picture_for_the_same_seed(command: Command, mo
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_generate_says_which_words_the_embedded_model_does_not_know(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("diffusers")
+    from jitaccel import loading
+    from tests.support import tiny
+
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: tiny.pipeline())
+    call = ("generate", "--preset", "none", "--steps", 2, "--height", 32, "--width", 32, "--text-tokens", 8, "--out")
+
+    def notes(name: str, *more: object) -> list[str]:
+        status, _, err = command(*call, tmp_path / name, *more)
+        assert status == 0 and (tmp_path / name).is_file(), err
+        return [line for line in err.splitlines() if line.startswith("jitaccel")]  # the rest is of tiny text encoders
+
+    (note,) = notes("a.png", "--prompt", "a striped cat by the sea, a striped boat")
+    assert note.startswith("jitaccel generate: the embedded model draws landscapes, it does not know 'striped', 'cat',")
+    assert "'by'; its words are in" in note
+    assert notes("b.png", "--prompt", "Green mountains at noon with a lake.") == []
+    assert notes("c.png", "--prompt", "a cat", "--model", "some/model") == []
+
+
 def test_generate_takes_every_option_and_prints_statistics(command: Command, model: Path, tmp_path: Path) -> None:
     status, out, err = command(
         "generate", "--model", model, "--prompt", "a red circle", "--preset", "7x", "--steps", 5, "--height", 64,

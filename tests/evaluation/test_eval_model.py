@@ -181,10 +181,10 @@ def test_wrong_numbers_of_a_metric_are_told(in_folder: Path, stub: str, capsys: 
 
 def test_prompts_are_lines_or_fields_of_json(in_folder: Path) -> None:
     (in_folder / "geneval.jsonl").write_text('{"tag": "x", "prompt": "a bench"}\n\n{"prompt": " two é cats "}\n')
-    assert [each.text for each in read_prompts("geneval.jsonl", is_embedded=False)] == ["a bench", "two é cats"]
-    texts = read_prompts("prompts.txt", is_embedded=True)
+    assert [each.text for each in read_prompts("geneval.jsonl", is_judged=False)] == ["a bench", "two é cats"]
+    texts = read_prompts("prompts.txt", is_judged=True)
     assert [each.text for each in texts] == ["a red circle", "a blue square on the left"]
-    assert all(each.claims is None for each in texts) and read_prompts("2", is_embedded=True)[0].claims
+    assert all(each.claims is None for each in texts) and read_prompts("2", is_judged=True)[0].claims
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_prompts_are_lines_or_fields_of_json(in_folder: Path) -> None:
         ("a.txt", b"one\n\n", "at least 2 prompts, got 1"),
         ("a.csv", b"one\ntwo\n", "must be a .txt file"),
         ("missing.txt", None, "no such file"),
-        ("48", None, "must be a file where --model is given"),
+        ("48", None, "must be a file for a model without a judge"),
     ],
 )
 def test_prompts_that_are_none_are_told_with_their_line(
@@ -206,7 +206,7 @@ def test_prompts_that_are_none_are_told_with_their_line(
     if content is not None:
         (in_folder / name).write_bytes(content)
     with pytest.raises(CommandError, match=words):
-        read_prompts(name, is_embedded=False)
+        read_prompts(name, is_judged=False)
 
 
 def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ QUALITIES: Known = {
     "clip_score": Quality(title="CLIP score", best=_INF),
     "clip_iqa": Quality(title="CLIP-IQA", best=_INF),
     "frechet": Quality(title="Frechet distance to the reference", best=-_INF),
-    "frechet_to_data": Quality(title="Frechet distance to drawn scenes", best=-_INF),
+    "frechet_to_data": Quality(title="Frechet distance to drawn landscapes", best=-_INF),
     "psnr_db": Quality(title="PSNR to the reference, dB", best=_INF),
     "ssim": Quality(title="SSIM to the reference", best=_INF),
     "lpips": Quality(title="LPIPS to the reference", best=-_INF),

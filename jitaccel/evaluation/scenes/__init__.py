@@ -1,1 +1,1 @@
-"""The small world of the embedded model: captioned scenes of textured shapes, and a judge of pictures of them."""
+"""The world of the embedded model: captioned landscapes, drawn, and a judge of pictures of them."""
