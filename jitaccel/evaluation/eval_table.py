@@ -18,7 +18,7 @@ _WIDTH = 118
 _NOTES = {  # by the column that needs it
     "cost in dense steps": "Cost: FLOPs with attention and text, in dense steps.",
     "Frechet to reference": "Frechet: squared distance of the judge's features to those of the reference's pictures, "
-    "and of {data} drawn landscapes; resampling widens it, so its intervals lie high.",
+    "and of {data} held-out drawings; resampling widens it, so its intervals lie high.",
     "perceptual": "perceptual: distance of the judge's feature maps to the reference, 0 to 2.",
     "LPIPS": "LPIPS: distance to the reference, of AlexNet's features.",
     "detail, dB": "detail: power above half the Nyquist frequency, against the reference.",

@@ -15,6 +15,7 @@ from jitaccel.errors import CommandError
 from jitaccel.evaluation.eval_table import table
 from jitaccel.evaluation.methods import parse_methods
 from jitaccel.evaluation.quality.summary import summary
+from jitaccel.evaluation.scenes.judge import NUM_FEATURES
 from jitaccel.evaluation.scoring import parse_metrics
 
 pytest.importorskip("diffusers")
@@ -46,7 +47,7 @@ def test_rows_pictures_and_table_of_a_run_that_is_taken_up(in_folder: Path, caps
     dense, _, beta, _, sparse, _ = rows
     assert dense["seam"] is None and beta["seam"] is None and sparse["seam"] > 0
     assert beta["gflop"] == pytest.approx(2 / 3 * dense["gflop"]) and sparse["gflop"] < 4 / 3 * dense["gflop"]
-    assert len(dense["features"]) == 64 and {"commit", "device", "torch"} <= dense.keys()
+    assert len(dense["features"]) == NUM_FEATURES and {"commit", "device", "torch"} <= dense.keys()
     assert (in_folder / "out" / "table.md").read_text() in printed
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert [line[0] for line in lines[2:]] == ["| dense:3", "| beta:2", "| sparse"]

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import jitaccel
 from jitaccel.cli import main
 from jitaccel.errors import CommandError
 from jitaccel.evaluation.prompts import read_prompts
+from jitaccel.evaluation.scenes.judge import NUM_FEATURES, Judge, JudgeNetwork
+from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.evaluation.scoring import parse_metrics
 
 pytest.importorskip("diffusers")
@@ -141,6 +144,24 @@ def test_embedded_model_takes_a_file_without_its_judge(in_folder: Path, capsys: 
     printed = capsys.readouterr().out
     assert "detail, dB" in printed and not any(word in printed for word in ("attributes", "Frechet", "perceptual"))
     assert "shown" not in lines(in_folder / "out" / "rows.jsonl")[0]
+
+
+def test_model_with_a_judge_is_evaluated_on_held_out_prompts(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.support import tiny
+
+    tiny.pipeline().save_pretrained("model")
+    drawn = np.random.default_rng(0).random((5, NUM_FEATURES), np.float32)
+    Judge(JudgeNetwork(), drawn=drawn).save(Path("model", "judge"))
+    arguments = ["--model", "model", "--prompts", "2", "--methods", "dense:2,beta:2", "--size", "64", "--device", "cpu"]
+    assert main(["eval", *arguments, "--max-sequence-length", "8", "--out", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "attributes shown, %" in printed and "Frechet to data" in printed and "of 5 held-out drawings" in printed
+    rows = lines(in_folder / "out" / "rows.jsonl")
+    assert [row["prompt"] for row in rows[:2]] == [text for text, _ in held_out(2)]
+    assert [row["claimed"] for row in rows[:2]] == [len(claims) for _, claims in held_out(2)]
+    assert all(len(row["features"]) == NUM_FEATURES and row["judge"] for row in rows)
 
 
 def test_missing_packages_are_named_before_anything_is_made(
