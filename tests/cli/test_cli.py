@@ -208,7 +208,7 @@ def test_demo_prints_the_table_and_writes_both_pictures(
     first, *rest = out.splitlines()
     assert "torch" in first and " at " in first
     rows = {line.split()[0]: line for line in rest if line.split()}
-    assert all(name in rows for name in ("dense", "control", "4x", "7x"))
+    assert all(name in rows for name in ("dense", "control", "4x", "7x", "7x-paper"))
     assert rows["dense"].split()[1:3] == ["50", "3200"]
     assert "1.00x (1.00x)" in rows["dense"] and "1.00x (1.00x)" in rows["control"]
     for name in ("demo.png", "tokens.png"):
