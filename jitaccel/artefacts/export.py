@@ -7,6 +7,7 @@ One artefact for each stage (gather, network, lift and Euler step), the weights 
 (`jitaccel/artefacts/manifest.py`). A stage is a function of tensors alone,
 
     (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
+    (weights, state, text, pooled, guidance, levels) -> (velocity, next_state)       of a stage that pools the picture
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
 int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
@@ -130,7 +131,7 @@ def _write(
     weights = weights_of(source.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
     write_tensors(folder / TENSORS, plan_tensors(config, source.levels, source.grid))
-    counts = config.token_counts(num_tokens_of(source.grid))
+    counts = config.stage_tokens(source.grid)
     device = source.device.type
     plan = Plan(
         format=format,
