@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jitaccel.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from jitaccel.artefacts.export import Source
+    from jitaccel.artefacts.export import Exportable
     from jitaccel.execution.options import Execution
     from jitaccel.generation.batch import Outcome
     from jitaccel.generation.handle import Installation
@@ -38,7 +38,7 @@ class Patch:
     matches: Callable[[Any], bool]
     prepare: Callable[[Any, JiTConfig, tuple[float, ...] | None, Execution], Installation]
     generate_batch: Callable[..., list[Outcome]] | None = None
-    export: Callable[..., Source] | None = None
+    export: Callable[..., Exportable] | None = None
     prepare_exported: Callable[..., Installation] | None = None
     probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
 

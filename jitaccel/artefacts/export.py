@@ -44,7 +44,7 @@ Stage = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Exportable:
     """What a codebase gives to export: its stages as modules of one network, one call of each by name.
 
     The state (B, N, D) comes first; names, shapes and dtypes become the plan's declaration of what stages are called
@@ -103,12 +103,12 @@ def export(
         raise UnsupportedModelError(
             f"export: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
         )
-    source: Source = patch.export(target, config, size, batch_size, text_tokens, attention)
+    exportable: Exportable = patch.export(target, config, size, batch_size, text_tokens, attention)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside it and moved, so that an export that is cut off leaves no folder that looks whole.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(partial, source, config, format, batch_size, text_tokens, attention, options or {})
+        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {})
         partial.chmod(0o755)
         partial.rename(folder)
     except BaseException:
@@ -119,7 +119,7 @@ def export(
 
 def _write(
     folder: Path,
-    source: Source,
+    exportable: Exportable,
     config: JiTConfig,
     format: Format,
     batch: int,
@@ -127,33 +127,33 @@ def _write(
     attention: str,
     options: Mapping[str, Any],
 ) -> None:
-    weights = weights_of(source.stages[0][0])
+    weights = weights_of(exportable.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
-    write_tensors(folder / TENSORS, plan_tensors(config, source.levels, source.grid))
-    counts = config.token_counts(num_tokens_of(source.grid))
-    device = source.device.type
+    write_tensors(folder / TENSORS, plan_tensors(config, exportable.levels, exportable.grid))
+    counts = config.token_counts(num_tokens_of(exportable.grid))
+    device = exportable.device.type
     plan = Plan(
         format=format,
-        codebase=source.codebase,
+        codebase=exportable.codebase,
         config=config,
-        levels=source.levels,
+        levels=exportable.levels,
         tokens=counts,
-        grid=source.grid,
+        grid=exportable.grid,
         batch=batch,
         text_tokens=text_tokens,
         inputs=tuple(
-            tuple(Input.of(name, tensor) for name, tensor in arguments.items()) for _, arguments in source.stages
+            tuple(Input.of(name, tensor) for name, tensor in arguments.items()) for _, arguments in exportable.stages
         ),
-        dtype=str(source.dtype).removeprefix("torch."),
+        dtype=str(exportable.dtype).removeprefix("torch."),
         device=device,
-        processor=processor(source.device),
+        processor=processor(exportable.device),
         torch_version=torch.__version__,
         attention=attention,
-        operators=(device,) if device in ops.compiled() and counts[0] < num_tokens_of(source.grid) else (),
-        model=source.model,
+        operators=(device,) if device in ops.compiled() and counts[0] < num_tokens_of(exportable.grid) else (),
+        model=exportable.model,
         files={},
     )
-    for (stage, arguments), name in zip(source.stages, plan.stage_files, strict=True):
+    for (stage, arguments), name in zip(exportable.stages, plan.stage_files, strict=True):
         _lower(stage, weights, tuple(arguments.values()), folder / name, format, options)
     names = (WEIGHTS, TENSORS, *plan.stage_files)
     replace(plan, files={name: file_digest(folder / name) for name in names}).write(folder)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import CommandError
 from .lab import Row, append_lines, read_lines
-from .quality.scorers import Scorer, source_of
+from .quality.scorers import Scorer, scorer_factory
 
 _BATCH = 8
 
@@ -23,11 +23,11 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
     Raises CommandError with every reason: words that name none, packages that are missing.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    sources, reasons, missing = {}, [], []
+    factories, reasons, missing = {}, [], []
     for word in words:
         try:
-            sources[word] = source_of(word)
-            missing += [f"{word}: {reason}" for reason in sources[word].missing()]
+            factories[word] = scorer_factory(word)
+            missing += [f"{word}: {reason}" for reason in factories[word].missing()]
         except ValueError as error:
             reasons.append(f"--metrics must each be {error}")
     if missing:
@@ -35,8 +35,8 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
         reasons.append(f'{rule}, got {", ".join(missing)}; pip install "jitaccel[eval]"')
     if reasons:
         raise CommandError("\n".join(reasons))
-    scorers = [source.make(device) for source in sources.values()]
-    if len(sources) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
+    scorers = [factory.make(device) for factory in factories.values()]
+    if len(factories) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
         raise CommandError(f"--metrics must be different ones, got {text}")
     return tuple(scorers)
 

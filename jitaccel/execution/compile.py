@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError, nearest_match
-from .graphs import Counts, CudaGraphs, CallRecorder, RepeatedCalls, Replayed
+from .graphs import CallRecorder, Counts, CudaGraphs, RepeatedCalls, Replayed
 from .private import (
     CompilationError,
     backend_named,

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from jitaccel.artefacts.export import Exported, Source
+from jitaccel.artefacts.export import Exportable, Exported
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
@@ -93,7 +93,7 @@ class FluxStage(nn.Module):
 
 def export(
     pipeline: Any, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
-) -> Source:
+) -> Exportable:
     """Returns the stages of a pipeline's transformer for one size in pixels, batch and length of prompts."""
     check_text_to_image(pipeline)
     model, unit = pipeline.transformer, 2 * pipeline.vae_scale_factor
@@ -115,7 +115,7 @@ def export(
         layout = PackedLayout.of([text_tokens] * batch, [count] * batch, device)
         stage = FluxStage(model, config, grid, layout, backend).eval()
         stages.append((stage, _arguments(model, config, grid, batch, text_tokens, count)))
-    return Source(
+    return Exportable(
         codebase="FluxPipeline",
         stages=stages,
         levels=levels_of(pipeline, config, num_tokens),
