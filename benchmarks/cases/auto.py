@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from jitaccel.evaluation.comparison import Generation, Method, generate
+from jitaccel.evaluation.comparison import Method, TimedCall, generate
 from jitaccel.speed.auto import DENSE_STEPS, Choice, decide, measure_costs
 
 from ..pipelines import Subject, embedded_subject
@@ -23,7 +23,7 @@ def measure(subject: Subject, options: Options, targets: Sequence[float] = TARGE
     costs = measure_costs(subject.pipe, size, subject.text_tokens)
     choices = {f"{target:g}x": decide(costs, target_speedup=target) for target in targets}
     methods = [Method(name="dense", steps=DENSE_STEPS), *(_method(name, each) for name, each in choices.items())]
-    found: dict[str, list[Generation]] = {method.name: [] for method in methods}
+    found: dict[str, list[TimedCall]] = {method.name: [] for method in methods}
     for _ in range(options.repeat):
         for method in methods:
             generator = torch.Generator().manual_seed(options.seed)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from jitaccel.api import embedded_model
-from jitaccel.evaluation.comparison import Generation, Method, compared_methods, generate, warm_up
+from jitaccel.evaluation.comparison import Method, TimedCall, compared_methods, generate, warm_up
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, Subject, embedded_subject, random_subject
 from ..registry import Case, Options, Row, percentiles
@@ -25,7 +25,7 @@ class _Measured:
     """One method's generations. `scale`: the method's steps by those that were timed."""
 
     method: Method
-    generations: list[Generation]
+    generations: list[TimedCall]
     scale: float
 
     def seconds(self, name: str = "denoise_s") -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import jitaccel
-from jitaccel.evaluation.comparison import Generation, timed
+from jitaccel.evaluation.comparison import TimedCall, timed
 
 from ..pipelines import FLUX_DEV, embedded_subject, random_call, random_pipeline
 from ..registry import Case, Options, Row, percentiles
@@ -88,7 +88,7 @@ def measure(options: Options, variant: Variant, make: Make, grid: tuple[int, int
 def _measured(options: Options, variant: Variant, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     device = options.device
 
-    def generation() -> Generation:
+    def generation() -> TimedCall:
         generator = torch.Generator().manual_seed(options.seed)
         steps = variant.steps if handle is None else handle.config.steps
         return timed(pipe, steps, handle, generator=generator, **call)
@@ -145,7 +145,7 @@ def peaks(device: torch.device) -> dict[str, float | None]:
     }
 
 
-def _part(made: list[Generation], name: str) -> float | None:
+def _part(made: list[TimedCall], name: str) -> float | None:
     """Returns the median of `network_s` or `outside_s`; None where nothing was applied that counts them."""
     found = [getattr(g.stats, name) for g in made if g.stats is not None]
     return round(percentiles(found)[0], 5) if found else None
@@ -195,7 +195,7 @@ def compiled_as_usual(pipe: Any) -> Iterator[None]:
         torch.compiler.reset()
 
 
-def _outside_share(made: list[Generation]) -> float | None:
+def _outside_share(made: list[TimedCall]) -> float | None:
     """Returns the share of the sparse steps' time spent outside the transformer; None without such steps."""
     steps = [s for g in made if g.stats for s in g.stats.steps if s.stage < len(g.stats.anchors) - 1]
     total = sum(step.network_s + step.outside_s for step in steps)

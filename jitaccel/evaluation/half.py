@@ -11,7 +11,7 @@ import torch
 from ..errors import CommandError
 from ..method.config import PRESETS
 from ..method.schedule import beta_levels
-from .comparison import Generation, Method, generate
+from .comparison import Method, TimedCall, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class HalfFirst:
         """What tells two such methods apart, as JSON takes it."""
         return {"rival": "half", "steps": self.steps, "half_steps": self.half_steps, "upsampling": "bicubic"}
 
-    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> Generation:
+    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> TimedCall:
         """Returns what `pipe(**call)` makes. whole_s counts the text's encoding twice, as it is done.
 
         Raises CommandError for a height or width that has no half in whole tokens, and for pipelines of other models.
@@ -46,7 +46,7 @@ class HalfFirst:
         latents = _renoised(pipe, small.pictures, (height, width), level, call.get("generator"))
         large_call = {**call, "height": height, "width": width, "latents": latents}
         large = _on_levels(pipe, levels[self.half_steps :], on_step, large_call)
-        return Generation(
+        return TimedCall(
             pictures=large.pictures,
             denoise_s=small.denoise_s + large.denoise_s,
             whole_s=small.whole_s + large.whole_s,
@@ -68,7 +68,7 @@ def _size(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int]:
 
 def _on_levels(
     pipe: Any, levels: tuple[float, ...], on_step: Callable[[], object] | None, call: Mapping[str, Any]
-) -> Generation:
+) -> TimedCall:
     config = PRESETS["dense"].replace(steps=len(levels) - 1, schedule=levels)
     return generate(pipe, Method(name="half", steps=len(levels) - 1, config=config), on_step, **call)
 

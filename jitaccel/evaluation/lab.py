@@ -21,7 +21,7 @@ from .judging import load_judge
 from .quality.rows import settings_as_now
 
 if TYPE_CHECKING:
-    from .comparison import Generation, Method
+    from .comparison import Method, TimedCall
     from .prompts import Prompt
     from .scenes.judge import Judge
 
@@ -178,7 +178,7 @@ class Lab:
             raise CommandError(f"--model must stay as it is, got other weights of {self.setting.model}; run again")
         return found
 
-    def _noted(self, method: Method, chosen: Sequence[int], made: Generation, origin: Row) -> Iterator[Row]:
+    def _noted(self, method: Method, chosen: Sequence[int], made: TimedCall, origin: Row) -> Iterator[Row]:
         """Saves the pictures of one call, and yields their rows."""
         from .pictures import to_bytes
         from .quality.metrics import seam_ratio
@@ -295,7 +295,7 @@ def append_lines(path: Path) -> Any:
     return file
 
 
-def _stages(made: Generation, image: int) -> Any:
+def _stages(made: TimedCall, image: int) -> Any:
     """Returns in which stage each token of a picture was activated, (grid_h, grid_w); None where all were at once."""
     if made.stats is None or len(made.stats.anchors) < 2:
         return None
