@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from . import metrics
 
 Pictures = NDArray[Any]
-Score = Callable[[Sequence[str], Pictures, Pictures | None], Sequence[float]]
+ScoreFunction = Callable[[Sequence[str], Pictures, Pictures | None], Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Scorer:
     """
 
     name: str
-    score: Score
+    score: ScoreFunction
     needs_reference: bool = False
     judges_prompt: bool = False
     higher_is_better: bool | None = True
