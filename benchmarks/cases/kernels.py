@@ -17,7 +17,7 @@ from jitaccel import ops
 from jitaccel.method.lift import blur_weights
 from jitaccel.ops import reference
 
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 GRIDS = {"32": (32, 32), "64": (64, 64), "128": (128, 128), "256": (256, 256), "video": (16, 30, 52)}
 CHANNELS = (64, 128)
@@ -191,7 +191,7 @@ KERNELS = (
 )
 
 
-def measure(size: str, options: Options) -> Iterator[Row]:
+def measure(size: str, options: Options) -> Iterator[Measurement]:
     """Yields a row for each operator, width and density."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     bandwidth = copy_bandwidth(options)
@@ -205,7 +205,7 @@ def measure(size: str, options: Options) -> Iterator[Row]:
 
 def _row(
     kernel: Kernel, x: Inputs, density: float, plan_s: float, bandwidth: float, options: Options
-) -> Row:
+) -> Measurement:
     with torch.no_grad():
         own = percentiles(_seconds(lambda: kernel.run(x), options))
         released = _released_seconds(kernel, x, options)
@@ -232,7 +232,7 @@ def _row(
         "speedup_to_released": None if released is None else released / (own[0] + plan_s),
         "speedup_to_compiled_reference": None if fused is None else fused / own[0],
     }
-    return Row(line=_line(fields), fields=fields)
+    return Measurement(line=_line(fields), fields=fields)
 
 
 def _line(f: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.patches.flux.packed import Conditions, make_pack, packed_forward
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, random_transformer
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 DENSITY = 0.32
 BATCHES = (1, 2, 4, 8)
@@ -155,7 +155,7 @@ def _inputs(images: Sequence[Image]) -> tuple[Tensor, Conditions]:
 
 def measure(
     options: Options, make: Callable[[Options], Any], sizes: Mapping[str, Sequence[tuple[int, int]]], text_tokens: int
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Yields a row for each way, batch and mix of sizes; the ways take turns."""
     model = make(options)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def measure(
 
 def _rows(
     model: Any, images: Sequence[Image], grids: Sequence[tuple[int, int]], mix: str, options: Options
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     device, dtype, head_dim = model.device, model.dtype, model.config.attention_head_dim
     ways: dict[str, Forward] = {"loop": loop(model, images), "padded": padded(model, images)}
     for backend in BACKENDS:
@@ -207,7 +207,7 @@ def _rows(
             "peak_mib_over_before": _peak_mib(way, options.device),
             "speedup_to_loop": round(base / median, 4),
         }
-        yield Row(line=_line(fields), fields=fields)
+        yield Measurement(line=_line(fields), fields=fields)
 
 
 def _line(f: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ import jitaccel
 from jitaccel.evaluation.comparison import TimedCall, timed
 
 from ..pipelines import FLUX_DEV, embedded_subject, random_call, random_pipeline
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 from .denoise import no_embedded, no_large_cuda
 
 
@@ -68,7 +68,7 @@ Make = Callable[[Options, bool], tuple[Any, Mapping[str, Any]]]
 """Makes a pipeline, quantised or not, and the arguments of a call."""
 
 
-def measure(options: Options, variant: Variant, make: Make, grid: tuple[int, int]) -> Iterator[Row]:
+def measure(options: Options, variant: Variant, make: Make, grid: tuple[int, int]) -> Iterator[Measurement]:
     """Yields one row: the variant's generations, the first of which compiles, or why there is none."""
     fields: dict[str, Any] = {
         "method": variant.method,
@@ -82,7 +82,7 @@ def measure(options: Options, variant: Variant, make: Make, grid: tuple[int, int
         fields |= _measured(options, variant, *make(options, variant.way == "float8"))
     except Exception as error:  # one case that fails must not keep the others from being measured
         fields["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    yield Row(line=_line(fields), fields=fields)
+    yield Measurement(line=_line(fields), fields=fields)
 
 
 def _measured(options: Options, variant: Variant, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:

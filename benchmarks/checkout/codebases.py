@@ -23,7 +23,7 @@ from jitaccel.generation.stopwatch import wait_for
 
 from ..cases.denoise import no_embedded
 from ..pipelines import FLUX_QUARTER, Subject, embedded_subject, random_subject
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 _GUIDANCE, _STEPS = 3.5, 50
 
@@ -162,7 +162,7 @@ class _Measured:
 
 
 @torch.no_grad()
-def measure(options: Options, make: Callable[[Options], Subject], timed_steps: int) -> Iterator[Row]:
+def measure(options: Options, make: Callable[[Options], Subject], timed_steps: int) -> Iterator[Measurement]:
     """Yields one row for each codebase: the median of its dense generations over that of its sparse ones."""
     import pytest
 
@@ -222,7 +222,7 @@ def _inputs(subject: Subject, options: Options) -> Inputs:
 
 def _row(
     name: str, measured: _Measured, reference: _Measured, subject: Subject, options: Options, timed_steps: int
-) -> Row:
+) -> Measurement:
     (median, low, high), dense = percentiles(measured.sparse), percentiles(measured.dense)[0]
     ratio = dense / median
     of_reference = percentiles(reference.dense)[0] / percentiles(reference.sparse)[0]
@@ -251,7 +251,7 @@ def _row(
         f"{name:34}{median:8.3f} s ({low:.3f} to {high:.3f})  dense 50 {dense:8.3f} s  {ratio:5.2f}x  "
         f"{ratio / of_reference:.3f} of the pipeline's  differs by {fields['difference_to_pipeline']:.1e}"
     )
-    return Row(line=line, fields=fields)
+    return Measurement(line=line, fields=fields)
 
 
 def _embedded(options: Options) -> Subject:

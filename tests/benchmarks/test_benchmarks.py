@@ -222,11 +222,11 @@ def test_packing_compares_ways_that_give_the_same_velocity() -> None:
 
 def _timed(ms: float) -> Any:
     """Returns a case of two rows that take so long."""
-    from benchmarks.registry import Case, Row
+    from benchmarks.registry import Case, Measurement
 
     def run(options: Options) -> Any:
         for operator in ("lift", "step"):
-            yield Row(line=operator, fields={"operator": operator, "grid": [8, 8], "median_ms": ms})
+            yield Measurement(line=operator, fields={"operator": operator, "grid": [8, 8], "median_ms": ms})
 
     return Case(group="denoise", size="tiny", name="timed", run=run, why_not=lambda options: None)
 
