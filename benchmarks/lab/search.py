@@ -21,6 +21,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 
 from jitaccel.evaluation.judging import load_judge
+from jitaccel.evaluation.quality.rows import Row
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.loading import load_pipeline
@@ -29,7 +30,7 @@ from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.provenance import provenance
 from jitaccel.speed.control import equivalent_dense_steps
 
-from .judging import Row, judged
+from .judging import judged
 from .questions import REFERENCE, dense, native_levels
 from .sampler import GRID, TEXT_TOKENS, Bench, Sampled, sample
 from .variant import Variant

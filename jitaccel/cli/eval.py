@@ -12,8 +12,9 @@ from ..errors import CommandError
 from ..loading import DTYPES, EMBEDDED_TEXT_TOKENS
 
 if TYPE_CHECKING:
-    from ..evaluation.lab import Lab, Row, Setting
+    from ..evaluation.lab import Lab, Setting
     from ..evaluation.prompts import Prompt
+    from ..evaluation.quality.rows import Row
     from ..evaluation.quality.scorers import Scorer
 
 _METHODS = "dense:50,dense:7,beta:7,dpm:4,dpm:6,dpm:12,4x,7x,10x"
@@ -80,9 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     lab = _lab(_setting(arguments, size, device), prompts, methods, arguments.out, arguments.any_commit)
     scorers = (*scorers, *_of_judge(lab))
     print(first_line(device), flush=True)
-    rows = lab.rows()
+    made = lab.rows()
     names = [method.name for method in methods]
-    rows = score_rows(rows, scorers, reference=names[0], picture_of=lab.path, folder=arguments.out)
+    rows = score_rows(made, scorers, reference=names[0], picture_of=lab.path, folder=arguments.out)
     _write(lab, rows, names, scorers)
     return 0
 

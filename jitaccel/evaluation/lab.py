@@ -18,14 +18,13 @@ from ..artefacts.manifest import file_digest
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 from .judging import load_judge
-from .quality.rows import settings_as_now
+from .quality.rows import Row, settings_as_now
 
 if TYPE_CHECKING:
     from .comparison import Method, TimedCall
     from .prompts import Prompt
     from .scenes.judge import Judge
 
-Row = dict[str, Any]
 EMBEDDED = "embedded"
 
 
@@ -64,9 +63,9 @@ class Setting:
             raise CommandError(f"--size must be of multiples of {unit} pixels for this model, got {height}x{width}")
         return pipe
 
-    def call(self, pipe: Any) -> Row:
+    def call(self, pipe: Any) -> dict[str, Any]:
         """Returns how the pipeline is called for every picture."""
-        call: Row = {"output_type": "np"}
+        call: dict[str, Any] = {"output_type": "np"}
         size = self.size
         if size is None and self.model is None:
             size = (picture_side(pipe),) * 2
@@ -140,7 +139,7 @@ class Lab:
         asked = row.get("size")
         return asked == (None if size is None else list(size)) or (size is not None and row.get("pixels") == [*size])
 
-    def _has_picture(self, row: Row) -> bool:
+    def _has_picture(self, row: dict[str, Any]) -> bool:
         """Whether the row's picture is there, and no later one in its place."""
         path = self.path(row)
         found = file_digest(path) if path.exists() else None
@@ -216,7 +215,7 @@ class Lab:
         from .scenes.judge import compare
 
         features = self.judge.features(pictures).mean(axis=(2, 3))
-        rows = []
+        rows: list[Row] = []
         for k, seen, own in zip(chosen, self.judge(pictures), features, strict=True):
             score = compare(seen, self.prompts[k].claims or ())
             rounded = [round(float(value), 5) for value in own]
@@ -277,7 +276,7 @@ def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None,
     return judge, file_digest(embedded_model() / "judge" / "judge.safetensors")
 
 
-def read_lines(path: Path) -> Iterator[Row]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a file of JSON lines, none where there is no file; a line that was cut off is passed by."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

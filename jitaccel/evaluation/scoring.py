@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import CommandError
-from .lab import Row, append_lines, read_lines
+from .lab import append_lines, read_lines
+from .quality.rows import Row, Rows
 from .quality.scorers import Scorer, scorer_factory
 
 _BATCH = 8
@@ -42,13 +43,13 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
 
 
 def score_rows(
-    rows: Sequence[Row],
+    rows: Rows,
     scorers: Iterable[Scorer],
     *,
     reference: str,
     picture_of: Callable[[Mapping[str, Any]], Path],
     folder: Path,
-) -> list[Row]:
+) -> Rows:
     """Returns the rows with the number of each metric in a field of its name.
 
     A number is taken up from `folder`/scores.jsonl where metric, version, prompt and the content of the picture, and of
@@ -79,7 +80,7 @@ def score_rows(
 
 def _values(
     scorer: Scorer,
-    rows: Sequence[Row],
+    rows: Rows,
     references: Mapping[int, Row],
     picture_of: Callable[[Mapping[str, Any]], Path],
 ) -> list[float]:

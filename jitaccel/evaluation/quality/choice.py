@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .rows import QUALITIES, ByMethod, Known, Quality, Rows, by_method, control_of, kind_of
+from .rows import QUALITIES, ByMethod, Known, Quality, Row, Rows, by_method, control_of, kind_of
 
-Row = Mapping[str, Any]
 _COLUMNS, _SPARSE = 8, 2
 _DISTANCES = {"perceptual": "perceptual distance", "lpips": "LPIPS", "ssim": "1 - SSIM"}
 

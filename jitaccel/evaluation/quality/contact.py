@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from .choice import Criterion, Distance, Row, Section, columns_of, criterion_of, distance_of, sections
+from .choice import Criterion, Distance, Section, columns_of, criterion_of, distance_of, sections
 from .drawing import COLOURS, GREY, INK, PALE, Pen, cut, darken, text_width, wrap
-from .rows import QUALITIES, Known, Rows, by_method, cost_dense_steps, kind_of
+from .rows import QUALITIES, Known, Row, Rows, by_method, cost_dense_steps, kind_of
 
 PictureOf = Callable[[str, int], Image.Image]
 

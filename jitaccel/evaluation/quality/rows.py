@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ...method.config import JiTConfig
 
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 ByMethod = Mapping[str, Rows]
 
 _INF = float("inf")
