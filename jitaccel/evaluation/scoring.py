@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import CommandError
-from .lab import append_lines, read_lines
 from .quality.rows import Row, Rows
 from .quality.scorers import Scorer, scorer_factory
+from .study import append_lines, read_lines
 
 _BATCH = 8
 

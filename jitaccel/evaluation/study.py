@@ -81,7 +81,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lab:
+class Study:
     """Makes rows, one for each method and prompt, and keeps them with their pictures.
 
     judge: for prompts with claims. any_commit: take up what other commits of this package made too.
@@ -172,7 +172,7 @@ class Lab:
 
     def _loaded_weights(self) -> str | None:
         """Returns what tells the weights apart, now that they are here: a hub may have sent others than were here."""
-        found, known = weights_of(self.setting.model), self.origin["weights"]
+        found, known = weights_digest(self.setting.model), self.origin["weights"]
         if known not in (None, found):
             raise CommandError(f"--model must stay as it is, got other weights of {self.setting.model}; run again")
         return found
@@ -244,7 +244,7 @@ def dtype_of(name: str, device: Any) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def weights_of(model: str | None) -> str | None:
+def weights_digest(model: str | None) -> str | None:
     """Returns what tells a model's weights from others, or None of a hub's model that is not there yet.
 
     Of the embedded one the digest of the transformer's; of a folder a digest of its files' names, sizes and times; of
