@@ -19,7 +19,7 @@ from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
 from jitaccel.tokens import put_tokens_
 
-from .network import CachedNetwork, Network, StaleNetwork, Texts, watching
+from .network import CachedNetwork, SparseNetwork, StaleNetwork, Texts, watching
 from .variant import Variant, start, words_attended
 
 GRID, CHANNELS, TEXT_TOKENS, SIDE_PX = (32, 32), 32, 48, 256
@@ -95,11 +95,13 @@ def _denoise(bench: Bench, variant: Variant, chosen: slice, mixed: bool) -> tupl
         if variant.cache_threshold is not None:
             with CachedNetwork(model, texts, GRID, mixed, variant.cache_threshold) as network:
                 return *_integrate(network, variant, state, processors), network.flops
-        network = (StaleNetwork if variant.stale_keys else Network)(model, texts, GRID, mixed)
+        network = (StaleNetwork if variant.stale_keys else SparseNetwork)(model, texts, GRID, mixed)
         return *_integrate(network, variant, state, processors), network.flops
 
 
-def _integrate(network: Network, variant: Variant, state: Tensor, processors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _integrate(
+    network: SparseNetwork, variant: Variant, state: Tensor, processors: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
     """Returns the last state, and in which stage each token was activated, (B, N)."""
     levels = noise_levels(variant.config)
     clock = KnownLevels(variant.config, levels)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .rows import QUALITIES, ByMethod, Known, Quality, Row, Rows, by_method, control_of, kind_of
+from .rows import QUALITIES, ByMethod, Known, Quality, Row, Rows, by_method, control_of, method_kind
 
 _COLUMNS, _SPARSE = 8, 2
 _DISTANCES = {"perceptual": "perceptual distance", "lpips": "LPIPS", "ssim": "1 - SSIM"}
@@ -88,7 +88,7 @@ def columns_of(rows: Rows, methods: Sequence[str]) -> list[str]:
     of = by_method(rows, methods, asker="contact_sheet")
     wanted = [methods[0]]
     for name in methods:
-        if kind_of(of[name][0]) == "sparse":
+        if method_kind(of[name][0]) == "sparse":
             wanted += [name, control_of(name, of) or name]
     chosen = [*dict.fromkeys([*wanted, *methods])][:_COLUMNS]
     return [name for name in methods if name in chosen]
@@ -112,7 +112,7 @@ def sections(rows: Rows, methods: Sequence[str], count: int = 3, known: Known = 
         first = of[names[0]][:count]
         return [_section("The first prompts, as the rows have no scores to choose by", first, [""] * len(first))]
     found = _differ(of, criterion, distance, count) if len(of) > 1 else []
-    for name in [name for name in names if kind_of(of[name][0]) == "sparse"][:_SPARSE]:
+    for name in [name for name in names if method_kind(of[name][0]) == "sparse"][:_SPARSE]:
         found += _against(name, control_of(name, of), of, criterion, distance, count)
     return found or [_section("The first prompts, as there is one method", of[names[0]][:count], [""] * count)]
 

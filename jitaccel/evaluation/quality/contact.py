@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from .choice import Criterion, Distance, Section, columns_of, criterion_of, distance_of, sections
 from .drawing import COLOURS, GREY, INK, PALE, Pen, cut, darken, text_width, wrap
-from .rows import QUALITIES, Known, Row, Rows, by_method, cost_dense_steps, kind_of
+from .rows import QUALITIES, Known, Row, Rows, by_method, cost_dense_steps, method_kind
 
 PictureOf = Callable[[str, int], Image.Image]
 
@@ -97,7 +97,7 @@ class _Sheet:
         pen.text((_MARGIN_PX, y + 10), cut(text, self.width, 19), 19)
         for column, (name, rows) in enumerate(self.columns.items()):
             left = _MARGIN_PX + column * (_SIDE_PX + _GAP_PX)
-            colour = COLOURS[kind_of(next(iter(rows.values())))]
+            colour = COLOURS[method_kind(next(iter(rows.values())))]
             pen.box((left, y + 62, left + _SIDE_PX, y + 65), colour)
             cost = f"{self.costs[name]:.3g} dense steps"
             pen.text((left, y + 58), cut(name, _SIDE_PX - text_width(cost) - 8, 15), 15, darken(colour), "ls")
