@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
-from jitaccel.execution.packing import PackedLayout, Rows
+from jitaccel.execution.packing import PackedLayout, Segments
 from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
 from jitaccel.method.lift import LiftPlan, lift_velocity
 from jitaccel.tokens import gather_tokens
@@ -265,12 +265,12 @@ def _double(
 
 
 def _single(block: Any, documents: Tensor, condition: Tensor, pack: Pack, attend: Attend) -> Tensor:
-    rows = pack.layout.documents
+    segments = pack.layout.documents
     shift, scale, gate = block.norm.linear(block.norm.silu(condition)).chunk(3, dim=1)
-    normed = _modulate(block.norm.norm(documents), shift, scale, rows)
+    normed = _modulate(block.norm.norm(documents), shift, scale, segments)
     attended = _attended(*_heads(block.attn, normed), pack, attend)
     out = block.proj_out(torch.cat([attended, block.act_mlp(block.proj_mlp(normed))], dim=1))
-    return _clip_half(_add_gated(documents, out, gate, rows))
+    return _clip_half(_add_gated(documents, out, gate, segments))
 
 
 def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,14 +301,14 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, pack: Pack, attend: Att
     return attend(query, key, value, pack.layout).flatten(1)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-    x, shift, scale = rows.beside(x, shift, scale)
-    return rows.flat(x * (1 + scale) + shift)
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> Tensor:
+    x, shift, scale = segments.beside(x, shift, scale)
+    return segments.flat(x * (1 + scale) + shift)
 
 
-def _add_gated(x: Tensor, update: Tensor, gate: Tensor, rows: Rows) -> Tensor:
-    update, gate = rows.beside(update, gate)
-    return x + rows.flat(gate * update)
+def _add_gated(x: Tensor, update: Tensor, gate: Tensor, segments: Segments) -> Tensor:
+    update, gate = segments.beside(update, gate)
+    return x + segments.flat(gate * update)
 
 
 def _clip_half(x: Tensor) -> Tensor:
