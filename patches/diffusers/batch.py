@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class EncodedPrompt:
     """One branch of a request: text (L, E), pooled (P,), text_ids (L, 3)."""
 
     text: Tensor
@@ -53,7 +53,7 @@ class Job:
     generation: Generation
     state: Tensor
     ids: Tensor
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
     guidance: Tensor | None
     index: int = 0
     token_steps: int = 0
@@ -171,11 +171,11 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
-def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> Prompt:
+def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> EncodedPrompt:
     words, pooled, ids = pipeline.encode_prompt(
         prompt=text, prompt_2=None, device=device, num_images_per_prompt=1, max_sequence_length=length
     )
-    return Prompt(words[0], pooled[0], ids)
+    return EncodedPrompt(words[0], pooled[0], ids)
 
 
 def levels_of(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
@@ -277,7 +277,7 @@ def _one_by_one(model: Any, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
     return [tuple(_alone(model, job, prompt) for prompt in job.prompts) for job in jobs]
 
 
-def _alone(model: Any, job: Job, prompt: Prompt) -> Tensor:
+def _alone(model: Any, job: Job, prompt: EncodedPrompt) -> Tensor:
     velocity: Tensor = model(
         hidden_states=job.run.gather(job.state),
         encoder_hidden_states=prompt.text[None],
