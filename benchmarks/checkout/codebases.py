@@ -55,7 +55,7 @@ Generate = Callable[[Sequence[float]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class Setup:
     """target: what is patched. generate: one generation. options: of `apply`, given the levels."""
 
     target: Any
@@ -63,7 +63,7 @@ class Way:
     options: Callable[[Sequence[float]], Mapping[str, Any]] = lambda levels: {"noise_levels": levels}
 
 
-def _pipeline(inputs: Inputs, **options: Any) -> Way:
+def _pipeline(inputs: Inputs, **options: Any) -> Setup:
     def generate(levels: Sequence[float]) -> Tensor:
         latents: Tensor = inputs.pipe(
             prompt_embeds=inputs.text,
@@ -77,7 +77,7 @@ def _pipeline(inputs: Inputs, **options: Any) -> Way:
         ).images
         return latents
 
-    return Way(target=inputs.pipe, generate=generate, options=lambda levels: options)
+    return Setup(target=inputs.pipe, generate=generate, options=lambda levels: options)
 
 
 def _loop(velocity: Callable[[Tensor, Tensor], Tensor], state: Tensor, levels: Sequence[float]) -> Tensor:
@@ -86,7 +86,7 @@ def _loop(velocity: Callable[[Tensor, Tensor], Tensor], state: Tensor, levels: S
     return state
 
 
-def _transformer(inputs: Inputs) -> Way:
+def _transformer(inputs: Inputs) -> Setup:
     model = inputs.pipe.transformer
 
     def velocity(state: Tensor, level: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ def _transformer(inputs: Inputs) -> Way:
         )[0]
         return answer
 
-    return Way(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
+    return Setup(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
 
 
-def _bfl(inputs: Inputs) -> Way:
+def _bfl(inputs: Inputs) -> Setup:
     from tests.support.bfl_model import flux_of
 
     model = flux_of(inputs.pipe.transformer).to(inputs.noise.device, inputs.noise.dtype)
@@ -122,10 +122,10 @@ def _bfl(inputs: Inputs) -> Way:
         )
         return answer
 
-    return Way(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
+    return Setup(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
 
 
-def _comfyui(inputs: Inputs) -> Way:
+def _comfyui(inputs: Inputs) -> Setup:
     from jitaccel.patches.layout import to_picture, to_tokens
     from tests.support import comfy_stand_in as comfy
 
@@ -141,10 +141,10 @@ def _comfyui(inputs: Inputs) -> Way:
         sigmas = torch.tensor(levels, dtype=torch.float32, device=noise.device)
         return to_tokens(comfy.CFGGuider(patcher, {"positive": [given]}).sample(noise, comfy.KSAMPLER(), sigmas), 2)
 
-    return Way(target=patcher, generate=generate, options=lambda levels: {})
+    return Setup(target=patcher, generate=generate, options=lambda levels: {})
 
 
-WAYS: Mapping[str, Callable[[Inputs], Way]] = {
+WAYS: Mapping[str, Callable[[Inputs], Setup]] = {
     "diffusers pipeline": _pipeline,
     "diffusers pipeline, indexed": functools.partial(_pipeline, execution="indexed"),
     "diffusers transformer in a loop": _transformer,
@@ -155,7 +155,7 @@ WAYS: Mapping[str, Callable[[Inputs], Way]] = {
 
 @dataclass
 class _Measured:
-    way: Way
+    way: Setup
     dense: list[float] = field(default_factory=list)
     sparse: list[float] = field(default_factory=list)
     latents: Tensor | None = None
