@@ -77,7 +77,7 @@ def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, second, steps) for second in range(first + 1, min(2 * first, steps - 1) + 1))
 
 
-def name_of(config: JiTConfig) -> str:
+def config_name(config: JiTConfig) -> str:
     """Returns a short name: the ends of the stages at their densities."""
     ends = config.stage_ends(int(config.steps))
     return " ".join(f"{end}@{density:g}" for end, density in zip(ends, config.densities, strict=True))
@@ -126,7 +126,7 @@ def _searches(
 ) -> Iterator[tuple[Row, Mapping[str, JiTConfig]]]:
     for budget in options.budget:
         chosen = thinned(candidates(budget, model), options.most)
-        yield {"budget": budget}, {name_of(config): config for config in chosen}
+        yield {"budget": budget}, {config_name(config): config for config in chosen}
     for preset in options.levels_of:
         yield {"levels_of": preset}, on_levels(PRESETS[preset])
 

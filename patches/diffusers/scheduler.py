@@ -311,7 +311,7 @@ def check_scheduler(scheduler: Any) -> list[str]:
     ]
 
 
-def handle_of(scheduler: Any) -> Handle | None:
+def scheduler_handle(scheduler: Any) -> Handle | None:
     """Returns the handle whose patch a scheduler carries, or None."""
     return getattr(vars(scheduler).get("set_timesteps"), HANDLE, None)
 

@@ -30,7 +30,7 @@ from ..network import ModelCall, answered
 from .batch import levels_of
 from .hook import hook_of
 from .pipelines import check_text_to_image
-from .scheduler import SchedulerRoute, handle_of
+from .scheduler import SchedulerRoute, scheduler_handle
 
 _ARGUMENTS = (
     "hidden_states",
@@ -157,7 +157,7 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
     """Returns what lets a `FluxPipeline` run exported stages in place of its transformer."""
     check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
-    if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
+    if scheduler_handle(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
         raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
     stand_in = _StandIn(exported)
     calls = _Calls(exported)

@@ -157,7 +157,7 @@ def test_left_out_error_is_nothing_where_the_velocity_is_constant() -> None:
 def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:
     model = bench.pipe.transformer.config
     found = search.candidates(4.0, model)
-    assert len({search.name_of(config) for config in found}) == len(found) > 5
+    assert len({search.config_name(config) for config in found}) == len(found) > 5
     for config in found:
         counts, ends = config.token_counts(1024), (0, *config.stage_ends(int(config.steps)))
         cost = sum((ends[k + 1] - ends[k]) * flux_flops(model, n, TEXT_TOKENS) for k, n in enumerate(counts))
