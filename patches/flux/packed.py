@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from jitaccel.execution.attention.backend import Attend
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
 from jitaccel.execution.packing import PackedLayout, Segments
@@ -37,9 +38,6 @@ from ..split import beside
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler
-
-Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
-"""Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
 
 StageFunction = Callable[
     [nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions", Tensor | float], tuple[Tensor, Tensor | None]

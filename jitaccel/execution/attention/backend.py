@@ -14,6 +14,8 @@ from ..options import Attention
 from ..packing import PackedLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
+"""Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
+
 Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 NEWEST = (99, 0)
