@@ -3,14 +3,14 @@
     jitaccel.export(pipe, "flux-7x", preset="7x", size=(1024, 1024))
     handle = jitaccel.load_exported("flux-7x").apply(pipe)   # pipe may have been loaded with transformer=None
 
-One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the plan
+One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the manifest
 (`jitaccel/artefacts/manifest.py`). A stage is a function of tensors alone,
 
     (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
 int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
-Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the plan says (`manifest.py`).
+Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the manifest says (`manifest.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..generation import registry
 from ..generation.handle import Handle
 from ..method.config import JiTConfig, resolve
 from ..method.grid import num_tokens_of
-from .manifest import TENSORS, WEIGHTS, Format, Input, Plan, file_digest, plan_tensors, processor, write_tensors
+from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]
 
@@ -47,8 +47,8 @@ Stage = Callable[..., Sequence[Tensor]]
 class Exportable:
     """What a codebase gives to export: its stages as modules of one network, one call of each by name.
 
-    The state (B, N, D) comes first; names, shapes and dtypes become the plan's declaration of what stages are called
-    with. levels: S + 1. model: the network's configuration, which the stand-in shows. device, dtype: of states.
+    The state (B, N, D) comes first; names, shapes and dtypes become the manifest's declaration of what stages are
+    called with. levels: S + 1. model: the network's configuration, which the stand-in shows. device, dtype: of states.
     """
 
     codebase: str
@@ -73,7 +73,7 @@ def export(
     options: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
-    """Writes one artefact for each stage of a preset, the weights and a plan into a new folder, and returns it.
+    """Writes one artefact for each stage of a preset, the weights and a manifest into a new folder, and returns it.
 
     target: a diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales. size: (height,
         width) in pixels. format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each);
@@ -129,10 +129,10 @@ def _write(
 ) -> None:
     weights = weights_of(exportable.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
-    write_tensors(folder / TENSORS, plan_tensors(config, exportable.levels, exportable.grid))
+    write_tensors(folder / TENSORS, manifest_tensors(config, exportable.levels, exportable.grid))
     counts = config.token_counts(num_tokens_of(exportable.grid))
     device = exportable.device.type
-    plan = Plan(
+    manifest = Manifest(
         format=format,
         codebase=exportable.codebase,
         config=config,
@@ -153,10 +153,10 @@ def _write(
         model=exportable.model,
         files={},
     )
-    for (stage, arguments), name in zip(exportable.stages, plan.stage_files, strict=True):
+    for (stage, arguments), name in zip(exportable.stages, manifest.stage_files, strict=True):
         _lower(stage, weights, tuple(arguments.values()), folder / name, format, options)
-    names = (WEIGHTS, TENSORS, *plan.stage_files)
-    replace(plan, files={name: file_digest(folder / name) for name in names}).write(folder)
+    names = (WEIGHTS, TENSORS, *manifest.stage_files)
+    replace(manifest, files={name: file_digest(folder / name) for name in names}).write(folder)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -217,10 +217,12 @@ def _without_warnings() -> Iterator[None]:
 
 
 class Exported:
-    """Loaded stages. `plan`: what they were made for. `device`: where they run."""
+    """Loaded stages. `manifest`: what they were made for. `device`: where they run."""
 
-    def __init__(self, plan: Plan, device: torch.device, stages: Sequence[Stage], weights: list[Tensor]) -> None:
-        self.plan, self.device = plan, device
+    def __init__(
+        self, manifest: Manifest, device: torch.device, stages: Sequence[Stage], weights: list[Tensor]
+    ) -> None:
+        self.manifest, self.device = manifest, device
         self._stages, self._weights = stages, weights
 
     def run(self, stage: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +230,7 @@ class Exported:
 
         Raises ArtefactError for an argument of another shape, dtype or device than the stage was made for.
         """
-        self.plan.check_arguments(stage, arguments)
+        self.manifest.check_arguments(stage, arguments)
         with torch.no_grad():
             velocity, state = self._stages[stage](self._weights, *(x.contiguous() for x in arguments))
         return velocity, state
@@ -246,7 +248,7 @@ class Exported:
         patch = patches.find(pipeline)
         if patch.prepare_exported is None:
             raise UnsupportedModelError(
-                f"Exported.apply: pipeline must be a {self.plan.codebase}, got {type(pipeline).__name__}; pass one"
+                f"Exported.apply: pipeline must be a {self.manifest.codebase}, got {type(pipeline).__name__}; pass one"
             )
         handle = Handle(pipeline, patch.prepare_exported(pipeline, self))
         registry.put_in_place(handle)
@@ -264,18 +266,18 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
     those that the stages were made for.
     """
     folder = Path(folder)
-    plan = Plan.read(folder)
-    where = torch.device(plan.device if device is None else device)
+    manifest = Manifest.read(folder)
+    where = torch.device(manifest.device if device is None else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ArtefactError("load_exported: device must be here, got stages for cuda and no CUDA device; use another")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
-    plan.check_machine(where)
-    plan.check_files(folder)
+    manifest.check_machine(where)
+    manifest.check_files(folder)
     weights = load_file(folder / WEIGHTS, device=str(where))
-    load = {"aoti": _load_aoti, "torchscript": _load_torchscript}[plan.format]
-    stages = [load(folder / name, where) for name in plan.stage_files]
-    return Exported(plan, where, stages, [weights[name] for name in sorted(weights)])
+    load = {"aoti": _load_aoti, "torchscript": _load_torchscript}[manifest.format]
+    stages = [load(folder / name, where) for name in manifest.stage_files]
+    return Exported(manifest, where, stages, [weights[name] for name in sorted(weights)])
 
 
 def _load_aoti(path: Path, device: torch.device) -> Stage:

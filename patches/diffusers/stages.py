@@ -161,7 +161,7 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
         raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
     stand_in = _StandIn(exported)
     calls = _Calls(exported)
-    route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls, transformer=stand_in)
+    route = SchedulerRoute(pipeline, exported.manifest.config, "exported FluxPipeline", calls, transformer=stand_in)
     stand_in.route = route
 
     def put(pipeline: Any, handle: Handle) -> None:
@@ -179,20 +179,20 @@ class _Calls:
     notes: tuple[str, ...] = ()
 
     def __init__(self, exported: Exported) -> None:
-        self.attention: str | None = f"{exported.plan.attention}, {exported.plan.format}"
+        self.attention: str | None = f"{exported.manifest.attention}, {exported.manifest.format}"
 
     def release(self) -> None:
         """Nothing to let go of: the stages are the caller's."""
 
 
 class _StandIn(nn.Module):
-    """What a `FluxPipeline` calls its transformer: checks a call against the plan, and runs the stage that is due."""
+    """What a `FluxPipeline` calls its transformer: checks a call by the manifest, and runs the stage that is due."""
 
     route: SchedulerRoute
 
     def __init__(self, exported: Exported) -> None:
         super().__init__()
-        self.config = FrozenDict(exported.plan.model)
+        self.config = FrozenDict(exported.manifest.model)
         self._exported = exported
 
     @property
@@ -201,7 +201,7 @@ class _StandIn(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self._exported.plan.dtype)
+        dtype: torch.dtype = getattr(torch, self._exported.manifest.dtype)
         return dtype
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
@@ -220,7 +220,7 @@ class _StandIn(nn.Module):
                 f"too; use the model itself for this call"
             )
         state, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-        self._exported.plan.check_call(
+        self._exported.manifest.check_call(
             batch=state.shape[0],
             text_tokens=text.shape[1],
             channels=state.shape[2],
@@ -238,7 +238,7 @@ class _StandIn(nn.Module):
 
     def _grid(self, img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
         grid = grid_of_ids(img_ids, num_tokens)
-        self._exported.plan.check_call(grid=grid)
+        self._exported.manifest.check_call(grid=grid)
         return grid
 
     def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:

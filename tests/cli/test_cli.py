@@ -251,7 +251,7 @@ def test_export_writes_stages_that_run_without_the_transformer(command: Command,
         "export", "--model", model, "--size", "48x40", "--format", "torchscript", "--out", folder, "--text-tokens", 8,
         "--device", "cpu",
     )  # fmt: skip
-    assert status == 0 and out.startswith(f"{folder}: plan.json, plan.safetensors, stage0.pt, ")
+    assert status == 0 and out.startswith(f"{folder}: manifest.json, manifest.safetensors, stage0.pt, ")
     call = {"grid": (12, 10), "seed": 1}
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
