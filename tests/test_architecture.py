@@ -1,4 +1,4 @@
-"""What may import what, and how types are named: no cycle of folders, a method without models, one word for one thing."""
+"""What may import what, and how types are named: no cycle of folders, a method that knows no model, no namesakes."""
 
 from __future__ import annotations
 
