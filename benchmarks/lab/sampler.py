@@ -17,6 +17,7 @@ from jitaccel.evaluation.pictures import to_bytes
 from jitaccel.evaluation.scenes.scene import Claim
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
+from jitaccel.patches.diffusers_private import pack_latents, unpack_latents
 from jitaccel.tokens import put_tokens_
 
 from .network import CachedNetwork, SparseNetwork, StaleNetwork, Texts, watching
@@ -46,7 +47,7 @@ class Bench:
         for k in range(len(prompts)):
             generator = torch.Generator().manual_seed(seed + k)
             drawn = torch.randn(1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1], generator=generator)
-            latents.append(pipe._pack_latents(drawn, 1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1]))
+            latents.append(pack_latents(pipe, drawn))
         return cls(pipe, prompts, Texts(words=words, pooled=pooled), torch.cat(latents), seed)
 
 
@@ -135,7 +136,7 @@ def _integrate(
 
 def _decode(pipe: Any, state: Tensor) -> NDArray[np.uint8]:
     with torch.no_grad():
-        latents = pipe._unpack_latents(state, SIDE_PX, SIDE_PX, pipe.vae_scale_factor)
+        latents = unpack_latents(pipe, state, SIDE_PX, SIDE_PX)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         pictures = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
     return (255 * pictures.permute(0, 2, 3, 1)).round().byte().numpy()

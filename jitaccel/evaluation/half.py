@@ -11,6 +11,7 @@ import torch
 from ..errors import CommandError
 from ..method.config import PRESETS
 from ..method.schedule import beta_levels
+from ..patches.diffusers_private import has_packed_latents, pack_latents, unpack_latents
 from .comparison import Method, TimedCall, generate
 
 
@@ -36,7 +37,7 @@ class HalfFirst:
 
         Raises CommandError for a height or width that has no half in whole tokens, and for pipelines of other models.
         """
-        if not hasattr(pipe, "_unpack_latents"):
+        if not has_packed_latents(pipe):
             raise CommandError(f"half must have a pipeline of FLUX.1, got {type(pipe).__name__}")
         height, width = _size(pipe, call)
         levels = beta_levels(self.steps)
@@ -78,8 +79,8 @@ def _renoised(pipe: Any, clean: torch.Tensor, size: tuple[int, int], level: floa
     from diffusers.utils.torch_utils import randn_tensor
 
     height, width = size
-    small = pipe._unpack_latents(clean, height // 2, width // 2, pipe.vae_scale_factor)
+    small = unpack_latents(pipe, clean, height // 2, width // 2)
     large = torch.nn.functional.interpolate(small.float(), scale_factor=2.0, mode="bicubic", align_corners=False)
     noise = randn_tensor(large.shape, generator=generator, device=clean.device, dtype=clean.dtype)
     noisy = (1.0 - level) * large + level * noise.float()
-    return pipe._pack_latents(noisy.to(clean.dtype), *noisy.shape)
+    return pack_latents(pipe, noisy.to(clean.dtype))

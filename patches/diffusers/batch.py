@@ -27,6 +27,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
+from ..diffusers_private import execution_device, unpack_latents
 from ..flux.flops import flux_flops
 from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
 from .hook import hook_of
@@ -155,7 +156,7 @@ def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -
 
 
 def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
-    device = pipeline._execution_device
+    device = execution_device(pipeline)
     texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
     prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
     model = pipeline.transformer
@@ -205,7 +206,7 @@ def _forward_of(pipeline: Any, how: Execution) -> Forward:
     model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
     if not reasons:
-        choose_backend(how.attention, pipeline._execution_device, model.dtype, model.config.attention_head_dim)
+        choose_backend(how.attention, execution_device(pipeline), model.dtype, model.config.attention_head_dim)
         return _Packed(model, how)
     if how.strict and how.execution != "indexed":
         raise UnsupportedModelError(
@@ -299,6 +300,6 @@ def _finish(pipeline: Any, job: Job, output_type: OutputType) -> Any:
     if output_type == "latent":
         return job.state[0]
     vae = pipeline.vae
-    latents = pipeline._unpack_latents(job.state, job.request.height, job.request.width, pipeline.vae_scale_factor)
+    latents = unpack_latents(pipeline, job.state, job.request.height, job.request.width)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")[0]

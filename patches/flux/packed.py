@@ -34,6 +34,7 @@ from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is
 from jitaccel.method.lift import LiftPlan, lift_velocity
 from jitaccel.tokens import gather_tokens
 
+from ..diffusers_private import accelerate_hook, attention_backend, has_context_parallelism, hook_registry
 from ..split import beside
 
 if TYPE_CHECKING:
@@ -339,8 +340,8 @@ def _block_hooks(block: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
     """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
-    accelerate = getattr(module, "_hf_hook", None)
-    hooks = [*([] if accelerate is None else [accelerate]), *registered]
+    outermost = accelerate_hook(module)
+    hooks = [*([] if outermost is None else [outermost]), *registered]
     for hook in reversed(hooks):
         hook.pre_forward(module)
     try:
@@ -351,7 +352,7 @@ def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
 
 
 def _registered(module: nn.Module) -> list[Any]:
-    registry = vars(module).get("_diffusers_hook")
+    registry = hook_registry(module)
     return [] if registry is None else [*registry.hooks.values()]
 
 
@@ -382,9 +383,9 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
         processor = module.processor
         if type(processor) is not FluxAttnProcessor:
             reasons.append(f"an attention processor is a {type(processor).__name__}")
-        elif processor._attention_backend is not None:
-            reasons.append(f"set_attention_backend chose {processor._attention_backend!s}")
-        elif processor._parallel_config is not None:
+        elif (backend := attention_backend(processor)) is not None:
+            reasons.append(f"set_attention_backend chose {backend!s}")
+        elif has_context_parallelism(processor):
             reasons.append("context parallelism is on")
     if is_compiled_in_place(module):
         reasons.append(f"a {kind} is compiled")
@@ -403,7 +404,7 @@ def _reasons_of_hooks(name: str, module: nn.Module, own: Any) -> list[str]:
     reasons = [
         f"{name} has a {type(hook).__name__}" for hook in registered if callable(getattr(hook, "new_forward", None))
     ]
-    is_hooked = bool(_registered(module)) or hasattr(module, "_hf_hook")
+    is_hooked = bool(_registered(module)) or accelerate_hook(module) is not None
     if "forward" in vars(module) and not is_hooked:
         reasons.append(f"forward of {name} is replaced")
     return reasons
