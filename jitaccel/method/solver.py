@@ -20,7 +20,7 @@ _MOST = 2.0  # presets reach 1.7; levels that crowd and then fall would be extra
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Estimate:
+class CleanEstimate:
     """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them.
 
     In a pooled stage none was: M = 0.
@@ -97,8 +97,8 @@ class Multistep:
     needs_every_step = True
 
     def __init__(self) -> None:
-        self._before: Estimate | None = None
-        self._now: Estimate | None = None
+        self._before: CleanEstimate | None = None
+        self._now: CleanEstimate | None = None
 
     def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
         """Returns the velocity (B, N, D) that an Euler step is to take, in its dtype; `velocity` itself for w = 0.
@@ -109,7 +109,7 @@ class Multistep:
         if self._now is not None and self._now.step.index < step.index:
             self._before = self._now
         clean = state.float() - step.noise_level * velocity.float()
-        self._now = Estimate(step=step, clean=clean, anchors=anchors)
+        self._now = CleanEstimate(step=step, clean=clean, anchors=anchors)
         weight = self._weight(step, clean)
         if self._before is None or weight is None:
             return velocity

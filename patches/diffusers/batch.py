@@ -27,6 +27,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
+from ..diffusers_private import execution_device, unpack_latents
 from ..flux.flops import flux_flops
 from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class EncodedPrompt:
     """One branch of a request: text (L, E), pooled (P,), text_ids (L, 3)."""
 
     text: Tensor
@@ -54,7 +55,7 @@ class Job:
     generation: Generation
     state: Tensor
     ids: Tensor
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
     guidance: Tensor | None
     index: int = 0
     token_steps: int = 0
@@ -156,7 +157,7 @@ def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -
 
 
 def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
-    device = pipeline._execution_device
+    device = execution_device(pipeline)
     texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
     prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
     model = pipeline.transformer
@@ -172,11 +173,11 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
-def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> Prompt:
+def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> EncodedPrompt:
     words, pooled, ids = pipeline.encode_prompt(
         prompt=text, prompt_2=None, device=device, num_images_per_prompt=1, max_sequence_length=length
     )
-    return Prompt(words[0], pooled[0], ids)
+    return EncodedPrompt(words[0], pooled[0], ids)
 
 
 def levels_of(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
@@ -206,7 +207,7 @@ def _forward_of(pipeline: Any, how: Execution) -> Forward:
     model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
     if not reasons:
-        choose_backend(how.attention, pipeline._execution_device, model.dtype, model.config.attention_head_dim)
+        choose_backend(how.attention, execution_device(pipeline), model.dtype, model.config.attention_head_dim)
         return _Packed(model, how)
     if how.strict and how.execution != "indexed":
         raise UnsupportedModelError(
@@ -278,7 +279,7 @@ def _one_by_one(model: Any, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
     return [tuple(_alone(model, job, prompt) for prompt in job.prompts) for job in jobs]
 
 
-def _alone(model: Any, job: Job, prompt: Prompt) -> Tensor:
+def _alone(model: Any, job: Job, prompt: EncodedPrompt) -> Tensor:
     velocity: Tensor = model(
         hidden_states=job.run.show(job.state),
         encoder_hidden_states=prompt.text[None],
@@ -300,6 +301,6 @@ def _finish(pipeline: Any, job: Job, output_type: OutputType) -> Any:
     if output_type == "latent":
         return job.state[0]
     vae = pipeline.vae
-    latents = pipeline._unpack_latents(job.state, job.request.height, job.request.width, pipeline.vae_scale_factor)
+    latents = unpack_latents(pipeline, job.state, job.request.height, job.request.width)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")[0]

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from jitaccel.artefacts.export import Exported, Source
+from jitaccel.artefacts.export import Exportable, Exported
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
@@ -31,7 +31,7 @@ from ..network import ModelCall, answered
 from .batch import levels_of
 from .hook import hook_of
 from .pipelines import check_text_to_image
-from .scheduler import SchedulerRoute, handle_of
+from .scheduler import SchedulerRoute, scheduler_handle
 
 _ARGUMENTS = (
     "hidden_states",
@@ -126,7 +126,7 @@ class PooledFluxStage(FluxStage):
 
 def export(
     pipeline: Any, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
-) -> Source:
+) -> Exportable:
     """Returns the stages of a pipeline's transformer for one size in pixels, batch and length of prompts."""
     check_text_to_image(pipeline)
     model, unit = pipeline.transformer, 2 * pipeline.vae_scale_factor
@@ -150,7 +150,7 @@ def export(
         else:
             stage = FluxStage(model, config, grid, layout, backend).eval()
             stages.append((stage, _with_anchors(given, config, grid, count)))
-    return Source(
+    return Exportable(
         codebase="FluxPipeline",
         stages=stages,
         levels=levels_of(pipeline, config, num_tokens),
@@ -190,11 +190,11 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
     """Returns what lets a `FluxPipeline` run exported stages in place of its transformer."""
     check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
-    if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
+    if scheduler_handle(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
         raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
     stand_in = _StandIn(exported)
     calls = _Calls(exported)
-    route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls, transformer=stand_in)
+    route = SchedulerRoute(pipeline, exported.manifest.config, "exported FluxPipeline", calls, transformer=stand_in)
     stand_in.route = route
 
     def put(pipeline: Any, handle: Handle) -> None:
@@ -212,20 +212,20 @@ class _Calls:
     notes: tuple[str, ...] = ()
 
     def __init__(self, exported: Exported) -> None:
-        self.attention: str | None = f"{exported.plan.attention}, {exported.plan.format}"
+        self.attention: str | None = f"{exported.manifest.attention}, {exported.manifest.format}"
 
     def release(self) -> None:
         """Nothing to let go of: the stages are the caller's."""
 
 
 class _StandIn(nn.Module):
-    """What a `FluxPipeline` calls its transformer: checks a call against the plan, and runs the stage that is due."""
+    """What a `FluxPipeline` calls its transformer: checks a call by the manifest, and runs the stage that is due."""
 
     route: SchedulerRoute
 
     def __init__(self, exported: Exported) -> None:
         super().__init__()
-        self.config = FrozenDict(exported.plan.model)
+        self.config = FrozenDict(exported.manifest.model)
         self._exported = exported
 
     @property
@@ -234,7 +234,7 @@ class _StandIn(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self._exported.plan.dtype)
+        dtype: torch.dtype = getattr(torch, self._exported.manifest.dtype)
         return dtype
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
@@ -253,7 +253,7 @@ class _StandIn(nn.Module):
                 f"too; use the model itself for this call"
             )
         state, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-        self._exported.plan.check_call(
+        self._exported.manifest.check_call(
             batch=state.shape[0],
             text_tokens=text.shape[1],
             channels=state.shape[2],
@@ -272,7 +272,7 @@ class _StandIn(nn.Module):
 
     def _grid(self, img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
         grid = grid_of_ids(img_ids, num_tokens)
-        self._exported.plan.check_call(grid=grid)
+        self._exported.manifest.check_call(grid=grid)
         return grid
 
     def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:
