@@ -1,8 +1,8 @@
 """Runs of pooled and dense stages as linear maps of the start noise, in closed form.
 
-With the best network a stage of one pooling factor is `y -> shrink * y + up @ (gain * (down @ y))` on each aliasing
-block: all of its steps average the same areas, so that only scalars change from step to step. A dense stage is the same
-with `down = up = 1`. The run is the product of its stages, and the end of the exact ODE is `sqrt(power) * noise`.
+With the best network a stage of one pooling factor is `y -> shrink * y + up(gain * down(y))` on each aliasing block:
+all of its steps average the same areas, so that only scalars change from step to step. A dense stage is the same with
+neither down nor up. The run is the product of its stages, and the end of the exact ODE is `sqrt(power) * noise`.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Laboratory:
         for stage in plan.stages:
             part, pooling = levels[first : first + stage.steps + 1], self.poolings[stage.factor]
             gains = stage_gains(part, pooling, solver, None if before is None else before[0])
-            seen = [_averaged(pooling, each) for each in ((state,) if before is None else (state, before[1]))]
-            moved = _brought_up(pooling, _weighted(gains.state, seen))
+            seen = [pooling.averaged(each) for each in ((state,) if before is None else (state, before[1]))]
+            moved = pooling.brought_up(_weighted(gains.state, seen))
             state = part[-1] / part[0] * state + moved
             if before is not None:
                 state = state + gains.carried * before[1]
             first += stage.steps
             is_needed = solver == "dpmpp_2m_across" and first < plan.steps
-            before = (part[-2], _brought_up(pooling, _weighted(gains.clean, seen))) if is_needed else None
+            before = (part[-2], pooling.brought_up(_weighted(gains.clean, seen))) if is_needed else None
         return state
 
     def distances(self, end: Array) -> Distances:
@@ -164,11 +164,3 @@ def _weighted(gains: Array, seen: Sequence[Array]) -> Array:
     """Returns the sum of (Q, r, n) maps, each times its gain (Q, r)."""
     parts = [gain[:, :, None] * each for gain, each in zip(gains, seen, strict=True)]
     return functools.reduce(np.add, parts)
-
-
-def _averaged(pooling: Pooling, state: Array) -> Array:
-    return state if pooling.factor == 1 else pooling.down @ state
-
-
-def _brought_up(pooling: Pooling, state: Array) -> Array:
-    return state if pooling.factor == 1 else pooling.up @ state
