@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError, nearest_match
-from .graphs import Counts, CudaGraphs, Recorder, RepeatedCalls, Replayed
+from .graphs import CallRecorder, Counts, CudaGraphs, RepeatedCalls, Replayed
 from .private import (
     CompilationError,
     backend_named,
@@ -126,7 +126,7 @@ class Compiler:
         self._failed: set[Hashable] = set()
         self._eager_reasons: dict[tuple[Hashable, str], None] = {}
         self._notes: list[str] = []
-        self._recorder: Recorder | None = None
+        self._recorder: CallRecorder | None = None
         self._counts = Counts()
         self._copies = self._graphs = self._calls = self._eager_calls = self._dropped = 0
 
@@ -228,7 +228,7 @@ class Compiler:
         run: Callable[..., Any] = backend_named(backend)(graph, inputs, **given)
         return run
 
-    def _recorder_for(self, inputs: Sequence[Any]) -> Recorder | None:
+    def _recorder_for(self, inputs: Sequence[Any]) -> CallRecorder | None:
         device = next((x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda), None)
         by_default = device is not None and self._options.get("mode") != "max-autotune-no-cudagraphs"
         if not self._options.get("graphs", by_default):

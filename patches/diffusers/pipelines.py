@@ -28,7 +28,7 @@ from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
 from .hook import SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
-from .scheduler import SchedulerRoute, check_scheduler, handle_of
+from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
 
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
@@ -68,7 +68,7 @@ def _handles_of(pipeline: Any) -> tuple[Handle, ...]:
     """
     hook = hook_of(pipeline.transformer)
     found = [*hook.handles.values()] if hook else []
-    if (handle := handle_of(pipeline.scheduler)) is not None:
+    if (handle := scheduler_handle(pipeline.scheduler)) is not None:
         found.append(handle)
     routes = [(handle, handle.route) for handle in dict.fromkeys(found)]
     return tuple(
@@ -192,7 +192,7 @@ def _explain(target: Any, problems: list[str]) -> str:
 
 
 def _refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
-    handle = handle_of(pipeline.scheduler)
+    handle = scheduler_handle(pipeline.scheduler)
     if handle is not None and handle.is_active and handle not in replaces:
         raise ConfigError(
             "apply: pipeline must have a scheduler of its own, got one that is patched for another pipeline; "
@@ -221,6 +221,7 @@ def _model_call(
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: _mask(split, route),
         multiple=token_multiple(module),
+        patch=kind.patch,
         evaluate=functools.partial(route.calls.evaluate, module, hook, original, arguments, split),
     )
 

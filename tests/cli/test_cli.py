@@ -224,11 +224,11 @@ def test_demo_refuses_a_file_for_a_folder(command: Command, tmp_path: Path) -> N
 
 def test_table_shows_both_denominators() -> None:
     from jitaccel.cli.demo import _Result
-    from jitaccel.evaluation.comparison import Generation, Method
+    from jitaccel.evaluation.comparison import Method, TimedCall
 
     def result(name: str, steps: int, seconds: float, flops: int, level: float) -> _Result:
         pictures: Any = np.full((2, 8, 8, 3), level)
-        made = Generation(
+        made = TimedCall(
             pictures=pictures, denoise_s=seconds, whole_s=seconds + 1, flops=flops, token_steps=9, stats=None
         )
         return _Result(method=Method(name=name, steps=steps), generations=[made])
@@ -273,7 +273,7 @@ def test_export_writes_stages_that_run_without_the_transformer(command: Command,
         "export", "--model", model, "--size", "48x40", "--format", "torchscript", "--out", folder, "--text-tokens", 8,
         "--device", "cpu",
     )  # fmt: skip
-    assert status == 0 and out.startswith(f"{folder}: plan.json, plan.safetensors, stage0.pt, ")
+    assert status == 0 and out.startswith(f"{folder}: manifest.json, manifest.safetensors, stage0.pt, ")
     call = {"grid": (12, 10), "seed": 1}
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .noise import Field
 
 REGIONS = ("sky", "cloud", "light", "mountains", "water", "ground", "plants", "thing")
-Colour = Sequence[float] | NDArray[np.floating]
+Paint = Sequence[float] | NDArray[np.floating]
 
 
 class Canvas:
@@ -44,7 +44,7 @@ class Canvas:
         self,
         region: str,
         alpha: Field,
-        colour: Colour,
+        colour: Paint,
         rows: slice = slice(None),
         columns: slice = slice(None),
     ) -> None:
@@ -55,7 +55,7 @@ class Canvas:
             self.regions[:, rows, columns] *= 1 - alpha
             self.regions[REGIONS.index(region), rows, columns] += alpha
 
-    def polygon(self, region: str, corners: Sequence[tuple[float, float]], colour: Colour) -> None:
+    def polygon(self, region: str, corners: Sequence[tuple[float, float]], colour: Paint) -> None:
         """Paints a convex polygon, corners `(x, y)` clockwise as seen."""
         left, right = min(x for x, _ in corners), max(x for x, _ in corners)
         top, bottom = min(y for _, y in corners), max(y for _, y in corners)
@@ -70,7 +70,7 @@ class Canvas:
                 inside = np.minimum(inside, ((bx - ax) * (y - ay) - (by - ay) * (x - ax)) / length)
         self.paint(region, np.clip(inside / self.pixel + 0.5, 0, 1), colour, rows, columns)
 
-    def ellipse(self, region: str, cx: float, cy: float, rx: float, ry: float, colour: Colour) -> None:
+    def ellipse(self, region: str, cx: float, cy: float, rx: float, ry: float, colour: Paint) -> None:
         """Paints an ellipse."""
         rows, columns = self.rows(cy - ry - self.pixel, cy + ry), self.columns(cx - rx - self.pixel, cx + rx)
         x, y = self.x[columns][None, :] - cx, self.y[rows][:, None] - cy
@@ -86,7 +86,7 @@ def smooth_step(low: float, high: float, values: NDArray[np.floating]) -> Field:
     return (t * t * (3 - 2 * t)).astype(np.float32)
 
 
-def mix(first: Colour, second: Colour, share: NDArray[np.floating] | float) -> NDArray[np.float32]:
+def mix(first: Paint, second: Paint, share: NDArray[np.floating] | float) -> NDArray[np.float32]:
     """Returns `share` of the second colour in the first, for each value of `share`."""
     a, b = np.asarray(first, np.float32), np.asarray(second, np.float32)
     return (a + np.asarray(share, np.float32)[..., None] * (b - a)).astype(np.float32)

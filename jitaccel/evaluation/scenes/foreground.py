@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .canvas import Canvas, Colour, mix, smooth_step
+from .canvas import Canvas, Paint, mix, smooth_step
 from .noise import Field, field, line
 from .palette import FLOWER_COLOURS, LAND_LIGHT, PAINT_COLOURS
 from .scene import NONE, PLACES, Landscape
@@ -129,7 +129,7 @@ def _plant_pines(canvas: Canvas, landscape: Landscape, shore: float, rng: np.ran
         )
 
 
-def _paint_pine(canvas: Canvas, x: float, foot: float, tall: float, colour: Colour) -> None:
+def _paint_pine(canvas: Canvas, x: float, foot: float, tall: float, colour: Paint) -> None:
     """Paints one tree: four tiers of branches on a trunk, the left of it lighter."""
     half = 0.24 * tall
     if x + half < canvas.x[0] or x - half > canvas.x[-1]:
@@ -145,7 +145,7 @@ def _paint_pine(canvas: Canvas, x: float, foot: float, tall: float, colour: Colo
     canvas.paint("plants", alpha, np.asarray(colour, np.float32) * shade[..., None], rows, columns)
 
 
-def _paint_house(canvas: Canvas, landscape: Landscape, x: float, y: float, paint: Colour) -> None:
+def _paint_house(canvas: Canvas, landscape: Landscape, x: float, y: float, paint: Paint) -> None:
     a, light = _HOUSE, _light(landscape)
     wood, pane = np.asarray((0.36, 0.24, 0.19)) * light, np.asarray((0.74, 0.86, 0.94)) * light
     if landscape.time in ("dusk", "night"):
@@ -158,7 +158,7 @@ def _paint_house(canvas: Canvas, landscape: Landscape, x: float, y: float, paint
         _box(canvas, x + (k - 0.2) * a, y - 0.95 * a, x + (k + 0.2) * a, y - 0.5 * a, pane)
 
 
-def _paint_boat(canvas: Canvas, landscape: Landscape, x: float, y: float, paint: Colour) -> None:
+def _paint_boat(canvas: Canvas, landscape: Landscape, x: float, y: float, paint: Paint) -> None:
     a, light = _BOAT, _light(landscape)
     wood = np.asarray((0.42, 0.28, 0.19)) * light
     hull = [(x - a, y), (x + a, y), (x + 0.7 * a, y + 0.36 * a), (x - 0.7 * a, y + 0.36 * a)]
@@ -172,7 +172,7 @@ def _paint_boat(canvas: Canvas, landscape: Landscape, x: float, y: float, paint:
     canvas.polygon("thing", hull, wood)
 
 
-def _paint_balloon(canvas: Canvas, landscape: Landscape, x: float, y: float, paint: Colour) -> None:
+def _paint_balloon(canvas: Canvas, landscape: Landscape, x: float, y: float, paint: Paint) -> None:
     a, light = _BALLOON, 0.35 + 0.65 * _light(landscape)
     top, bottom = y - a, y + 1.6 * a
     rows, columns = canvas.rows(top - canvas.pixel, bottom), canvas.columns(x - a - canvas.pixel, x + a)
@@ -198,5 +198,5 @@ def _paint_balloon(canvas: Canvas, landscape: Landscape, x: float, y: float, pai
     _box(canvas, x - 0.24 * a, y + 1.62 * a, x + 0.24 * a, y + 1.95 * a, wood)
 
 
-def _box(canvas: Canvas, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
+def _box(canvas: Canvas, left: float, top: float, right: float, bottom: float, colour: Paint) -> None:
     canvas.polygon("thing", [(left, top), (right, top), (right, bottom), (left, bottom)], colour)
