@@ -71,6 +71,16 @@ def _lazily(module: str, function: str) -> Callable[..., Any]:
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
+        name="diffusers WanPipeline and other pipelines of the models of jitaccel.patches.models",
+        matches=_lazily(".models", "knows_pipeline"),
+        prepare=_lazily(".diffusers.cut", "prepare_pipeline"),
+    ),
+    Patch(
+        name="diffusers WanTransformer3DModel and other transformers of jitaccel.patches.models",
+        matches=_lazily(".models", "knows_transformer"),
+        prepare=_lazily(".diffusers.cut", "prepare_transformer"),
+    ),
+    Patch(
         name="diffusers FluxPipeline and other pipelines of FLUX.1, FLUX.2 and Chroma",
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
         prepare=_lazily(".diffusers.pipelines", "prepare_pipeline"),

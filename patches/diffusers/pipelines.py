@@ -46,8 +46,8 @@ def prepare_pipeline(
     on_anchors = execution.controlnet == "anchors"
     if on_anchors:
         check_controlnet(pipeline)
-    replaces = _handles_of(pipeline)
-    _refuse_shared_scheduler(pipeline, replaces)
+    replaces = handles_of(pipeline, [pipeline.transformer])
+    refuse_shared_scheduler(pipeline, replaces)
     calls = FluxCalls(pipeline.transformer, config, execution)
     name = f"diffusers {type(pipeline).__name__}"
     route = SchedulerRoute(pipeline, config, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
@@ -61,13 +61,13 @@ def prepare_pipeline(
     return Installation(route=route, install=put, release=calls.release, replaces=replaces)
 
 
-def _handles_of(pipeline: Any) -> tuple[Handle, ...]:
+def handles_of(pipeline: Any, transformers: Sequence[Any]) -> tuple[Handle, ...]:
     """Returns what patched this pipeline before, and on the same parts one that is gone, for whom nobody can answer.
 
-    Found at the transformer or at the scheduler: either may have been replaced since.
+    Found at the transformers or at the scheduler: either may have been replaced since.
     """
-    hook = hook_of(pipeline.transformer)
-    found = [*hook.handles.values()] if hook else []
+    hooks = [hook for transformer in transformers if (hook := hook_of(transformer))]
+    found = [handle for hook in hooks for handle in hook.handles.values()]
     if (handle := handle_of(pipeline.scheduler)) is not None:
         found.append(handle)
     routes = [(handle, handle.route) for handle in dict.fromkeys(found)]
@@ -150,13 +150,13 @@ def check_pipeline(pipeline: Any) -> None:
     else:
         problems = _scheduler_problems(pipeline) + _model_problems(pipeline.transformer, models[:1])
     if problems:
-        raise UnsupportedModelError(_explain(pipeline, problems))
+        raise UnsupportedModelError(explain(pipeline, problems))
 
 
 def check_transformer(transformer: Any) -> None:
     """Raises UnsupportedModelError with every reason why a bare transformer cannot be accelerated correctly."""
     if problems := _model_problems(transformer):
-        raise UnsupportedModelError(_explain(transformer, problems))
+        raise UnsupportedModelError(explain(transformer, problems))
 
 
 def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
@@ -172,7 +172,7 @@ def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
     else:
         problems = _scheduler_problems(pipeline)
     if problems:
-        raise UnsupportedModelError(_explain(pipeline, problems))
+        raise UnsupportedModelError(explain(pipeline, problems))
 
 
 def _scheduler_problems(pipeline: Any) -> list[str]:
@@ -187,11 +187,13 @@ def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[st
     return []
 
 
-def _explain(target: Any, problems: list[str]) -> str:
+def explain(target: Any, problems: list[str]) -> str:
+    """Returns the message of a target that cannot be accelerated, with every reason."""
     return f"apply: {type(target).__name__} cannot be accelerated: " + "; ".join(problems)
 
 
-def _refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
+def refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
+    """Raises ConfigError where another pipeline's patch is on the scheduler of this one."""
     handle = handle_of(pipeline.scheduler)
     if handle is not None and handle.is_active and handle not in replaces:
         raise ConfigError(

@@ -27,6 +27,16 @@ def model_of_pipeline(pipeline: Any) -> Model | None:
     return next((model for model in MODELS for name in model.pipelines if name in names), None)
 
 
+def knows_transformer(target: Any) -> bool:
+    """Returns whether `target` is a transformer of one of these models."""
+    return model_of(target) is not None
+
+
+def knows_pipeline(target: Any) -> bool:
+    """Returns whether `target` is a pipeline of one of these models."""
+    return model_of_pipeline(target) is not None
+
+
 def _names(target: Any) -> list[str]:
     kinds = type(uncompiled(target)).__mro__
     return [kind.__name__ for kind in kinds if kind.__module__.split(".")[0] == "diffusers"]
