@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ class Patch:
     prepare: gets target, settings, known levels and execution; checks all that can fail, builds, and returns what is to
     be installed, without changing anything. generate_batch: gets pipeline, requests with their settings, execution and
     the kind of output. export: gets pipeline, settings, size, batch, text length and attention, and returns the stages.
-    prepare_exported: as prepare, for a pipeline and loaded stages. probe: gets target, size in pixels and length of
+    prepare_exported: as prepare, for a pipeline and loaded stages. defaults: gets a target, and returns the fields of
+    JiTConfig that its kind of model has in presets that are given by name. probe: gets target, size in pixels and length of
     prompts (either may be None) and execution, and returns forwards to time. None where there is none.
     """
 
@@ -41,6 +42,7 @@ class Patch:
     export: Callable[..., Source] | None = None
     prepare_exported: Callable[..., Installation] | None = None
     probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
+    defaults: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
@@ -74,11 +76,13 @@ PATCHES: tuple[Patch, ...] = (
         name="diffusers WanPipeline and other pipelines of the models of jitaccel.patches.models",
         matches=_lazily(".models", "knows_pipeline"),
         prepare=_lazily(".diffusers.cut", "prepare_pipeline"),
+        defaults=_lazily(".models", "defaults_of_pipeline"),
     ),
     Patch(
         name="diffusers WanTransformer3DModel and other transformers of jitaccel.patches.models",
         matches=_lazily(".models", "knows_transformer"),
         prepare=_lazily(".diffusers.cut", "prepare_transformer"),
+        defaults=_lazily(".models", "defaults_of_transformer"),
     ),
     Patch(
         name="diffusers FluxPipeline and other pipelines of FLUX.1, FLUX.2 and Chroma",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jitaccel.execution.private import uncompiled
@@ -35,6 +36,20 @@ def knows_transformer(target: Any) -> bool:
 def knows_pipeline(target: Any) -> bool:
     """Returns whether `target` is a pipeline of one of these models."""
     return model_of_pipeline(target) is not None
+
+
+def defaults_of_transformer(target: Any) -> Mapping[str, Any]:
+    """Returns the fields of JiTConfig that a transformer has in presets that are given by name."""
+    return _defaults(model_of(target))
+
+
+def defaults_of_pipeline(target: Any) -> Mapping[str, Any]:
+    """Returns the fields of JiTConfig that a pipeline has in presets that are given by name."""
+    return _defaults(model_of_pipeline(target))
+
+
+def _defaults(model: Model | None) -> Mapping[str, Any]:
+    return {} if model is None else {"schedule": model.schedule}
 
 
 def _names(target: Any) -> list[str]:

@@ -213,10 +213,13 @@ class CutCalls:
             return
         for image, own in enumerate(places):
             given = {name: arguments.get(name) for name in self.model.adapter.rows}
-            yield own, {
-                **arguments,
-                **{name: value[image : image + 1] for name, value in given.items() if value is not None},
-            }
+            yield (
+                own,
+                {
+                    **arguments,
+                    **{name: value[image : image + 1] for name, value in given.items() if value is not None},
+                },
+            )
 
     def _places(self, run: Run) -> list[Places]:
         num_tokens = num_tokens_of(run.grid)

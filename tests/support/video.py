@@ -50,6 +50,31 @@ def wan_pipeline(scheduler: Any = None, boundary: float | None = None, **setting
     return pipe
 
 
+def image_pipeline(*, expand_timesteps: bool) -> Any:
+    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae.eval(),
+        scheduler=unipc(),
+        image_processor=None,
+        image_encoder=None,
+        transformer=wan_transformer(in_channels=16 if expand_timesteps else 36, out_channels=16),
+        expand_timesteps=expand_timesteps,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image() -> Tensor:
+    return noise(13, 1, 3, SIZE["height"], SIZE["width"]).clamp(-1, 1) / 2 + 0.5
+
+
 def prompts(batch: int = 1) -> dict[str, Tensor]:
     return {
         "prompt_embeds": noise(11, batch, TEXT, 16),

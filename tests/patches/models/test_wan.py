@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,143 @@ def test_video_of_a_batch_is_the_one_made_alone() -> None:
             alone = generate(pipe, seed=image, **text)
             assert relative_error(together[image : image + 1], alone) < 1e-5
     assert not torch.equal(anchors[1][0], anchors[1][1])
+
+
+@pytest.mark.parametrize("expand", [False, True], ids=["further channels", "a frame at timestep 0"])
+def test_image_to_video_is_the_unpatched_one_at_density_one(expand: bool) -> None:
+    pipe = video.image_pipeline(expand_timesteps=expand)
+    plain = generate(pipe, 4, image=video.image())
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(generate(pipe, 4, image=video.image()), plain)
+
+
+def test_image_in_further_channels_goes_with_the_anchors() -> None:
+    pipe, config = video.image_pipeline(expand_timesteps=False), CONFIGS["short"]
+    given = first_input(pipe)
+    _, timesteps = levels_of(video.unipc, config)
+    condition = patchify(given[:, 16:], PATCH)
+
+    def model(tokens: Tensor, anchors: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        shown = torch.cat([tokens, condition[:, anchors]], dim=2)
+        return wan_on_tokens(pipe.transformer, shown, anchors, GRID, time, text)
+
+    state = denoised(model, config, patchify(given[:, :16], PATCH), timesteps)
+    with jitaccel.apply(pipe, config):
+        assert relative_error(generate(pipe, image=video.image()), unpatchify(state, GRID, PATCH)) < 1e-5
+
+
+def test_frame_that_is_given_is_shown_whole_in_every_step() -> None:
+    pipe, config = video.image_pipeline(expand_timesteps=True), CONFIGS["short"]
+    start = patchify(first_input(pipe), PATCH)
+    _, timesteps = levels_of(video.unipc, config)
+    is_given = torch.arange(144) < 48
+
+    def model(tokens: Tensor, anchors: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        at_frame = is_given[anchors][None]
+        shown = torch.where(at_frame[..., None], start[:, anchors], tokens)
+        return wan_on_tokens(pipe.transformer, shown, anchors, GRID, torch.where(at_frame, 0.0, time), text)
+
+    state = denoised(model, config, start, timesteps, forced=is_given)
+    expected = unpatchify(torch.where(is_given[None, :, None], start, state), GRID, PATCH)
+    with jitaccel.apply(pipe, config) as handle:
+        assert relative_error(generate(pipe, image=video.image()), expected) < 1e-5
+    anchors = handle.stats().anchors
+    assert all(torch.equal(each[0, :48], torch.arange(48)) for each in anchors)
+    assert [each.shape[1] for each in anchors] == [48 + int(share * 96) for share in config.densities]
+
+
+def first_input(pipe: Any) -> Tensor:
+    """Returns what the transformer is given in the first step of a generation from an image."""
+    seen: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    generate(pipe, 1, image=video.image())
+    hook.remove()
+    return seen[0]
+
+
+def denoised(
+    model: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    config: JiTConfig,
+    start: Tensor,
+    timesteps: list[float],
+    forced: Tensor | None = None,
+) -> Tensor:
+    """Returns the last state (1, N, D) of the method by hand with guidance. model: (tokens, anchors, time, text)."""
+    levels = jitaccel.noise_levels(config)
+
+    def velocity(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
+        time = torch.tensor([timesteps[levels.index(level)]])
+        positive, negative = (model(tokens, anchors, time, each) for each in prompts().values())
+        return negative + SCALE * (positive - negative)
+
+    with torch.no_grad():
+        return reference.denoise(velocity, config, GRID, start, levels, forced=forced).states[-1]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_bare_transformer_in_an_euler_loop_is_the_methods(given: bool, batch: int) -> None:
+    model, levels = video.wan_transformer(), jitaccel.noise_levels(SHORT)
+    noise = torch.cat([video.noise(20 + image, 1, 4, 3, 12, 16) for image in range(batch)])
+
+    def velocity(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
+        text = prompts()["prompt_embeds"]
+        return wan_on_tokens(model, tokens, anchors, GRID, torch.tensor([1000 * level]), text)
+
+    with torch.no_grad():
+        states = [reference.denoise(velocity, SHORT, GRID, patchify(each[None], PATCH), levels) for each in noise]
+        expected = unpatchify(torch.cat([each.states[-1] for each in states]), GRID, PATCH)
+        latents = noise.clone()
+        with jitaccel.apply(model, SHORT, noise_levels=levels if given else None) as handle:
+            for level, after in itertools.pairwise(levels):
+                out = model(
+                    hidden_states=latents,
+                    timestep=torch.full((batch,), 1000 * level),
+                    encoder_hidden_states=prompts()["prompt_embeds"].expand(batch, -1, -1),
+                    return_dict=given,
+                )
+                latents = latents + (after - level) * out[0]
+    assert relative_error(latents, expected) < 1e-5
+    assert handle.stats().grid == GRID and handle.stats().batch == batch
+
+
+def test_named_presets_keep_the_models_own_levels() -> None:
+    pipe = wan_pipeline()
+    assert jitaccel.apply(pipe, "7x").config == PRESETS["7x"].replace(schedule="native")
+    assert jitaccel.apply(pipe, "7x", schedule="beta").config == PRESETS["7x"]
+    assert jitaccel.apply(pipe, PRESETS["7x"]).config == PRESETS["7x"]
+    with pytest.raises(jitaccel.ConfigError, match="noise_levels must be given for a bare transformer"):
+        jitaccel.apply(pipe.transformer, "7x")
+
+
+def test_compiled_stages_are_one_graph_each() -> None:
+    pipe = wan_pipeline()
+    with jitaccel.apply(pipe, SHORT):
+        eager = generate(pipe)
+    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
+        assert relative_error(generate(pipe), eager) < 1e-6
+        assert relative_error(generate(pipe, seed=1), eager) > 1e-2
+        compiled = handle.stats().compiled
+    assert compiled is not None and compiled.graphs == compiled.signatures == 3
+    assert compiled.eager_calls == 0 and compiled.calls == 2 * 2 * 5
+
+
+def test_operations_follow_from_the_shapes() -> None:
+    pipe = wan_pipeline()
+    state = torch.random.get_rng_state()
+    with jitaccel.apply(pipe, SHORT) as handle:
+        generate(pipe, guidance_scale=1.0)
+    stats = handle.stats()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    width, text, tokens = 24, video.TEXT, stats.steps[0].tokens
+    dense = {
+        m: 2 * 2 * m * (4 * width**2 + 2 * width**2 + 2 * 32 * width + 2 * (m + text) * width) for m in (tokens, 144)
+    }
+    ends = {m: 2 * 144 * 16 * width + 2 * m * width * 16 for m in (tokens, 144)}
+    both = {m: 2 * 2 * text * 2 * width**2 + dense[m] + ends[m] for m in (tokens, 144)}
+    assert stats.dense_step_flops - stats.steps[0].flops == both[144] - both[tokens]
 
 
 def test_flow_shift_is_kept() -> None:
