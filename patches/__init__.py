@@ -30,9 +30,9 @@ class Patch:
     prepare: gets target, settings, known levels and execution; checks all that can fail, builds, and returns what is to
     be installed, without changing anything. generate_batch: gets pipeline, requests with their settings, execution and
     the kind of output. export: gets pipeline, settings, size, batch, text length and attention, and returns the stages.
-    prepare_exported: as prepare, for a pipeline and loaded stages. defaults: gets a target, and returns the fields of
-    JiTConfig that its kind of model has in presets that are given by name. probe: gets target, size in pixels and length of
-    prompts (either may be None) and execution, and returns forwards to time. None where there is none.
+    prepare_exported: as prepare, for a pipeline and loaded stages. probe: gets target, size in pixels and length of
+    prompts (either may be None) and execution, and returns forwards to time. defaults: gets a target, and returns the
+    fields of JiTConfig that its kind of model has in presets given by name. None where there is none.
     """
 
     name: str
@@ -133,5 +133,5 @@ def find(target: Any) -> Patch:
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
     raise UnsupportedModelError(
         f"apply: target must be one of: {supported}; got {kind}; "
-        f"pass a pipeline of these, or its network"
+        f"pass a pipeline of these, or its network{_lazily('.models.refused', 'remark_on')(target)}"
     )

@@ -22,6 +22,8 @@ from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
+from ..models import MODELS as CUT
+from ..models.refused import remark_on
 from ..network import ModelCall, answered, refuse_controlnet
 from ..split import Split
 from .caller import calling_pipeline
@@ -145,8 +147,12 @@ def check_pipeline(pipeline: Any) -> None:
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     models = [model for model, pipelines in PIPELINES.items() if any(name in pipelines for name in names)]
     if not models:
-        known = ", ".join(name for pipelines in PIPELINES.values() for name in pipelines)
-        problems = [f"pipeline must be one of {known}, got {type(pipeline).__name__}, which is not accelerated yet"]
+        kinds = (*PIPELINES.values(), *(model.pipelines for model in CUT))
+        known = ", ".join(name for pipelines in kinds for name in pipelines)
+        remark = remark_on(getattr(pipeline, "transformer", None))
+        problems = [
+            f"pipeline must be one of {known}, got {type(pipeline).__name__}, which is not accelerated yet{remark}"
+        ]
     else:
         problems = _scheduler_problems(pipeline) + _model_problems(pipeline.transformer, models[:1])
     if problems:
