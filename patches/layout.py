@@ -73,6 +73,29 @@ class PatchLayout:
         return torch.cat([latents, further], dim=1) if further.shape[1] else latents
 
 
+@dataclass(frozen=True)
+class TokenLayout:
+    """Latents that are tokens already, (B, N, D); references are further tokens, after the generated ones."""
+
+    def to_tokens(self, latents: Tensor) -> Tensor:
+        """Returns the latents themselves."""
+        return latents
+
+    def to_latents(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """Returns tokens (B, N, D) with zeros for the references of `like`, which nobody reads."""
+        further = like.shape[1] - tokens.shape[1]
+        return F.pad(tokens, (0, 0, 0, further)) if further else tokens
+
+    def generated(self, given: Tensor, num_tokens: int, channels: int) -> Tensor:
+        """Returns the first `num_tokens` of what a model is given."""
+        return given if given.shape[1] == num_tokens else given[:, :num_tokens]
+
+    def put_generated(self, latents: Tensor, given: Tensor) -> Tensor:
+        """Returns `latents` (B, N, D) with the references that a model is given."""
+        further = given[:, latents.shape[1] :]
+        return torch.cat([latents, further], dim=1) if further.shape[1] else latents
+
+
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Returns the tokens (B, N, C * patch) of `x` (B, C, *sizes), in raster order; sizes are multiples of the patch.
 

@@ -120,6 +120,8 @@ def _model_problems(transformer: Any, model: Model) -> list[str]:
     if found is not model:
         return [f"transformer must be a {model.name}, got {type(transformer).__name__}"]
     problems = problems_of(uncompiled(transformer), model.adapter)
+    if (reason := model.problem(uncompiled(transformer).config)) is not None:
+        problems.append(reason)
     if getattr(transformer, "is_cache_enabled", False):
         problems.append("transformer must have no cache enabled, got one: call transformer.disable_cache() first")
     return problems

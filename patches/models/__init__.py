@@ -7,10 +7,10 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import wan
+from . import qwen, wan
 from .model import Model
 
-MODELS: tuple[Model, ...] = (*wan.MODELS,)
+MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS)
 
 
 def model_of(transformer: Any) -> Model | None:

@@ -66,7 +66,7 @@ class Given:
         if state is self.tokens:
             return {**self.arguments, "return_dict": False}
         hidden = self.arguments["hidden_states"]
-        latents = self.layout.to_latents(state, like=hidden)
+        latents = self.layout.to_latents(state, like=self.latents)
         return {
             **self.arguments,
             "hidden_states": self.layout.put_generated(latents, hidden),
@@ -75,7 +75,7 @@ class Given:
 
     def velocity(self, output: Tensor) -> Tensor:
         """Returns the velocity (B, N, D) of a model's output."""
-        tokens = self.layout.to_tokens(output)
+        tokens = self.layout.to_tokens(output)[:, : self.num_tokens]
         return tokens if self.model.sign == 1 else -tokens
 
     def output(self, velocity: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class CutCalls:
                 own,
                 {
                     **arguments,
-                    **{name: value[image : image + 1] for name, value in given.items() if value is not None},
+                    **{name: _row(value, image) for name, value in given.items() if value is not None},
                 },
             )
 
@@ -236,6 +236,12 @@ class CutCalls:
         count = None if places is None else (places.anchors.shape, places.shared is None)
         output: Tensor = self._compiler.run((id(module), count, _signature(arguments)), _output_of, original, arguments)
         return output
+
+
+def _row(value: Any, image: int) -> Any:
+    """Returns the row of an image; the last one, where there are fewer rows than images, stands for the others."""
+    at = min(image, len(value) - 1)
+    return value[at : at + 1]
 
 
 def _output_of(original: Forward, arguments: dict[str, Any]) -> Tensor:

@@ -24,6 +24,11 @@ def nothing_forced(arguments: Arguments) -> Tensor | None:
     return None
 
 
+def no_problem(config: Config) -> str | None:
+    """Returns None: every configuration can be accelerated."""
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """One transformer class, and the pipelines that run it.
@@ -43,6 +48,7 @@ class Model:
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
         refused: Arguments that cannot be accelerated, and what they are.
+        problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Model:
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
     refused: Mapping[str, str] = field(default_factory=dict)
+    problem: Callable[[Config], str | None] = no_problem
 
     def num_text(self, arguments: Arguments) -> int:
         """Returns how many tokens of text and other conditions a call has."""

@@ -9,6 +9,8 @@ from torch import nn
 
 from jitaccel.execution.private import uncompiled
 
+from . import model_of
+
 _CONVOLUTION = "every block has a 3x3 convolution over the grid, which needs all tokens"
 _NO_FLOW = "it does not predict the velocity of flow matching (DDIM and DPM schedulers), on which the method rests"
 REFUSED: Mapping[str, str] = {
@@ -43,7 +45,7 @@ def remark_on(target: Any) -> str:
     """Returns what an error adds on a transformer that is refused or unknown, "" where there is nothing to say."""
     if (reason := reason_against(target)) is not None:
         return f". {type(uncompiled(target)).__name__} cannot be accelerated: {reason}"
-    if places := places_found(target):
+    if model_of(target) is None and (places := places_found(target)):
         listed = ", ".join(f"{name} ({what})" for what, name in places.items())
         return (
             f". {type(uncompiled(target)).__name__} has {listed}, so it may be possible to add it: "

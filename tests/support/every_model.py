@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,41 @@ def _crop_video(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, .
     return cropped
 
 
+def qwen_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 12,
+        "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (4, 4, 4),
+    }  # fmt: skip
+    return randomised(diffusers.QwenImageTransformer2DModel(**{**settings, **overrides}))
+
+
+def _qwen_call(grid: tuple[int, ...], batch: int, references: int = 0) -> dict[str, Any]:
+    height, width = grid
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    mask[-1, -2:] = False
+    shapes = [(1, height, width), *([(1, 2, references // 2)] if references else [])]
+    return {
+        "hidden_states": noise(1, batch, height * width + references, 16),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.full((batch,), 0.7),
+        "img_shapes": [shapes] * batch,
+    }
+
+
+def _no_crop(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    raise AssertionError("there is no sub-rectangle to compare with")
+
+
 CASES: dict[str, Case] = {
+    "QwenImageTransformer2DModel": Case(qwen_transformer, (10, 14), _qwen_call, None, _no_crop),
+    "QwenImageTransformer2DModel, references and a second modulation": Case(
+        lambda: qwen_transformer(zero_cond_t=True),
+        (10, 14),
+        functools.partial(_qwen_call, references=6),
+        None,
+        _no_crop,
+    ),
     "WanTransformer3DModel": Case(wan_transformer, VIDEO, _wan_call, (2, 3, 4), _crop_video),
     "WanTransformer3DModel, a timestep for every token": Case(
         wan_transformer, VIDEO, _wan_per_token, (2, 3, 4), _crop_video
