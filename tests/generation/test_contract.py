@@ -47,7 +47,8 @@ class Case:
 @functools.cache
 def _tutorial() -> tuple[type[nn.Module], patches.Patch]:
     names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(next(block for block in blocks if "class Toy" in block), names)
     return names["Toy"], patches._REGISTERED[0]
 
 
