@@ -28,7 +28,8 @@ class ModelCall:
 
     state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state.
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
-    that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to.
+    that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
+    latents along a token's side.
     """
 
     state: Tensor
@@ -38,6 +39,7 @@ class ModelCall:
     noise_level: Callable[[], float]
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
+    patch: int
     evaluate: Network
 
     def begin(self, config: JiTConfig, step: Step) -> Generation:
@@ -51,6 +53,7 @@ class ModelCall:
             text_tokens=self.text_tokens,
             forced=self.mask,
             multiple=self.multiple,
+            patch=self.patch,
         )
 
 

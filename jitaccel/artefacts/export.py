@@ -7,6 +7,7 @@ One artefact for each stage (gather, network, lift and Euler step), the weights 
 (`jitaccel/artefacts/manifest.py`). A stage is a function of tensors alone,
 
     (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
+    (weights, state, text, pooled, guidance, levels) -> (velocity, next_state)       of a stage that pools the picture
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
 int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
@@ -131,7 +132,7 @@ def _write(
     weights = weights_of(exportable.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
     write_tensors(folder / TENSORS, manifest_tensors(config, exportable.levels, exportable.grid))
-    counts = config.token_counts(num_tokens_of(exportable.grid))
+    counts = config.stage_tokens(exportable.grid)
     device = exportable.device.type
     manifest = Manifest(
         format=format,

@@ -183,10 +183,11 @@ def manifest_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int
     the state of the change of the clean estimate since the step before, all 0 for Euler.
     """
     steps, num_tokens = len(levels) - 1, num_tokens_of(grid)
-    counts = config.token_counts(num_tokens)
+    counts = config.stage_tokens(grid)
     whole = {
         "stages": [config.stage_of_step(step, steps) for step in range(steps)],
         "tokens": list(counts),
+        "pooling": [config.pooling_of(stage) for stage in range(config.num_stages)],
         "grid": list(grid),
         "window": [config.importance_window],
         "own_noise": [int(config.noise == "own")],

@@ -5,7 +5,7 @@ import inspect
 import math
 import numbers
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -22,6 +22,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 _SCHEDULES = ("beta", "native")
+_FACTORS = (1, 2, 4)
 _MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
 
 
@@ -64,6 +65,7 @@ class JiTConfig:
     solver: Literal["euler", "dpmpp_2m"] = "euler"
     importance_window: int = 3
     blur_scale: float = 0.4
+    pooling: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -78,6 +80,7 @@ class JiTConfig:
                 f"JiTConfig: boundaries must be as many as densities, got {len(boundaries)} boundaries and "
                 f"{len(densities)} densities; give each stage one of both"
             )
+        problems += self._pooling_problems()
         problems += self._schedule_problems()
         problems += self._scalar_problems()
         if not problems and self.steps != "caller":
@@ -102,6 +105,31 @@ class JiTConfig:
         items = tuple(float(item) for item in value)
         object.__setattr__(self, name, items)
         return items
+
+    def _pooling_problems(self) -> list[str]:
+        """Stores `pooling` as a tuple of whole numbers, empty where no stage pools; returns what is wrong with it."""
+        value, densities = self.pooling, self.densities
+        is_sequence = isinstance(value, (tuple, list))
+        if not is_sequence or not all(_is_whole(factor) and factor in _FACTORS for factor in value):
+            return [
+                f"JiTConfig: pooling must be a tuple of {', '.join(map(str, _FACTORS))}, one for each stage, got "
+                f"{value!r}; give for example densities=(0.25, 1.0), pooling=(2, 1), or ()"
+            ]
+        factors = tuple(int(factor) for factor in value)
+        object.__setattr__(self, "pooling", factors if any(factor > 1 for factor in factors) else ())
+        if not self.pooling or not isinstance(densities, tuple):
+            return []
+        if len(factors) != len(densities):
+            return [
+                f"JiTConfig: pooling must be as many as densities, got {len(factors)} factors and {len(densities)} "
+                f"densities; give 1 for a stage that does not pool"
+            ]
+        return [
+            f"JiTConfig: a stage that pools by {factor} must have density {1 / factor**2:g}, got {density!r}; "
+            f"set it, every latent it sees is the mean of {factor**2}"
+            for factor, density in zip(factors, densities, strict=True)
+            if factor > 1 and density != 1 / factor**2
+        ]
 
     def _schedule_problems(self) -> list[str]:
         problems = []
@@ -139,9 +167,7 @@ class JiTConfig:
         for name, usual in (("alpha", 1.4), ("beta", 0.425), ("blur_scale", 0.4)):
             value = getattr(self, name)
             if not _is_finite_number(value) or value <= 0:
-                problems.append(
-                    f"JiTConfig: {name} must be a finite number above 0, got {value!r}; try {usual}"
-                )
+                problems.append(f"JiTConfig: {name} must be a finite number above 0, got {value!r}; try {usual}")
         if not _is_whole(self.relax_steps) or self.relax_steps < 1:
             problems.append(
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
@@ -150,8 +176,7 @@ class JiTConfig:
         window = self.importance_window
         if not _is_whole(window) or window < 1 or window % 2 == 0:
             problems.append(
-                f"JiTConfig: importance_window must be an odd whole number above 0, got {window!r}; "
-                f"the paper's is 3"
+                f"JiTConfig: importance_window must be an odd whole number above 0, got {window!r}; the paper's is 3"
             )
         return problems
 
@@ -173,6 +198,10 @@ class JiTConfig:
     def num_stages(self) -> int:
         """Number of stages."""
         return len(self.densities)
+
+    def pooling_of(self, stage: int) -> int:
+        """Returns by how much a stage pools each side of the picture; 1 where it does not."""
+        return self.pooling[stage] if self.pooling else 1
 
     @property
     def move_weight(self) -> float:
@@ -217,8 +246,7 @@ class JiTConfig:
         """
         if not _is_whole(num_tokens) or num_tokens < 1:
             raise ConfigError(
-                f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; "
-                f"pass grid_h * grid_w"
+                f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; pass grid_h * grid_w"
             )
         others = num_tokens - num_forced
         counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
@@ -228,6 +256,31 @@ class JiTConfig:
                 f"density {self.densities[0]}; use {math.ceil(1 / self.densities[0])} tokens or more"
             )
         return tuple(min(-(-count // multiple) * multiple, num_tokens) for count in counts)
+
+    def stage_tokens(self, grid: Sequence[int], num_forced: int = 0, multiple: int = 1) -> tuple[int, ...]:
+        """Returns the number of tokens that each stage gives the network on a grid; pooled stages exactly.
+
+        A pooled stage has the tokens of the smaller picture, its sides rounded up, whatever is forced.
+
+        grid: (h, w) or (t, h, w). num_forced, multiple: as in `token_counts`.
+        Raises ConfigError as `token_counts` does, and where a pooled stage's tokens are no multiple.
+        """
+        counts = self.token_counts(math.prod(grid), num_forced, multiple)
+        return tuple(
+            count if self.pooling_of(stage) == 1 else self._pooled_tokens(grid, self.pooling_of(stage), multiple)
+            for stage, count in enumerate(counts)
+        )
+
+    def _pooled_tokens(self, grid: Sequence[int], factor: int, multiple: int) -> int:
+        *frames, rows, columns = grid
+        count = math.prod(frames) * -(-rows // factor) * -(-columns // factor)
+        if count % multiple:
+            raise ConfigError(
+                f"stage_tokens: a picture pooled by {factor} must have a multiple of {multiple} tokens, which its "
+                f"model divides among ranks or pads to, got {count} of {'x'.join(map(str, grid))}; choose another "
+                f"size, or a configuration without pooling"
+            )
+        return count
 
     def replace(self, **overrides: Any) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError."""
@@ -245,9 +298,7 @@ class JiTConfig:
         check_fields("from_dict", fields)
         missing = [name for name in ("densities", "boundaries", "steps") if name not in fields]
         if missing:
-            raise ConfigError(
-                f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them"
-            )
+            raise ConfigError(f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them")
         return cls(**fields)
 
 

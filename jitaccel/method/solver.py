@@ -21,7 +21,10 @@ _MOST = 2.0  # presets reach 1.7; levels that crowd and then fall would be extra
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CleanEstimate:
-    """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them."""
+    """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them.
+
+    In a pooled stage none was: M = 0.
+    """
 
     step: Step
     clean: Tensor
@@ -87,7 +90,8 @@ class Euler:
 class Multistep:
     """DPM-Solver++(2M): steps towards a clean estimate that is extrapolated from the step before.
 
-    Where a stage begins, tokens that were lifted before it take an Euler step: their estimate was an interpolation.
+    Where a stage begins, tokens that were lifted before it, or are now, take an Euler step: one of their two estimates
+    is an interpolation, of another kind than the other.
     """
 
     needs_every_step = True
@@ -133,6 +137,9 @@ class Multistep:
             return None
         if before.step.stage == step.stage or before.anchors is None:
             return weight
+        now = None if self._now is None else self._now.anchors
+        if not before.anchors.shape[1] or (now is not None and not now.shape[1]):
+            return None
         each = torch.zeros(like.shape[:2], device=like.device)
         return each.scatter_(1, before.anchors, weight)[..., None]
 

@@ -29,6 +29,7 @@ from jitaccel.method.steps import KnownLevels, Step
 
 from ..diffusers_private import execution_device, unpack_latents
 from ..flux.flops import flux_flops
+from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
 from .hook import hook_of
 from .pipelines import check_text_to_image
@@ -70,8 +71,8 @@ class Job:
         return self.generation.run
 
     def level(self) -> Tensor:
-        """Returns the level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
-        timestep = torch.tensor([1000 * self.step.noise_level], dtype=torch.float32)
+        """Returns the stage's level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
+        timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32)
         return timestep.to(self.state.dtype).to(self.state.device) / 1000
 
     def advance(self, branches: Sequence[Tensor]) -> bool:
@@ -148,7 +149,7 @@ def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -
             )
             continue
         try:
-            config.token_counts(sizes[0] // unit * (sizes[1] // unit))
+            config.stage_tokens((sizes[0] // unit, sizes[1] // unit))
         except ConfigError as error:
             problems.append(f"{where}: {error}")
     if problems:
@@ -167,7 +168,7 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     clock = KnownLevels(config, levels_of(pipeline, config, state.shape[1]))
     grid = (request.height // unit, request.width // unit)
     cost, text_tokens = functools.partial(flux_flops, model.config), len(prompts[0].text)
-    generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens)
+    generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens, patch=FLUX.patch)
     guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
@@ -249,7 +250,7 @@ class _Packed:
         model, state = self._model, jobs[0].state
         attention = choose_backend(self._how.attention, state.device, state.dtype, model.config.attention_head_dim)
         each = [(job, prompt) for job in jobs for prompt in job.prompts]
-        tokens = torch.cat([job.run.gather(job.state)[0] for job, _ in each])
+        tokens = torch.cat([job.run.show(job.state)[0] for job, _ in each])
         given = Conditions(
             text=torch.cat([prompt.text for _, prompt in each]),
             pooled=torch.stack([prompt.pooled for _, prompt in each]),
@@ -270,7 +271,7 @@ class _Packed:
         ):
             each = [(job, prompt) for job in jobs for prompt in job.prompts]
             text_ids = [prompt.text_ids for _, prompt in each]
-            self._key, self._pack = key, make_pack(self._model, text_ids, [_anchor_ids(job) for job, _ in each])
+            self._key, self._pack = key, make_pack(self._model, text_ids, [_ids_of(job) for job, _ in each])
         return self._pack
 
 
@@ -280,11 +281,11 @@ def _one_by_one(model: Any, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
 
 def _alone(model: Any, job: Job, prompt: EncodedPrompt) -> Tensor:
     velocity: Tensor = model(
-        hidden_states=job.run.gather(job.state),
+        hidden_states=job.run.show(job.state),
         encoder_hidden_states=prompt.text[None],
         pooled_projections=prompt.pooled[None],
         timestep=job.level(),
-        img_ids=_anchor_ids(job),
+        img_ids=_ids_of(job),
         txt_ids=prompt.text_ids,
         guidance=job.guidance,
         return_dict=False,
@@ -292,8 +293,8 @@ def _alone(model: Any, job: Job, prompt: EncodedPrompt) -> Tensor:
     return velocity[0]
 
 
-def _anchor_ids(job: Job) -> Tensor:
-    return job.ids if job.run.is_dense else job.ids[job.run.anchors[0]]
+def _ids_of(job: Job) -> Tensor:
+    return job.ids if job.run.is_dense else job.ids[job.run.plan.positions[0]]
 
 
 def _finish(pipeline: Any, job: Job, output_type: OutputType) -> Any:

@@ -221,6 +221,7 @@ def _model_call(
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: _mask(split, route),
         multiple=token_multiple(module),
+        patch=kind.patch,
         evaluate=functools.partial(route.calls.evaluate, module, hook, original, arguments, split),
     )
 

@@ -31,8 +31,8 @@ from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
 from jitaccel.execution.packing import PackedLayout, Segments
 from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
-from jitaccel.method.lift import LiftPlan, lift_velocity
-from jitaccel.tokens import gather_tokens
+from jitaccel.method.lift import LiftPlan
+from jitaccel.method.pool import PooledPlan
 
 from ..diffusers_private import accelerate_hook, attention_backend, has_context_parallelism, hook_registry
 from ..split import beside
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler
 
 StageFunction = Callable[
-    [nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions", Tensor | float], tuple[Tensor, Tensor | None]
+    [nn.Module, "Pack", LiftPlan | PooledPlan, Tensor, "Shown", "Conditions", Tensor | float],
+    tuple[Tensor, Tensor | None],
 ]
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
@@ -166,7 +167,7 @@ def run_packed(
 def run_stage(
     model: nn.Module,
     pack: Pack,
-    plan: LiftPlan,
+    plan: LiftPlan | PooledPlan,
     state: Tensor,
     shown: Shown,
     given: Conditions,
@@ -185,26 +186,27 @@ def run_stage(
     if plan.is_dense:
         lifter = None
     level: Tensor | float = 1.0  # not looked at, and the same at every step: a number is compiled in
-    if lifter == "clean":
+    is_pooled = isinstance(plan, PooledPlan)
+    if lifter == "clean" or is_pooled:
         level = state.new_full((), noise_level, dtype=torch.promote_types(state.dtype, torch.float32))
 
     def stage_of(blocks: Blocks) -> StageFunction:
         def stage(
             model: nn.Module,
             pack: Pack,
-            plan: LiftPlan,
+            plan: LiftPlan | PooledPlan,
             state: Tensor,
             shown: Shown,
             given: Conditions,
             level: Tensor | float,
         ) -> tuple[Tensor, Tensor | None]:
-            extra = None if shown.extra is None else _gathered(shown.extra, plan)
-            tokens = beside(_gathered(state, plan), extra, shown.references).flatten(0, 1)
+            extra = None if shown.extra is None else plan.show_beside(shown.extra)
+            tokens = beside(plan.show(state, level), extra, shown.references).flatten(0, 1)
             velocity = run_packed(model, pack, tokens, given, attention, blocks)
             values = velocity.unflatten(0, (state.shape[0], -1))
             if shown.references is not None:
                 values = values[:, : plan.anchors.shape[1]]
-            return values, None if lifter is None else lift_velocity(values, state, level, plan, lifter)
+            return values, None if lifter is None else plan.lift(values, state, level, lifter)
 
         return stage
 
@@ -214,7 +216,8 @@ def run_stage(
     signature = (
         layout.text.lengths,
         layout.image.lengths,
-        plan.grid if lifter else None,
+        plan.grid if lifter or is_pooled else None,
+        plan.factor if isinstance(plan, PooledPlan) else 1,
         state.shape,
         state.dtype,
         state.device,
@@ -233,10 +236,6 @@ def run_stage(
         signature, plain, *arguments, regional=stage_of(regional_blocks()), reason=reason
     )
     return result
-
-
-def _gathered(x: Tensor, plan: LiftPlan) -> Tensor:
-    return x if plan.is_dense else gather_tokens(x, plan.anchors)
 
 
 def _double(
