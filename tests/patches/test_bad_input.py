@@ -1,7 +1,7 @@
 """What cannot run as asked says so: which argument, the rule, the value, and before the network has run.
 
 The defects of the released code that METHOD.md, section 7, lists are tested here, or where the right behaviour is:
-seeds, batches, guidance, VAE flags, printing and undo in test_diffusers_pipeline, the nearest map in test_lift.
+seeds, batches, guidance, VAE flags, printing and undo in diffusers/test_pipeline_*, the nearest map in test_lift.
 """
 
 from __future__ import annotations
