@@ -10,12 +10,13 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel.patches.flux.flops import chroma_flops, flux_flops
-from jitaccel.patches.layout import to_tokens
+from jitaccel.patches.layout import to_picture, to_tokens
 from tests.support import comfy_stand_in as comfy
 from tests.support import tiny
 from tests.support.comfy_models import applied, by_hand, condition, flux1, flux2, on_tokens, sample, start
 from tests.support.comfy_stand_in import BaseModel, ModelPatcher
 from tests.support.models import chroma_transformer, noise
+from tests.support.pooled import POOLED, denoise_pooled
 from tests.support.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TOKENS, WIDTH, relative_error
 
 
@@ -147,3 +148,24 @@ def test_chroma() -> None:
         assert relative_error(sample(handle.target, start(model), conds={"positive": [given]}), expected) < 1e-5
         cost = chroma_flops(model.inner.config, NUM_TOKENS, TEXT_TOKENS)
         assert handle.stats().dense_step_flops == cost
+
+
+@pytest.mark.parametrize("make", [flux1, flux2], ids=["FLUX.1", "FLUX.2"])
+@torch.no_grad()
+def test_pooled_stages_are_the_smaller_picture_made_by_hand(make: Any) -> None:
+    model = make()
+    x, given = start(model), condition(model=model)
+
+    def velocity(tokens: Tensor, grid: tuple[int, int], level: float) -> Tensor:
+        small = torch.zeros(1, 1, grid[0] * model.patch_size, grid[1] * model.patch_size)
+        return model.forward_orig(
+            tokens, model.process_img(small)[1], given["context"], torch.zeros(1, TEXT_TOKENS, model.axes),
+            torch.tensor([level]), given.get("y"), given["guidance"],
+        )  # fmt: skip
+
+    levels = jitaccel.noise_levels(POOLED)
+    state, patch = to_tokens(x, model.patch_size), model.patch_size
+    end = denoise_pooled(velocity, lambda y, level: velocity(y, GRID, level), POOLED, state, levels, GRID, patch)
+    with applied(model, POOLED) as handle:
+        made = sample(handle.target, x, torch.tensor(levels))
+    assert relative_error(made, to_picture(end, GRID, patch, x.shape[2:])) < 1e-5
