@@ -9,7 +9,6 @@ drawn where a pooled stage ends. A variant of ours, not the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from torch import Tensor
 from .. import ops
 from ..ops.schema import pooled_grid
 from .grid import num_tokens_of
+from .lift import Level
 
 __all__ = ["PooledPlan", "make_pooled_plan", "pooled_grid", "pooled_level"]
-
-Level = TypeVar("Level", float, Tensor)
 
 
 def pooled_level(level: Level, factor: int) -> Level:
