@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, UnsupportedModelError, nearest_match
+from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, resolve
+from .method.config import JiTConfig, arguments_of, check_fields, resolve
 
 if TYPE_CHECKING:
     from .speed.auto import Choice
@@ -41,17 +39,18 @@ def apply(
     text_tokens: int | None = None,
     **overrides: Any,
 ) -> Handle:
-    """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
+    """Returns a handle to `target`, a pipeline or transformer, that from now on computes sparse anchor tokens.
 
     Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
     it back bit for bit. Applying to the same target again replaces what was applied before.
 
-    target: a diffusers pipeline of FLUX.1, FLUX.2 or Chroma (the scheduler is followed, and the state moved in its
+    target: a diffusers pipeline of FLUX.1, FLUX.2, Chroma or Wan (the scheduler is followed, and the state moved in its
         `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
         rides on the returned velocity), or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
     preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or "auto": the
         steps and densities that reach a target on this machine, by a few steps that are timed here; `handle.choice`
-        says what was picked and why.
+        says what was picked and why. On video models a preset given by name keeps the sampler's own noise levels;
+        `schedule="beta"` takes the preset's.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
     execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's own
@@ -78,11 +77,11 @@ def apply(
     from . import patches
 
     _check_is_object(target)
-    _check_overrides(overrides)
+    check_fields("apply", overrides, arguments_of(apply))
     wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     is_auto = isinstance(preset, str) and preset == "auto"
     _check_wanted(is_auto, wanted, overrides, noise_levels)
-    config = resolve("dense" if is_auto else preset, **overrides)
+    config = resolve("dense" if is_auto else preset, **{**_defaults(target, preset), **overrides})
     levels = None if noise_levels is None else _checked_levels(noise_levels)
     how = Execution(
         execution=execution,
@@ -121,22 +120,17 @@ def _check_is_object(target: Any) -> None:
         ) from None
 
 
-def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with every reason, for arguments that neither `apply` nor JiTConfig knows."""
-    fields = [field.name for field in dataclasses.fields(JiTConfig)]
-    own = [name for name in inspect.signature(apply).parameters if name not in ("target", "overrides")]
-    if problems := [
-        f"apply: {name} must be an argument of apply or a field of JiTConfig, got an unknown name; "
-        + _suggestion(name, [*own, *fields])
-        for name in overrides
-        if name not in fields
-    ]:
-        raise ConfigError("\n".join(problems))
+def _defaults(target: Any, preset: str | JiTConfig) -> Mapping[str, Any]:
+    """Returns the fields that the kind of model has in a preset that is given by name: video keeps its own levels."""
+    from . import patches
 
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    match = nearest_match(name, known, cutoff=0.6)
-    return f'did you mean "{match}"?' if match else "see help(jitaccel.apply)"
+    if not isinstance(preset, str):
+        return {}
+    try:
+        patch = patches.find(target)
+    except UnsupportedModelError:
+        return {}
+    return {} if patch.defaults is None else patch.defaults(target)
 
 
 def _check_wanted(

@@ -114,7 +114,7 @@ def _types(path: Path) -> Iterator[str]:
 
 def test_no_two_types_share_a_name() -> None:
     where: dict[str, list[str]] = {}
-    for path in (*_files(), *(ROOT / "benchmarks").rglob("*.py")):
+    for path in _files():
         for name in _types(path):
             where.setdefault(name, []).append(str(path.relative_to(ROOT)))
     assert len(where) > 100

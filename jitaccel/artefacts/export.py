@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import ops
-from ..errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
+from ..errors import ArtefactError, ConfigError, UnsupportedModelError, suggestion
 from ..execution.options import Attention
 from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
-from ..method.config import JiTConfig, resolve
+from ..method.config import JiTConfig, arguments_of, check_fields, resolve
 from ..method.grid import num_tokens_of
 from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 
@@ -91,8 +91,9 @@ def export(
     if format not in get_args(Format):
         raise ConfigError(
             f"export: format must be one of {', '.join(get_args(Format))}, got {format!r}; "
-            f'did you mean "{nearest_match(format, get_args(Format))}"?'
+            f"{suggestion(format, get_args(Format))}"
         )
+    check_fields("export", overrides, arguments_of(export))
     config, folder = resolve(preset, **overrides), Path(folder)
     if folder.exists():
         raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedModelError, nearest_match
+from ..errors import ConfigError, UnsupportedModelError, suggestion
 from .graphs import CallRecorder, Counts, CudaGraphs, RepeatedCalls, Replayed
 from .private import (
     CompilationError,
@@ -85,7 +85,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
     if mode is not None and mode not in MODES:
         raise ConfigError(
             f"apply: compile must be True, False, a dict or one of {', '.join(MODES)}, got {mode!r}; "
-            f'did you mean "{nearest_match(str(mode), MODES)}"?'
+            f"{suggestion(mode, MODES)}"
         )
     if mode is not None and inner is not None:
         raise ConfigError(f"apply: compile must hold mode or options, got both ({mode!r}, {inner!r}); leave one out")
@@ -101,7 +101,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
         if name not in known:
             raise ConfigError(
                 f"apply: compile must hold options of torch's inductor, got {name!r}; "
-                f'did you mean "{nearest_match(name, known)}"?'
+                f"{suggestion(name, known, 'see help(torch.compile)')}"
             )
 
 

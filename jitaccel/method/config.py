@@ -1,16 +1,17 @@
 """What to run: stages, schedule and variants of the method, as one frozen value."""
 
 import dataclasses
+import inspect
 import math
 import numbers
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
-from ..errors import ConfigError, nearest_match
+from ..errors import ConfigError, suggestion
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -283,7 +284,7 @@ class JiTConfig:
 
     def replace(self, **overrides: Any) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError."""
-        _check_names("replace", overrides)
+        check_fields("replace", overrides)
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -294,7 +295,7 @@ class JiTConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "JiTConfig":
         """Returns the configuration that `to_dict` wrote; fields with a default may be missing."""
-        _check_names("from_dict", fields)
+        check_fields("from_dict", fields)
         missing = [name for name in ("densities", "boundaries", "steps") if name not in fields]
         if missing:
             raise ConfigError(f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them")
@@ -310,7 +311,7 @@ def resolve(preset_or_config: "str | JiTConfig", **overrides: Any) -> JiTConfig:
     else:
         raise ConfigError(
             f"resolve: preset must be one of {', '.join(PRESETS)} or a JiTConfig, got {preset_or_config!r}; "
-            f'did you mean "{nearest_match(preset_or_config, PRESETS)}"?'
+            f"{suggestion(preset_or_config, PRESETS)}"
         )
     return config.replace(**overrides) if overrides else config
 
@@ -351,7 +352,7 @@ def _choice_problems(name: str, value: object, allowed: tuple[str, ...]) -> list
         return []
     return [
         f"JiTConfig: {name} must be one of {', '.join(allowed)}, got {value!r}; "
-        f'did you mean "{nearest_match(value, allowed)}"?'
+        f"{suggestion(value, allowed)}"
     ]
 
 
@@ -359,17 +360,27 @@ def _field_names() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(JiTConfig))
 
 
-def _check_names(function: str, names: Iterable[str]) -> None:
-    known = _field_names()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(
-            "\n".join(
-                f"{function}: {name} must be a field of JiTConfig, got an unknown name; "
-                f'did you mean "{nearest_match(name, known)}"?'
-                for name in unknown
-            )
-        )
+def arguments_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the keywords that a public function takes beside the fields of JiTConfig and what it works on."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(each.name for each in parameters if each.kind in kinds and each.name != "target")
+
+
+def check_fields(function: str, names: Iterable[str], arguments: Iterable[str] = ()) -> None:
+    """Raises ConfigError, with every reason, for names that are no fields of JiTConfig.
+
+    function: that was called with them. arguments: its own, which may have been meant.
+    """
+    fields, own = _field_names(), tuple(arguments)
+    known = f"an argument of {function} or a field of JiTConfig" if own else "a field of JiTConfig"
+    where = f"see help(jitaccel.{function})" if own else f"it has {', '.join(fields)}"
+    if problems := [
+        f"{function}: {name} must be {known}, got an unknown name; {suggestion(name, (*own, *fields), where)}"
+        for name in names
+        if name not in fields
+    ]:
+        raise ConfigError("\n".join(problems))
 
 
 def sparse_start(steps: int, boundary: float | None = None) -> JiTConfig:

@@ -9,7 +9,6 @@ drawn where a pooled stage ends. A variant of ours, not the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from torch import Tensor
 from .. import ops
 from ..ops.schema import pooled_grid
 from .grid import num_tokens_of
+from .lift import Level
 
 __all__ = ["PooledPlan", "make_pooled_plan", "pooled_grid", "pooled_level"]
-
-Level = TypeVar("Level", float, Tensor)
 
 
 def pooled_level(level: Level, factor: int) -> Level:
@@ -50,6 +48,11 @@ class PooledPlan:
 
     is_dense = False
 
+    @property
+    def small_grid(self) -> tuple[int, ...]:
+        """The grid of the picture that the network sees; M is the product of its sides."""
+        return pooled_grid(self.grid, self.factor)
+
     def show(self, state: Tensor, level: float | Tensor) -> Tensor:
         """Returns the tokens (B, M, D) that the network sees of a state (B, N, D) at `level`: `ops.pool`.
 
@@ -68,7 +71,7 @@ class PooledPlan:
     def spread(self, x: Tensor) -> Tensor:
         """Returns features (B, M, C) of the network's tokens at all that went into each, (B, N, C)."""
         *_, rows, columns = self.grid
-        small = x.unflatten(1, pooled_grid(self.grid, self.factor))
+        small = x.unflatten(1, self.small_grid)
         large = small.repeat_interleave(self.factor, dim=-3).repeat_interleave(self.factor, dim=-2)
         return large[..., :rows, :columns, :].flatten(1, -2)
 

@@ -125,7 +125,7 @@ def test_generate_runs_the_pipeline_untouched_where_asked(command: Command, mode
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--preset", "9x"), 'did you mean "7x"'),
+        (("--preset", "7xx"), 'did you mean "7x"'),
         (("--steps", "0"), "--steps must be at least 1, got 0"),
         (("--preset", "7x-paper", "--steps", "3"), "use 4 steps"),
         (("--out", "picture.txt"), "--out must end in"),

@@ -181,7 +181,7 @@ def test_metrics_are_names_or_ones_own(in_folder: Path, stub: str) -> None:
     assert (psnr.name, psnr.needs_reference, psnr.judges_prompt) == ("psnr_db", True, False)
     assert own.needs_reference and own.name == f"{stub}:furthest"
     for wrong, words in {
-        "pnsr": "did you mean 'psnr'",
+        "pnsr": 'did you mean "psnr"',
         "fid": "package.module:attribute",
         "psnr,psnr": "must be different ones",
         f"{stub}:made,{stub}:nothing": "has no attribute 'nothing'",

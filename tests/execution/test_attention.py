@@ -276,12 +276,10 @@ def test_auto_on_cpu_is_sdpa(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["flash", "FLASH_ATTN_2", "", "torch sdpa"])
-def test_unknown_name_gets_the_nearest_match(name: str) -> None:
+def test_unknown_name_is_refused(name: str) -> None:
     for call in (check_attention, lambda name: choose_backend(name, CPU, torch.float32, 64)):
-        with pytest.raises(ConfigError, match=f"attention must be one of auto, .*, got '{name}'; did you mean"):
+        with pytest.raises(ConfigError, match=f"attention must be one of auto, .*, got '{name}'; "):
             call(name)
-    with pytest.raises(ConfigError, match='did you mean "xformers"'):
-        check_attention("xformer")
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -6,7 +6,6 @@ is cheap to make: what it needs of networks it loads when it scores for the firs
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import suggestion
 from . import metrics
 
 Pictures = NDArray[Any]
@@ -92,8 +92,7 @@ def scorer_factory(word: str) -> ScorerFactory:
     if ":" in word:
         scorer = own(word)
         return ScorerFactory(make=lambda device: scorer)
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "package.module:attribute names one of your own"
+    hint = suggestion(word, known, "package.module:attribute names one of your own")
     raise ValueError(f"one of {', '.join(known)}, got {word!r}; {hint}")
 
 
