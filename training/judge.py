@@ -70,18 +70,23 @@ def train_judge(run: Path, updates: int, seed: int = 7, num_held_out: int = 500,
         scheduler.step()
         log.add(update, loss=losses.item(), cells=in_cells.item(), right=right)
     log.close()
-    judge = Judge(network)
-    judge.record = {
+    record = {
         "training": {"updates": updates, "batch": BATCH, "pictures": len(source), "seed": seed},
         "seconds": round(time.monotonic() - start),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    judge.drawn = features_of_drawings(judge, num_drawn)
+    judge = Judge(network, record)
     judge.save(run / "judge")
+    complete(judge, run, num_held_out, num_drawn)
+    return judge
+
+
+def complete(judge: Judge, run: Path, num_held_out: int, num_drawn: int) -> None:
+    """Adds to a judge how well it does and the features of drawings, and saves it into `judge` below `run`."""
     vae = AutoencoderKL.from_pretrained(run / "vae") if (run / "vae").exists() else None
+    judge.drawn = features_of_drawings(judge, num_drawn)
     judge.record["held_out"] = measure(judge, vae, num_held_out)
     judge.save(run / "judge")
-    return judge
 
 
 def attribute_indices(landscape: Landscape) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -136,6 +137,13 @@ def test_regions_cover_each_pixel_once(rng: np.random.Generator) -> None:
         assert (covered["thing"] > 0) == (landscape.thing != NONE)
         assert (covered["light"] > 0) == (landscape.light != NONE)
         assert (covered["water"] > 0.02) == (landscape.water != NONE)
+
+
+def test_a_cloudy_sky_has_clouds(rng: np.random.Generator) -> None:
+    cloudy = (each for each in iter(lambda: random_landscape(rng), None) if each.sky == "cloudy")
+    for landscape in itertools.islice(cloudy, 60):
+        cover = draw_regions(landscape, 64)[REGIONS.index("cloud")]
+        assert cover[:20].mean() > 0.02, landscape
 
 
 def test_claimed_objects_are_not_hidden(rng: np.random.Generator) -> None:

@@ -15,6 +15,7 @@ from .palette import CLOUDS, LAND_LIGHT, LIGHT_COLOURS, MOUNTAIN_COLOURS, SKY_CO
 from .scene import NONE, PLACES, Landscape
 
 _SNOW, _GOLD = (1.12, 1.16, 1.22), (0.90, 0.60, 0.16)
+_CLOUDS_ABOVE, _LEAST_CLOUDY, _LEAST_PUFF = 0.3, 0.15, 0.2  # height, share of it, and how dense clouds are there
 _NUM_LAYERS = 7  # each has a stream of random numbers of its own
 
 
@@ -91,6 +92,8 @@ def _paint_clouds(canvas: Canvas, landscape: Landscape, horizon: float, rng: np.
     rows = canvas.rows(0, horizon)
     y = canvas.y[rows]
     puffs = field(rng, canvas.x, y, 0.24, octaves=6, stretch=1.9, gain=0.52)
+    seen = puffs[y < _CLOUDS_ABOVE]  # no cloudy sky without a cloud above the mountains
+    puffs = puffs + max(0.0, _LEAST_PUFF - float(np.quantile(seen, 1 - _LEAST_CLOUDY)))
     cover = smooth_step(-0.05, 0.95, puffs + 0.05) * np.clip(1.15 - y / horizon, 0, 1)[:, None] ** 0.5
     if landscape.light != NONE:
         cx, cy, _ = _sun(canvas, landscape, np.random.default_rng([landscape.seed, 99]))
