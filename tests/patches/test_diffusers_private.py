@@ -60,6 +60,9 @@ def test_context_parallelism_is_told(pipe: Any) -> None:
     assert "processor._parallel_config = " in inspect.getsource(type(pipe.transformer).enable_parallelism)
     processor._parallel_config = object()
     assert private.has_context_parallelism(processor) is True
+    assert private.is_parallel(pipe.transformer) is False and hasattr(pipe.transformer, "_parallel_config")
+    pipe.transformer._parallel_config = object()
+    assert private.is_parallel(pipe.transformer) is True
 
 
 def test_offloading_of_whole_models_is_told(pipe: Any) -> None:
@@ -94,5 +97,7 @@ def test_place_of_a_scheduler_is_kept_under_these_names(shared: Any) -> None:
     scheduler.set_begin_index(1)
     scheduler.step(torch.zeros(1), scheduler.timesteps[1], torch.zeros(1))
     place = private.scheduler_place(scheduler, MISSING)
+    private.count_step(scheduler, 2)
+    assert scheduler.step_index == 2
     assert MISSING not in fresh.values() and set(fresh.values()) == {None}
     assert sorted(place.values()) == [scheduler.begin_index, scheduler.step_index] == [1, 2]
