@@ -30,4 +30,6 @@ CASES = (
     ),
     _case("others", "other sizes and spectra", questions.elsewhere),
     _case("others", "rows that were sampled before", questions.earlier_rows),
+    _case("subsets", "the paper's 7x and its variants", questions.subset_variants),
+    _case("subsets", "subset or pooled steps", questions.subset_or_pooled),
 )

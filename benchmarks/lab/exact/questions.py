@@ -9,8 +9,20 @@ from typing import Any
 from ...registry import Row
 from .levels import BETA, LOG_RATIO, native_levels
 from .linear import Distances, Solver
-from .plan import Plan, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
-from .study import Found, Study, Way, dense_line, front, ratios_to_dense, search_levels, search_plans
+from .plan import Plan, Stage, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
+from .study import (
+    Found,
+    Study,
+    Way,
+    dense_line,
+    front,
+    ratios_to_dense,
+    refined,
+    search_levels,
+    search_plans,
+    with_levels,
+)
+from .subset import SubsetStudy, Variant
 from .targets import TARGETS, candidates, is_just_in_time, shares_of_limit
 
 FLUX = Study((128, 128), (2.0, 2.6))  # 1024x1024 pixels: 64x64 tokens
@@ -118,6 +130,44 @@ def earlier_rows() -> Iterator[Row]:
         yield _found_row(middle, search_levels(plan, middle))
     for plan in (pooled((4, 2), (4, 1)), pooled((6, 2), (5, 1))):
         yield _found_row(FLUX, search_levels(plan, FLUX))
+
+
+_PAPER = Plan((Stage(steps=4, density=0.32), Stage(steps=3, density=0.6), Stage(steps=4)))  # 7x-paper
+_PAPER_LEVELS = (1.4, 0.425)
+_VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
+    {
+        "velocity lifted, released blend, fresh noise": (Variant("velocity", 1.0 / 3.0, "fresh"), "euler"),
+        "velocity lifted, exact micro-flow, fresh noise": (Variant("velocity", 1.0, "fresh"), "euler"),
+        "velocity lifted, exact micro-flow, own noise": (Variant("velocity", 1.0, "own"), "euler"),
+        "velocity lifted, nothing moved": (Variant("velocity"), "euler"),
+        "clean estimate lifted, nothing moved": (Variant("clean"), "euler"),
+        "clean estimate lifted, nothing moved, second order": (Variant("clean"), "dpmpp_2m"),
+        "clean estimate lifted, second order across stages": (Variant("clean"), "dpmpp_2m_across"),
+    }
+)
+
+
+def subset_variants() -> Iterator[Row]:
+    """Yields the paper's 7x and its variants, at 32x32 latents on the paper's levels; activation is random."""
+    levels = BETA.levels(_PAPER.steps, *_PAPER_LEVELS)
+    for name, (variant, solver) in _VARIANTS.items():
+        study = SubsetStudy((32, 32), (1.4, 2.0), variant)
+        yield _row(study, _PAPER, levels, BETA.name, solver, {"variant": name}, _PAPER_LEVELS, f"{name}: ")
+    small = Study((32, 32), (1.4, 2.0))
+    for steps in (7, 11):
+        yield _row(small, dense(steps), BETA.levels(steps, *_PAPER_LEVELS), BETA.name, "euler", {}, _PAPER_LEVELS)
+
+
+def subset_or_pooled() -> Iterator[Row]:
+    """Yields plans of equal cost by tokens, with subset steps and with pooled ones, levels searched for each."""
+    study = SubsetStudy((32, 32), (2.0, 2.6))
+    for solver in ("dpmpp_2m", "dpmpp_2m_across"):
+        way = Way(BETA, solver)
+        for cheap, whole in ((4, 4), (6, 3), (7, 5)):
+            by_area = search_levels(pooled((cheap, 2), (whole, 1)), Study(study.shape, study.exponents), way)
+            yield _found_row(study, by_area)
+            by_subset = Plan((Stage(steps=cheap, density=0.25), Stage(steps=whole)))
+            yield _found_row(study, refined(with_levels(by_subset, study, way, by_area.parameters), study))
 
 
 def _found_row(study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = "") -> Row:
