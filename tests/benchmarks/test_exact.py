@@ -202,6 +202,14 @@ def test_front_gets_better_as_it_gets_dearer() -> None:
     assert dense(3) not in plans[1:]
 
 
+def test_half_size_that_knows_another_spectrum_is_worse_and_dense_steps_do_not_see_it() -> None:
+    off = Study(WHOLE.shape, WHOLE.exponents, pooled_off_by=0.3)
+    for plan, is_same in ((dense(5), True), (pooled((7, 2), (5, 1)), False)):
+        levels = beta_levels(plan.steps, 0.839, 0.267)
+        best, other = WHOLE.errors(plan, levels), off.errors(plan, levels)
+        assert other == best if is_same else all(np.array(other) > 1.5 * np.array(best))
+
+
 def test_equal_cost_lies_between_whole_numbers_of_dense_steps() -> None:
     line = {6: (4e-2,), 7: (1e-2,)}
     assert ratios_to_dense((1e-2,), 6.5, line) == pytest.approx((0.5,))

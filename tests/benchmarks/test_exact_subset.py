@@ -114,5 +114,5 @@ def test_every_token_as_anchor_is_dense() -> None:
     ids=["paper", "clean", "4 at 32 %"],
 )
 def test_subset_rows_agree_with_sampled_ones(plan: Plan, variant: Variant, solver: Any, sampled: float) -> None:
-    (error,) = SubsetStudy((32, 32), (2.0,), variant).errors(plan, beta_levels(plan.steps), solver)
+    (error,) = SubsetStudy((32, 32), (2.0,), variant=variant).errors(plan, beta_levels(plan.steps), solver)
     assert error == pytest.approx(sampled, rel=TOLERANCE)

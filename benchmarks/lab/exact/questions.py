@@ -26,6 +26,7 @@ from .subset import SubsetStudy, Variant
 from .targets import TARGETS, candidates, is_just_in_time, shares_of_limit
 
 FLUX = Study((128, 128), (2.0, 2.6))  # 1024x1024 pixels: 64x64 tokens
+VIDEO = Study((13, 60, 104), (3.0, 3.6))  # 13x30x52 tokens
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "Beta levels": Way(BETA, "dpmpp_2m"),
@@ -118,6 +119,31 @@ def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Row]:
             yield _row(study, dense(steps), native_levels(steps), "native", "euler")
 
 
+def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) -> Iterator[Row]:
+    """Yields the presets' plans where the network that sees averages knows another spectrum than the dense one."""
+    for offset in offsets:
+        study = Study(FLUX.shape, FLUX.exponents, offset)
+        for name, presets in PRESETS.items():
+            way = WAYS[name]
+            for preset, (plan, parameters) in presets.items():
+                levels = way.family.levels(plan.steps, *parameters)
+                extra = {"target": preset, "pooled_off_by": offset}
+                start = f"half size off by {offset:g}: "
+                yield _row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
+
+
+def video(study: Study = VIDEO) -> Iterator[Row]:
+    """Yields dense and pooled steps on 13x30x52 tokens, pooled within frames.
+
+    A frame of a field in three dimensions with power k^-(p + 1) has k^-p.
+    """
+    for plan in (dense(5), dense(6), dense(7), dense(8)):
+        yield _found_row(study, search_levels(plan, study))
+    for solver in ("dpmpp_2m", "dpmpp_2m_across"):
+        for cheap, whole in ((6, 3), (4, 4), (7, 5)):
+            yield _found_row(study, search_levels(pooled((cheap, 2), (whole, 1)), study, Way(BETA, solver)))
+
+
 def earlier_rows() -> Iterator[Row]:
     """Yields rows that a sampled program had before, for comparison."""
     small = Study((32, 32), (1.4, 2.0))
@@ -151,7 +177,7 @@ def subset_variants() -> Iterator[Row]:
     """Yields the paper's 7x and its variants, at 32x32 latents on the paper's levels; activation is random."""
     levels = BETA.levels(_PAPER.steps, *_PAPER_LEVELS)
     for name, (variant, solver) in _VARIANTS.items():
-        study = SubsetStudy((32, 32), (1.4, 2.0), variant)
+        study = SubsetStudy((32, 32), (1.4, 2.0), variant=variant)
         yield _row(study, _PAPER, levels, BETA.name, solver, {"variant": name}, _PAPER_LEVELS, f"{name}: ")
     small = Study((32, 32), (1.4, 2.0))
     for steps in (7, 11):

@@ -45,7 +45,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class SubsetStudy(Study):
-    """A study whose plans may have stages on a subset of the tokens; up to 32 x 32 of them, one frame.
+    """A study whose plans may have stages on a subset of the tokens; up to 32 x 32 of them, one frame, best networks.
 
     Attributes:
         variant: Of the subset stages.
