@@ -18,6 +18,7 @@ from jitaccel.method.config import PRESETS, JiTConfig
 
 from . import cards
 from .compare import identity
+from .lab.exact import report as exact_report
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -245,6 +246,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "auto": auto,
     "codebases": codebases,
     "denoise": denoise,
+    "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
     "packing": packing,

@@ -29,14 +29,12 @@ def _kind(row: Fields) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 def _table(rows: Sequence[Fields]) -> str:
     (grid, spectra), *_ = map(_kind, rows)
-    head = ["x".join(map(str, grid)) + " tokens", "levels", "steps are", "cost", "by tokens"]
-    head += [f"error {spectrum}" for spectrum in spectra] + [f"W2 {spectrum}" for spectrum in spectra]
     extras = [name for name in _EXTRAS if any(name in row for row in rows)]
-    lines = [_line(row, spectra, extras) for row in rows]
-    return "".join(
-        f"| {' | '.join(line)} |\n"
-        for line in [head + [_EXTRAS[e] for e in extras], ["---"] * (len(head) + len(extras)), *lines]
-    )
+    head = [f"{'x'.join(map(str, grid))} tokens", "levels", "solver", "cost", "by tokens"]
+    head += [f"{what} {spectrum}" for what in ("error", "W2") for spectrum in spectra]
+    head += [_EXTRAS[name] for name in extras]
+    lines = [head, ["---"] * len(head), *(_line(row, spectra, extras) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 _EXTRAS = {

@@ -182,11 +182,18 @@ def _cost(found: Found, study: Study) -> float:
 
 @functools.lru_cache(maxsize=8)
 def dense_line(study: Study, family: Family = BETA, most: int = 14) -> Mapping[int, tuple[float, ...]]:
-    """Returns the line to beat: errors of 3 to `most` dense 2M steps, with levels searched for each spectrum alone."""
+    """Returns the line to beat: errors of 3 to `most` dense 2M steps, with levels searched for each spectrum alone.
+
+    Where more steps are worse than fewer, which log-ratio levels make them, the fewer count.
+    """
     way = Way(family=family)
-    alone = [Study(study.shape, (exponent,)) for exponent in study.exponents]
     counts = range(3, most + 1)
-    return {steps: tuple(search_levels(dense(steps), each, way).errors[0] for each in alone) for steps in counts}
+    lines = []
+    for exponent in study.exponents:
+        alone = Study(study.shape, (exponent,))
+        errors = [search_levels(dense(steps), alone, way).errors[0] for steps in counts]
+        lines.append(np.minimum.accumulate(errors).tolist())
+    return dict(zip(counts, zip(*lines, strict=True), strict=True))
 
 
 def ratios_to_dense(errors: Sequence[float], cost: float, line: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:
