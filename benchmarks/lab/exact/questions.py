@@ -54,7 +54,7 @@ def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> It
 
 
 def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterator[Row]:
-    """Yields the front of plans of which half of the steps are pooled, then the best for each target.
+    """Yields the front of plans of which half of the steps are pooled, then the best for each target that some can pay.
 
     `limit_share` is the error over the least limit of the target, against dense steps on the same family of levels.
     """
@@ -69,6 +69,8 @@ def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterato
         some = [each for each in found if each.plan.cell <= factor]
         for preset, target in TARGETS.items():
             shares = {each: shares_of_limit(target, each, study, family) for each in candidates(target, some, study)}
+            if not shares:
+                continue
             best = min(shares, key=lambda each: max(shares[each]))
             ratios = ratios_to_dense(best.errors, cost_on_flux(best.plan, study.num_tokens), line)
             extra = {
