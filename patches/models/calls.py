@@ -16,6 +16,7 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer
+from jitaccel.generation.stats import Cost
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.run import Run
@@ -176,18 +177,24 @@ class CutCalls:
 
     def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
-        counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
-        batch = given.tokens.shape[0]
         model, arguments = self.model, given.arguments
         return ModelCall(
             state=given.tokens,
             text_tokens=model.num_text(arguments),
-            cost=lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch,
+            cost=self._cost(module, given),
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
             evaluate=functools.partial(self._evaluate, module, original, given),
         )
+
+    def _cost(self, module: nn.Module, given: Given) -> Cost:
+        """Returns the operations of one forward for one image, by numbers of tokens; it keeps no tensor."""
+        if self.model.cost is not None:
+            return functools.partial(self.model.cost, uncompiled(module).config)
+        counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
+        batch = given.tokens.shape[0]
+        return lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch
 
     def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""

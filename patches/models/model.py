@@ -48,6 +48,8 @@ class Model:
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
         refused: Arguments that cannot be accelerated, and what they are.
+        cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
+            copy without data (`flops.py`), which a model that looks at values does not allow.
         problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
     """
 
@@ -64,6 +66,7 @@ class Model:
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
     refused: Mapping[str, str] = field(default_factory=dict)
+    cost: Callable[[Config, int, int], int] | None = None
     problem: Callable[[Config], str | None] = no_problem
 
     def num_text(self, arguments: Arguments) -> int:

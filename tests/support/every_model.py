@@ -98,7 +98,71 @@ def _no_crop(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]
     raise AssertionError("there is no sub-rectangle to compare with")
 
 
+def hunyuan_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 1,
+        "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": 2, "patch_size_t": 1,
+        "guidance_embeds": True, "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4),
+    }  # fmt: skip
+    return randomised(diffusers.HunyuanVideoTransformer3DModel(**{**settings, **overrides}))
+
+
+def _text_mask(batch: int, length: int) -> Tensor:
+    mask = torch.ones(batch, length)
+    mask[-1, -2:] = 0.0
+    return mask
+
+
+def _hunyuan_call(grid: tuple[int, ...], batch: int, channels: int = 4) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(1, batch, channels, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT),
+        "pooled_projections": noise(3, batch, 8),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def hunyuan15_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
+        "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 16,
+        "text_embed_2_dim": 8, "image_embed_dim": 12, "rope_axes_dim": (2, 2, 4), "target_size": 16,
+        "task_type": "t2v",
+    }  # fmt: skip
+    return randomised(diffusers.HunyuanVideo15Transformer3DModel(**{**settings, **overrides}))
+
+
+def _hunyuan15_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 9, *grid),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT),
+        "encoder_hidden_states_2": noise(3, batch, 4, 8),
+        "encoder_attention_mask_2": _text_mask(batch, 4),
+        "image_embeds": torch.zeros(batch, 3, 12),
+    }
+
+
+def _crop_plain(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    return {**call, "hidden_states": call["hidden_states"][(..., *(slice(side) for side in small))]}
+
+
 CASES: dict[str, Case] = {
+    "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),
+    "HunyuanVideoTransformer3DModel, an image in further channels": Case(
+        lambda: hunyuan_transformer(in_channels=9, image_condition_type="latent_concat"),
+        VIDEO,
+        functools.partial(_hunyuan_call, channels=9),
+        (2, 3, 4),
+        _crop_video,
+    ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        hunyuan15_transformer, VIDEO, _hunyuan15_call, (2, 3, 4), _crop_plain, is_one_graph=False
+    ),
     "QwenImageTransformer2DModel": Case(qwen_transformer, (10, 14), _qwen_call, None, _no_crop),
     "QwenImageTransformer2DModel, references and a second modulation": Case(
         lambda: qwen_transformer(zero_cond_t=True),
