@@ -154,7 +154,9 @@ def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Ma
             f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
         )
-    given = route.calls.given(module, arguments)
+    is_batch = route.calls.model.branches == "batch" and isinstance(route, LatentsRoute)
+    branches = route.branches_of(arguments["hidden_states"].shape[0]) if is_batch else 1
+    given = route.calls.given(module, arguments, branches)
     output = given.output(route.forward(route.calls.call(module, original, given)))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
 

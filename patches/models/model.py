@@ -44,6 +44,7 @@ class Model:
         per_level: What `timestep` is at noise level 1.
         sign: What the output is multiplied by to be a velocity, noise minus data.
         frames: What the first axis of a grid (t, h, w) is; None for (h, w).
+        branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
         forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
@@ -62,6 +63,7 @@ class Model:
     per_level: float = 1000.0
     sign: Literal[1, -1] = 1
     frames: Literal["time", "layers"] | None = None
+    branches: Literal["calls", "batch"] = "calls"
     forced: Callable[[Arguments], Tensor | None] = nothing_forced
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"

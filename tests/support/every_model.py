@@ -24,7 +24,8 @@ class Case:
 
     make: the model. call: arguments for a batch of images of a grid. small: the grid of the sub-rectangle that is
     compared with the model on cropped latents; None where positions depend on the size. crop: the arguments of the
-    sub-rectangle, which starts at the first token. is_one_graph: whether the whole forward compiles.
+    sub-rectangle, which starts at the first token, or lies in the middle (is_centred). is_one_graph: whether the whole
+    forward compiles.
     """
 
     make: Callable[[], Any]
@@ -33,6 +34,7 @@ class Case:
     small: tuple[int, ...] | None
     crop: Callable[[dict[str, Any], tuple[int, ...], tuple[int, ...]], dict[str, Any]]
     is_one_graph: bool = True
+    is_centred: bool = False
 
 
 def wan_transformer(seed: int = 0, **overrides: Any) -> Any:
@@ -151,7 +153,32 @@ def _crop_plain(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, .
     return {**call, "hidden_states": call["hidden_states"][(..., *(slice(side) for side in small))]}
 
 
+def sd3_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "joint_attention_dim": 16,
+        "pooled_projection_dim": 8, "pos_embed_max_size": 24, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }  # fmt: skip
+    return randomised(diffusers.SD3Transformer2DModel(**{**settings, **overrides}))
+
+
+def _sd3_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, 2 * grid[0], 2 * grid[1]),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "pooled_projections": noise(3, batch, 8),
+        "timestep": torch.full((batch,), 700.0),
+    }
+
+
+def _crop_centre(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    starts = [2 * ((side - inner) // 2) for side, inner in zip(grid, small, strict=True)]
+    region = [slice(start, start + 2 * inner) for start, inner in zip(starts, small, strict=True)]
+    return {**call, "hidden_states": call["hidden_states"][(..., *region)]}
+
+
 CASES: dict[str, Case] = {
+    "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),
     "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),
     "HunyuanVideoTransformer3DModel, an image in further channels": Case(
         lambda: hunyuan_transformer(in_channels=9, image_condition_type="latent_concat"),
@@ -185,10 +212,12 @@ CASES: dict[str, Case] = {
 }
 
 
-def region(grid: tuple[int, ...], small: tuple[int, ...]) -> Tensor:
-    """Returns the raster indices (M,) of the sub-rectangle of a grid that starts at its first token."""
-    index = torch.arange(torch.Size(grid).numel()).view(grid)
-    return index[tuple(slice(side) for side in small)].flatten()
+def region(case: Case) -> Tensor:
+    """Returns the raster indices (M,) of a case's sub-rectangle."""
+    assert case.small is not None
+    index = torch.arange(torch.Size(case.grid).numel()).view(case.grid)
+    starts = [(n - k) // 2 if case.is_centred else 0 for n, k in zip(case.grid, case.small, strict=True)]
+    return index[tuple(slice(at, at + k) for at, k in zip(starts, case.small, strict=True))].flatten()
 
 
 def row_of(call: dict[str, Any], image: int) -> dict[str, Any]:

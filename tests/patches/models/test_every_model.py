@@ -102,7 +102,7 @@ def test_sub_rectangle_is_the_model_on_cropped_latents(subject: Subject) -> None
     case = subject.case
     if case.small is None:
         pytest.skip("positions of the text depend on the size")
-    call, at = subject.call(), region(case.grid, case.small)
+    call, at = subject.call(), region(case)
     got = subject.tokens(subject.at(places_of(at[None], subject.num_tokens), call))
     cropped = subject.layout.to_tokens(subject.plain(case.crop(call, case.grid, case.small)))
     assert torch.equal(got[:, at], cropped[:, : len(at)])
