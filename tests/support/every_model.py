@@ -66,6 +66,26 @@ def _wan_image(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
     return {**_wan_call(grid, batch, channels=9), **given}
 
 
+def vace_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
+        "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+        "vace_layers": [0, 2], "vace_in_channels": 6,
+    }  # fmt: skip
+    return randomised(diffusers.WanVACETransformer3DModel(**{**settings, **overrides}))
+
+
+def _vace_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {**_wan_call(grid, batch), "control_hidden_states": noise(4, batch, 6, frames, 2 * height, 2 * width)}
+
+
+def _crop_vace(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    frames, height, width = small
+    control = call["control_hidden_states"][:, :, :frames, : 2 * height, : 2 * width]
+    return {**_crop_video(call, grid, small), "control_hidden_states": control}
+
+
 def _crop_video(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
     frames, height, width = small
     cropped = {**call, "hidden_states": call["hidden_states"][:, :, :frames, : 2 * height, : 2 * width]}
@@ -178,6 +198,7 @@ def _crop_centre(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
 
 
 CASES: dict[str, Case] = {
+    "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
     "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),
     "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),
     "HunyuanVideoTransformer3DModel, an image in further channels": Case(
