@@ -39,17 +39,18 @@ def apply(
     text_tokens: int | None = None,
     **overrides: Any,
 ) -> Handle:
-    """Returns a handle to `target`, a FLUX pipeline or transformer, that from now on computes sparse anchor tokens.
+    """Returns a handle to `target`, a pipeline or transformer, that from now on computes sparse anchor tokens.
 
     Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
     it back bit for bit. Applying to the same target again replaces what was applied before.
 
-    target: a diffusers pipeline of FLUX.1, FLUX.2 or Chroma (the scheduler is followed, and the state moved in its
+    target: a diffusers pipeline of FLUX.1, FLUX.2, Chroma or Wan (the scheduler is followed, and the state moved in its
         `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
         rides on the returned velocity), or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
     preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or "auto": the
         steps and densities that reach a target on this machine, by a few steps that are timed here; `handle.choice`
-        says what was picked and why.
+        says what was picked and why. On video models a preset given by name keeps the sampler's own noise levels;
+        `schedule="beta"` takes the preset's.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
     execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's own
@@ -80,7 +81,7 @@ def apply(
     wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     is_auto = isinstance(preset, str) and preset == "auto"
     _check_wanted(is_auto, wanted, overrides, noise_levels)
-    config = resolve("dense" if is_auto else preset, **overrides)
+    config = resolve("dense" if is_auto else preset, **{**_defaults(target, preset), **overrides})
     levels = None if noise_levels is None else _checked_levels(noise_levels)
     how = Execution(
         execution=execution,
@@ -117,6 +118,19 @@ def _check_is_object(target: Any) -> None:
             f"apply: target must be a loaded pipeline or network, got {target!r}; load it first, for example with "
             f"FluxPipeline.from_pretrained(...)"
         ) from None
+
+
+def _defaults(target: Any, preset: str | JiTConfig) -> Mapping[str, Any]:
+    """Returns the fields that the kind of model has in a preset that is given by name: video keeps its own levels."""
+    from . import patches
+
+    if not isinstance(preset, str):
+        return {}
+    try:
+        patch = patches.find(target)
+    except UnsupportedModelError:
+        return {}
+    return {} if patch.defaults is None else patch.defaults(target)
 
 
 def _check_wanted(

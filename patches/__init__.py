@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ class Patch:
     be installed, without changing anything. generate_batch: gets pipeline, requests with their settings, execution and
     the kind of output. export: gets pipeline, settings, size, batch, text length and attention, and returns the stages.
     prepare_exported: as prepare, for a pipeline and loaded stages. probe: gets target, size in pixels and length of
-    prompts (either may be None) and execution, and returns forwards to time. None where there is none.
+    prompts (either may be None) and execution, and returns forwards to time. defaults: gets a target, and returns the
+    fields of JiTConfig that its kind of model has in presets given by name. None where there is none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Patch:
     export: Callable[..., Exportable] | None = None
     prepare_exported: Callable[..., Installation] | None = None
     probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
+    defaults: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
@@ -78,6 +80,18 @@ def _lazily(module: str, function: str) -> Callable[..., Any]:
 
 
 PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="diffusers WanPipeline and other pipelines of the models of jitaccel.patches.models",
+        matches=_lazily(".models", "knows_pipeline"),
+        prepare=_lazily(".diffusers.cut", "prepare_pipeline"),
+        defaults=_lazily(".models", "defaults_of_pipeline"),
+    ),
+    Patch(
+        name="diffusers WanTransformer3DModel and other transformers of jitaccel.patches.models",
+        matches=_lazily(".models", "knows_transformer"),
+        prepare=_lazily(".diffusers.cut", "prepare_transformer"),
+        defaults=_lazily(".models", "defaults_of_transformer"),
+    ),
     Patch(
         name="diffusers FluxPipeline and other pipelines of FLUX.1, FLUX.2 and Chroma",
         matches=lambda target: is_instance_of(target, "diffusers", "DiffusionPipeline"),
@@ -127,5 +141,5 @@ def find(target: Any) -> Patch:
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
     raise UnsupportedModelError(
         f"apply: target must be one of: {supported}; got {kind}; "
-        f"pass a pipeline of these, or its network"
+        f"pass a pipeline of these, or its network{_lazily('.models.refused', 'remark_on')(target)}"
     )

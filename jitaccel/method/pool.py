@@ -48,6 +48,11 @@ class PooledPlan:
 
     is_dense = False
 
+    @property
+    def small_grid(self) -> tuple[int, ...]:
+        """The grid of the picture that the network sees; M is the product of its sides."""
+        return pooled_grid(self.grid, self.factor)
+
     def show(self, state: Tensor, level: float | Tensor) -> Tensor:
         """Returns the tokens (B, M, D) that the network sees of a state (B, N, D) at `level`: `ops.pool`.
 
@@ -66,7 +71,7 @@ class PooledPlan:
     def spread(self, x: Tensor) -> Tensor:
         """Returns features (B, M, C) of the network's tokens at all that went into each, (B, N, C)."""
         *_, rows, columns = self.grid
-        small = x.unflatten(1, pooled_grid(self.grid, self.factor))
+        small = x.unflatten(1, self.small_grid)
         large = small.repeat_interleave(self.factor, dim=-3).repeat_interleave(self.factor, dim=-2)
         return large[..., :rows, :columns, :].flatten(1, -2)
 

@@ -22,6 +22,8 @@ from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
+from ..models import MODELS as CUT
+from ..models.refused import remark_on
 from ..network import ModelCall, answered, refuse_controlnet
 from ..split import Split
 from .caller import calling_pipeline
@@ -46,8 +48,8 @@ def prepare_pipeline(
     on_anchors = execution.controlnet == "anchors"
     if on_anchors:
         check_controlnet(pipeline)
-    replaces = _handles_of(pipeline)
-    _refuse_shared_scheduler(pipeline, replaces)
+    replaces = handles_of(pipeline, [pipeline.transformer])
+    refuse_shared_scheduler(pipeline, replaces)
     calls = FluxCalls(pipeline.transformer, config, execution)
     name = f"diffusers {type(pipeline).__name__}"
     route = SchedulerRoute(pipeline, config, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
@@ -61,13 +63,13 @@ def prepare_pipeline(
     return Installation(route=route, install=put, release=calls.release, replaces=replaces)
 
 
-def _handles_of(pipeline: Any) -> tuple[Handle, ...]:
+def handles_of(pipeline: Any, transformers: Sequence[Any]) -> tuple[Handle, ...]:
     """Returns what patched this pipeline before, and on the same parts one that is gone, for whom nobody can answer.
 
-    Found at the transformer or at the scheduler: either may have been replaced since.
+    Found at the transformers or at the scheduler: either may have been replaced since.
     """
-    hook = hook_of(pipeline.transformer)
-    found = [*hook.handles.values()] if hook else []
+    hooks = [hook for transformer in transformers if (hook := hook_of(transformer))]
+    found = [handle for hook in hooks for handle in hook.handles.values()]
     if (handle := scheduler_handle(pipeline.scheduler)) is not None:
         found.append(handle)
     routes = [(handle, handle.route) for handle in dict.fromkeys(found)]
@@ -145,18 +147,22 @@ def check_pipeline(pipeline: Any) -> None:
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     models = [model for model, pipelines in PIPELINES.items() if any(name in pipelines for name in names)]
     if not models:
-        known = ", ".join(name for pipelines in PIPELINES.values() for name in pipelines)
-        problems = [f"pipeline must be one of {known}, got {type(pipeline).__name__}, which is not accelerated yet"]
+        kinds = (*PIPELINES.values(), *(model.pipelines for model in CUT))
+        known = ", ".join(name for pipelines in kinds for name in pipelines)
+        remark = remark_on(getattr(pipeline, "transformer", None))
+        problems = [
+            f"pipeline must be one of {known}, got {type(pipeline).__name__}, which is not accelerated yet{remark}"
+        ]
     else:
         problems = _scheduler_problems(pipeline) + _model_problems(pipeline.transformer, models[:1])
     if problems:
-        raise UnsupportedModelError(_explain(pipeline, problems))
+        raise UnsupportedModelError(explain(pipeline, problems))
 
 
 def check_transformer(transformer: Any) -> None:
     """Raises UnsupportedModelError with every reason why a bare transformer cannot be accelerated correctly."""
     if problems := _model_problems(transformer):
-        raise UnsupportedModelError(_explain(transformer, problems))
+        raise UnsupportedModelError(explain(transformer, problems))
 
 
 def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
@@ -172,7 +178,7 @@ def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
     else:
         problems = _scheduler_problems(pipeline)
     if problems:
-        raise UnsupportedModelError(_explain(pipeline, problems))
+        raise UnsupportedModelError(explain(pipeline, problems))
 
 
 def _scheduler_problems(pipeline: Any) -> list[str]:
@@ -187,11 +193,13 @@ def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[st
     return []
 
 
-def _explain(target: Any, problems: list[str]) -> str:
+def explain(target: Any, problems: list[str]) -> str:
+    """Returns the message of a target that cannot be accelerated, with every reason."""
     return f"apply: {type(target).__name__} cannot be accelerated: " + "; ".join(problems)
 
 
-def _refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
+def refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
+    """Raises ConfigError where another pipeline's patch is on the scheduler of this one."""
     handle = scheduler_handle(pipeline.scheduler)
     if handle is not None and handle.is_active and handle not in replaces:
         raise ConfigError(

@@ -236,7 +236,7 @@ class SchedulerRoute:
             self.reset()
             return output
         moved = generation.enter(clock.step(step + 1), output[0])
-        return output if moved is output[0] else _with_state(output, moved)
+        return output if moved is output[0] else with_state(output, moved)
 
     def _answer(self, run: Run, model_output: Tensor) -> Answer:
         """Returns what the pipeline brings: the anchors' velocity, or the very velocity that a call has lifted."""
@@ -329,7 +329,8 @@ def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
     return patched
 
 
-def _with_state(output: Any, state: Tensor) -> Any:
+def with_state(output: Any, state: Tensor) -> Any:
+    """Returns what a scheduler's step returned, with another state in it."""
     if isinstance(output, tuple):
         return (state, *output[1:])
     return type(output)(prev_sample=state)

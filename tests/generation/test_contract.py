@@ -27,9 +27,11 @@ from jitaccel.generation.handle import Handle
 from tests.support import comfy_stand_in as comfy
 from tests.support import tiny
 from tests.support.comfy_stand_in import BaseModel, ModelPatcher
+from tests.support.every_model import wan_transformer
 from tests.support.models import chroma_transformer, flux2_transformer
 from tests.support.pipelines import chroma_pipeline, flux2_pipeline
 from tests.support.tiny import CHANNELS, SHORT
+from tests.support.video import wan_pipeline
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 
@@ -46,7 +48,8 @@ class Case:
 @functools.cache
 def _tutorial() -> tuple[type[nn.Module], patches.Patch]:
     names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(next(block for block in blocks if "class Toy" in block), names)
     return names["Toy"], patches._REGISTERED[0]
 
 
@@ -78,6 +81,12 @@ CASES = {
     "FLUX.1 transformer": Case("diffusers FluxTransformer2DModel", tiny.transformer),
     "FLUX.2 transformer": Case("diffusers FluxTransformer2DModel", flux2_transformer),
     "Chroma transformer": Case("diffusers FluxTransformer2DModel", chroma_transformer),
+    "WanPipeline": Case(
+        "diffusers WanPipeline",
+        lambda: wan_pipeline(boundary=0.8),
+        lambda pipe: [pipe.transformer, pipe.transformer_2],
+    ),
+    "Wan transformer": Case("diffusers WanTransformer3DModel", wan_transformer),
     "BFL Flux": Case("black-forest-labs", _bfl),
     "ComfyUI": Case("ComfyUI", _comfy, lambda patcher: [patcher.model.diffusion_model]),
     "tutorial": Case("toy", _toy),
@@ -94,7 +103,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def picture_of(target: Any) -> dict[str, Any]:
     """Returns everything on a target's instances that a patch could have changed."""
-    owners = [target, *(getattr(target, name, None) for name in ("transformer", "scheduler"))]
+    owners = [target, *(getattr(target, name, None) for name in ("transformer", "transformer_2", "scheduler"))]
     found: dict[str, Any] = {}
     for place, owner in enumerate(owners):
         if owner is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def test_example_runs_and_is_the_plain_toy_at_density_one(example: dict[str, Any
             assert torch.equal(model(tokens, ids, level), expected)
     counts = jitaccel.PRESETS["7x"].token_counts(256)
     assert [anchors.shape for anchors in example["handle"].stats().anchors] == [(2, count) for count in counts]
+
+
+def test_entry_is_wans_under_another_name(example: dict[str, Any]) -> None:
+    from jitaccel.patches.models.wan import WAN
+
+    mine = example["MINE"]
+    assert mine.adapter == dataclasses.replace(WAN.adapter, outputs=mine.adapter.outputs)
+    assert mine.adapter.outputs.keys() == WAN.adapter.outputs.keys()
+    given = {"hidden_states": torch.zeros(1, 4, 3, 12, 16)}
+    config = {"patch_size": [1, 2, 2]}
+    assert mine.grid(config, given) == WAN.grid(config, given) == (3, 6, 8)
 
 
 def test_patch_of_the_same_name_is_replaced(example: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jitaccel import JiTConfig
 from jitaccel.method.anchors import activate, first_anchors, merge_anchors
+from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.importance import importance
 from jitaccel.method.lift import LiftPlan, lift, lift_velocity, make_lift_plan
 from jitaccel.method.run import image_generators
@@ -71,19 +72,23 @@ class Trajectory:
 def denoise(
     velocity_of: Velocity,
     config: JiTConfig,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     state: Tensor,
     levels: Sequence[float],
     *,
     stages: Sequence[int] | None = None,
     edit: Callable[[Tensor], Tensor] = lambda state: state,
+    forced: Tensor | None = None,
 ) -> Trajectory:
-    """Returns one generation. `stages`: of each step, by default the configuration's. `edit`: a callback's."""
+    """Returns one generation. `stages`: of each step, by default the configuration's. `edit`: a callback's.
+
+    forced: (N,) bool, tokens that are anchors whatever comes.
+    """
     steps = len(levels) - 1
     stages = [config.stage_of_step(i, steps) for i in range(steps)] if stages is None else stages
-    counts = config.token_counts(grid[0] * grid[1])
+    counts = config.token_counts(num_tokens_of(grid), 0 if forced is None else int(forced.sum()))
     generator = image_generators(state)[0]
-    plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator)[None], grid, config.blur_scale)
+    plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator, forced)[None], grid, config.blur_scale)
     noise = state.clone() if config.noise == "own" else None
     done = Trajectory()
     estimated: Tensor | None = None

@@ -1,0 +1,159 @@
+"""Pipelines and bare transformers of diffusers that are cut: all that are data in patches/models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from jitaccel.errors import ConfigError, UnsupportedModelError
+from jitaccel.execution.options import Execution
+from jitaccel.execution.private import is_compiled_in_place, uncompiled
+from jitaccel.generation.handle import Handle, Installation
+from jitaccel.method.config import JiTConfig
+
+from ..cutting import problems_of
+from ..loops.velocity import VelocityRoute
+from ..models import MODELS, model_of, model_of_pipeline
+from ..models.calls import CutCalls
+from ..models.model import Model
+from ..network import answered
+from .caller import calling_pipeline
+from .hook import SharedHook, install, named_arguments
+from .latents import LatentsRoute
+from .multistep import scheduler_problems
+from .pipelines import explain, handles_of, refuse_shared_scheduler
+
+_NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2 has one for each half of the levels
+
+
+def prepare_pipeline(
+    pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+) -> Installation:
+    """Returns what is to be installed on a pipeline.
+
+    Raises:
+        ConfigError: For levels, which come from the pipeline's scheduler, and a scheduler that another pipeline has.
+        UnsupportedModelError: With every reason why the pipeline cannot be accelerated correctly.
+    """
+    if levels is not None:
+        raise ConfigError(
+            "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
+            "use schedule=(...), steps=len(schedule) - 1 to set levels"
+        )
+    model = model_of_pipeline(pipeline)
+    assert model is not None
+    networks = networks_of(pipeline)
+    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler)]
+    if not networks:
+        problems.append("pipeline must have a transformer, got none")
+    for name, network in networks.items():
+        problems += [f"{name}: {reason}" for reason in _model_problems(network, model)]
+    if problems:
+        raise UnsupportedModelError(explain(pipeline, problems))
+    replaces = handles_of(pipeline, list(networks.values()))
+    refuse_shared_scheduler(pipeline, replaces)
+    calls = CutCalls(model, list(networks.values()), execution)
+    route = LatentsRoute(
+        pipeline,
+        networks,
+        model.layout(uncompiled(next(iter(networks.values()))).config),
+        config,
+        codebase=f"diffusers {type(pipeline).__name__}",
+        calls=calls,
+        may_be_dense=execution.may_be_dense,
+    )
+
+    def put(pipeline: Any, handle: Handle) -> None:
+        for network in networks_of(pipeline).values():
+            install(network, _Hook, handle, route)
+        _install_cut(calls, model, handle)
+        route.install(handle)
+
+    return Installation(route=route, install=put, release=calls.release, replaces=replaces)
+
+
+def prepare_transformer(
+    transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+) -> Installation:
+    """Returns what is to be installed on a transformer that a custom Euler loop calls.
+
+    Raises:
+        UnsupportedModelError: With every reason why the transformer cannot be accelerated correctly.
+    """
+    model = model_of(transformer)
+    assert model is not None
+    if problems := _model_problems(transformer, model):
+        raise UnsupportedModelError(explain(transformer, problems))
+    calls = CutCalls(model, [transformer], execution)
+    route = VelocityRoute(
+        config,
+        levels,
+        codebase=f"diffusers {type(uncompiled(transformer)).__name__}",
+        calls=calls,
+        may_be_dense=execution.may_be_dense,
+    )
+
+    def put(transformer: Any, handle: Handle) -> None:
+        install(transformer, _Hook, handle, route)
+        _install_cut(calls, model, handle)
+
+    return Installation(route=route, install=put, release=calls.release)
+
+
+def networks_of(pipeline: Any) -> dict[str, Any]:
+    """Returns the transformers that a pipeline has, by the names of its attributes."""
+    return {name: network for name in _NAMES if (network := getattr(pipeline, name, None)) is not None}
+
+
+def _install_cut(calls: CutCalls, model: Model, handle: Handle) -> None:
+    places = ", ".join((*model.adapter.outputs, *model.adapter.blocks))
+    handle.change(f"{model.name} cut at {places}", calls.remove)
+    calls.install()
+
+
+def _model_problems(transformer: Any, model: Model) -> list[str]:
+    found = model_of(transformer)
+    if found is not model:
+        return [f"transformer must be a {model.name}, got {type(transformer).__name__}"]
+    problems = problems_of(uncompiled(transformer), model.adapter)
+    if (reason := model.problem(uncompiled(transformer).config)) is not None:
+        problems.append(reason)
+    if getattr(transformer, "is_cache_enabled", False):
+        problems.append("transformer must have no cache enabled, got one: call transformer.disable_cache() first")
+    return problems
+
+
+class _Hook(SharedHook):
+    """Answers the calls of a transformer that is cut."""
+
+    # A graph around the hook would be broken at each of its decisions.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        original, caller = self.fn_ref.original_forward, calling_pipeline()
+        route = self.route_of(caller)
+        if route is None:
+            return original(*args, **kwargs)
+        if _is_compiled_around(module, caller):
+            route.calls.note_compiled_around()
+        arguments = named_arguments(module, tuple(model.name for model in MODELS), args, kwargs)
+        return answered(
+            route,
+            functools.partial(_sparse, module, original, route, arguments),
+            functools.partial(original, *args, **kwargs),
+        )
+
+
+def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Mapping[str, Any]) -> Any:
+    given = route.calls.given(module, arguments)
+    output = given.output(route.forward(route.calls.call(module, original, given)))
+    return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
+
+
+def _is_compiled_around(module: Any, caller: Any) -> bool:
+    """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
+    called = [network for network in networks_of(caller).values() if network is not module]
+    return is_compiled_in_place(module) or any(uncompiled(network) is module for network in called)

@@ -1,0 +1,75 @@
+"""Multistep schedulers on flow-matching levels: their levels are followed, and the step is the method's own.
+
+UniPC (Wan's default) and DPM-Solver++ keep what the network said at earlier steps. UniPC rebuilds even the state from
+that, so a move of newly activated tokens would be lost. With anything sparse, their levels stay (`flow_shift`
+included) and jitaccel makes the step: Euler's, on the velocity that `JiTConfig.solver` corrects. A dense
+configuration leaves the step to the scheduler, bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from .scheduler import check_scheduler
+
+_KINDS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+STATE = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order")
+"""What these schedulers keep from step to step, besides levels and place."""
+_ROUNDING = 2e-6  # they lower a first level of 1 by 1e-6, against the logarithm of 0
+
+
+def is_multistep(scheduler: Any) -> bool:
+    """Returns whether a scheduler is one of those that this module knows."""
+    return any(kind.__name__ in _KINDS for kind in type(scheduler).__mro__)
+
+
+def scheduler_problems(scheduler: Any) -> list[str]:
+    """Returns why a scheduler is neither first-order Euler nor a known multistep one on flow-matching levels."""
+    if not is_multistep(scheduler):
+        problems = check_scheduler(scheduler)
+        is_other = bool(problems) and "must be a FlowMatch" in problems[0]
+        return [f"{problems[0]}; {' and '.join(_KINDS)} with flow sigmas are known as well"] if is_other else problems
+    config = scheduler.config
+    wanted = {
+        "prediction_type": ("flow_prediction",),
+        "use_flow_sigmas": (True,),
+        "thresholding": (False,),
+        "final_sigmas_type": ("zero",),
+        "algorithm_type": ("dpmsolver++", "dpmsolver"),
+        "solver_p": (None,),
+    }
+    return [
+        f"its {type(scheduler).__name__} must have {name}={' or '.join(map(repr, allowed))}, got {config[name]!r}"
+        for name, allowed in wanted.items()
+        if name in config and config[name] not in allowed
+    ]
+
+
+def full_noise(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """Returns levels whose first is 1 where a multistep scheduler has lowered it, which only its own step needs."""
+    return (1.0, *levels[1:]) if 1.0 - _ROUNDING < levels[0] < 1.0 else levels
+
+
+def euler_step(scheduler: Any, original: Callable[..., Any], index: int, length: float) -> Callable[..., Any]:
+    """Returns what takes the place of a scheduler's `step`: it moves the sample along a velocity, and counts the step.
+
+    Args:
+        scheduler: Whose count goes up.
+        original: Its `step`, whose arguments and kind of result stay.
+        index: The scheduler's index of this step.
+        length: The next level minus this one.
+    """
+
+    def step(velocity: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(velocity, timestep, sample, *args, **kwargs)
+        given.apply_defaults()
+        after = (sample.float() + length * velocity.float()).to(sample.dtype)
+        scheduler._step_index = index + 1
+        return SchedulerOutput(prev_sample=after) if given.arguments["return_dict"] else (after,)
+
+    return step

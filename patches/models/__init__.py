@@ -1,0 +1,57 @@
+"""Models as data, one file a family, and what is known of those that cannot be accelerated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jitaccel.execution.private import uncompiled
+
+from . import qwen, wan
+from .model import Model
+
+MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS)
+
+
+def model_of(transformer: Any) -> Model | None:
+    """Returns what is known of a transformer of diffusers, by its class or one that it derives from; None for others.
+
+    Looks through `torch.compile`'s wrapper.
+    """
+    names = _names(transformer)
+    return next((model for model in MODELS if model.name in names), None)
+
+
+def model_of_pipeline(pipeline: Any) -> Model | None:
+    """Returns the model that a pipeline of diffusers runs, by the pipeline's class or one that it derives from."""
+    names = _names(pipeline)
+    return next((model for model in MODELS for name in model.pipelines if name in names), None)
+
+
+def knows_transformer(target: Any) -> bool:
+    """Returns whether `target` is a transformer of one of these models."""
+    return model_of(target) is not None
+
+
+def knows_pipeline(target: Any) -> bool:
+    """Returns whether `target` is a pipeline of one of these models."""
+    return model_of_pipeline(target) is not None
+
+
+def defaults_of_transformer(target: Any) -> Mapping[str, Any]:
+    """Returns the fields of JiTConfig that a transformer has in presets that are given by name."""
+    return _defaults(model_of(target))
+
+
+def defaults_of_pipeline(target: Any) -> Mapping[str, Any]:
+    """Returns the fields of JiTConfig that a pipeline has in presets that are given by name."""
+    return _defaults(model_of_pipeline(target))
+
+
+def _defaults(model: Model | None) -> Mapping[str, Any]:
+    return {} if model is None else {"schedule": model.schedule}
+
+
+def _names(target: Any) -> list[str]:
+    kinds = type(uncompiled(target)).__mro__
+    return [kind.__name__ for kind in kinds if kind.__module__.split(".")[0] == "diffusers"]

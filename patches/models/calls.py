@@ -1,0 +1,287 @@
+"""Answers the calls of a transformer that is cut: one forward on the anchors of all images, or one for each image."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from jitaccel.errors import UnsupportedModelError
+from jitaccel.execution.options import Execution
+from jitaccel.execution.private import uncompiled
+from jitaccel.generation.route import Answer
+from jitaccel.method.grid import num_tokens_of
+from jitaccel.method.lift import LiftPlan
+from jitaccel.method.pool import PooledPlan
+from jitaccel.method.run import Run
+
+from ..cutting import Cut, Places, places_of
+from ..layout import Layout
+from ..network import ModelCall, refuse_controlnet
+from .flops import OperationCounter, shapes_of
+from .model import Model
+
+if TYPE_CHECKING:
+    from jitaccel.execution.compile import Compiler, CompileStats
+
+_log = logging.getLogger(__name__)
+Forward = Callable[..., Any]
+"""A transformer's own forward."""
+_COMPILED_AROUND = (
+    "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
+    "torch.compile(...) before apply"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What one call of a transformer holds.
+
+    Attributes:
+        arguments: By name.
+        grid: Of the tokens that are generated.
+        latents: What is generated of `hidden_states`.
+        tokens: The same as tokens (B, N, D).
+    """
+
+    model: Model
+    layout: Layout
+    arguments: Mapping[str, Any]
+    grid: tuple[int, ...]
+    latents: Tensor
+    tokens: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of the grid."""
+        return num_tokens_of(self.grid)
+
+    def with_state(self, state: Tensor) -> dict[str, Any]:
+        """Returns the arguments with a state (B, N, D) in the place of what is generated."""
+        if state is self.tokens:
+            return {**self.arguments, "return_dict": False}
+        hidden = self.arguments["hidden_states"]
+        latents = self.layout.to_latents(state, like=self.latents)
+        return {
+            **self.arguments,
+            "hidden_states": self.layout.put_generated(latents, hidden),
+            "return_dict": False,
+        }
+
+    def smaller(self, run: Run, plan: PooledPlan, state: Tensor) -> dict[str, Any]:
+        """Returns the arguments of the smaller picture that a stage shows of a state (B, N, D).
+
+        What is given at timestep 0, and what is beside the state, holds no noise: it is averaged as it is.
+        """
+        shown, held = run.show(state), self.model.forced(self.arguments)
+        if held is not None:
+            shown = torch.where(run.gather(held)[..., None], run.show_beside(state), shown)
+        hidden = self.arguments["hidden_states"]
+        timestep = self.model.timestep_like(self.arguments["timestep"], run.shown_level)
+        is_of_tokens = timestep.ndim > 1 and timestep.shape[1] == self.num_tokens
+        return {
+            **self.arguments,
+            **self.model.resized(self.arguments, plan.small_grid),
+            "hidden_states": self.layout.smaller(shown, plan.small_grid, hidden, self.num_tokens, run.show_beside),
+            "timestep": run.gather(timestep) if is_of_tokens else timestep,
+            "return_dict": False,
+        }
+
+    def velocity(self, output: Tensor) -> Tensor:
+        """Returns the velocity (B, N, D) of a model's output."""
+        tokens = self.layout.to_tokens(output)[:, : self.num_tokens]
+        return tokens if self.model.sign == 1 else -tokens
+
+    def output(self, velocity: Tensor) -> Tensor:
+        """Returns what a model would give for a velocity (B, N, D)."""
+        tokens = velocity if self.model.sign == 1 else -velocity
+        return self.layout.to_latents(tokens, like=self.arguments["hidden_states"])
+
+
+class CutCalls:
+    """The calls of one route: of the transformers of a pipeline, or of a bare one.
+
+    Args:
+        model: What is known of the transformers.
+        modules: The transformers.
+        options: How they run.
+
+    Raises:
+        UnsupportedModelError: For a transformer that the adapter does not fit, and with `strict=True` for packed
+            execution.
+    """
+
+    execution = "indexed"
+    attention = None
+
+    def __init__(self, model: Model, modules: Sequence[nn.Module], options: Execution) -> None:
+        refuse_controlnet(options)
+        self.model = model
+        self._cuts = WeakKeyDictionary({module: Cut(uncompiled(module), model.adapter) for module in modules})
+        self._counters = WeakKeyDictionary({module: OperationCounter(module, model.adapter) for module in modules})
+        self._stages: WeakKeyDictionary[Run, tuple[LiftPlan | PooledPlan, list[Places]]] = WeakKeyDictionary()
+        self._compiler = _compiler_of(options)
+        self._notes: tuple[str, ...] = ()
+        if options.execution == "packed":
+            self._note_indexed(options.strict)
+
+    def _note_indexed(self, strict: bool) -> None:
+        reason = f"packed execution does not know {self.model.name}"
+        if strict:
+            raise UnsupportedModelError(
+                f"jitaccel: execution must be covered with strict=True, got {reason}; use execution='auto'"
+            )
+        _log.warning("jitaccel: indexed execution, since %s", reason)
+        self._notes += (f"indexed execution, since {reason}",)
+
+    @property
+    def compiled(self) -> CompileStats | None:
+        """What compilation did so far; None without it."""
+        return None if self._compiler is None else self._compiler.stats
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What statistics say of how the network ran."""
+        return self._notes + (() if self._compiler is None else self._compiler.notes)
+
+    def note_compiled_around(self) -> None:
+        """Notes that the model runs uncompiled, and warns once."""
+        if _COMPILED_AROUND not in self._notes:
+            _log.warning("jitaccel: %s", _COMPILED_AROUND)
+            self._notes += (_COMPILED_AROUND,)
+
+    def install(self) -> None:
+        """Puts the hooks on the transformers; they change nothing but within `evaluate`."""
+        for cut in self._cuts.values():
+            cut.install()
+
+    def remove(self) -> None:
+        """Takes the hooks away; harmless where there are none."""
+        for cut in self._cuts.values():
+            cut.remove()
+
+    def release(self) -> None:
+        """Lets go of compiled graphs and their memory."""
+        if self._compiler is not None:
+            self._compiler.release()
+
+    def given(self, module: nn.Module, arguments: Mapping[str, Any]) -> Given:
+        """Returns what a call of a transformer holds.
+
+        Raises:
+            UnsupportedModelError: For arguments that cannot be accelerated.
+            ValueError: For latents that are no whole tokens.
+        """
+        self._refuse(module, arguments)
+        config = uncompiled(module).config
+        layout, grid = self.model.layout(config), self.model.grid(config, arguments)
+        latents = layout.generated(arguments["hidden_states"], num_tokens_of(grid), self.model.channels(config))
+        return Given(self.model, layout, arguments, grid, latents, layout.to_tokens(latents))
+
+    def _refuse(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
+        if getattr(module, "is_cache_enabled", False):
+            found.append("a cache enabled on the transformer")
+        if found:
+            raise UnsupportedModelError(
+                f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
+                f"remove() the handle for this call"
+            )
+
+    def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
+        """Returns one call of a transformer in the words that every route knows."""
+        counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
+        batch = given.tokens.shape[0]
+        model, arguments = self.model, given.arguments
+        return ModelCall(
+            state=given.tokens,
+            text_tokens=model.num_text(arguments),
+            cost=lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch,
+            grid=lambda: given.grid,
+            noise_level=lambda: model.noise_level(arguments),
+            mask=lambda: model.forced(arguments),
+            patch=given.layout.side,
+            evaluate=functools.partial(self._evaluate, module, original, given),
+        )
+
+    def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
+        """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
+        cut = self._cuts[module]
+        if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut
+            with cut.at(None):
+                output = self._forward(module, original, given.smaller(run, run.plan, state), None)
+            return Answer(given.velocity(output)[:, : run.num_active])
+        arguments = given.with_state(state)
+        if run.is_dense:
+            with cut.at(None):
+                return Answer(given.velocity(self._forward(module, original, arguments, None)))
+        outputs = []
+        for places, own in self._parts(run, arguments):
+            with cut.at(places):
+                outputs.append(self._forward(module, original, cut.arguments(own, places), places))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return Answer(run.gather(given.velocity(output)))
+
+    def _parts(self, run: Run, arguments: dict[str, Any]) -> Iterator[tuple[Places, dict[str, Any]]]:
+        """Yields the forwards that a step takes, with their places: one, or one for each image."""
+        stage = self._stages.get(run)
+        if stage is None or stage[0] is not run.plan:
+            stage = self._stages[run] = (run.plan, self._places(run))
+        places = stage[1]
+        if len(places) == 1:
+            yield places[0], arguments
+            return
+        for image, own in enumerate(places):
+            given = {name: arguments.get(name) for name in self.model.adapter.rows}
+            yield (
+                own,
+                {
+                    **arguments,
+                    **{name: _row(value, image) for name, value in given.items() if value is not None},
+                },
+            )
+
+    def _places(self, run: Run) -> list[Places]:
+        num_tokens = num_tokens_of(run.grid)
+        if run.has_shared_anchors or not self.model.adapter.has_one_table:
+            return [places_of(run.anchors, num_tokens, are_shared=run.has_shared_anchors)]
+        return [places_of(own[None], num_tokens, are_shared=True) for own in run.anchors]
+
+    def _forward(
+        self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
+    ) -> Tensor:
+        """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch."""
+        if self._compiler is None:
+            return _output_of(original, arguments)
+        count = None if places is None else (places.anchors.shape, places.shared is None)
+        output: Tensor = self._compiler.run((id(module), count, _signature(arguments)), _output_of, original, arguments)
+        return output
+
+
+def _row(value: Any, image: int) -> Any:
+    """Returns the row of an image; the last one, where there are fewer rows than images, stands for the others."""
+    at = min(image, len(value) - 1)
+    return value[at : at + 1]
+
+
+def _output_of(original: Forward, arguments: dict[str, Any]) -> Tensor:
+    output: Tensor = original(**arguments)[0]
+    return output
+
+
+def _signature(arguments: Mapping[str, Any]) -> Hashable:
+    return repr(sorted(shapes_of(arguments).items()))
+
+
+def _compiler_of(options: Execution) -> Compiler | None:
+    if options.compile is None:
+        return None
+    from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
+
+    return Compiler(options.compile, options.strict)

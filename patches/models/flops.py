@@ -1,0 +1,72 @@
+"""Operations of a forward, counted by torch on tensors without data: no formula for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from jitaccel.execution.private import uncompiled
+
+from ..cutting import Adapter, Cut, places_of
+
+
+class OperationCounter:
+    """Counts matrix products, convolutions and attention of a transformer; a multiply-add is two.
+
+    It runs a copy of the model that has shapes alone, made from the configuration when first asked: what was added to
+    the model since (LoRA) is not counted. It keeps no tensor of a call, and not the model.
+
+    Args:
+        module: The transformer.
+        adapter: Where it is cut.
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        self._kind: Any = type(uncompiled(module))
+        self._config: Mapping[str, Any] = dict(uncompiled(module).config)
+        self._adapter = adapter
+        self._twin: nn.Module | None = None
+        self._counted: dict[tuple[Any, ...], int] = {}
+
+    def count(self, shapes: Mapping[str, Any], num_tokens: int, active: int) -> int:
+        """Returns the operations of one forward of the whole batch.
+
+        Args:
+            shapes: The call's arguments, as `shapes_of` returns them.
+            num_tokens: N, of the grid.
+            active: M, the anchors that enter.
+        """
+        key = (active, num_tokens, repr(sorted(shapes.items())))
+        if key not in self._counted:
+            self._counted[key] = self._count(shapes, num_tokens, active)
+        return self._counted[key]
+
+    def _count(self, shapes: Mapping[str, Any], num_tokens: int, active: int) -> int:
+        with torch.device("meta"), torch.no_grad():
+            if self._twin is None:
+                self._twin = self._kind.from_config(self._config).eval()
+            cut, places = Cut(self._twin, self._adapter), None
+            arguments = {name: _of_shape(value) for name, value in shapes.items()}
+            if active < num_tokens:
+                places = places_of(torch.arange(active)[None], num_tokens, are_shared=True)
+                arguments = cut.arguments(arguments, places)
+            try:
+                with cut.at(places), FlopCounterMode(display=False) as counter:
+                    self._twin(**arguments)
+            finally:
+                cut.remove()
+        return int(counter.get_total_flops())
+
+
+def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call with (shape, dtype) in the place of each tensor."""
+    return {name: (x.shape, x.dtype) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def _of_shape(value: Any) -> Any:
+    is_tensor = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.Size)
+    return torch.empty(value[0], dtype=value[1]) if is_tensor else value

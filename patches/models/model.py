@@ -1,0 +1,111 @@
+"""What a family of models is, as data: where its tokens can be cut, how it takes latents and levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from jitaccel.errors import UnsupportedModelError
+
+from ..cutting import Adapter
+from ..layout import Layout
+
+Arguments = Mapping[str, Any]
+"""The arguments of one call of a transformer, by name."""
+Config = Mapping[str, Any]
+"""The configuration of a transformer."""
+
+
+def nothing_forced(arguments: Arguments) -> Tensor | None:
+    """Returns None: no token has to be an anchor."""
+    return None
+
+
+def nothing_resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
+    """Returns no arguments: all that depends on a grid follows from the latents."""
+    return {}
+
+
+def no_problem(config: Config) -> str | None:
+    """Returns None: every configuration can be accelerated."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One transformer class, and the pipelines that run it.
+
+    Attributes:
+        name: The class of the transformer.
+        pipelines: Classes of pipelines whose whole generations are tested.
+        adapter: Where its tokens are cut and put back.
+        layout: How latents hold tokens, by configuration.
+        grid: The token grid of a call, by configuration and arguments: (h, w), or (t, h, w).
+        channels: How many channels of the latents are generated, by configuration; what a model is given beyond them
+            are conditions.
+        per_level: What `timestep` is at noise level 1.
+        sign: What the output is multiplied by to be a velocity, noise minus data.
+        frames: What the first axis of a grid (t, h, w) is; None for (h, w).
+        forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
+        text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
+        schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
+        resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
+            none.
+        refused: Arguments that cannot be accelerated, and what they are.
+        problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    adapter: Adapter
+    layout: Callable[[Config], Layout]
+    grid: Callable[[Config, Arguments], tuple[int, ...]]
+    channels: Callable[[Config], int]
+    per_level: float = 1000.0
+    sign: Literal[1, -1] = 1
+    frames: Literal["time", "layers"] | None = None
+    forced: Callable[[Arguments], Tensor | None] = nothing_forced
+    text: tuple[str, ...] = ("encoder_hidden_states",)
+    schedule: Literal["native", "beta"] = "native"
+    resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
+    refused: Mapping[str, str] = field(default_factory=dict)
+    problem: Callable[[Config], str | None] = no_problem
+
+    def timestep_like(self, timestep: Tensor, level: float) -> Tensor:
+        """Returns the `timestep` of a noise level in shape and dtype of a call's own; one of 0, of a frame that is
+        given, stays."""
+        return torch.where(timestep == 0, timestep, torch.full_like(timestep, self.per_level * level))
+
+    def num_text(self, arguments: Arguments) -> int:
+        """Returns how many tokens of text and other conditions a call has."""
+        return sum(arguments[name].shape[1] for name in self.text if arguments.get(name) is not None)
+
+    def noise_level(self, arguments: Arguments) -> float:
+        """Returns the noise level of a call; of a timestep for every token the highest. Waits for the device.
+
+        Raises:
+            UnsupportedModelError: For images at different levels.
+            ValueError: For what is no level.
+        """
+        timestep = arguments["timestep"].detach().double()
+        each = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)
+        levels = [level / self.per_level for level in each.tolist()]
+        if any(level != levels[0] for level in levels):
+            raise UnsupportedModelError(
+                f"jitaccel: timestep must be one noise level for the whole batch, got {levels}; call image by image"
+            )
+        if not 0.0 < levels[0] <= 1.0:
+            raise ValueError(
+                f"jitaccel: timestep must be in (0, {self.per_level:g}], got {levels[0] * self.per_level:g}; "
+                f"give the noise level times {self.per_level:g}"
+            )
+        return float(levels[0])
+
+
+def channels_out(config: Config) -> int:
+    """Returns how many channels a transformer generates: those of its output."""
+    return int(config.get("out_channels") or config["in_channels"])

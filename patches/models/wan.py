@@ -1,0 +1,42 @@
+"""Wan 2.1 and 2.2 of diffusers: text to video, image to video, and TI2V with a timestep for every token.
+
+Self-attention is on video tokens alone; text and image tokens come by cross-attention. The rotary table (1, N, 1, D) is
+broadcast over the batch, so images may have anchors of their own in one forward. In image to video the condition is
+further channels (mask and first frame, 20 of 36) or, with a timestep for every token, a first frame at timestep 0 in
+place of the state's, whose tokens are anchors in every step.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..cutting import Adapter, each_token, put, rows, volume
+from ..layout import PatchLayout
+from .model import Arguments, Config, Model, channels_out
+
+
+def _layout(config: Config) -> PatchLayout:
+    return PatchLayout(tuple(config["patch_size"]))
+
+
+def _given_frames(arguments: Arguments) -> Tensor | None:
+    """Returns the tokens (B, N) whose timestep is 0: those of a frame that is given."""
+    timestep: Tensor = arguments["timestep"]
+    return timestep == 0 if timestep.ndim == 2 and timestep.shape[1] > 1 else None
+
+
+WAN = Model(
+    name="WanTransformer3DModel",
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    adapter=Adapter(
+        outputs={"patch_embedding": volume, "rope": rows(1), "proj_out": put},
+        arguments={"timestep": each_token},
+    ),
+    layout=_layout,
+    grid=lambda config, arguments: _layout(config).grid(arguments["hidden_states"].shape),
+    channels=channels_out,
+    frames="time",
+    forced=_given_frames,
+    text=("encoder_hidden_states", "encoder_hidden_states_image"),
+)
+MODELS = (WAN,)

@@ -1,0 +1,141 @@
+"""Qwen-Image through its pipelines: whole generations, against the unpatched pipeline and the method by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jitaccel
+from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
+from jitaccel.patches.models import MODELS
+from tests.support import reference
+from tests.support.every_model import TEXT, qwen_transformer
+from tests.support.models import noise
+from tests.support.qwen import GRID, first_input, generate, prompts, qwen_on_tokens, qwen_pipeline, small_references
+from tests.support.tiny import DENSE, SHORT, relative_error
+
+PIPELINES = next(model.pipelines for model in MODELS if model.name.startswith("QwenImage"))
+SCALE = 3.0
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if "Edit" in request.param:
+        small_references(monkeypatch, request.param)
+    return qwen_pipeline(request.param)
+
+
+def by_hand(
+    pipe: Any, config: JiTConfig, start: Tensor, scale: float = SCALE, references: Tensor | None = None
+) -> Tensor:
+    """Returns the tokens (1, N, D) that the method gives, guided as the pipelines do it: with the norm of a branch."""
+
+    def velocity(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
+        level = float(torch.tensor(1000 * level) / 1000)
+        branches = [
+            qwen_on_tokens(pipe.transformer, tokens, anchors, level, text, references)
+            for text in prompts()[: 1 if scale == 1.0 else 2]
+        ]
+        if scale == 1.0:
+            return branches[0]
+        guided = branches[1] + scale * (branches[0] - branches[1])
+        return guided * branches[0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+
+    with torch.no_grad():
+        levels = jitaccel.noise_levels(config)
+        return reference.denoise(velocity, config, GRID, start, levels).states[-1]
+
+
+def test_density_one_is_the_unpatched_pipeline_bit_for_bit(pipe: Any) -> None:
+    calls: list[dict[str, Any]] = [{}, {"true_cfg_scale": 1.0}]
+    plain = [generate(pipe, **call) for call in calls]
+    with jitaccel.apply(pipe, DENSE):
+        for call, latents in zip(calls, plain, strict=True):
+            assert torch.equal(generate(pipe, **call), latents)
+    assert torch.equal(generate(pipe), plain[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize("config", [PRESETS["7x"], PRESETS["7x-paper"], SHORT], ids=["7x", "7x-paper", "short"])
+def test_sparse_generation_is_the_methods(config: JiTConfig, scale: float) -> None:
+    pipe = qwen_pipeline()
+    expected = by_hand(pipe, config, first_input(pipe), scale)
+    with jitaccel.apply(pipe, config) as handle:
+        assert relative_error(generate(pipe, true_cfg_scale=scale), expected) < 1e-5
+    stats = handle.stats()
+    assert stats.grid == GRID and stats.text_tokens == TEXT and stats.steps[0].calls == (1 if scale == 1.0 else 2)
+
+
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_references_stay_whole_and_dense(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_references(monkeypatch, name)
+    pipe = qwen_pipeline(name)
+    shown = first_input(pipe)
+    start, references = shown[:, :140], shown[:, 140:]
+    assert references.shape[1] == 48
+    expected = by_hand(pipe, SHORT, start, references=references)
+    with jitaccel.apply(pipe, SHORT):
+        assert relative_error(generate(pipe), expected) < 1e-5
+
+
+def test_generation_may_start_among_the_levels() -> None:
+    pipe = qwen_pipeline("QwenImageImg2ImgPipeline")
+    with jitaccel.apply(pipe, "7x") as handle:
+        assert generate(pipe, 7, strength=0.8).isfinite().all()
+    steps = handle.stats().steps
+    assert 0.0 < steps[0].noise_level < 1.0 and steps[0].tokens < steps[-1].tokens == 140
+
+
+def test_images_of_a_batch_are_run_one_by_one_where_their_anchors_differ() -> None:
+    pipe = qwen_pipeline()
+    with jitaccel.apply(pipe, SHORT) as handle:
+        together = generate(pipe, batch=2)
+        anchors = handle.stats().anchors
+        for image in range(2):
+            positive, negative = (each[image : image + 1] for each in prompts(2))
+            alone = generate(pipe, seed=image, prompt_embeds=positive, negative_prompt_embeds=negative)
+            assert relative_error(together[image : image + 1], alone) < 1e-5
+    assert not torch.equal(anchors[1][0], anchors[1][1])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+def test_bare_transformer_in_an_euler_loop_is_the_methods(given: bool) -> None:
+    pipe, levels, start = qwen_pipeline(), jitaccel.noise_levels(SHORT), noise(5, 1, 140, 16)
+    expected, state = by_hand(pipe, SHORT, start, scale=1.0), start.clone()
+    with torch.no_grad(), jitaccel.apply(pipe.transformer, SHORT, noise_levels=levels if given else None):
+        for level, after in itertools.pairwise(levels):
+            velocity = pipe.transformer(
+                hidden_states=state,
+                encoder_hidden_states=prompts()[0],
+                timestep=torch.tensor([level]),
+                img_shapes=[[(1, *GRID)]],
+                return_dict=False,
+            )[0]
+            state = state + (after - level) * velocity
+    assert relative_error(state, expected) < 1e-5
+
+
+def test_compiled_stages_are_one_graph_each() -> None:
+    pipe = qwen_pipeline()
+    with jitaccel.apply(pipe, SHORT):
+        eager = generate(pipe)
+    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
+        assert relative_error(generate(pipe), eager) < 1e-6
+    compiled = handle.stats().compiled
+    assert compiled is not None and compiled.graphs == 3 and compiled.eager_calls == 0
+
+
+def test_what_is_not_covered_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="must not have layers"):
+        jitaccel.apply(qwen_transformer(use_layer3d_rope=True), SHORT)
+    model = qwen_transformer()
+    given = {"encoder_hidden_states": prompts()[0], "timestep": torch.ones(1), "img_shapes": [[(1, *GRID)]]}
+    with torch.no_grad(), jitaccel.apply(model, SHORT):
+        with pytest.raises(UnsupportedModelError, match="got ControlNet residuals"):
+            model(noise(5, 1, 140, 16), **given, controlnet_block_samples=[noise(6, 1, 140, 24)])
+        with pytest.raises(ValueError, match="img_shapes must be"):
+            model(noise(5, 2, 140, 16), **{**given, "img_shapes": [[(1, 10, 14)], [(1, 14, 10)]]})

@@ -1,0 +1,128 @@
+"""Tiny random pipelines of Qwen-Image, one way to call them, and its transformer in a straight line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import tiny
+from tests.support.every_model import TEXT, qwen_transformer
+from tests.support.models import noise
+
+GRID = (10, 14)
+PIXELS = 8  # to a token
+REFERENCE = (64, 48)
+"""Height and width to which the tests resize reference pictures, which the pipelines make a million pixels large."""
+
+
+@functools.cache
+def _autoencoder() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKLQwenImage(
+            base_dim=6,
+            z_dim=4,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        )
+    return vae.eval()
+
+
+def qwen_pipeline(name: str = "QwenImagePipeline") -> Any:
+    """Returns a silent pipeline of this class."""
+    kind = getattr(diffusers, name)
+    parts = {
+        "scheduler": tiny.scheduler(), "vae": _autoencoder(), "text_encoder": None, "tokenizer": None,
+        "processor": None, "transformer": qwen_transformer(),
+    }  # fmt: skip
+    pipe = kind(**{part: parts[part] for part in inspect.signature(kind).parameters})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def small_references(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Lets an Edit pipeline take reference pictures of REFERENCE."""
+    module = sys.modules[getattr(diffusers, name).__module__]
+    size = (REFERENCE[1], REFERENCE[0])
+    answer = size if "Plus" in name else (*size, None)
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: answer)
+
+
+def prompts(batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Returns the embeddings of prompts and negative prompts."""
+    return noise(1, batch, TEXT, 16), noise(2, batch, TEXT, 16)
+
+
+def picture(name: str) -> Any:
+    values = noise(3, 1, 3, PIXELS * GRID[0], PIXELS * GRID[1]).clamp(-1, 1) / 2 + 0.5
+    if "Edit" not in name:
+        return values
+    return PIL.Image.fromarray((values[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+
+
+def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
+    """Returns the final latents (B, N, D) of one call."""
+    name = type(pipe).__name__
+    positive, negative = prompts(batch)
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    settings: dict[str, Any] = {
+        "prompt_embeds": positive, "prompt_embeds_mask": mask, "negative_prompt_embeds": negative,
+        "negative_prompt_embeds_mask": mask, "true_cfg_scale": 3.0, "height": PIXELS * GRID[0],
+        "width": PIXELS * GRID[1], "num_inference_steps": steps, "output_type": "latent", "return_dict": False,
+        "image": picture(name), "strength": 0.8,
+        "generator": [torch.Generator().manual_seed(seed + image) for image in range(batch)],
+    }  # fmt: skip
+    known = inspect.signature(type(pipe).__call__).parameters
+    latents: Tensor = pipe(**{key: value for key, value in {**settings, **call}.items() if key in known})[0]
+    return latents
+
+
+def qwen_on_tokens(
+    model: Any, tokens: Tensor, at: Tensor, level: float, text: Tensor, references: Tensor | None = None
+) -> Tensor:
+    """Returns the velocity (1, M, D) of some tokens (1, M, D) in a straight line: its layers, and no hook or forward.
+
+    at: their raster indices (M,). references: (1, R, D) of a picture of REFERENCE, shown whole.
+    """
+    shapes, shown = [(1, *GRID)], tokens
+    if references is not None:
+        shapes.append((1, REFERENCE[0] // PIXELS, REFERENCE[1] // PIXELS))
+        shown = torch.cat([tokens, references], dim=1)
+    hidden, text = model.img_in(shown), model.txt_in(model.txt_norm(text))
+    time = model.time_text_embed(torch.tensor([level]), hidden)
+    image_table, text_table = model.pos_embed([shapes], max_txt_seq_len=TEXT, device=tokens.device)
+    num_tokens = GRID[0] * GRID[1]
+    rotary = (torch.cat([image_table[:num_tokens][at], image_table[num_tokens:]]), text_table)
+    for block in model.transformer_blocks:
+        text, hidden = block(
+            hidden_states=hidden,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=None,
+            temb=time,
+            image_rotary_emb=rotary,
+        )
+    out: Tensor = model.proj_out(model.norm_out(hidden, time))
+    return out[:, : len(at)]
+
+
+def first_input(pipe: Any, **call: Any) -> Tensor:
+    """Returns what the transformer is given in the first step."""
+    seen: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    generate(pipe, **{"steps": 1, "strength": 1.0, **call})
+    hook.remove()
+    return seen[0]

@@ -1,0 +1,130 @@
+"""Tiny random pipelines of video models, and one way to call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tests.support.every_model import TEXT, wan_transformer
+from tests.support.models import noise
+
+GRID = (3, 6, 8)
+SIZE = {"num_frames": 9, "height": 96, "width": 128}
+"""Of a video whose latents are 3 frames of 12 x 16, hence tokens of GRID."""
+
+
+def unipc(**overrides: Any) -> Any:
+    """Returns Wan's own scheduler."""
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **overrides}
+    return diffusers.UniPCMultistepScheduler(**settings)
+
+
+def dpm(**overrides: Any) -> Any:
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **overrides}
+    return diffusers.DPMSolverMultistepScheduler(**settings)
+
+
+def euler() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+SCHEDULERS = {"UniPC": unipc, "DPM-Solver++": dpm, "Euler": euler}
+
+
+def wan_pipeline(scheduler: Any = None, boundary: float | None = None, **settings: Any) -> Any:
+    """Returns a silent WanPipeline; with a boundary, one of two transformers, as Wan 2.2's."""
+    pipe = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=unipc() if scheduler is None else scheduler,
+        transformer=wan_transformer(0),
+        transformer_2=None if boundary is None else wan_transformer(1),
+        boundary_ratio=boundary,
+        **settings,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image_pipeline(*, expand_timesteps: bool) -> Any:
+    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae.eval(),
+        scheduler=unipc(),
+        image_processor=None,
+        image_encoder=None,
+        transformer=wan_transformer(in_channels=16 if expand_timesteps else 36, out_channels=16),
+        expand_timesteps=expand_timesteps,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image() -> Tensor:
+    return noise(13, 1, 3, SIZE["height"], SIZE["width"]).clamp(-1, 1) / 2 + 0.5
+
+
+def prompts(batch: int = 1) -> dict[str, Tensor]:
+    return {
+        "prompt_embeds": noise(11, batch, TEXT, 16),
+        "negative_prompt_embeds": noise(12, batch, TEXT, 16),
+    }
+
+
+def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
+    """Returns the final latents (B, C, T, H, W) of one call."""
+    generators = [torch.Generator().manual_seed(seed + image) for image in range(batch)]
+    settings = {
+        **SIZE, **prompts(batch), "num_inference_steps": steps, "generator": generators, "guidance_scale": 4.0,
+        "output_type": "latent", "return_dict": False,
+    }  # fmt: skip
+    latents: Tensor = pipe(**{**settings, **call})[0]
+    return latents
+
+
+def first_input(pipe: Any) -> Tensor:
+    """Returns what the transformer is given in the first step of a generation from an image."""
+    seen: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    generate(pipe, 1, image=image())
+    hook.remove()
+    return seen[0]
+
+
+def wan_on_tokens(
+    model: Any, tokens: Tensor, at: Tensor, grid: tuple[int, ...], timestep: Tensor, text: Tensor
+) -> Tensor:
+    """Returns Wan's velocity (1, M, D) of some tokens (1, M, C) in a straight line: its layers, and no hook or forward.
+
+    at: their raster indices (M,). timestep: (1,), or (1, M).
+    """
+    patch = model.patch_embedding
+    hidden = torch.nn.functional.linear(tokens, patch.weight.flatten(1), patch.bias)
+    latents = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2])
+    rotary = tuple(table[:, at] for table in model.rope(latents))
+    per_token = timestep.ndim == 2
+    time, modulation, text, _ = model.condition_embedder(
+        timestep.flatten(), text, timestep_seq_len=timestep.shape[1] if per_token else None
+    )
+    modulation = modulation.unflatten(-1, (6, -1))
+    for block in model.blocks:
+        hidden = block(hidden, text, modulation, rotary)
+    shift, scale = (model.scale_shift_table + time[..., None, :]).chunk(2, dim=-2)
+    if per_token:
+        shift, scale = shift[:, :, 0], scale[:, :, 0]
+    out = model.proj_out(model.norm_out(hidden) * (1 + scale) + shift)
+    # The model writes a token's channels last, latents have them first.
+    return out.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
