@@ -63,6 +63,15 @@ def has_context_parallelism(processor: Any) -> bool:
     return processor._parallel_config is not None
 
 
+def is_parallel(model: Any) -> bool:
+    """Returns whether `enable_parallelism` splits a transformer over devices.
+
+    Costs: with a renamed attribute, the tokens of one device would be taken for all. Since diffusers 0.36, of models
+    that know how to be split; others have no such attribute.
+    """
+    return getattr(model, "_parallel_config", None) is not None
+
+
 def offloads_whole_models(pipeline: Any) -> bool:
     """Returns whether `enable_model_cpu_offload` moves models of a pipeline in and out, one at a time.
 
@@ -99,6 +108,15 @@ def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
     """Returns FLUX.1's tokens (B, N, 4C) of latents (B, C, h, w). Costs as `unpack_latents`. Since diffusers 0.30."""
     tokens: Tensor = pipeline._pack_latents(latents, *latents.shape)
     return tokens
+
+
+def set_step(scheduler: Any, index: int) -> None:
+    """Sets at which step a scheduler is, where another `step` than its own has taken one.
+
+    `set_begin_index` sets where a loop begins, before its first step only. Costs: a scheduler that counted under
+    another name would take the first step again and again. Since diffusers 0.21.
+    """
+    scheduler._step_index = index
 
 
 def scheduler_place(scheduler: Any, missing: object) -> Mapping[str, Any]:

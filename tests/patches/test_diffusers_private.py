@@ -64,6 +64,14 @@ def test_context_parallelism_is_told(pipe: Any) -> None:
     assert private.has_context_parallelism(processor) is True
 
 
+def test_splitting_over_devices_is_told_of_the_model(pipe: Any) -> None:
+    assert pipe.transformer._parallel_config is None and private.is_parallel(pipe.transformer) is False
+    assert "_parallel_config" in inspect.getsource(type(pipe.transformer).enable_parallelism)
+    pipe.transformer._parallel_config = object()
+    assert private.is_parallel(pipe.transformer) is True
+    assert private.is_parallel(nn.Linear(1, 1)) is False
+
+
 def test_offloading_of_whole_models_is_told(owned: Any) -> None:
     pytest.importorskip("accelerate")
     assert private.offloads_whole_models(owned) is False
@@ -98,3 +106,12 @@ def test_place_of_a_scheduler_is_kept_under_these_names(pipe: Any) -> None:
     place = private.scheduler_place(scheduler, MISSING)
     assert MISSING not in fresh.values() and set(fresh.values()) == {None}
     assert sorted(place.values()) == [scheduler.begin_index, scheduler.step_index] == [1, 2]
+
+
+def test_step_of_a_scheduler_can_be_set(pipe: Any) -> None:
+    scheduler = type(pipe.scheduler)()
+    scheduler.set_timesteps(3, mu=0.5)
+    private.set_step(scheduler, 2)
+    assert scheduler.step_index == 2
+    scheduler.step(torch.zeros(1), scheduler.timesteps[2], torch.zeros(1))
+    assert scheduler.step_index == 3
