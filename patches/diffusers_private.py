@@ -64,11 +64,7 @@ def has_context_parallelism(processor: Any) -> bool:
 
 
 def is_parallel(model: Any) -> bool:
-    """Returns whether `enable_parallelism` splits a transformer over devices.
-
-    Costs: with a renamed attribute, the tokens of one device would be taken for all. Since diffusers 0.36, of models
-    that know how to be split; others have no such attribute.
-    """
+    """Returns whether `enable_parallelism` was called on a model. Costs as `has_context_parallelism`."""
     return getattr(model, "_parallel_config", None) is not None
 
 
@@ -110,13 +106,12 @@ def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
     return tokens
 
 
-def set_step(scheduler: Any, index: int) -> None:
-    """Sets at which step a scheduler is, where another `step` than its own has taken one.
+def count_step(scheduler: Any, place: int) -> None:
+    """Says that a scheduler has come to this step, where another step than its own was made.
 
-    `set_begin_index` sets where a loop begins, before its first step only. Costs: a scheduler that counted under
-    another name would take the first step again and again. Since diffusers 0.21.
+    Costs: a scheduler that counted under another name would take the same step again. Since diffusers 0.21.
     """
-    scheduler._step_index = index
+    scheduler._step_index = place
 
 
 def scheduler_place(scheduler: Any, missing: object) -> Mapping[str, Any]:

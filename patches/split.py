@@ -18,7 +18,7 @@ from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
 
-class Selection(Protocol):
+class Viewer(Protocol):
     """What enters the network of what is given for every token: of a run, or of several branches in one batch."""
 
     def show(self, state: Tensor) -> Tensor: ...
@@ -100,15 +100,15 @@ class Split:
         """The reference tokens, (B, R, C)."""
         return self.hidden[:, self.num_tokens :] if self.num_references else None
 
-    def tokens(self, selection: Selection, state: Tensor) -> Tensor:
+    def tokens(self, places: Viewer, state: Tensor) -> Tensor:
         """Returns what enters the network, (B, M + R, C): of a state (B, N, D), and what is shown beside it."""
-        extra = None if self.extra is None else selection.show_beside(self.extra)
-        return beside(selection.show(state), extra, self.references)
+        extra = None if self.extra is None else places.show_beside(self.extra)
+        return beside(places.show(state), extra, self.references)
 
     def entering(self, pick: Callable[[Tensor], Tensor], x: Tensor, before: int = 0) -> Tensor:
         """Returns of `x` (B, before + S, ...), given for every token, what belongs to those that enter the network.
 
-        pick: what is taken of generated tokens: `gather` of a run for masks, `show_beside` for latents,
+        pick: what is taken of generated tokens: `gather` of places for masks, `show_beside` for latents,
         `show_features` for residuals. before: how many entries of text come first; they stay, as references do.
         """
         text, image = x[:, :before], x[:, before:]

@@ -198,11 +198,11 @@ def levels_of(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float,
     return tuple(scheduler.sigmas.tolist())
 
 
-RunBranches = Callable[[Sequence[Job]], list[tuple[Tensor, ...]]]
+Forward = Callable[[Sequence[Job]], list[tuple[Tensor, ...]]]
 """Runs every branch of each job on its anchors: one tuple of velocities (M, D) a job."""
 
 
-def _forward_of(pipeline: Any, how: Execution) -> RunBranches:
+def _forward_of(pipeline: Any, how: Execution) -> Forward:
     """Returns how forwards run. Raises ConfigError for an attention that cannot be used, before anything is run."""
     model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
@@ -220,7 +220,7 @@ def _forward_of(pipeline: Any, how: Execution) -> RunBranches:
 
 
 def _forward_each(
-    forward: RunBranches, jobs: dict[int, Job], outcomes: dict[int, Outcome]
+    forward: Forward, jobs: dict[int, Job], outcomes: dict[int, Outcome]
 ) -> dict[int, tuple[Tensor, ...]]:
     """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
     try:

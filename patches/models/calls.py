@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
-Forward = Callable[..., Any]
+OwnForward = Callable[..., Any]
 """A transformer's own forward."""
 _COMPILED_AROUND = (
     "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
@@ -194,7 +194,7 @@ class CutCalls:
                 f"remove() the handle for this call"
             )
 
-    def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
+    def call(self, module: nn.Module, original: OwnForward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
         counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
         batch = given.tokens.shape[0]
@@ -210,7 +210,7 @@ class CutCalls:
             evaluate=functools.partial(self._evaluate, module, original, given),
         )
 
-    def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
+    def _evaluate(self, module: nn.Module, original: OwnForward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
         cut = self._cuts[module]
         if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut
@@ -254,7 +254,7 @@ class CutCalls:
         return [places_of(own[None], num_tokens, are_shared=True) for own in run.anchors]
 
     def _forward(
-        self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
+        self, module: nn.Module, original: OwnForward, arguments: dict[str, Any], places: Places | None
     ) -> Tensor:
         """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch."""
         if self._compiler is None:
@@ -270,7 +270,7 @@ def _row(value: Any, image: int) -> Any:
     return value[at : at + 1]
 
 
-def _output_of(original: Forward, arguments: dict[str, Any]) -> Tensor:
+def _output_of(original: OwnForward, arguments: dict[str, Any]) -> Tensor:
     output: Tensor = original(**arguments)[0]
     return output
 

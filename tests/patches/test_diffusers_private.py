@@ -111,7 +111,7 @@ def test_place_of_a_scheduler_is_kept_under_these_names(pipe: Any) -> None:
 def test_step_of_a_scheduler_can_be_set(pipe: Any) -> None:
     scheduler = type(pipe.scheduler)()
     scheduler.set_timesteps(3, mu=0.5)
-    private.set_step(scheduler, 2)
+    private.count_step(scheduler, 2)
     assert scheduler.step_index == 2
     scheduler.step(torch.zeros(1), scheduler.timesteps[2], torch.zeros(1))
     assert scheduler.step_index == 3
