@@ -63,6 +63,11 @@ def has_context_parallelism(processor: Any) -> bool:
     return processor._parallel_config is not None
 
 
+def is_parallel(model: Any) -> bool:
+    """Returns whether `enable_parallelism` was called on a model. Costs as `has_context_parallelism`."""
+    return getattr(model, "_parallel_config", None) is not None
+
+
 def offloads_whole_models(pipeline: Any) -> bool:
     """Returns whether `enable_model_cpu_offload` moves models of a pipeline in and out, one at a time.
 
@@ -99,6 +104,14 @@ def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
     """Returns FLUX.1's tokens (B, N, 4C) of latents (B, C, h, w). Costs as `unpack_latents`. Since diffusers 0.30."""
     tokens: Tensor = pipeline._pack_latents(latents, *latents.shape)
     return tokens
+
+
+def count_step(scheduler: Any, place: int) -> None:
+    """Says that a scheduler has come to this step, where another step than its own was made.
+
+    Costs: a scheduler that counted under another name would take the same step again. Since diffusers 0.21.
+    """
+    scheduler._step_index = place
 
 
 def scheduler_place(scheduler: Any, missing: object) -> Mapping[str, Any]:

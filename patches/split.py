@@ -18,7 +18,7 @@ from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
 
-class Places(Protocol):
+class Viewer(Protocol):
     """What enters the network of what is given for every token: of a run, or of several branches in one batch."""
 
     def show(self, state: Tensor) -> Tensor: ...
@@ -100,7 +100,7 @@ class Split:
         """The reference tokens, (B, R, C)."""
         return self.hidden[:, self.num_tokens :] if self.num_references else None
 
-    def tokens(self, places: Places, state: Tensor) -> Tensor:
+    def tokens(self, places: Viewer, state: Tensor) -> Tensor:
         """Returns what enters the network, (B, M + R, C): of a state (B, N, D), and what is shown beside it."""
         extra = None if self.extra is None else places.show_beside(self.extra)
         return beside(places.show(state), extra, self.references)

@@ -10,7 +10,8 @@
 struct Manifest {
   at::Tensor levels;            // (S + 1,) float32 on the stages' device
   std::vector<int64_t> stages;  // of each step
-  std::vector<int64_t> tokens;  // anchors of each stage
+  std::vector<int64_t> tokens;  // tokens of each stage
+  std::vector<int64_t> pooling;  // of each stage: how many times smaller the picture is that it shows the network
   std::vector<int64_t> grid;    // height and width in tokens
   std::vector<at::Tensor> blurs;
   int64_t window = 3;
@@ -19,6 +20,7 @@ struct Manifest {
   bool own_noise = false;
 
   int64_t num_tokens() const { return grid.at(0) * grid.at(1); }
+  bool pools(int64_t stage) const { return pooling.at(stage) > 1; }
 };
 
 inline const at::Tensor& at_name(const safetensors::Tensors& tensors, const std::string& name, const std::string& in) {
@@ -74,6 +76,10 @@ inline void check(const Manifest& manifest, const Fields& fields) {
   const auto num_stages = static_cast<int64_t>(manifest.tokens.size());
   fields.require(rise(manifest.stages, 0, num_stages - 1), "stages", "rise within the stages that tokens lists",
                  told(manifest.stages));
+  const auto& pooling = manifest.pooling;
+  const bool pools_first = static_cast<int64_t>(pooling.size()) == num_stages && pooling.back() == 1 &&
+                           std::is_sorted(pooling.rbegin(), pooling.rend());
+  fields.require(pools_first, "pooling", "fall to 1, a number for each stage", told(pooling));
   const auto steps = static_cast<int64_t>(manifest.stages.size());
   // Neighbours may be equal: float32 makes one of levels near 1 that fall in the exporter's float64.
   const bool fall = manifest.levels.numel() == steps + 1 && manifest.levels.diff().le(0).all().item<bool>() &&
@@ -108,6 +114,7 @@ inline Manifest load_manifest(const std::filesystem::path& folder, at::Device de
   manifest.levels = fields.get("levels", at::kFloat, 1);
   manifest.stages = fields.whole("stages");
   manifest.tokens = fields.whole("tokens");
+  manifest.pooling = fields.whole("pooling");
   manifest.grid = fields.whole("grid");
   manifest.window = only("window", at::kLong).item<int64_t>();
   manifest.own_noise = only("own_noise", at::kLong).item<int64_t>() != 0;
@@ -143,14 +150,20 @@ inline at::Tensor drawn(const at::Tensor& from, int64_t count, at::Generator& ge
   return from.index_select(0, at::randperm(from.numel(), generator, at::kLong).slice(0, 0, count));
 }
 
-// Even rows and columns and the border; more or fewer at random where that is not `count`. (count,) int64, sorted.
-inline at::Tensor first_anchors(const std::vector<int64_t>& grid, int64_t count, at::Generator& generator) {
+// Even rows and columns and the border, (height, width) bool.
+inline at::Tensor lattice(const std::vector<int64_t>& grid) {
   auto regular = at::zeros({grid.at(0), grid.at(1)}, at::kBool);
   regular.slice(0, 0, grid[0], 2).slice(1, 0, grid[1], 2).fill_(true);
   for (int64_t axis = 0; axis < 2; ++axis) {
     regular.select(axis, 0).fill_(true);
     regular.select(axis, -1).fill_(true);
   }
+  return regular;
+}
+
+// The lattice; more or fewer at random where that is not `count`. (count,) int64, sorted.
+inline at::Tensor first_anchors(const std::vector<int64_t>& grid, int64_t count, at::Generator& generator) {
+  const auto regular = lattice(grid);
   auto inside = regular.flatten().nonzero().squeeze(1);
   const int64_t missing = count - inside.numel();
   if (missing > 0) {
@@ -173,15 +186,18 @@ class Sampler {
     at::Tensor noise = manifest_.own_noise ? state.clone() : at::Tensor();  // fresh noise is drawn where it is needed
     StageInputs inputs{state, {}, {}, {}, text, pooled, guidance, {}};
     int64_t stage = manifest_.stages.at(0);
-    std::vector<at::Tensor> rows;
-    for (auto& generator : generators)
-      rows.push_back(first_anchors(manifest_.grid, manifest_.tokens.at(stage), generator));
-    inputs.blur = manifest_.blurs.at(stage);
-    place(inputs, at::stack(rows).to(state.device()));
+    if (!manifest_.pools(stage)) {
+      inputs.blur = manifest_.blurs.at(stage);
+      place(inputs, placed(manifest_.tokens.at(stage), state.device(), generators));
+    }
     at::Tensor before, velocity, clean, computed;  // computed: the anchors at the step before
     for (size_t step = 0; step < manifest_.stages.size(); ++step) {
       while (stage < manifest_.stages[step]) {
         check_finite(velocity, step - 1);
+        if (manifest_.pools(stage)) {
+          start_after_pooled(inputs, ++stage, velocity, generators);
+          continue;
+        }
         if (!noise.defined()) noise = fresh_noise(state, generators);
         inputs.state = started(inputs, ++stage, before, velocity, noise, manifest_.levels.slice(0, step - 1, step + 1));
       }
@@ -204,8 +220,9 @@ class Sampler {
     } catch (const std::exception& error) {
       throw std::runtime_error("stage " + std::to_string(stage) + " must be given what manifest.json says it was " +
                                "made for, got: " + reason(error) + " (of its inputs the first " +
-                               std::to_string(weights_.size()) + " are the weights, then state, anchors, nearest, " +
-                               "blur, text, pooled, guidance, levels); export for these inputs too");
+                               std::to_string(weights_.size()) + " are the weights, then state, " +
+                               (inputs.anchors.defined() ? "anchors, nearest, blur, " : "") +
+                               "text, pooled, guidance, levels); export for these inputs too");
     }
   }
 
@@ -218,7 +235,8 @@ class Sampler {
     const auto now = state.to(at::kFloat) - inputs.levels[0] * velocity.to(at::kFloat);
     if (gains[step] != 0.0) {
       auto change = (now - clean) * gains[step];
-      if (manifest_.stages[step] != manifest_.stages[step - 1]) {
+      // After a stage that pools, the gain says whether all tokens or none have an estimate from before.
+      if (manifest_.stages[step] != manifest_.stages[step - 1] && computed.defined()) {
         const auto share = at::zeros({change.size(0), change.size(1)}, change.options()).scatter_(1, computed, 1.0);
         change = change * share.unsqueeze(2);
       }
@@ -236,17 +254,42 @@ class Sampler {
     return at::stack(rows).to(state.device());
   }
 
+  // Returns the first anchors of every image, (B, count).
+  at::Tensor placed(int64_t count, at::Device device, std::vector<at::Generator>& generators) const {
+    std::vector<at::Tensor> rows;
+    for (auto& generator : generators) rows.push_back(first_anchors(manifest_.grid, count, generator));
+    return at::stack(rows).to(device);
+  }
+
   void place(StageInputs& inputs, const at::Tensor& anchors) const {
     inputs.anchors = anchors;
     inputs.nearest = operators::nearest_anchor(anchors, manifest_.grid);
+  }
+
+  // Starts a stage after one that pools: nothing moves; anchors are the lattice and what is most important.
+  void start_after_pooled(StageInputs& inputs, int64_t stage, const at::Tensor& velocity,
+                          std::vector<at::Generator>& generators) const {
+    if (manifest_.pools(stage)) return;
+    const int64_t count = manifest_.tokens.at(stage);
+    const int64_t regular = std::min(count, lattice(manifest_.grid).sum().item<int64_t>());
+    const auto anchors = placed(regular, velocity.device(), generators);
+    place(inputs, std::get<0>(at::cat({anchors, activated(velocity, anchors, count - regular)}, 1).sort(1)));
+    inputs.blur = manifest_.blurs.at(stage);
+  }
+
+  // Returns the tokens that a stage activates, (B, count); where it is all or none, nothing has to rank them.
+  at::Tensor activated(const at::Tensor& velocity, const at::Tensor& anchors, int64_t count) const {
+    const bool is_choice = count > 0 && count < manifest_.num_tokens() - anchors.size(1);
+    const auto scores = is_choice ? operators::importance(velocity, manifest_.grid, manifest_.window)
+                                  : at::zeros({velocity.size(0), velocity.size(1)}, velocity.options().dtype(at::kFloat));
+    return operators::activate(scores, anchors, count);
   }
 
   // Returns the state in which a stage starts: tokens are activated, and moved to where they belong.
   at::Tensor started(StageInputs& inputs, int64_t stage, const at::Tensor& before, const at::Tensor& velocity,
                      const at::Tensor& noise, const at::Tensor& levels) const {
     const int64_t count = manifest_.tokens.at(stage) - inputs.anchors.size(1);
-    const auto scores = operators::importance(velocity, manifest_.grid, manifest_.window);
-    const auto tokens = operators::activate(scores, inputs.anchors, count);
+    const auto tokens = activated(velocity, inputs.anchors, count);
     const auto moved = inputs.state.clone(at::MemoryFormat::Contiguous);
     if (manifest_.move_weight != 0.0) {
       operators::micro_flow_into(moved, before, velocity, noise, tokens, inputs.nearest, inputs.anchors, manifest_.grid,

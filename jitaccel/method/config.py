@@ -21,7 +21,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "solver": ("euler", "dpmpp_2m"),
     }
 )
-_SCHEDULES = ("beta", "native")
+_SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
 _MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
 
@@ -32,32 +32,43 @@ class JiTConfig:
 
     Lists and whole numbers are accepted where tuples and floats are declared, and stored as declared.
 
-    densities: share of the tokens that enter the network, per stage, sparsest first, last 1.0.
-    boundaries: share of the steps after which each stage ends, last 1.0.
-    steps: number of steps, or "caller" to take the number that the sampler asks for.
-    schedule: "beta" (levels from a Beta distribution), "native" (the sampler's own levels), or the noise
-        levels themselves, from the first down to 0.0.
-    alpha, beta: parameters of the Beta distribution. The paper's text says beta = 0.42; its code, 0.425.
-    lifter: what is interpolated to the other tokens: the velocity (paper) or the clean estimate.
-    micro_flow: how newly activated tokens move: all the way to the target ("exact", the paper's hitting
-        ODE), one blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
-    relax_steps: divisor of the released blend.
-    noise: noise of the target: "fresh" (paper) or the token's "own" initial noise.
-    solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
-        estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
-    importance_window: side of the window of the local variance, in tokens, odd.
-    blur_scale: the lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or
-        below sqrt(density), as in every preset, the width is 1 token whatever the scale.
+    Attributes:
+        densities: Share of the tokens that enter the network, per stage, sparsest first, last 1.0.
+        boundaries: Share of the steps after which each stage ends, last 1.0.
+        steps: Number of steps, or "caller" to take the number that the sampler asks for.
+        schedule: "beta" (levels from a Beta distribution), "log_snr" (levels at even steps of the logarithm of the
+            signal-to-noise ratio), "native" (the sampler's own levels), or the noise levels themselves, from the first
+            down to 0.0.
+        alpha: First parameter of the Beta distribution.
+        beta: Second one. The paper's text says 0.42; its code, 0.425.
+        log_snr: Of "log_snr", log((1 - level) / level) at the second level, after 1.0, and at the last above 0.0.
+        lifter: What is interpolated to the other tokens: the velocity (paper) or the clean estimate.
+        micro_flow: How newly activated tokens move: all the way to the target ("exact", the paper's hitting ODE), one
+            blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
+        relax_steps: Divisor of the released blend.
+        noise: Noise of the target: "fresh" (paper) or the token's "own" initial noise.
+        solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
+            estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
+        importance_window: Side of the window of the local variance, in tokens, odd.
+        blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
+            sqrt(density), as in every preset, the width is 1 token whatever the scale.
+        pooling: How each stage shows the picture to the network: 1, its tokens as they are; 2 or 4, the picture so many
+            times smaller along both sides, each latent the mean of a block, at its own noise level (a variant of ours,
+            `jitaccel.method.pool`). A stage that pools by f has density 1 / f^2. Empty: no stage pools.
+        across_pooling: With "dpmpp_2m", whether the step after a pooled stage extrapolates from that stage's last clean
+            estimate, or is of first order as after every other stage.
 
-    Raises ConfigError with every problem found, one a line.
+    Raises:
+        ConfigError: With every problem found, one a line.
     """
 
     densities: tuple[float, ...]
     boundaries: tuple[float, ...]
     steps: int | Literal["caller"]
-    schedule: Literal["beta", "native"] | tuple[float, ...] = "beta"
+    schedule: Literal["beta", "log_snr", "native"] | tuple[float, ...] = "beta"
     alpha: float = 1.4
     beta: float = 0.425
+    log_snr: tuple[float, float] = (-5.0, 3.0)
     lifter: Literal["velocity", "clean"] = "velocity"
     micro_flow: Literal["exact", "released", "none"] = "released"
     relax_steps: int = 3
@@ -66,6 +77,7 @@ class JiTConfig:
     importance_window: int = 3
     blur_scale: float = 0.4
     pooling: tuple[int, ...] = ()
+    across_pooling: bool = False
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -96,7 +108,8 @@ class JiTConfig:
         value = getattr(self, name)
         is_sequence = isinstance(value, (tuple, list)) and len(value) > 0
         if not is_sequence or not all(_is_finite_number(item) for item in value):
-            example = '"beta" or (1.0, 0.5, 0.0)' if name == "schedule" else "(0.35, 0.62, 1.0)"
+            examples = {"schedule": '"beta" or (1.0, 0.5, 0.0)', "log_snr": "(-5.0, 3.0)"}
+            example = examples.get(name, "(0.35, 0.62, 1.0)")
             problems.append(
                 f"JiTConfig: {name} must be a non-empty tuple of finite numbers, got {value!r}; "
                 f"give for example {example}"
@@ -161,7 +174,17 @@ class JiTConfig:
         return problems
 
     def _scalar_problems(self) -> list[str]:
-        problems = []
+        problems: list[str] = []
+        ends = self._normalise("log_snr", problems)
+        if ends is not None and (len(ends) != 2 or not -30.0 <= ends[0] < ends[1] <= 30.0):
+            problems.append(
+                f"JiTConfig: log_snr must be two numbers that rise within -30..30, got {ends}; "
+                f"give those of the second and the last level, for example (-5.0, 3.0)"
+            )
+        if not isinstance(self.across_pooling, bool):
+            problems.append(
+                f"JiTConfig: across_pooling must be True or False, got {self.across_pooling!r}; leave it out"
+            )
         for name, choices in _CHOICES.items():
             problems += _choice_problems(name, getattr(self, name), choices)
         for name, usual in (("alpha", 1.4), ("beta", 0.425), ("blur_scale", 0.4)):

@@ -262,8 +262,10 @@ class Run:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
         if self.is_dense:
             return self._solver.correct(step, state, velocity, None)
-        # Of a pooled stage no token's own estimate is known: all were interpolated.
-        computed = self.anchors if self.factor == 1 else self.anchors[:, :0]
+        if self.factor == 1:
+            return self._solver.correct(step, state, velocity, self.anchors)
+        # No token's own estimate is known in a pooled stage, only that of the mean around it.
+        computed = None if self.config.across_pooling else self.anchors[:, :0]
         return self._solver.correct(step, state, velocity, computed)
 
     @property

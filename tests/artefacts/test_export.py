@@ -385,8 +385,9 @@ def test_cpp_program_makes_the_same_latents(
         {"densities": (0.6, 0.8, 1.0)},
         {"lifter": "clean", "micro_flow": "none"},
         {"solver": "dpmpp_2m"},
+        {"densities": (0.25, 0.7, 1.0), "pooling": (2, 1, 1), "solver": "dpmpp_2m", "lifter": "clean"},
     ],
-    ids=["own noise", "fresh noise", "clean, none", "multistep"],
+    ids=["own noise", "fresh noise", "clean, none", "multistep", "pooled"],
 )
 def test_cpp_program_makes_a_batch_with_few_and_many_anchors(
     pipe: Any, program: Path, settings: Mapping[str, Any], tmp_path: Path

@@ -12,6 +12,7 @@ from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.pool import make_pooled_plan, pooled_grid, pooled_level
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
+from jitaccel.method.solver import extrapolation_weight
 from jitaccel.method.steps import KnownLevels
 
 POOLED = JiTConfig(
@@ -209,3 +210,25 @@ def test_tokens_of_pooled_stages_are_those_of_the_smaller_picture() -> None:
     assert config.stage_tokens((64, 64), num_forced=100) == (256, 1024, 4096)
     with pytest.raises(ConfigError, match="must have a multiple of 3 tokens"):
         config.stage_tokens((64, 64), multiple=3)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_extrapolation_goes_across_the_end_of_a_pooled_stage_where_that_is_asked_for(across: bool) -> None:
+    config = POOLED.replace(steps=6, across_pooling=across)
+    clock = KnownLevels(config, noise_levels(config))
+    state = noise(1, 48, 12).float()
+    run = Run(config, (6, 8), clock.step(0), state, patch=2)
+    clean = []
+    for index in range(4):
+        step = clock.step(index)
+        run.enter(step, state)
+        velocity = noise(1, run.num_active, 12, seed=index).float()
+        lifted = run.plan.lift(velocity, state, step.noise_level, "clean")
+        clean.append(state - step.noise_level * lifted)
+        stepped = run.leave(step, state, velocity)
+        weight = extrapolation_weight(*(clock.levels[index - 1 : index + 2])) if index else 0.0
+        if index == 3 and not across:
+            weight = 0.0
+        expected = clean[-1] + (weight * (clean[-1] - clean[-2]) if index else 0.0)
+        torch.testing.assert_close(state - step.noise_level * stepped, expected, rtol=1e-4, atol=1e-4)
+        state = state + (step.next_level - step.noise_level) * stepped
