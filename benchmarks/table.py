@@ -19,6 +19,7 @@ from jitaccel.method.config import PRESETS, JiTConfig
 from . import cards
 from .cards import Fields
 from .compare import identity
+from .lab.exact import report as exact_report
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -244,6 +245,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "auto": auto,
     "codebases": codebases,
     "denoise": denoise,
+    "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
     "packing": packing,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .method.config import PRESETS, JiTConfig
     from .method.schedule import noise_levels
     from .speed.auto import Choice, auto_config
+    from .speed.target import Auto
     from .version import __version__ as __version__  # not in __all__: `import *` leaves it out
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "Exported": "artefacts.export",
     "export": "artefacts.export",
     "load_exported": "artefacts.export",
+    "Auto": "speed.target",
     "Choice": "speed.auto",
     "auto_config": "speed.auto",
     "Outcome": "generation.batch",
@@ -60,6 +62,7 @@ _HOMES = {
 __all__ = [
     "PRESETS",
     "ArtefactError",
+    "Auto",
     "Choice",
     "ConfigError",
     "Exported",

@@ -30,6 +30,8 @@ class ModelCall:
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
     that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
     latents along a token's side.
+    branches: how many branches of guidance come as images of one batch; `evaluate` returns all of them, one after the
+    other, (branches * B, M, D).
     """
 
     state: Tensor
@@ -40,6 +42,7 @@ class ModelCall:
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
     patch: int
+    branches: int = 1
     evaluate: Network
 
     def begin(self, config: JiTConfig, step: Step) -> Generation:

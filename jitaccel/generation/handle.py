@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,7 +176,8 @@ class Handle:
 
             todo = tqdm(todo, desc="warm-up", unit="size")
         for height, width, batch in todo:
-            settings = {"prompt": "", "num_images_per_prompt": batch, "output_type": "latent", **call}
+            count = _count_argument(pipeline)
+            settings = {"prompt": "", count: batch, "output_type": "latent", **call}
             generator = torch.Generator().manual_seed(0)
             pipeline(height=height, width=width, generator=generator, **settings)
         return self.stats()
@@ -225,6 +227,12 @@ class Handle:
         changes = ", ".join(self._changes) if self._changes else "removed"
         auto = "" if self.choice is None else f"; auto: {self.choice}"
         return f"<jitaccel.Handle of {self._kind}: {changes}{auto}>"
+
+
+def _count_argument(pipeline: Any) -> str:
+    """Returns by which name a pipeline is told how many pictures, or videos, to make of a prompt."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    return "num_videos_per_prompt" if "num_videos_per_prompt" in known else "num_images_per_prompt"
 
 
 def _put_back(owner: weakref.ref[Any], name: str, ours: weakref.ref[Any]) -> None:

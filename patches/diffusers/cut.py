@@ -26,6 +26,7 @@ from .hook import SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
 from .pipelines import explain, handles_of, refuse_shared_scheduler
+from .refused import guider_problem
 
 _NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2 has one for each half of the levels
 
@@ -142,13 +143,20 @@ class _Hook(SharedHook):
         arguments = named_arguments(module, tuple(model.name for model in MODELS), args, kwargs)
         return answered(
             route,
-            functools.partial(_sparse, module, original, route, arguments),
+            functools.partial(_sparse, module, original, route, arguments, caller),
             functools.partial(original, *args, **kwargs),
         )
 
 
-def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Mapping[str, Any]) -> Any:
-    given = route.calls.given(module, arguments)
+def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Mapping[str, Any], caller: Any) -> Any:
+    if (problem := guider_problem(caller)) is not None:
+        raise UnsupportedModelError(
+            f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
+            f"remove() the handle for this call"
+        )
+    is_batch = route.calls.model.branches == "batch" and isinstance(route, LatentsRoute)
+    branches = route.branches_of(arguments["hidden_states"].shape[0]) if is_batch else 1
+    given = route.calls.given(module, arguments, branches)
     output = given.output(route.forward(route.calls.call(module, original, given)))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
 

@@ -50,6 +50,15 @@ class LatentsRoute(SchedulerRoute):
         self._is_multistep = is_multistep(pipeline.scheduler)
         self._is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
 
+    def branches_of(self, rows: int) -> int:
+        """Returns how many branches of guidance a call with this many rows holds, where they come in one batch.
+
+        The generation's first call is told from the pipeline's own word on guidance; others follow from its images.
+        """
+        if self._generation is not None:
+            return rows // self._generation.run.anchors.shape[0]
+        return 2 if getattr(self._pipeline(), "do_classifier_free_guidance", False) else 1
+
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
         if self._is_multistep:

@@ -18,13 +18,21 @@ def refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> N
     found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
     if getattr(module, "is_cache_enabled", False):
         found.add("a cache enabled on the transformer")
-    if calling_pipeline() is None and (guider := calling_guider()) is not None and not _is_linear(guider):
-        found.add(f"a guider that is not linear ({type(guider).__name__})")
+    if (problem := guider_problem(calling_pipeline())) is not None:
+        found.add(problem)
     if found:
         raise UnsupportedModelError(
             f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
             f"remove() the handle for this call"
         )
+
+
+def guider_problem(pipeline: Any) -> str | None:
+    """Returns what is wrong with the guider of a call inside `pipeline`; None: inside a modular one, or a loop."""
+    guider = calling_guider() if pipeline is None else getattr(pipeline, "guider", None)
+    if guider is None or _is_linear(guider):
+        return None
+    return f"a guider that is not linear ({type(guider).__name__})"
 
 
 def _is_linear(guider: Any) -> bool:

@@ -28,6 +28,7 @@ from jitaccel.method.steps import KnownLevels
 
 from ..diffusers_private import scheduler_place
 from ..network import ModelCall
+from ..split import Branches
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)
@@ -139,15 +140,15 @@ class SchedulerRoute:
         return self._history.stats()
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (B, N, D) at the anchors; elsewhere zeros, or lifted."""
+        """Returns the velocity (branches * B, N, D) at the anchors; elsewhere zeros, or lifted."""
         generation, index = self._entered(call), self._index()
         assert self._clock is not None
         step = self._clock.step(index - self._first)
-        answer = generation.evaluate(step, call.state, call.evaluate)
+        answer = generation.evaluate(step, call.state, call.evaluate, call.branches)
         self._seen, self._lifted = index, None
         if answer.lifted is None:
             with generation.recorder.outside(step.index):
-                return generation.run.scatter(answer.values)
+                return Branches(generation.run, call.branches).scatter(answer.values)
         if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
             self._lifted = answer.lifted, answer.lifted._version
         return answer.lifted

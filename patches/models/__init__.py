@@ -7,10 +7,10 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import qwen, wan
+from . import hunyuan, qwen, sd3, wan
 from .model import Model
 
-MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS)
+MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS, *hunyuan.MODELS, *sd3.MODELS)
 
 
 def model_of(transformer: Any) -> Model | None:

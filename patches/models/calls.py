@@ -16,6 +16,7 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer
+from jitaccel.generation.stats import Cost
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
@@ -24,6 +25,7 @@ from jitaccel.method.run import Run
 from ..cutting import Cut, Places, places_of
 from ..layout import Layout
 from ..network import ModelCall, refuse_controlnet
+from ..split import Branches
 from .flops import OperationCounter, shapes_of
 from .model import Model
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
+Plan = LiftPlan | PooledPlan
 OwnForward = Callable[..., Any]
 """A transformer's own forward."""
 _COMPILED_AROUND = (
@@ -47,7 +50,8 @@ class Given:
         arguments: By name.
         grid: Of the tokens that are generated.
         latents: What is generated of `hidden_states`.
-        tokens: The same as tokens (B, N, D).
+        tokens: The same as tokens (B, N, D), of one branch of guidance.
+        branches: How many branches `hidden_states` holds, one after the other.
     """
 
     model: Model
@@ -56,6 +60,7 @@ class Given:
     grid: tuple[int, ...]
     latents: Tensor
     tokens: Tensor
+    branches: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -67,39 +72,50 @@ class Given:
         if state is self.tokens:
             return {**self.arguments, "return_dict": False}
         hidden = self.arguments["hidden_states"]
-        latents = self.layout.to_latents(state, like=self.latents)
+        latents = self.layout.to_latents(state, like=self.latents).repeat(self.branches, *self._once)
         return {
             **self.arguments,
             "hidden_states": self.layout.put_generated(latents, hidden),
             "return_dict": False,
         }
 
+    @property
+    def _once(self) -> tuple[int, ...]:
+        return (1,) * (self.latents.ndim - 1)
+
     def smaller(self, run: Run, plan: PooledPlan, state: Tensor) -> dict[str, Any]:
         """Returns the arguments of the smaller picture that a stage shows of a state (B, N, D).
 
         What is given at timestep 0, and what is beside the state, holds no noise: it is averaged as it is.
         """
+        places, grid, layout = Branches(run, self.branches), plan.small_grid, self.layout
         shown, held = run.show(state), self.model.forced(self.arguments)
         if held is not None:
             shown = torch.where(run.gather(held)[..., None], run.show_beside(state), shown)
-        hidden = self.arguments["hidden_states"]
+        shown, hidden = shown.repeat(self.branches, 1, 1), self.arguments["hidden_states"]
         timestep = self.model.timestep_like(self.arguments["timestep"], run.shown_level)
         is_of_tokens = timestep.ndim > 1 and timestep.shape[1] == self.num_tokens
+        beside = {
+            name: layout.smaller(run.show_beside(layout.to_tokens(latents)), grid, latents, 0, run.show_beside)
+            for name in self.model.latents
+            if (latents := self.arguments.get(name)) is not None
+        }
         return {
             **self.arguments,
-            **self.model.resized(self.arguments, plan.small_grid),
-            "hidden_states": self.layout.smaller(shown, plan.small_grid, hidden, self.num_tokens, run.show_beside),
-            "timestep": run.gather(timestep) if is_of_tokens else timestep,
+            **self.model.resized(self.arguments, grid),
+            **beside,
+            "hidden_states": layout.smaller(shown, grid, hidden, self.num_tokens, run.show_beside),
+            "timestep": places.gather(timestep) if is_of_tokens else timestep,
             "return_dict": False,
         }
 
     def velocity(self, output: Tensor) -> Tensor:
-        """Returns the velocity (B, N, D) of a model's output."""
+        """Returns the velocity (branches * B, N, D) of a model's output."""
         tokens = self.layout.to_tokens(output)[:, : self.num_tokens]
         return tokens if self.model.sign == 1 else -tokens
 
     def output(self, velocity: Tensor) -> Tensor:
-        """Returns what a model would give for a velocity (B, N, D)."""
+        """Returns what a model would give for a velocity (branches * B, N, D)."""
         tokens = velocity if self.model.sign == 1 else -velocity
         return self.layout.to_latents(tokens, like=self.arguments["hidden_states"])
 
@@ -125,7 +141,7 @@ class CutCalls:
         self.model = model
         self._cuts = WeakKeyDictionary({module: Cut(uncompiled(module), model.adapter) for module in modules})
         self._counters = WeakKeyDictionary({module: OperationCounter(module, model.adapter) for module in modules})
-        self._stages: WeakKeyDictionary[Run, tuple[LiftPlan | PooledPlan, list[Places]]] = WeakKeyDictionary()
+        self._stages: WeakKeyDictionary[Run, tuple[Plan, dict[int, list[Places]]]] = WeakKeyDictionary()
         self._compiler = _compiler_of(options)
         self._notes: tuple[str, ...] = ()
         if options.execution == "packed":
@@ -171,8 +187,13 @@ class CutCalls:
         if self._compiler is not None:
             self._compiler.release()
 
-    def given(self, module: nn.Module, arguments: Mapping[str, Any]) -> Given:
+    def given(self, module: nn.Module, arguments: Mapping[str, Any], branches: int = 1) -> Given:
         """Returns what a call of a transformer holds.
+
+        Args:
+            module: The transformer.
+            arguments: Of the call, by name.
+            branches: How many branches of guidance come as images of one batch.
 
         Raises:
             UnsupportedModelError: For arguments that cannot be accelerated.
@@ -182,7 +203,8 @@ class CutCalls:
         config = uncompiled(module).config
         layout, grid = self.model.layout(config), self.model.grid(config, arguments)
         latents = layout.generated(arguments["hidden_states"], num_tokens_of(grid), self.model.channels(config))
-        return Given(self.model, layout, arguments, grid, latents, layout.to_tokens(latents))
+        tokens = layout.to_tokens(latents[: len(latents) // branches])
+        return Given(self.model, layout, arguments, grid, latents, tokens, branches)
 
     def _refuse(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
@@ -196,19 +218,26 @@ class CutCalls:
 
     def call(self, module: nn.Module, original: OwnForward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
-        counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
-        batch = given.tokens.shape[0]
         model, arguments = self.model, given.arguments
         return ModelCall(
             state=given.tokens,
             text_tokens=model.num_text(arguments),
-            cost=lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch,
+            cost=self._cost(module, given),
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
             patch=given.layout.side,
+            branches=given.branches,
             evaluate=functools.partial(self._evaluate, module, original, given),
         )
+
+    def _cost(self, module: nn.Module, given: Given) -> Cost:
+        """Returns the operations of one forward for one image, by numbers of tokens; it keeps no tensor."""
+        if self.model.cost is not None:
+            return functools.partial(self.model.cost, uncompiled(module).config)
+        counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
+        batch = given.latents.shape[0]
+        return lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch
 
     def _evaluate(self, module: nn.Module, original: OwnForward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
@@ -222,18 +251,20 @@ class CutCalls:
             with cut.at(None):
                 return Answer(given.velocity(self._forward(module, original, arguments, None)))
         outputs = []
-        for places, own in self._parts(run, arguments):
+        for places, own in self._parts(run, arguments, given.branches):
             with cut.at(places):
                 outputs.append(self._forward(module, original, cut.arguments(own, places), places))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return Answer(run.gather(given.velocity(output)))
+        return Answer(Branches(run, given.branches).gather(given.velocity(output)))
 
-    def _parts(self, run: Run, arguments: dict[str, Any]) -> Iterator[tuple[Places, dict[str, Any]]]:
+    def _parts(self, run: Run, arguments: dict[str, Any], branches: int) -> Iterator[tuple[Places, dict[str, Any]]]:
         """Yields the forwards that a step takes, with their places: one, or one for each image."""
         stage = self._stages.get(run)
         if stage is None or stage[0] is not run.plan:
-            stage = self._stages[run] = (run.plan, self._places(run))
-        places = stage[1]
+            stage = self._stages[run] = (run.plan, {})
+        if branches not in stage[1]:
+            stage[1][branches] = self._places(run, branches)
+        places = stage[1][branches]
         if len(places) == 1:
             yield places[0], arguments
             return
@@ -247,11 +278,11 @@ class CutCalls:
                 },
             )
 
-    def _places(self, run: Run) -> list[Places]:
-        num_tokens = num_tokens_of(run.grid)
+    def _places(self, run: Run, branches: int) -> list[Places]:
+        num_tokens, anchors = num_tokens_of(run.grid), Branches(run, branches).anchors
         if run.has_shared_anchors or not self.model.adapter.has_one_table:
-            return [places_of(run.anchors, num_tokens, are_shared=run.has_shared_anchors)]
-        return [places_of(own[None], num_tokens, are_shared=True) for own in run.anchors]
+            return [places_of(anchors, num_tokens, are_shared=run.has_shared_anchors)]
+        return [places_of(own[None], num_tokens, are_shared=True) for own in anchors]
 
     def _forward(
         self, module: nn.Module, original: OwnForward, arguments: dict[str, Any], places: Places | None

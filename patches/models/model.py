@@ -50,12 +50,16 @@ class Model:
         per_level: What `timestep` is at noise level 1.
         sign: What the output is multiplied by to be a velocity, noise minus data.
         frames: What the first axis of a grid (t, h, w) is; None for (h, w).
+        branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
         forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
+        latents: Arguments that hold latents of the picture's size beside the state, in its layout.
         resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
             none.
         refused: Arguments that cannot be accelerated, and what they are.
+        cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
+            copy without data (`flops.py`), which a model that looks at values does not allow.
         problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
     """
 
@@ -68,11 +72,14 @@ class Model:
     per_level: float = 1000.0
     sign: Literal[1, -1] = 1
     frames: Literal["time", "layers"] | None = None
+    branches: Literal["calls", "batch"] = "calls"
     forced: Callable[[Arguments], Tensor | None] = nothing_forced
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
+    latents: tuple[str, ...] = ()
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
+    cost: Callable[[Config, int, int], int] | None = None
     problem: Callable[[Config], str | None] = no_problem
 
     def timestep_like(self, timestep: Tensor, level: float) -> Tensor:

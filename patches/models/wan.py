@@ -1,9 +1,9 @@
-"""Wan 2.1 and 2.2 of diffusers: text to video, image to video, and TI2V with a timestep for every token.
+"""Wan 2.1 and 2.2 of diffusers: text to video, image to video, TI2V with a timestep for every token, and VACE.
 
 Self-attention is on video tokens alone; text and image tokens come by cross-attention. The rotary table (1, N, 1, D) is
 broadcast over the batch, so images may have anchors of their own in one forward. In image to video the condition is
 further channels (mask and first frame, 20 of 36) or, with a timestep for every token, a first frame at timestep 0 in
-place of the state's, whose tokens are anchors in every step.
+place of the state's, whose tokens are anchors in every step. VACE makes tokens of a control video as well.
 """
 
 from __future__ import annotations
@@ -39,4 +39,17 @@ WAN = Model(
     forced=_given_frames,
     text=("encoder_hidden_states", "encoder_hidden_states_image"),
 )
-MODELS = (WAN,)
+VACE = Model(
+    name="WanVACETransformer3DModel",
+    pipelines=("WanVACEPipeline",),
+    adapter=Adapter(
+        outputs={"patch_embedding": volume, "vace_patch_embedding": volume, "rope": rows(1), "proj_out": put}
+    ),
+    layout=_layout,
+    grid=WAN.grid,
+    channels=channels_out,
+    frames="time",
+    latents=("control_hidden_states",),
+    text=WAN.text,
+)
+MODELS = (WAN, VACE)

@@ -24,7 +24,8 @@ class Case:
 
     make: the model. call: arguments for a batch of images of a grid. small: the grid of the sub-rectangle that is
     compared with the model on cropped latents; None where positions depend on the size. crop: the arguments of the
-    sub-rectangle, which starts at the first token. is_one_graph: whether the whole forward compiles.
+    sub-rectangle, which starts at the first token, or lies in the middle (is_centred). is_one_graph: whether the whole
+    forward compiles.
     """
 
     make: Callable[[], Any]
@@ -33,6 +34,7 @@ class Case:
     small: tuple[int, ...] | None
     crop: Callable[[dict[str, Any], tuple[int, ...], tuple[int, ...]], dict[str, Any]]
     is_one_graph: bool = True
+    is_centred: bool = False
 
 
 def wan_transformer(seed: int = 0, **overrides: Any) -> Any:
@@ -62,6 +64,26 @@ def _wan_image(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
     # The model takes the last 512 tokens of text for text, what comes before for the image's.
     given = {"encoder_hidden_states": noise(2, batch, 512, 16), "encoder_hidden_states_image": noise(3, batch, 5, 8)}
     return {**_wan_call(grid, batch, channels=9), **given}
+
+
+def vace_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
+        "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+        "vace_layers": [0, 2], "vace_in_channels": 6,
+    }  # fmt: skip
+    return randomised(diffusers.WanVACETransformer3DModel(**{**settings, **overrides}))
+
+
+def _vace_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {**_wan_call(grid, batch), "control_hidden_states": noise(4, batch, 6, frames, 2 * height, 2 * width)}
+
+
+def _crop_vace(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    frames, height, width = small
+    control = call["control_hidden_states"][:, :, :frames, : 2 * height, : 2 * width]
+    return {**_crop_video(call, grid, small), "control_hidden_states": control}
 
 
 def _crop_video(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
@@ -98,7 +120,97 @@ def _no_crop(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]
     raise AssertionError("there is no sub-rectangle to compare with")
 
 
+def hunyuan_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 1,
+        "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": 2, "patch_size_t": 1,
+        "guidance_embeds": True, "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4),
+    }  # fmt: skip
+    return randomised(diffusers.HunyuanVideoTransformer3DModel(**{**settings, **overrides}))
+
+
+def _text_mask(batch: int, length: int) -> Tensor:
+    mask = torch.ones(batch, length)
+    mask[-1, -2:] = 0.0
+    return mask
+
+
+def _hunyuan_call(grid: tuple[int, ...], batch: int, channels: int = 4) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(1, batch, channels, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT),
+        "pooled_projections": noise(3, batch, 8),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def hunyuan15_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
+        "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 16,
+        "text_embed_2_dim": 8, "image_embed_dim": 12, "rope_axes_dim": (2, 2, 4), "target_size": 16,
+        "task_type": "t2v",
+    }  # fmt: skip
+    return randomised(diffusers.HunyuanVideo15Transformer3DModel(**{**settings, **overrides}))
+
+
+def _hunyuan15_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 9, *grid),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT),
+        "encoder_hidden_states_2": noise(3, batch, 4, 8),
+        "encoder_attention_mask_2": _text_mask(batch, 4),
+        "image_embeds": torch.zeros(batch, 3, 12),
+    }
+
+
+def _crop_plain(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    return {**call, "hidden_states": call["hidden_states"][(..., *(slice(side) for side in small))]}
+
+
+def sd3_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "joint_attention_dim": 16,
+        "pooled_projection_dim": 8, "pos_embed_max_size": 24, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }  # fmt: skip
+    return randomised(diffusers.SD3Transformer2DModel(**{**settings, **overrides}))
+
+
+def _sd3_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, 2 * grid[0], 2 * grid[1]),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "pooled_projections": noise(3, batch, 8),
+        "timestep": torch.full((batch,), 700.0),
+    }
+
+
+def _crop_centre(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    starts = [2 * ((side - inner) // 2) for side, inner in zip(grid, small, strict=True)]
+    region = [slice(start, start + 2 * inner) for start, inner in zip(starts, small, strict=True)]
+    return {**call, "hidden_states": call["hidden_states"][(..., *region)]}
+
+
 CASES: dict[str, Case] = {
+    "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
+    "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),
+    "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),
+    "HunyuanVideoTransformer3DModel, an image in further channels": Case(
+        lambda: hunyuan_transformer(in_channels=9, image_condition_type="latent_concat"),
+        VIDEO,
+        functools.partial(_hunyuan_call, channels=9),
+        (2, 3, 4),
+        _crop_video,
+    ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        hunyuan15_transformer, VIDEO, _hunyuan15_call, (2, 3, 4), _crop_plain, is_one_graph=False
+    ),
     "QwenImageTransformer2DModel": Case(qwen_transformer, (10, 14), _qwen_call, None, _no_crop),
     "QwenImageTransformer2DModel, references and a second modulation": Case(
         lambda: qwen_transformer(zero_cond_t=True),
@@ -121,10 +233,12 @@ CASES: dict[str, Case] = {
 }
 
 
-def region(grid: tuple[int, ...], small: tuple[int, ...]) -> Tensor:
-    """Returns the raster indices (M,) of the sub-rectangle of a grid that starts at its first token."""
-    index = torch.arange(torch.Size(grid).numel()).view(grid)
-    return index[tuple(slice(side) for side in small)].flatten()
+def region(case: Case) -> Tensor:
+    """Returns the raster indices (M,) of a case's sub-rectangle."""
+    assert case.small is not None
+    index = torch.arange(torch.Size(case.grid).numel()).view(case.grid)
+    starts = [(n - k) // 2 if case.is_centred else 0 for n, k in zip(case.grid, case.small, strict=True)]
+    return index[tuple(slice(at, at + k) for at, k in zip(starts, case.small, strict=True))].flatten()
 
 
 def row_of(call: dict[str, Any], image: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from tests.support.every_model import TEXT, wan_transformer
+from tests.support.every_model import TEXT, vace_transformer, wan_transformer
 from tests.support.models import noise
 
 GRID = (3, 6, 8)
@@ -50,17 +50,34 @@ def wan_pipeline(scheduler: Any = None, boundary: float | None = None, **setting
     return pipe
 
 
-def image_pipeline(*, expand_timesteps: bool) -> Any:
-    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V)."""
+def autoencoder() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = diffusers.AutoencoderKLWan(
             base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         )
+    return vae.eval()
+
+
+def vace_pipeline() -> Any:
+    """Returns a WanVACEPipeline, which makes its control video itself where none is given."""
+    pipe = diffusers.WanVACEPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=autoencoder(),
+        scheduler=unipc(),
+        transformer=vace_transformer(in_channels=16, out_channels=16, vace_in_channels=96),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image_pipeline(*, expand_timesteps: bool) -> Any:
+    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V)."""
     pipe = diffusers.WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=vae.eval(),
+        vae=autoencoder(),
         scheduler=unipc(),
         image_processor=None,
         image_encoder=None,
@@ -84,35 +101,45 @@ def prompts(batch: int = 1) -> dict[str, Tensor]:
 
 def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
     """Returns the final latents (B, C, T, H, W) of one call."""
+    # One alone is no list: some pipelines take none.
     generators = [torch.Generator().manual_seed(seed + image) for image in range(batch)]
     settings = {
-        **SIZE, **prompts(batch), "num_inference_steps": steps, "generator": generators, "guidance_scale": 4.0,
-        "output_type": "latent", "return_dict": False,
+        **SIZE, **prompts(batch), "num_inference_steps": steps, "guidance_scale": 4.0,
+        "generator": generators if batch > 1 else generators[0], "output_type": "latent", "return_dict": False,
     }  # fmt: skip
     latents: Tensor = pipe(**{**settings, **call})[0]
     return latents
 
 
-def first_input(pipe: Any) -> Tensor:
-    """Returns what the transformer is given in the first step of a generation from an image."""
+def first_input(pipe: Any, name: str = "hidden_states") -> Tensor:
+    """Returns what the transformer is given in the first step, in a pipeline from images of an image."""
     seen: list[Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs[name]), with_kwargs=True
     )
-    generate(pipe, 1, image=image())
+    generate(pipe, 1, **({"image": image()} if "Image" in type(pipe).__name__ else {}))
     hook.remove()
     return seen[0]
 
 
+def _embedded(convolution: Any, tokens: Tensor) -> Tensor:
+    return torch.nn.functional.linear(tokens, convolution.weight.flatten(1), convolution.bias)
+
+
 def wan_on_tokens(
-    model: Any, tokens: Tensor, at: Tensor, grid: tuple[int, ...], timestep: Tensor, text: Tensor
+    model: Any,
+    tokens: Tensor,
+    at: Tensor,
+    grid: tuple[int, ...],
+    timestep: Tensor,
+    text: Tensor,
+    control: Tensor | None = None,
 ) -> Tensor:
     """Returns Wan's velocity (1, M, D) of some tokens (1, M, C) in a straight line: its layers, and no hook or forward.
 
-    at: their raster indices (M,). timestep: (1,), or (1, M).
+    at: their raster indices (M,). timestep: (1,), or (1, M). control: tokens of VACE's control video, (1, M, E).
     """
-    patch = model.patch_embedding
-    hidden = torch.nn.functional.linear(tokens, patch.weight.flatten(1), patch.bias)
+    hidden = _embedded(model.patch_embedding, tokens)
     latents = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2])
     rotary = tuple(table[:, at] for table in model.rope(latents))
     per_token = timestep.ndim == 2
@@ -120,8 +147,15 @@ def wan_on_tokens(
         timestep.flatten(), text, timestep_seq_len=timestep.shape[1] if per_token else None
     )
     modulation = modulation.unflatten(-1, (6, -1))
-    for block in model.blocks:
+    hints = {}
+    if control is not None:
+        shown = _embedded(model.vace_patch_embedding, control)
+        for index, block in zip(model.config.vace_layers, model.vace_blocks, strict=True):
+            hints[index], shown = block(hidden, text, shown, modulation, rotary)
+    for index, block in enumerate(model.blocks):
         hidden = block(hidden, text, modulation, rotary)
+        if index in hints:
+            hidden = hidden + hints[index]
     shift, scale = (model.scale_shift_table + time[..., None, :]).chunk(2, dim=-2)
     if per_token:
         shift, scale = shift[:, :, 0], scale[:, :, 0]

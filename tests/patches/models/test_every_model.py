@@ -78,6 +78,27 @@ def test_grid_and_level_are_read_off_the_call(subject: Subject) -> None:
     assert subject.tokens(subject.plain(call)).shape[:2] == (2, subject.num_tokens)
 
 
+def test_cut_names_the_places_at_which_diffusers_splits_tokens_over_devices(subject: Subject) -> None:
+    plan = getattr(subject.module, "_cp_plan", None)
+    if plan is None:
+        pytest.skip("diffusers splits nothing of this model")
+    adapter, size = subject.model.adapter, subject.num_tokens
+    places = places_of(torch.arange(5)[None], size)
+    for name, entry in plan.items():
+        if name in ("rope", "pos_embed"):
+            # One entry for each table of the output; text tables are split there and stay whole here.
+            split = [entry[index] for index in sorted(entry)]
+            tables = tuple(
+                torch.zeros([1] * at.split_dim + [size] + [1] * (at.expected_dims - at.split_dim - 1)) for at in split
+            )
+            cut = adapter.outputs[name](tables, places)
+            assert cut[0].shape[split[0].split_dim] == 5
+        elif name == "proj_out":
+            assert adapter.outputs[name](torch.zeros(1, 5, 2), places).shape[entry.gather_dim] == size
+        elif name == "":
+            assert set(entry) <= set(adapter.arguments)
+
+
 def test_installed_cut_changes_no_bit_of_a_dense_call(subject: Subject) -> None:
     call = subject.call(batch=2)
     plain = subject.plain(call)
@@ -102,7 +123,7 @@ def test_sub_rectangle_is_the_model_on_cropped_latents(subject: Subject) -> None
     case = subject.case
     if case.small is None:
         pytest.skip("positions of the text depend on the size")
-    call, at = subject.call(), region(case.grid, case.small)
+    call, at = subject.call(), region(case)
     got = subject.tokens(subject.at(places_of(at[None], subject.num_tokens), call))
     cropped = subject.layout.to_tokens(subject.plain(case.crop(call, case.grid, case.small)))
     assert torch.equal(got[:, at], cropped[:, : len(at)])

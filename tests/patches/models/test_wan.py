@@ -15,7 +15,7 @@ import jitaccel
 from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
 from jitaccel.patches.layout import patchify, unpatchify
 from tests.support import reference, video
-from tests.support.tiny import DENSE, SHORT, relative_error
+from tests.support.tiny import DENSE, SHORT, offload_groups, relative_error
 from tests.support.video import GRID, SCHEDULERS, first_input, generate, prompts, wan_on_tokens, wan_pipeline
 
 SCALE, SCALE_2 = 4.0, 2.5
@@ -166,6 +166,22 @@ def test_frame_that_is_given_is_shown_whole_in_every_step() -> None:
     assert [each.shape[1] for each in anchors] == [48 + int(share * 96) for share in config.densities]
 
 
+def test_control_video_goes_with_the_anchors() -> None:
+    pipe, config = video.vace_pipeline(), CONFIGS["short"]
+    plain = generate(pipe, 4)
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(generate(pipe, 4), plain)
+    control = patchify(first_input(pipe, "control_hidden_states"), PATCH)
+    _, timesteps = levels_of(video.unipc, config)
+
+    def model(tokens: Tensor, anchors: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        return wan_on_tokens(pipe.transformer, tokens, anchors, GRID, time, text, control[:, anchors])
+
+    state = denoised(model, config, patchify(first_input(pipe), PATCH), timesteps)
+    with jitaccel.apply(pipe, config):
+        assert relative_error(generate(pipe), unpatchify(state, GRID, PATCH)) < 1e-5
+
+
 def denoised(
     model: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     config: JiTConfig,
@@ -231,6 +247,62 @@ def test_compiled_stages_are_one_graph_each() -> None:
         compiled = handle.stats().compiled
     assert compiled is not None and compiled.graphs == compiled.signatures == 3
     assert compiled.eager_calls == 0 and compiled.calls == 2 * 2 * 5
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_offloaded_groups_give_the_same_video(when: str, kind: str) -> None:
+    pipe = wan_pipeline()
+    with jitaccel.apply(pipe, SHORT):
+        expected = generate(pipe)
+    if when == "before":
+        offload_groups(pipe.transformer, kind)
+    with jitaccel.apply(pipe, SHORT):
+        if when == "after":
+            offload_groups(pipe.transformer, kind)
+        assert torch.equal(generate(pipe), expected)
+
+
+def test_transformer_that_the_user_compiled_stays_compiled() -> None:
+    pipe = wan_pipeline()
+    with jitaccel.apply(pipe, SHORT):
+        expected = generate(pipe)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True, dynamic=False)
+    with jitaccel.apply(pipe, SHORT) as handle:
+        assert relative_error(generate(pipe), expected) < 1e-6
+    assert len(graphs) == 3 and not handle.stats().notes
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_transformer_that_is_compiled_after_apply_runs_eagerly_and_says_so(how: str) -> None:
+    pipe = wan_pipeline()
+    with jitaccel.apply(pipe, SHORT) as handle:
+        expected = generate(pipe)
+        if how == "wrapped":
+            pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        else:
+            pipe.transformer.compile(backend="eager")
+        assert torch.equal(generate(pipe), expected)
+        assert "compiled around the patch" in handle.stats().notes[-1]
+
+
+def test_warm_up_makes_videos() -> None:
+    pipe = wan_pipeline()
+    text = {**prompts(), "num_frames": 9, "prompt": None}
+    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}) as handle:
+        stats = handle.warmup([(96, 128)], progress=False, **text)
+        assert stats.grid == GRID and stats.compiled is not None
+        graphs = stats.compiled.graphs
+        generate(pipe)
+        compiled = handle.stats().compiled
+    assert compiled is not None and compiled.graphs == graphs == 3
 
 
 def test_operations_follow_from_the_shapes() -> None:

@@ -1,0 +1,91 @@
+"""HunyuanVideo and HunyuanVideo-1.5 of diffusers, text to video.
+
+Attention is joint over video and text, with one rotary table (N, D) for all videos of a batch: videos whose anchors
+differ are run one by one. HunyuanVideo makes its attention mask from the number of tokens that its embedding returns,
+HunyuanVideo-1.5 makes one in each attention: both shrink with the anchors. The condition of HunyuanVideo-1.5 is further
+channels (33 of 65).
+"""
+
+from __future__ import annotations
+
+from ..cutting import Adapter, put, rows
+from ..layout import PatchLayout
+from .model import Arguments, Config, Model, channels_out
+
+_OUTPUTS = {"x_embedder": rows(1), "rope": rows(0), "proj_out": put}
+
+
+def _layout(config: Config) -> PatchLayout:
+    return PatchLayout((config["patch_size_t"], config["patch_size"], config["patch_size"]))
+
+
+def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
+    return _layout(config).grid(arguments["hidden_states"].shape)
+
+
+def _problem(config: Config) -> str | None:
+    if config.get("image_condition_type") != "token_replace":
+        return None
+    return "transformer must not replace the first frame's tokens, got image_condition_type='token_replace'"
+
+
+def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
+    """Returns the operations of one forward of HunyuanVideo-1.5: it looks at values, so that it cannot be traced.
+
+    Matrix products of the blocks, the embedding of latents and the last projection; a multiply-add is two. Left out:
+    what prepares the text, which is small and always the same.
+    """
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens, patch = image_tokens + text_tokens, config["patch_size_t"] * config["patch_size"] ** 2
+    hidden = int(config["mlp_ratio"] * width)
+    block = tokens * (4 * width**2 + 2 * hidden * width) + 2 * tokens**2 * width + 2 * 6 * width**2
+    ends = image_tokens * patch * (config["in_channels"] + channels_out(config)) * width
+    return 2 * (config["num_layers"] * block + ends)
+
+
+HUNYUAN = Model(
+    name="HunyuanVideoTransformer3DModel",
+    pipelines=("HunyuanVideoPipeline",),
+    adapter=Adapter(
+        outputs=_OUTPUTS,
+        has_one_table=True,
+        rows=(
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "pooled_projections",
+            "guidance",
+        ),
+    ),
+    layout=_layout,
+    grid=_grid,
+    channels=channels_out,
+    frames="time",
+    problem=_problem,
+)
+HUNYUAN_15 = Model(
+    name="HunyuanVideo15Transformer3DModel",
+    pipelines=("HunyuanVideo15Pipeline",),
+    adapter=Adapter(
+        outputs=_OUTPUTS,
+        has_one_table=True,
+        rows=(
+            "hidden_states",
+            "timestep",
+            "timestep_r",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+            "image_embeds",
+        ),
+    ),
+    layout=_layout,
+    grid=_grid,
+    channels=channels_out,
+    frames="time",
+    text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+    cost=_flops,
+)
+MODELS = (HUNYUAN, HUNYUAN_15)

@@ -1,0 +1,156 @@
+"""HunyuanVideo and HunyuanVideo-1.5 through their pipelines: whole generations, also by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import jitaccel
+from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
+from jitaccel.patches.layout import patchify, unpatchify
+from jitaccel.patches.models.hunyuan import HUNYUAN_15
+from tests.support import reference
+from tests.support.every_model import CASES, hunyuan_transformer
+from tests.support.hunyuan import PIPELINES, generate, pipeline, prompts, velocity_on_tokens
+from tests.support.tiny import DENSE, SHORT, relative_error
+from tests.support.video import GRID
+
+SCALE = 3.0
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return pipeline(request.param)
+
+
+def patch_of(pipe: Any) -> tuple[int, ...]:
+    return (1, 2, 2) if type(pipe).__name__ == "HunyuanVideoPipeline" else (1, 1, 1)
+
+
+def noise_of(pipe: Any, seed: int = 0) -> Tensor:
+    sizes = [side * step for side, step in zip(GRID, patch_of(pipe), strict=True)]
+    return torch.randn(1, 4, *sizes, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(pipe: Any, config: JiTConfig, start: Tensor, levels: tuple[float, ...], scale: float = SCALE) -> Tensor:
+    """Returns the latents (1, C, T, H, W) that the method gives."""
+    name, patch = type(pipe).__name__, patch_of(pipe)
+
+    def velocity(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
+        positive, negative = (
+            velocity_on_tokens(name, pipe.transformer, tokens, anchors, level, text) for text in prompts(name)
+        )
+        return negative + scale * (positive - negative)
+
+    with torch.no_grad():
+        state = reference.denoise(velocity, config, GRID, patchify(start, patch), levels).states[-1]
+    return unpatchify(state, GRID, patch)
+
+
+def native_levels(steps: int) -> tuple[float, ...]:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, steps + 1)[:-1].tolist())
+    return tuple(scheduler.sigmas.tolist())
+
+
+def test_density_one_is_the_unpatched_pipeline_bit_for_bit(pipe: Any) -> None:
+    plain, pair = generate(pipe, 4), generate(pipe, 3, batch=2)
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(generate(pipe, 4), plain) and torch.equal(generate(pipe, 3, batch=2), pair)
+    assert torch.equal(generate(pipe, 4), plain)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PRESETS["7x"].replace(schedule="native"), PRESETS["7x-paper"].replace(schedule="native"), SHORT],
+    ids=["7x", "7x-paper", "short"],
+)
+def test_sparse_generation_is_the_methods(pipe: Any, config: JiTConfig) -> None:
+    assert isinstance(config.steps, int)
+    levels = native_levels(config.steps) if config.schedule == "native" else jitaccel.noise_levels(config)
+    expected = by_hand(pipe, config, noise_of(pipe), levels)
+    with jitaccel.apply(pipe, config) as handle:
+        assert relative_error(generate(pipe), expected) < 1e-5
+    assert handle.stats().grid == GRID and handle.stats().steps[0].calls == 2
+
+
+def test_videos_of_a_batch_are_run_one_by_one(pipe: Any) -> None:
+    name = type(pipe).__name__
+    with jitaccel.apply(pipe, SHORT):
+        together = generate(pipe, batch=2)
+        for image in range(2):
+            parts = [{key: x[image : image + 1] for key, x in part.items()} for part in prompts(name, 2)]
+            text = {**parts[0], **{f"negative_{key}": x for key, x in parts[1].items()}}
+            alone = generate(pipe, seed=image, **text)
+            assert relative_error(together[image : image + 1], alone) < 1e-5
+
+
+def test_bare_transformer_in_an_euler_loop_is_the_methods(pipe: Any) -> None:
+    name, levels, start = type(pipe).__name__, jitaccel.noise_levels(SHORT), noise_of(pipe, 1)
+    expected = by_hand(pipe, SHORT, start, levels, scale=1.0)
+    case = CASES[type(pipe.transformer).__name__]
+    given, text, latents = case.call(GRID, 1), prompts(name)[0], start.clone()
+    given |= {"encoder_hidden_states": text["prompt_embeds"], "encoder_attention_mask": torch.ones(1, 7)}
+    if name == "HunyuanVideoPipeline":
+        given["pooled_projections"] = text["pooled_prompt_embeds"]
+    else:
+        given |= {"encoder_hidden_states_2": text["prompt_embeds_2"], "encoder_attention_mask_2": torch.ones(1, 4)}
+    with torch.no_grad(), jitaccel.apply(pipe.transformer, SHORT, noise_levels=levels):
+        for level, after in itertools.pairwise(levels):
+            shown = latents if name == "HunyuanVideoPipeline" else torch.cat([latents, torch.zeros(1, 5, *GRID)], dim=1)
+            call = {**given, "hidden_states": shown, "timestep": torch.tensor([1000 * level])}
+            latents = latents + (after - level) * pipe.transformer(**call, return_dict=False)[0]
+    assert relative_error(latents, expected) < 1e-5
+
+
+def test_stages_that_do_not_trace_run_eagerly_and_say_so() -> None:
+    pipe = pipeline("HunyuanVideo15Pipeline")
+    with jitaccel.apply(pipe, SHORT):
+        eager = generate(pipe)
+    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}) as handle:
+        assert torch.equal(generate(pipe), eager)
+    assert any("not compiled, since" in note for note in handle.stats().notes)
+
+
+def test_compiled_stages_are_one_graph_each() -> None:
+    pipe = pipeline("HunyuanVideoPipeline")
+    with jitaccel.apply(pipe, SHORT):
+        eager = generate(pipe)
+    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
+        assert relative_error(generate(pipe), eager) < 1e-6
+    compiled = handle.stats().compiled
+    assert compiled is not None and compiled.graphs == 3 and compiled.eager_calls == 0
+
+
+def test_formula_counts_what_torch_counts_between_numbers_of_tokens() -> None:
+    case = CASES["HunyuanVideo15Transformer3DModel"]
+    module = case.make()
+    counted = []
+    for grid in ((2, 4, 6), (3, 6, 8)):
+        # Torch does not count the CPU's fused attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(**case.call(grid, 1), return_dict=False)
+        counted.append(counter.get_total_flops())
+    assert HUNYUAN_15.cost is not None
+    text = 7 + 4 + 3
+    expected = [HUNYUAN_15.cost(module.config, tokens, text) for tokens in (48, 144)]
+    assert counted[1] - counted[0] == expected[1] - expected[0]
+
+
+def test_guidance_that_mixes_tokens_is_refused() -> None:
+    pipe = pipeline("HunyuanVideo15Pipeline")
+    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0, guidance_rescale=0.7)
+    with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match="a guider that is not linear"):
+        generate(pipe)
+
+
+def test_replaced_first_frame_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="image_condition_type='token_replace'"):
+        jitaccel.apply(hunyuan_transformer(image_condition_type="token_replace"), SHORT)
