@@ -11,6 +11,7 @@ from .levels import BETA, LOG_RATIO, native_levels
 from .linear import Distances, Solver
 from .plan import Plan, Stage, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
 from .study import (
+    DoubtfulStudy,
     Found,
     Study,
     Way,
@@ -132,6 +133,25 @@ def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) ->
                 extra = {"target": preset, "pooled_off_by": offset}
                 start = f"half size off by {offset:g}: "
                 yield _row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
+
+
+def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Row]:
+    """Yields the front of plans that are good, on average, where the half size is off by -0.15, 0 or 0.15.
+
+    `relative_mse` is with the best half size, `relative_mse_off` with the others. Plans have one pooled step at least.
+    """
+    doubtful = DoubtfulStudy(study.shape, study.exponents)
+    chosen = [plan for plan in pooled_plans(most, study.num_tokens, _COSTS) if plan.cheap_steps]
+    line = dense_line(study)
+    for each in front(search_plans(chosen, doubtful, Way(BETA, solver)), doubtful):
+        off = {}
+        for offset in doubtful.offsets:
+            errors = Study(study.shape, study.exponents, offset).errors(each.plan, each.levels, solver)
+            off[f"{offset:g}"] = _by_spectrum(study, errors)
+        worst = [max(errors[spectrum] for errors in off.values()) for spectrum in off["0"]]
+        ratios = ratios_to_dense(worst, cost_on_flux(each.plan, study.num_tokens), line)
+        extra = {"relative_mse_off": off, "worst_ratio_to_dense": _by_spectrum(study, ratios)}
+        yield _row(study, each.plan, each.levels, BETA.name, solver, extra, each.parameters)
 
 
 def video(study: Study = VIDEO) -> Iterator[Row]:

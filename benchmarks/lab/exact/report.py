@@ -41,6 +41,7 @@ _EXTRAS = {
     "relative_mse_levels_alone": "error, levels for each alone",
     "ratio_to_dense": "over dense of its cost",
     "pooled_off_by": "half size off by",
+    "worst_ratio_to_dense": "worst over dense of its cost",
     "target": "preset",
     "limit_share": "over its target",
     "variant": "variant",
