@@ -38,5 +38,6 @@ CASES = (
     _case("others", "video", questions.video),
     _case("others", "rows that were sampled before", questions.earlier_rows),
     _case("subsets", "the paper's 7x and its variants", questions.subset_variants),
+    _case("subsets", "activation where detail lies in places", questions.activation),
     _case("subsets", "subset or pooled steps", questions.subset_or_pooled),
 )
