@@ -230,6 +230,7 @@ _VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
         "velocity lifted, exact micro-flow, fresh noise": (Variant("velocity", 1.0, "fresh"), "euler"),
         "velocity lifted, exact micro-flow, own noise": (Variant("velocity", 1.0, "own"), "euler"),
         "velocity lifted, nothing moved": (Variant("velocity"), "euler"),
+        "velocity lifted, nothing moved, second order": (Variant("velocity"), "dpmpp_2m"),
         "clean estimate lifted, nothing moved": (Variant("clean"), "euler"),
         "clean estimate lifted, nothing moved, second order": (Variant("clean"), "dpmpp_2m"),
         "clean estimate lifted, second order across stages": (Variant("clean"), "dpmpp_2m_across"),
