@@ -27,7 +27,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """One measurement: a line for people, and fields for a file, the unit in each name."""
 
     line: str
@@ -44,7 +44,7 @@ class Case:
     group: str
     size: str
     name: str
-    run: Callable[[Options], Iterator[Row]]
+    run: Callable[[Options], Iterator[Measurement]]
     why_not: Callable[[Options], str | None]
     is_long: bool = False
 

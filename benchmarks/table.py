@@ -17,14 +17,13 @@ from typing import Any
 from jitaccel.method.config import PRESETS, JiTConfig
 
 from . import cards
+from .cards import Fields
 from .compare import identity
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
-
-Fields = Mapping[str, Any]
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -54,13 +54,20 @@ struct Grid {
   int64_t lines() const { return frames * height; }  // rows of tokens
 };
 
+constexpr int64_t kMostTokens = int64_t{1} << 40;  // far beyond memory, and no product of it with channels overflows
+
 inline Grid make_grid(const char* op, const std::vector<int64_t>& sizes, bool stack) {
   bool fits = sizes.size() == 2 || sizes.size() == 3;
-  for (const int64_t size : sizes) fits = fits && size >= 1;
+  int64_t tokens = 1;
+  for (const int64_t size : sizes) {
+    fits = fits && size >= 1 && size <= kMostTokens / tokens;
+    if (fits) tokens *= size;
+  }
   if (!fits) {
     std::ostringstream got;
     for (size_t axis = 0; axis < sizes.size(); ++axis) got << (axis ? ", " : "(") << sizes[axis];
-    fail(op, "grid", "be (h, w) or (t, h, w) of sizes above 0", got.str() + ")", "give the token grid");
+    fail(op, "grid", "be (h, w) or (t, h, w) of sizes above 0, 2^40 tokens at most", got.str() + ")",
+         "give the token grid");
   }
   const bool has_frames = sizes.size() == 3;
   return {has_frames ? sizes[0] : 1, sizes[sizes.size() - 2], sizes[sizes.size() - 1], has_frames && !stack};

@@ -19,4 +19,8 @@ STABLE_TORCH_LIBRARY(jitaccel, m) {
       "micro_flow_into(Tensor(a!) state, Tensor previous, Tensor velocity, Tensor noise, Tensor tokens, Tensor nearest, "
       "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight, "
       "bool stack=False) -> ()");
+  m.def("pool(Tensor x, int[] grid, int patch, int factor, Tensor? level=None) -> Tensor");
+  m.def(
+      "lift_pooled(Tensor values, Tensor pooled, Tensor state, int[] grid, int patch, int factor, Tensor level) "
+      "-> Tensor");
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, UnsupportedModelError, nearest_match
+from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, resolve
+from .method.config import JiTConfig, arguments_of, check_fields, resolve
 
 if TYPE_CHECKING:
     from .speed.auto import Choice
@@ -80,7 +78,7 @@ def apply(
     from . import patches
 
     _check_is_object(target)
-    _check_overrides(overrides)
+    check_fields("apply", overrides, arguments_of(apply))
     wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     is_auto = isinstance(preset, str) and preset == "auto"
     _check_wanted(is_auto, wanted, overrides, noise_levels)
@@ -134,24 +132,6 @@ def _defaults(target: Any, preset: str | JiTConfig) -> Mapping[str, Any]:
     except UnsupportedModelError:
         return {}
     return {} if patch.defaults is None else patch.defaults(target)
-
-
-def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with every reason, for arguments that neither `apply` nor JiTConfig knows."""
-    fields = [field.name for field in dataclasses.fields(JiTConfig)]
-    own = [name for name in inspect.signature(apply).parameters if name not in ("target", "overrides")]
-    if problems := [
-        f"apply: {name} must be an argument of apply or a field of JiTConfig, got an unknown name; "
-        + _suggestion(name, [*own, *fields])
-        for name in overrides
-        if name not in fields
-    ]:
-        raise ConfigError("\n".join(problems))
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    match = nearest_match(name, known, cutoff=0.6)
-    return f'did you mean "{match}"?' if match else "see help(jitaccel.apply)"
 
 
 def _check_wanted(

@@ -1,10 +1,12 @@
-"""Exceptions of the package, and the nearest match that their messages suggest.
+"""Exceptions of the package, and what their messages suggest.
 
 Message format: `<function>: <argument> must <rule>, got <value>; <what to do>`.
 """
 
 import difflib
 from collections.abc import Iterable
+
+_ALIKE = 0.6  # share of letters that two names must have in common; "8x" is not "7x", "execution" is "executon"
 
 
 class ConfigError(ValueError):
@@ -27,11 +29,12 @@ class CommandError(Exception):
     """Arguments that a command cannot run with, or a file or package that it lacks."""
 
 
-def nearest_match(name: object, allowed: Iterable[str], cutoff: float = 0.0) -> str:
-    """Returns the allowed name most like `name`, ignoring case; an empty string when none is.
+def suggestion(name: object, allowed: Iterable[str], otherwise: str = "take one of these") -> str:
+    """Returns what to do instead of `name`: the allowed name most like it, or `otherwise` where none is like it.
 
-    cutoff: how alike they must be at least, from 0 (anything) to 1 (equal).
+    Case is ignored. What is no text is like nothing.
     """
     by_folded = {candidate.casefold(): candidate for candidate in allowed}
-    matches = difflib.get_close_matches(str(name).casefold(), by_folded, n=1, cutoff=cutoff)
-    return by_folded[matches[0]] if matches else ""
+    word = name.casefold() if isinstance(name, str) else ""
+    matches = difflib.get_close_matches(word, by_folded, n=1, cutoff=_ALIKE)
+    return f'did you mean "{by_folded[matches[0]]}"?' if matches else otherwise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jitaccel.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from jitaccel.artefacts.export import Source
+    from jitaccel.artefacts.export import Exportable
     from jitaccel.execution.options import Execution
     from jitaccel.generation.batch import Outcome
     from jitaccel.generation.handle import Installation
@@ -39,7 +39,7 @@ class Patch:
     matches: Callable[[Any], bool]
     prepare: Callable[[Any, JiTConfig, tuple[float, ...] | None, Execution], Installation]
     generate_batch: Callable[..., list[Outcome]] | None = None
-    export: Callable[..., Source] | None = None
+    export: Callable[..., Exportable] | None = None
     prepare_exported: Callable[..., Installation] | None = None
     probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
     defaults: Callable[[Any], Mapping[str, Any]] | None = None
@@ -48,20 +48,28 @@ class Patch:
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
     """Returns whether the target's class, or one it derives from, has one of these names in this package.
 
-    Looks through `torch.compile`'s wrapper. Imports nothing.
+    Looks through `torch.compile`'s wrapper. Imports no codebase.
     """
-    target = getattr(target, "_orig_mod", target)
-    return any(kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in type(target).__mro__)
+    kinds = _type_inside(target).__mro__
+    return any(kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in kinds)
 
 
 def is_bfl_flux(target: Any) -> bool:
     """Returns whether this is Black Forest Labs' `Flux`, or a copy, or derived of one, told by names and arguments."""
-    kind = type(getattr(target, "_orig_mod", target))
+    kind = _type_inside(target)
     forward = getattr(kind, "forward", None)
     if all(base.__name__ != "Flux" for base in kind.__mro__) or forward is None:
         return False
     names = [*inspect.signature(forward).parameters][1:7]
     return names == ["img", "img_ids", "txt", "txt_ids", "timesteps", "y"]
+
+
+def _type_inside(target: Any) -> type:
+    """Returns the class of a target, through `torch.compile`'s wrapper."""
+    from jitaccel.execution.private import uncompiled  # here, because torch's compiler takes seconds to import
+
+    kind: type = type(uncompiled(target))
+    return kind
 
 
 def _lazily(module: str, function: str) -> Callable[..., Any]:

@@ -24,12 +24,13 @@ from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
 from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 
-from .flux.arguments import SeenIds, grid_of_ids, one_image, single_level
+from .flux.arguments import SeenIds, grid_of_ids, one_image, shown_timestep, single_level
 from .flux.params import config_of
 from .loops.velocity import VelocityRoute
 from .network import IndexedCalls, ModelCall, answered
 from .split import Split
 
+_PATCH = 2  # latents along a token's side, in `prepare` of its sampling
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
 
 
@@ -86,6 +87,7 @@ def _model_call(
         cost=lambda image_tokens, text_tokens: flops(config, image_tokens + references, text_tokens),
         grid=lambda: grid_of_ids(one_image(ids)[:num_tokens], split.state.shape[1]),
         noise_level=lambda: single_level(arguments["timesteps"]),
+        patch=_PATCH,
         evaluate=functools.partial(_evaluate, original, arguments, split),
     )
     return call, split
@@ -99,7 +101,8 @@ def _evaluate(
     changed: dict[str, Any] = {"img": split.tokens(run, state)}
     if not run.is_dense:
         ids = arguments["img_ids"][0]  # the same for every image, as was checked
-        changed["img_ids"] = torch.stack([split.ids_at(ids, anchors) for anchors in run.anchors])
+        changed["img_ids"] = torch.stack([split.ids_at(ids, positions) for positions in run.plan.positions])
+        changed["timesteps"] = shown_timestep(run, arguments["timesteps"])
         # One row of either ids serves all images; those of the anchors have a row for each, so must the others.
         changed["txt_ids"] = arguments["txt_ids"].expand(batch, -1, -1)
         for name in _RESIDUALS:
@@ -116,4 +119,5 @@ def _residual_at(residual: Tensor, split: Split, run: Run) -> Tensor:
     if residual.shape[1] == 1:
         return residual
     text_tokens = max(0, residual.shape[1] - split.hidden.shape[1])
-    return split.at_anchors(run, residual.expand(run.anchors.shape[0], *residual.shape[1:]), before=text_tokens)
+    every = residual.expand(run.anchors.shape[0], *residual.shape[1:])
+    return split.entering(run.show_features, every, before=text_tokens)

@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.generation.handle import refuse_copy
 
+from .diffusers_private import is_parallel
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -192,7 +194,7 @@ def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:
     known = dict(model.named_modules())
     missing = [name for name in (*adapter.outputs, *adapter.blocks) if name not in known]
     found = [f"transformer must have a submodule {name!r}, got none in {type(model).__name__}" for name in missing]
-    if getattr(model, "_parallel_config", None) is not None:
+    if is_parallel(model):
         found.append("transformer must not be split over devices (context parallel), got a parallel configuration")
     return found
 

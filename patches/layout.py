@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,11 @@ from torch.nn import functional as F
 
 class Layout(Protocol):
     """How the latents that a sampler moves, and that a model is given, hold the tokens that are generated."""
+
+    @property
+    def side(self) -> int:
+        """How many latents lie along a token's side, rows and columns alike."""
+        ...
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Returns the tokens (B, N, D) of latents."""
@@ -30,6 +35,21 @@ class Layout(Protocol):
         """Returns what a model is given, with other latents in the place of those that are generated."""
         ...
 
+    def smaller(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        given: Tensor,
+        num_tokens: int,
+        pool: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Returns what a model is given of a smaller picture: its tokens (B, M, D) on `grid`, and what is beside them.
+
+        given, num_tokens: what it is given of the whole picture, and N of that. pool: (B, N, C) of latents beside those
+        that are generated -> (B, M, C).
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class PatchLayout:
@@ -40,6 +60,11 @@ class PatchLayout:
     """
 
     patch: tuple[int, ...]
+
+    @property
+    def side(self) -> int:
+        """How many latents lie along a token's side."""
+        return self.patch[-1]
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the token grid of latents of a shape (B, C, *sizes).
@@ -72,10 +97,31 @@ class PatchLayout:
         further = given[:, latents.shape[1] :]
         return torch.cat([latents, further], dim=1) if further.shape[1] else latents
 
+    def smaller(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        given: Tensor,
+        num_tokens: int,
+        pool: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Returns the latents of a smaller picture or video, with the further channels of it."""
+        latents = unpatchify(tokens, grid, self.patch)
+        further = given[:, latents.shape[1] :]
+        if not further.shape[1]:
+            return latents
+        return torch.cat([latents, unpatchify(pool(patchify(further, self.patch)), grid, self.patch)], dim=1)
+
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Latents that are tokens already, (B, N, D); references are further tokens, after the generated ones."""
+    """Latents that are tokens already, (B, N, D); references are further tokens, after the generated ones.
+
+    Attributes:
+        side: How many latents lie along a token's side.
+    """
+
+    side: int = 2
 
     def to_tokens(self, latents: Tensor) -> Tensor:
         """Returns the latents themselves."""
@@ -94,6 +140,18 @@ class TokenLayout:
         """Returns `latents` (B, N, D) with the references that a model is given."""
         further = given[:, latents.shape[1] :]
         return torch.cat([latents, further], dim=1) if further.shape[1] else latents
+
+    def smaller(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        given: Tensor,
+        num_tokens: int,
+        pool: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Returns the tokens of a smaller picture with the references that a model is given."""
+        further = given[:, num_tokens:]
+        return torch.cat([tokens, further], dim=1) if further.shape[1] else tokens
 
 
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ Control). References stay dense; further channels go with their tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,13 +18,12 @@ from jitaccel.method.run import Run
 from jitaccel.tokens import gather_tokens, scatter_tokens
 
 
-class Places(Protocol):
-    """Which tokens enter the network: a run's anchors, or those of several branches in one batch."""
+class Viewer(Protocol):
+    """What enters the network of what is given for every token: of a run, or of several branches in one batch."""
 
-    @property
-    def is_dense(self) -> bool: ...
+    def show(self, state: Tensor) -> Tensor: ...
 
-    def gather(self, x: Tensor) -> Tensor: ...
+    def show_beside(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,23 @@ class Branches:
     def anchors(self) -> Tensor:
         """The tokens of every image of the batch, (count * B, M)."""
         return self.run.anchors.repeat(self.count, 1)
+
+    @property
+    def positions(self) -> Tensor:
+        """Which position ids of the whole picture the tokens of every image of the batch have, (count * B, M)."""
+        return self.run.plan.positions.repeat(self.count, 1)
+
+    def show(self, state: Tensor) -> Tensor:
+        """Returns what the network sees of a state (count * B, N, D)."""
+        return self.run.show(state)
+
+    def show_beside(self, x: Tensor) -> Tensor:
+        """Returns what the network sees of latents beside the state, (count * B, N, C)."""
+        return self.run.show_beside(x)
+
+    def show_features(self, x: Tensor) -> Tensor:
+        """Returns what the network sees of features of whole tokens, (count * B, N, C)."""
+        return self.run.show_features(x)
 
     def gather(self, x: Tensor) -> Tensor:
         """Returns the anchors' tokens of `x` (count * B, N, ...)."""
@@ -83,27 +100,26 @@ class Split:
         """The reference tokens, (B, R, C)."""
         return self.hidden[:, self.num_tokens :] if self.num_references else None
 
-    def tokens(self, places: Places, state: Tensor) -> Tensor:
-        """Returns what enters the network, (B, M + R, C): a state's anchors (B, N, D), and what is shown with them."""
-        extra = None if self.extra is None else places.gather(self.extra)
-        return beside(places.gather(state), extra, self.references)
+    def tokens(self, places: Viewer, state: Tensor) -> Tensor:
+        """Returns what enters the network, (B, M + R, C): of a state (B, N, D), and what is shown beside it."""
+        extra = None if self.extra is None else places.show_beside(self.extra)
+        return beside(places.show(state), extra, self.references)
 
-    def at_anchors(self, places: Places, x: Tensor, before: int = 0) -> Tensor:
+    def entering(self, pick: Callable[[Tensor], Tensor], x: Tensor, before: int = 0) -> Tensor:
         """Returns of `x` (B, before + S, ...), given for every token, what belongs to those that enter the network.
 
-        before: how many entries of text come first; they stay.
+        pick: what is taken of generated tokens: `gather` of places for masks, `show_beside` for latents,
+        `show_features` for residuals. before: how many entries of text come first; they stay, as references do.
         """
-        if places.is_dense:
-            return x
         text, image = x[:, :before], x[:, before:]
-        parts = (text, places.gather(image[:, : self.num_tokens].contiguous()), image[:, self.num_tokens :])
+        parts = (text, pick(image[:, : self.num_tokens].contiguous()), image[:, self.num_tokens :])
         return torch.cat([part for part in parts if part.shape[1]], dim=1)
 
-    def ids_at(self, ids: Tensor, anchors: Tensor | None) -> Tensor:
-        """Returns the position ids (M + R, A) of anchors (M,) among those of every token (S, A); None for all."""
-        if anchors is None:
+    def ids_at(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Returns the position ids (M + R, A) at `positions` (M,) among those of every token (S, A); None for all."""
+        if positions is None:
             return ids
-        return torch.cat([ids[: self.num_tokens][anchors], ids[self.num_tokens :]])
+        return torch.cat([ids[: self.num_tokens][positions], ids[self.num_tokens :]])
 
     def whole(self, velocity: Tensor) -> Tensor:
         """Returns a velocity (B, N, D) as a model does, (B, S, D): zeros at references, which nobody reads."""

@@ -1,8 +1,9 @@
-"""What may import what: folders without a cycle, a method that knows no model, and nothing that ships imports tests."""
+"""What may import what, and how types are named: no cycle of folders, a method that knows no model, no namesakes."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +98,24 @@ def test_test_files_import_each_other_through_support_alone() -> None:
                 named = {f"{node.module}.{alias.name}" for alias in node.names}
                 assert node.module in shared, f"{path}: {node.module}"
                 assert not any(name.rpartition(".")[2].startswith("test_") for name in named), path
+
+
+def _types(path: Path) -> Iterator[str]:
+    """Yields the public classes and aliases of types that a file defines."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        else:
+            names = []
+        yield from (name for name in names if re.fullmatch(r"[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*", name))
+
+
+def test_no_two_types_share_a_name() -> None:
+    where: dict[str, list[str]] = {}
+    for path in _files():
+        for name in _types(path):
+            where.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert len(where) > 100
+    assert not {name: paths for name, paths in where.items() if len(paths) > 1}

@@ -7,23 +7,23 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from jitaccel.evaluation.comparison import Generation, Method, generate
+from jitaccel.evaluation.comparison import Method, TimedCall, generate
 from jitaccel.speed.auto import DENSE_STEPS, Choice, decide, measure_costs
 
 from ..pipelines import Subject, embedded_subject
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 from .denoise import no_embedded
 
 TARGETS = (3.0, 4.0, 6.0, 8.0)
 
 
-def measure(subject: Subject, options: Options, targets: Sequence[float] = TARGETS) -> Iterator[Row]:
+def measure(subject: Subject, options: Options, targets: Sequence[float] = TARGETS) -> Iterator[Measurement]:
     """Yields a row for each target speed-up against 50 dense steps, which take turns with what was picked."""
     size = (subject.call["height"], subject.call["width"])
     costs = measure_costs(subject.pipe, size, subject.text_tokens)
     choices = {f"{target:g}x": decide(costs, target_speedup=target) for target in targets}
     methods = [Method(name="dense", steps=DENSE_STEPS), *(_method(name, each) for name, each in choices.items())]
-    found: dict[str, list[Generation]] = {method.name: [] for method in methods}
+    found: dict[str, list[TimedCall]] = {method.name: [] for method in methods}
     for _ in range(options.repeat):
         for method in methods:
             generator = torch.Generator().manual_seed(options.seed)
@@ -40,7 +40,7 @@ def _method(name: str, choice: Choice) -> Method:
 def _row(
     name: str, target: float, choice: Choice, seconds: tuple[float, float, float], dense_s: float,
     subject: Subject, options: Options,
-) -> Row:  # fmt: skip
+) -> Measurement:  # fmt: skip
     median, low, high = seconds
     fields = {
         "method": name,
@@ -65,10 +65,10 @@ def _row(
         f"predicted {choice.predicted_ms:.0f} ms, {choice.predicted_speedup:.2f}x  "
         f"measured {1000 * median:.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {dense_s / median:.2f}x"
     )
-    return Row(line=line, fields=fields)
+    return Measurement(line=line, fields=fields)
 
 
-def _run(options: Options, grid: tuple[int, int]) -> Iterator[Row]:
+def _run(options: Options, grid: tuple[int, int]) -> Iterator[Measurement]:
     yield from measure(embedded_subject(options.device, grid, options.seed), options)
 
 

@@ -12,10 +12,10 @@ import torch
 from tqdm import tqdm
 
 from jitaccel.api import embedded_model
-from jitaccel.evaluation.comparison import Generation, Method, compared_methods, generate, warm_up
+from jitaccel.evaluation.comparison import Method, TimedCall, compared_methods, generate, warm_up
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, Subject, embedded_subject, random_subject
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 _FLUX_GIB = 32  # 24 of weights, and what a step needs
 
@@ -25,7 +25,7 @@ class _Measured:
     """One method's generations. `scale`: the method's steps by those that were timed."""
 
     method: Method
-    generations: list[Generation]
+    generations: list[TimedCall]
     scale: float
 
     def seconds(self, name: str = "denoise_s") -> tuple[float, float, float]:
@@ -74,13 +74,13 @@ def _generator(options: Options) -> torch.Generator:
     return torch.Generator().manual_seed(options.seed)
 
 
-def rows(results: list[_Measured], subject: Subject, options: Options) -> Iterator[Row]:
+def rows(results: list[_Measured], subject: Subject, options: Options) -> Iterator[Measurement]:
     """Yields one row for each method."""
     by_name = {result.method.name: result for result in results}
     dense, control = by_name["dense"], by_name["control"]
     for result in results:
         fields = _fields(result, dense, control, subject, options)
-        yield Row(line=_line(fields), fields=fields)
+        yield Measurement(line=_line(fields), fields=fields)
 
 
 def _fields(
@@ -143,7 +143,9 @@ def _line(f: dict[str, Any]) -> str:
     ).rstrip()
 
 
-def _run(options: Options, make: Callable[[Options], Subject], timed_dense_steps: int | None = None) -> Iterator[Row]:
+def _run(
+    options: Options, make: Callable[[Options], Subject], timed_dense_steps: int | None = None
+) -> Iterator[Measurement]:
     subject = make(options)
     yield from rows(measure(subject, options, timed_dense_steps), subject, options)
 

@@ -17,7 +17,7 @@ from jitaccel import ops
 from jitaccel.method.lift import blur_weights
 from jitaccel.ops import reference
 
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 GRIDS = {"32": (32, 32), "64": (64, 64), "128": (128, 128), "256": (256, 256), "video": (16, 30, 52)}
 CHANNELS = (64, 128)
@@ -28,7 +28,7 @@ _STEPS_PER_PLAN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class KernelInputs:
     """What the operators are measured on: one image, random anchors."""
 
     grid: tuple[int, ...]
@@ -51,7 +51,7 @@ class Inputs:
 
 def make_inputs(
     grid: tuple[int, ...], channels: int, density: float, dtype: torch.dtype, options: Options
-) -> Inputs:
+) -> KernelInputs:
     """Returns the inputs of one size, the same for the same seed."""
     generator = torch.Generator().manual_seed(options.seed)
     num_tokens = math.prod(grid)
@@ -61,7 +61,7 @@ def make_inputs(
     fields = [torch.randn(1, n, channels, generator=generator) for n in (count, *(num_tokens,) * 3)]
     values, state, velocity, noise = (field.to(options.device, dtype) for field in fields)
     importance = ops.importance(velocity, grid)
-    return Inputs(
+    return KernelInputs(
         grid=grid,
         anchors=anchors,
         nearest=ops.nearest_anchor(anchors, grid),
@@ -80,7 +80,7 @@ def make_inputs(
 # What the released code does, written out from its description (../shared/METHOD.md, section 7): torch operations only.
 
 
-def released_nearest(x: Inputs) -> Tensor:
+def released_nearest(x: KernelInputs) -> Tensor:
     """Returns the nearest anchors through the matrix of all distances, as at every step of the released code."""
     places = torch.stack(
         torch.meshgrid(*(torch.arange(s, device=x.state.device) for s in x.grid), indexing="ij"), dim=-1
@@ -89,7 +89,7 @@ def released_nearest(x: Inputs) -> Tensor:
     return torch.cdist(places, places[x.anchors[0]]).argmin(dim=1)
 
 
-def released_lift(x: Inputs) -> Tensor:
+def released_lift(x: KernelInputs) -> Tensor:
     """Returns the lifted values: nearest map, gather, depthwise convolutions over a reflected border, mask."""
     channels = x.values.shape[2]
     filled = x.values[:, released_nearest(x)].transpose(1, 2).reshape(1, channels, *x.grid)
@@ -104,7 +104,7 @@ def released_lift(x: Inputs) -> Tensor:
     return lifted.index_add(1, x.anchors[0], x.values)
 
 
-def released_importance(x: Inputs) -> Tensor:
+def released_importance(x: KernelInputs) -> Tensor:
     """Returns the importance by average pools of both moments."""
     pool = F.avg_pool2d if len(x.grid) == 2 else F.avg_pool3d
     field = x.velocity.transpose(1, 2).reshape(1, x.velocity.shape[2], *x.grid)
@@ -112,7 +112,7 @@ def released_importance(x: Inputs) -> Tensor:
     return (square - mean * mean).mean(dim=1).flatten(1)
 
 
-def released_activate(x: Inputs, scores: Tensor | None = None) -> Tensor:
+def released_activate(x: KernelInputs, scores: Tensor | None = None) -> Tensor:
     """Returns the activated tokens of image 0, by a mask and top-k."""
     scores = x.importance if scores is None else scores
     masked = scores.index_fill(1, x.anchors[0], -torch.inf)
@@ -129,10 +129,10 @@ class Kernel:
     """
 
     name: str
-    run: Callable[[Inputs], Any]
-    reference: Callable[[Inputs], Any] | None
-    released: Callable[[Inputs], Any] | None
-    bytes_moved: Callable[[Inputs], int]
+    run: Callable[[KernelInputs], Any]
+    reference: Callable[[KernelInputs], Any] | None
+    released: Callable[[KernelInputs], Any] | None
+    bytes_moved: Callable[[KernelInputs], int]
     lifts: bool = False
 
 
@@ -140,7 +140,7 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _micro_flow(x: Inputs) -> tuple[Any, ...]:
+def _micro_flow(x: KernelInputs) -> tuple[Any, ...]:
     return x.out, x.state, x.velocity, x.noise, x.tokens, *x.plan, x.levels, 1 / 3
 
 
@@ -191,7 +191,7 @@ KERNELS = (
 )
 
 
-def measure(size: str, options: Options) -> Iterator[Row]:
+def measure(size: str, options: Options) -> Iterator[Measurement]:
     """Yields a row for each operator, width and density."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     bandwidth = copy_bandwidth(options)
@@ -204,8 +204,8 @@ def measure(size: str, options: Options) -> Iterator[Row]:
 
 
 def _row(
-    kernel: Kernel, x: Inputs, density: float, plan_s: float, bandwidth: float, options: Options
-) -> Row:
+    kernel: Kernel, x: KernelInputs, density: float, plan_s: float, bandwidth: float, options: Options
+) -> Measurement:
     with torch.no_grad():
         own = percentiles(_seconds(lambda: kernel.run(x), options))
         released = _released_seconds(kernel, x, options)
@@ -232,7 +232,7 @@ def _row(
         "speedup_to_released": None if released is None else released / (own[0] + plan_s),
         "speedup_to_compiled_reference": None if fused is None else fused / own[0],
     }
-    return Row(line=_line(fields), fields=fields)
+    return Measurement(line=_line(fields), fields=fields)
 
 
 def _line(f: dict[str, Any]) -> str:
@@ -247,7 +247,7 @@ def _line(f: dict[str, Any]) -> str:
     )
 
 
-def _released_seconds(kernel: Kernel, x: Inputs, options: Options) -> float | None:
+def _released_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> float | None:
     released = kernel.released
     matrix_gib = x.state.shape[1] * x.anchors.shape[1] * 4 / 2**30
     if released is None or ((kernel.lifts or kernel.name == "nearest_anchor") and matrix_gib > _RELEASED_MATRIX_GIB):
@@ -255,7 +255,7 @@ def _released_seconds(kernel: Kernel, x: Inputs, options: Options) -> float | No
     return percentiles(_seconds(lambda: released(x), options, in_graph=False))[0]
 
 
-def _compiled_seconds(kernel: Kernel, x: Inputs, options: Options) -> float | None:
+def _compiled_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> float | None:
     if kernel.reference is None:
         return None
     torch._dynamo.reset()

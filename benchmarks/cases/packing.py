@@ -26,7 +26,7 @@ from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.patches.flux.packed import Conditions, make_pack, packed_forward
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, random_transformer
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 DENSITY = 0.32
 BATCHES = (1, 2, 4, 8)
@@ -77,10 +77,10 @@ def make_images(model: Any, grids: Sequence[tuple[int, int]], text_tokens: int, 
     return images
 
 
-Forward = Callable[[], Any]
+Pass = Callable[[], Any]
 
 
-def loop(model: Any, images: Sequence[Image]) -> Forward:
+def loop(model: Any, images: Sequence[Image]) -> Pass:
     """Returns the model's own forward, image by image."""
 
     def run() -> list[Tensor]:
@@ -101,7 +101,7 @@ def loop(model: Any, images: Sequence[Image]) -> Forward:
     return run
 
 
-def packed(model: Any, images: Sequence[Image], attention: Backend) -> Forward:
+def packed(model: Any, images: Sequence[Image], attention: Backend) -> Pass:
     """Returns one forward of all images; the pack is made once, as once a stage."""
     pack = make_pack(model, [image.text_ids for image in images], [image.ids for image in images])
 
@@ -111,7 +111,7 @@ def packed(model: Any, images: Sequence[Image], attention: Backend) -> Forward:
     return lambda: packed_forward(model, pack, *_inputs(images), attend)
 
 
-def padded(model: Any, images: Sequence[Image]) -> Forward:
+def padded(model: Any, images: Sequence[Image]) -> Pass:
     """Returns one forward of all images padded to the longest, the padding masked in attention."""
     longest = max(len(image.tokens) for image in images)
     wide = [
@@ -155,7 +155,7 @@ def _inputs(images: Sequence[Image]) -> tuple[Tensor, Conditions]:
 
 def measure(
     options: Options, make: Callable[[Options], Any], sizes: Mapping[str, Sequence[tuple[int, int]]], text_tokens: int
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Yields a row for each way, batch and mix of sizes; the ways take turns."""
     model = make(options)
     with torch.no_grad():
@@ -170,9 +170,9 @@ def measure(
 
 def _rows(
     model: Any, images: Sequence[Image], grids: Sequence[tuple[int, int]], mix: str, options: Options
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     device, dtype, head_dim = model.device, model.dtype, model.config.attention_head_dim
-    ways: dict[str, Forward] = {"loop": loop(model, images), "padded": padded(model, images)}
+    ways: dict[str, Pass] = {"loop": loop(model, images), "padded": padded(model, images)}
     for backend in BACKENDS:
         if not backend.unsupported_reasons(device, dtype, head_dim):
             usable = choose_backend(backend.name, device, dtype, head_dim)
@@ -207,7 +207,7 @@ def _rows(
             "peak_mib_over_before": _peak_mib(way, options.device),
             "speedup_to_loop": round(base / median, 4),
         }
-        yield Row(line=_line(fields), fields=fields)
+        yield Measurement(line=_line(fields), fields=fields)
 
 
 def _line(f: Mapping[str, Any]) -> str:
@@ -218,7 +218,7 @@ def _line(f: Mapping[str, Any]) -> str:
     )
 
 
-def _seconds(way: Forward, device: torch.device) -> float:
+def _seconds(way: Pass, device: torch.device) -> float:
     wait_for(device)
     started = time.perf_counter()
     way()
@@ -226,7 +226,7 @@ def _seconds(way: Forward, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _peak_mib(way: Forward, device: torch.device) -> float | None:
+def _peak_mib(way: Pass, device: torch.device) -> float | None:
     """Returns how much memory one forward takes at its peak beyond what stood before; None where nobody tells."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jitaccel.cli import eval
 
-from ..registry import Case, Options, Row
+from ..registry import Case, Measurement, Options
 
 _PRESETS = "4x,7x,10x,4x-paper,7x-paper"
 _RIVALS = "firstblock:28:0.2,firstblock:28:0.4,taylorseer:28:4,taylorseer-lite:28:4,half:11:4"
@@ -33,7 +33,7 @@ METHODS = {
 }
 
 
-def _run(methods: str, options: Options, prompts: int = 256, out: Path = Path("out/quality")) -> Iterator[Row]:
+def _run(methods: str, options: Options, prompts: int = 256, out: Path = Path("out/quality")) -> Iterator[Measurement]:
     parser = argparse.ArgumentParser()
     eval.add_arguments(parser)
     given = ["--methods", methods, "--prompts", str(prompts), "--seed", str(options.seed), "--out", str(out)]
@@ -42,7 +42,7 @@ def _run(methods: str, options: Options, prompts: int = 256, out: Path = Path("o
         record = json.loads(line)
         shown = ", ".join(f"{name} {each['value']:.3g}" for name, each in record["qualities"].items())
         line = f"{record['method']}: {record['cost_dense_steps']:.2f} dense steps, {shown}"
-        yield Row(line=line, fields={**record, "benchmark": "quality"})
+        yield Measurement(line=line, fields={**record, "benchmark": "quality"})
 
 
 def _why_not(options: Options) -> str | None:

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 
 import jitaccel
-from jitaccel.evaluation.comparison import Generation, timed
+from jitaccel.evaluation.comparison import TimedCall, timed
 
 from ..pipelines import FLUX_DEV, embedded_subject, random_call, random_pipeline
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 from .denoise import no_embedded, no_large_cuda
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class Contender:
     """One way to make one picture.
 
     method: "dense" or a preset. steps: of dense. way: "eager" (dense: the pipeline untouched; sparse: the model's own
@@ -46,55 +46,55 @@ class Variant:
 
 
 # In the order of their weight, for a device that is lent for minutes.
-VARIANTS = (
-    Variant(method="dense", steps=50, way="eager"),
-    Variant(method="dense", steps=50, way="captured"),
-    Variant(method="7x", way="captured"),
-    Variant(method="dense", steps=6, way="captured"),
-    Variant(method="7x", way="packed"),
-    Variant(method="7x", way="eager"),
-    Variant(method="dense", steps=50, way="compiled"),
-    Variant(method="7x", way="compiled"),
-    Variant(method="4x", way="captured"),
-    Variant(method="7x", way="float8"),
-    Variant(method="dense", steps=6, way="compiled"),
-    Variant(method="4x", way="packed"),
-    Variant(method="4x", way="eager"),
-    Variant(method="4x", way="compiled"),
-    Variant(method="4x", way="float8"),
+CONTENDERS = (
+    Contender(method="dense", steps=50, way="eager"),
+    Contender(method="dense", steps=50, way="captured"),
+    Contender(method="7x", way="captured"),
+    Contender(method="dense", steps=6, way="captured"),
+    Contender(method="7x", way="packed"),
+    Contender(method="7x", way="eager"),
+    Contender(method="dense", steps=50, way="compiled"),
+    Contender(method="7x", way="compiled"),
+    Contender(method="4x", way="captured"),
+    Contender(method="7x", way="float8"),
+    Contender(method="dense", steps=6, way="compiled"),
+    Contender(method="4x", way="packed"),
+    Contender(method="4x", way="eager"),
+    Contender(method="4x", way="compiled"),
+    Contender(method="4x", way="float8"),
 )
 
 Make = Callable[[Options, bool], tuple[Any, Mapping[str, Any]]]
 """Makes a pipeline, quantised or not, and the arguments of a call."""
 
 
-def measure(options: Options, variant: Variant, make: Make, grid: tuple[int, int]) -> Iterator[Row]:
-    """Yields one row: the variant's generations, the first of which compiles, or why there is none."""
+def measure(options: Options, contender: Contender, make: Make, grid: tuple[int, int]) -> Iterator[Measurement]:
+    """Yields one row: the contender's generations, the first of which compiles, or why there is none."""
     fields: dict[str, Any] = {
-        "method": variant.method,
-        "way": variant.way,
+        "method": contender.method,
+        "way": contender.way,
         "grid": grid,
         "batch": 1,
         "seed": options.seed,
         "repeats": options.repeat,
     }
     try:
-        fields |= _measured(options, variant, *make(options, variant.way == "float8"))
+        fields |= _measured(options, contender, *make(options, contender.way == "float8"))
     except Exception as error:  # one case that fails must not keep the others from being measured
         fields["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    yield Row(line=_line(fields), fields=fields)
+    yield Measurement(line=_line(fields), fields=fields)
 
 
-def _measured(options: Options, variant: Variant, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(options: Options, contender: Contender, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     device = options.device
 
-    def generation() -> Generation:
+    def generation() -> TimedCall:
         generator = torch.Generator().manual_seed(options.seed)
-        steps = variant.steps if handle is None else handle.config.steps
+        steps = contender.steps if handle is None else handle.config.steps
         return timed(pipe, steps, handle, generator=generator, **call)
 
     forget_earlier_cases(device)
-    with applied(pipe, variant) as handle, torch.no_grad():
+    with applied(pipe, contender) as handle, torch.no_grad():
         start = time.perf_counter()
         generation()
         first_s = time.perf_counter() - start
@@ -104,7 +104,7 @@ def _measured(options: Options, variant: Variant, pipe: Any, call: Mapping[str, 
     median, low, high = percentiles([g.denoise_s for g in made])
     compiled = None if stats is None or stats.compiled is None else asdict(stats.compiled)
     return {
-        "steps": variant.steps if stats is None else len(stats.steps),
+        "steps": contender.steps if stats is None else len(stats.steps),
         "text_tokens": _text_tokens(call),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "attention": None if stats is None else stats.attention,
@@ -145,7 +145,7 @@ def peaks(device: torch.device) -> dict[str, float | None]:
     }
 
 
-def _part(made: list[Generation], name: str) -> float | None:
+def _part(made: list[TimedCall], name: str) -> float | None:
     """Returns the median of `network_s` or `outside_s`; None where nothing was applied that counts them."""
     found = [getattr(g.stats, name) for g in made if g.stats is not None]
     return round(percentiles(found)[0], 5) if found else None
@@ -157,25 +157,25 @@ def _text_tokens(call: Mapping[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def applied(pipe: Any, variant: Variant) -> Iterator[Any]:
-    """Makes the pipeline run a variant while it lasts, and yields its handle; None where nothing is applied."""
-    if variant.method == "dense" and variant.way == "eager":
+def applied(pipe: Any, contender: Contender) -> Iterator[Any]:
+    """Makes the pipeline run a contender while it lasts, and yields its handle; None where nothing is applied."""
+    if contender.method == "dense" and contender.way == "eager":
         yield None
         return
-    if variant.method == "dense" and variant.way == "compiled":
+    if contender.method == "dense" and contender.way == "compiled":
         with compiled_as_usual(pipe):
             yield None
         return
-    preset: Any = variant.method
-    if variant.method == "dense":
-        preset = jitaccel.JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=variant.steps)
+    preset: Any = contender.method
+    if contender.method == "dense":
+        preset = jitaccel.JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=contender.steps)
     settings: dict[str, Any] = {
         "eager": {"execution": "indexed"},
         "packed": {"execution": "packed"},
         "compiled": {"compile": {"graphs": False}},
         "captured": {"compile": {"graphs": True}},
         "float8": {"compile": {"graphs": True}},
-    }[variant.way]
+    }[contender.way]
     with jitaccel.apply(pipe, preset, strict=True, **settings) as handle:
         yield handle
 
@@ -195,7 +195,7 @@ def compiled_as_usual(pipe: Any) -> Iterator[None]:
         torch.compiler.reset()
 
 
-def _outside_share(made: list[Generation]) -> float | None:
+def _outside_share(made: list[TimedCall]) -> float | None:
     """Returns the share of the sparse steps' time spent outside the transformer; None without such steps."""
     steps = [s for g in made if g.stats for s in g.stats.steps if s.stage < len(g.stats.anchors) - 1]
     total = sum(step.network_s + step.outside_s for step in steps)
@@ -257,10 +257,10 @@ def _embedded(options: Options, is_float8: bool, *, grid: tuple[int, int]) -> tu
     return subject.pipe, {**subject.call, "output_type": "latent"}
 
 
-def _why_not(options: Options, variant: Variant, missing: Callable[[Options], str | None]) -> str | None:
+def _why_not(options: Options, contender: Contender, missing: Callable[[Options], str | None]) -> str | None:
     if (reason := missing(options)) is not None:
         return reason
-    if variant.way != "float8":
+    if contender.way != "float8":
         return None
     if options.device.type != "cuda" or torch.cuda.get_device_capability(options.device) < (8, 9):
         return "float8 needs a CUDA device of compute capability 8.9"
@@ -268,28 +268,33 @@ def _why_not(options: Options, variant: Variant, missing: Callable[[Options], st
 
 
 def _case(
-    size: str, what: str, variant: Variant, make: Make, grid: tuple[int, int], missing: Callable[[Options], str | None]
+    size: str,
+    what: str,
+    contender: Contender,
+    make: Make,
+    grid: tuple[int, int],
+    missing: Callable[[Options], str | None],
 ) -> Case:
     return Case(
         group="record",
         size=size,
-        name=f"{what}: {variant.name}",
-        run=functools.partial(measure, variant=variant, make=make, grid=grid),
-        why_not=functools.partial(_why_not, variant=variant, missing=missing),
+        name=f"{what}: {contender.name}",
+        run=functools.partial(measure, contender=contender, make=make, grid=grid),
+        why_not=functools.partial(_why_not, contender=contender, missing=missing),
     )
 
 
 def _cases() -> Iterator[Case]:
     make: Any = functools.partial(_embedded, grid=(32, 32))
-    for variant in (variant for variant in VARIANTS if variant.way != "float8"):  # made of bfloat16 alone
-        yield _case("small", "embedded model, 32x32 tokens", variant, make, (32, 32), no_embedded)
+    for contender in (contender for contender in CONTENDERS if contender.way != "float8"):  # made of bfloat16 alone
+        yield _case("small", "embedded model, 32x32 tokens", contender, make, (32, 32), no_embedded)
     cached = Cached()
     for side in (64, 128):
         make = functools.partial(cached, model=FLUX_DEV, grid=(side, side), text_tokens=512)
         # Quantised ones last: each change of the weights makes 12 billion anew.
-        for variant in sorted(VARIANTS, key=lambda variant: variant.way == "float8"):
+        for contender in sorted(CONTENDERS, key=lambda contender: contender.way == "float8"):
             what = f"FLUX.1-dev's size (12 billion random weights, bfloat16), {16 * side}x{16 * side}"
-            yield _case("flux", what, variant, make, (side, side), no_large_cuda)
+            yield _case("flux", what, contender, make, (side, side), no_large_cuda)
 
 
 CASES = tuple(_cases())

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 from .denoise import no_embedded, no_large_cuda
 
 _SCRIPT = """
@@ -57,7 +57,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 
 
-def measure_compilation(options: Options, size: str) -> Iterator[Row]:
+def measure_compilation(options: Options, size: str) -> Iterator[Measurement]:
     """Yields how long the stages of 7x take to compile and capture, with an empty cache and with a filled one."""
     with tempfile.TemporaryDirectory() as folder:
         cold = _json(_COMPILE, str(options.device), size, TORCHINDUCTOR_CACHE_DIR=folder)
@@ -68,14 +68,14 @@ def measure_compilation(options: Options, size: str) -> Iterator[Row]:
     yield _row("compile and capture 7x's stages, warm cache", warm, options)
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     """Yields a row for each part, of fresh processes."""
     runs = [_json(_SCRIPT, str(options.device)) for _ in range(options.repeat)]
     for what in runs[0]:
         yield _row(what, [run[what] for run in runs], options)
 
 
-def _row(what: str, seconds: Sequence[float], options: Options) -> Row:
+def _row(what: str, seconds: Sequence[float], options: Options) -> Measurement:
     median, low, high = percentiles(seconds)
     fields = {
         "what": what,
@@ -85,7 +85,7 @@ def _row(what: str, seconds: Sequence[float], options: Options) -> Row:
         "p20_s": round(low, 5),
         "p80_s": round(high, 5),
     }
-    return Row(line=f"{what:46} {median:8.3f} s ({low:.3f} to {high:.3f})", fields=fields)
+    return Measurement(line=f"{what:46} {median:8.3f} s ({low:.3f} to {high:.3f})", fields=fields)
 
 
 def _json(script: str, *arguments: str, **environment: str) -> Any:

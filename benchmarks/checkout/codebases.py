@@ -23,7 +23,7 @@ from jitaccel.generation.stopwatch import wait_for
 
 from ..cases.denoise import no_embedded
 from ..pipelines import FLUX_QUARTER, Subject, embedded_subject, random_subject
-from ..registry import Case, Options, Row, percentiles
+from ..registry import Case, Measurement, Options, percentiles
 
 _GUIDANCE, _STEPS = 3.5, 50
 
@@ -55,7 +55,7 @@ Generate = Callable[[Sequence[float]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class Setup:
     """target: what is patched. generate: one generation. options: of `apply`, given the levels."""
 
     target: Any
@@ -63,7 +63,7 @@ class Way:
     options: Callable[[Sequence[float]], Mapping[str, Any]] = lambda levels: {"noise_levels": levels}
 
 
-def _pipeline(inputs: Inputs, **options: Any) -> Way:
+def _pipeline(inputs: Inputs, **options: Any) -> Setup:
     def generate(levels: Sequence[float]) -> Tensor:
         latents: Tensor = inputs.pipe(
             prompt_embeds=inputs.text,
@@ -77,7 +77,7 @@ def _pipeline(inputs: Inputs, **options: Any) -> Way:
         ).images
         return latents
 
-    return Way(target=inputs.pipe, generate=generate, options=lambda levels: options)
+    return Setup(target=inputs.pipe, generate=generate, options=lambda levels: options)
 
 
 def _loop(velocity: Callable[[Tensor, Tensor], Tensor], state: Tensor, levels: Sequence[float]) -> Tensor:
@@ -86,7 +86,7 @@ def _loop(velocity: Callable[[Tensor, Tensor], Tensor], state: Tensor, levels: S
     return state
 
 
-def _transformer(inputs: Inputs) -> Way:
+def _transformer(inputs: Inputs) -> Setup:
     model = inputs.pipe.transformer
 
     def velocity(state: Tensor, level: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ def _transformer(inputs: Inputs) -> Way:
         )[0]
         return answer
 
-    return Way(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
+    return Setup(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
 
 
-def _bfl(inputs: Inputs) -> Way:
+def _bfl(inputs: Inputs) -> Setup:
     from tests.support.bfl_model import flux_of
 
     model = flux_of(inputs.pipe.transformer).to(inputs.noise.device, inputs.noise.dtype)
@@ -122,10 +122,10 @@ def _bfl(inputs: Inputs) -> Way:
         )
         return answer
 
-    return Way(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
+    return Setup(target=model, generate=lambda levels: _loop(velocity, inputs.noise, levels))
 
 
-def _comfyui(inputs: Inputs) -> Way:
+def _comfyui(inputs: Inputs) -> Setup:
     from jitaccel.patches.layout import to_picture, to_tokens
     from tests.support import comfy_stand_in as comfy
 
@@ -141,10 +141,10 @@ def _comfyui(inputs: Inputs) -> Way:
         sigmas = torch.tensor(levels, dtype=torch.float32, device=noise.device)
         return to_tokens(comfy.CFGGuider(patcher, {"positive": [given]}).sample(noise, comfy.KSAMPLER(), sigmas), 2)
 
-    return Way(target=patcher, generate=generate, options=lambda levels: {})
+    return Setup(target=patcher, generate=generate, options=lambda levels: {})
 
 
-WAYS: Mapping[str, Callable[[Inputs], Way]] = {
+WAYS: Mapping[str, Callable[[Inputs], Setup]] = {
     "diffusers pipeline": _pipeline,
     "diffusers pipeline, indexed": functools.partial(_pipeline, execution="indexed"),
     "diffusers transformer in a loop": _transformer,
@@ -155,14 +155,14 @@ WAYS: Mapping[str, Callable[[Inputs], Way]] = {
 
 @dataclass
 class _Measured:
-    way: Way
+    way: Setup
     dense: list[float] = field(default_factory=list)
     sparse: list[float] = field(default_factory=list)
     latents: Tensor | None = None
 
 
 @torch.no_grad()
-def measure(options: Options, make: Callable[[Options], Subject], timed_steps: int) -> Iterator[Row]:
+def measure(options: Options, make: Callable[[Options], Subject], timed_steps: int) -> Iterator[Measurement]:
     """Yields one row for each codebase: the median of its dense generations over that of its sparse ones."""
     import pytest
 
@@ -222,7 +222,7 @@ def _inputs(subject: Subject, options: Options) -> Inputs:
 
 def _row(
     name: str, measured: _Measured, reference: _Measured, subject: Subject, options: Options, timed_steps: int
-) -> Row:
+) -> Measurement:
     (median, low, high), dense = percentiles(measured.sparse), percentiles(measured.dense)[0]
     ratio = dense / median
     of_reference = percentiles(reference.dense)[0] / percentiles(reference.sparse)[0]
@@ -251,7 +251,7 @@ def _row(
         f"{name:34}{median:8.3f} s ({low:.3f} to {high:.3f})  dense 50 {dense:8.3f} s  {ratio:5.2f}x  "
         f"{ratio / of_reference:.3f} of the pipeline's  differs by {fields['difference_to_pipeline']:.1e}"
     )
-    return Row(line=line, fields=fields)
+    return Measurement(line=line, fields=fields)
 
 
 def _embedded(options: Options) -> Subject:

@@ -24,13 +24,13 @@ from jitaccel.api import embedded_model
 from jitaccel.artefacts.manifest import file_digest
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.judging import load_judge
-from jitaccel.evaluation.lab import append_lines, read_lines
-from jitaccel.evaluation.quality.rows import settings_as_now
+from jitaccel.evaluation.quality.rows import Row, settings_as_now
 from jitaccel.evaluation.scenes.prompts import held_out
+from jitaccel.evaluation.study import append_lines, read_lines
 from jitaccel.loading import load_pipeline
 from jitaccel.provenance import first_line, provenance
 
-from .judging import Row, judged
+from .judging import judged
 from .questions import CONTROLS, QUESTIONS, REFERENCE, Way, dense
 from .report import write
 from .sampler import Bench, Sampled, sample, sample_by_pipeline

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jitaccel.evaluation.quality import metrics
+from jitaccel.evaluation.quality.rows import Row
 from jitaccel.evaluation.scenes.judge import Judge, compare
 
 from .sampler import Bench, Sampled
-
-Row = dict[str, Any]
 
 
 def judged(

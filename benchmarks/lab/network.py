@@ -29,7 +29,7 @@ class Texts:
         return Texts(words=self.words[chosen], pooled=self.pooled[chosen])
 
 
-class Network:
+class SparseNetwork:
     """Calls a FLUX transformer on tokens of a grid. `flops`: of what was run since it was made, all images.
 
     mixed: matrix products in bfloat16 (autocast).
@@ -122,7 +122,7 @@ class _Attention:
         return shares.mean(dim=1).float()
 
 
-class StaleNetwork(Network):
+class StaleNetwork(SparseNetwork):
     """Lets anchors attend to the tokens that are inactive, as they were when last evaluated. For one image."""
 
     def __call__(self, state: Tensor, anchors: Tensor, level: float) -> Tensor:
@@ -153,7 +153,7 @@ def watching(transformer: Any, num_words: int) -> Iterator[list[_Attention]]:
         transformer.set_attn_processor(before)
 
 
-class CachedNetwork(Network):
+class CachedNetwork(SparseNetwork):
     """Reuses a step's blocks where the first one changed little (diffusers' FirstBlockCache). For one image.
 
     Use it `with` it: what the transformer gets is taken away at the end. `forget` before each stage.

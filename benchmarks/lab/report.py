@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from jitaccel.evaluation.quality.statistics import mean_of, paired_p_value
-from jitaccel.evaluation.quality.summary import summary
+from jitaccel.evaluation.quality.summary import Record, summary
 
 from .questions import CONTROLS, QUESTIONS, REFERENCE
 
-Record = dict[str, Any]
 BENCHMARK = "lab"
 _COLUMNS = {
     "attributes": ("attributes, %", 100.0, 1),

@@ -17,9 +17,10 @@ from jitaccel.evaluation.pictures import to_bytes
 from jitaccel.evaluation.scenes.scene import Claim
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
+from jitaccel.patches.diffusers_private import pack_latents, unpack_latents
 from jitaccel.tokens import put_tokens_
 
-from .network import CachedNetwork, Network, StaleNetwork, Texts, watching
+from .network import CachedNetwork, SparseNetwork, StaleNetwork, Texts, watching
 from .variant import Variant, start, words_attended
 
 GRID, CHANNELS, TEXT_TOKENS, SIDE_PX = (32, 32), 32, 48, 256
@@ -46,7 +47,7 @@ class Bench:
         for k in range(len(prompts)):
             generator = torch.Generator().manual_seed(seed + k)
             drawn = torch.randn(1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1], generator=generator)
-            latents.append(pipe._pack_latents(drawn, 1, CHANNELS // 4, 2 * GRID[0], 2 * GRID[1]))
+            latents.append(pack_latents(pipe, drawn))
         return cls(pipe, prompts, Texts(words=words, pooled=pooled), torch.cat(latents), seed)
 
 
@@ -95,11 +96,13 @@ def _denoise(bench: Bench, variant: Variant, chosen: slice, mixed: bool) -> tupl
         if variant.cache_threshold is not None:
             with CachedNetwork(model, texts, GRID, mixed, variant.cache_threshold) as network:
                 return *_integrate(network, variant, state, processors), network.flops
-        network = (StaleNetwork if variant.stale_keys else Network)(model, texts, GRID, mixed)
+        network = (StaleNetwork if variant.stale_keys else SparseNetwork)(model, texts, GRID, mixed)
         return *_integrate(network, variant, state, processors), network.flops
 
 
-def _integrate(network: Network, variant: Variant, state: Tensor, processors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _integrate(
+    network: SparseNetwork, variant: Variant, state: Tensor, processors: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
     """Returns the last state, and in which stage each token was activated, (B, N)."""
     levels = noise_levels(variant.config)
     clock = KnownLevels(variant.config, levels)
@@ -133,7 +136,7 @@ def _integrate(network: Network, variant: Variant, state: Tensor, processors: Se
 
 def _decode(pipe: Any, state: Tensor) -> NDArray[np.uint8]:
     with torch.no_grad():
-        latents = pipe._unpack_latents(state, SIDE_PX, SIDE_PX, pipe.vae_scale_factor)
+        latents = unpack_latents(pipe, state, SIDE_PX, SIDE_PX)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         pictures = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
     return (255 * pictures.permute(0, 2, 3, 1)).round().byte().numpy()

@@ -21,6 +21,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 
 from jitaccel.evaluation.judging import load_judge
+from jitaccel.evaluation.quality.rows import Row
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.loading import load_pipeline
@@ -29,7 +30,7 @@ from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.provenance import provenance
 from jitaccel.speed.control import equivalent_dense_steps
 
-from .judging import Row, judged
+from .judging import judged
 from .questions import REFERENCE, dense, native_levels
 from .sampler import GRID, TEXT_TOKENS, Bench, Sampled, sample
 from .variant import Variant
@@ -76,7 +77,7 @@ def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, second, steps) for second in range(first + 1, min(2 * first, steps - 1) + 1))
 
 
-def name_of(config: JiTConfig) -> str:
+def config_name(config: JiTConfig) -> str:
     """Returns a short name: the ends of the stages at their densities."""
     ends = config.stage_ends(int(config.steps))
     return " ".join(f"{end}@{density:g}" for end, density in zip(ends, config.densities, strict=True))
@@ -125,7 +126,7 @@ def _searches(
 ) -> Iterator[tuple[Row, Mapping[str, JiTConfig]]]:
     for budget in options.budget:
         chosen = thinned(candidates(budget, model), options.most)
-        yield {"budget": budget}, {name_of(config): config for config in chosen}
+        yield {"budget": budget}, {config_name(config): config for config in chosen}
     for preset in options.levels_of:
         yield {"levels_of": preset}, on_levels(PRESETS[preset])
 

@@ -18,7 +18,7 @@ from jitaccel.tokens import gather_tokens, put_tokens_
 
 from .lifters import Lifter, blurred
 
-Scores = Callable[["Lab"], Tensor]
+Scores = Callable[["StageEnd"], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Watched:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lab:
+class StageEnd:
     """What scores may read at the end of a stage."""
 
     run: Run
@@ -85,7 +85,7 @@ class _Weights:
 
 def _scores(variant: Variant, watched: Watched, run: Run, left: Left) -> Tensor:
     assert variant.scores is not None
-    return variant.scores(Lab(run=run, left=left, lifter=variant.lifter, words=watched.words))
+    return variant.scores(StageEnd(run=run, left=left, lifter=variant.lifter, words=watched.words))
 
 
 def _lift(weights: _Weights, run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
@@ -111,23 +111,23 @@ def clean_of(left: Left) -> Tensor:
     return left.state - left.noise_level * left.velocity
 
 
-def clean_variance(lab: Lab) -> Tensor:
+def clean_variance(end: StageEnd) -> Tensor:
     """Returns the local variance of the clean estimate."""
-    return importance(clean_of(lab.left), lab.run.grid, lab.run.config.importance_window)
+    return importance(clean_of(end.left), end.run.grid, end.run.config.importance_window)
 
 
-def gradient(lab: Lab) -> Tensor:
+def gradient(end: StageEnd) -> Tensor:
     """Returns the squared gradient of the clean estimate, by central differences, mean over channels."""
-    field = clean_of(lab.left).unflatten(1, lab.run.grid)
+    field = clean_of(end.left).unflatten(1, end.run.grid)
     down, right = torch.gradient(field, dim=(1, 2))
     return (down.square() + right.square()).mean(dim=-1).flatten(1)
 
 
-def left_out_error(lab: Lab) -> Tensor:
+def left_out_error(end: StageEnd) -> Tensor:
     """Returns by how much the lifter misses each anchor's velocity when it is left out, as the nearest anchor's."""
-    lifter, run = lab.lifter or functools.partial(blurred, sigma=1.0), lab.run
+    lifter, run = end.lifter or functools.partial(blurred, sigma=1.0), end.run
     found = []
-    for anchors, nearest, velocity in zip(run.anchors, run.plan.nearest, lab.left.velocity, strict=True):
+    for anchors, nearest, velocity in zip(run.anchors, run.plan.nearest, end.left.velocity, strict=True):
         weights = lifter(anchors, run.grid)
         values = velocity[anchors]
         own = weights[anchors].diagonal()[:, None].clamp(max=0.99)
@@ -136,23 +136,23 @@ def left_out_error(lab: Lab) -> Tensor:
     return torch.stack(found)
 
 
-def random_scores(lab: Lab) -> Tensor:
+def random_scores(end: StageEnd) -> Tensor:
     """Returns noise: tokens are activated at random."""
-    size = lab.left.velocity.shape[1]
-    return torch.stack([torch.rand(size, generator=generator) for generator in lab.run.generators])
+    size = end.left.velocity.shape[1]
+    return torch.stack([torch.rand(size, generator=generator) for generator in end.run.generators])
 
 
-def fixed_grid(lab: Lab) -> Tensor:
+def fixed_grid(end: StageEnd) -> Tensor:
     """Returns the same for every picture: first every other token of a checkerboard, then the rest, spread evenly."""
-    height, width = lab.run.grid
+    height, width = end.run.grid
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     even = ((row + column) % 2 == 0).float()
     spread = (row * 0.7548776662 + column * 0.5698402910) % 1.0  # a low-discrepancy order
-    return (even + spread).flatten().expand(lab.left.velocity.shape[0], -1)
+    return (even + spread).flatten().expand(end.left.velocity.shape[0], -1)
 
 
-def words_attended(lab: Lab) -> Tensor:
+def words_attended(end: StageEnd) -> Tensor:
     """Returns how much attention each token pays to the words; inactive tokens as the nearest anchor."""
-    if lab.words is None:
+    if end.words is None:
         raise RuntimeError("words_attended: the network must have noted the attention to words, got none")
-    return lab.words
+    return end.words

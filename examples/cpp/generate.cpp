@@ -81,14 +81,14 @@ at::Tensor input(const safetensors::Tensors& tensors, const std::string& name, i
 }
 
 // What can be told without the model; a compiled stage compares the rest with what it was made for (see main).
-void check(const StageInputs& inputs, const Plan& plan, const std::string& path) {
+void check(const StageInputs& inputs, const Manifest& manifest, const std::string& path) {
   const auto& state = inputs.state;
   const auto require = [&](bool holds, const std::string& name, const std::string& rule, const at::Tensor& got) {
     if (holds) return;
     throw std::runtime_error(path + ": " + name + " must " + rule + ", got " + Fields::kind(got) + "; write it anew");
   };
-  require(state.is_floating_point() && state.size(0) >= 1 && state.size(1) == plan.num_tokens(), "state",
-          "be floating (B, " + std::to_string(plan.num_tokens()) + ", D), B above 0", state);
+  require(state.is_floating_point() && state.size(0) >= 1 && state.size(1) == manifest.num_tokens(), "state",
+          "be floating (B, " + std::to_string(manifest.num_tokens()) + ", D), B above 0", state);
   const std::string like = "have the batch and dtype of state, " + Fields::kind(state);
   for (const auto& [name, tensor] : {std::pair{"text", inputs.text}, {"pooled", inputs.pooled}}) {
     require(tensor.size(0) == state.size(0) && tensor.scalar_type() == state.scalar_type(), name, like, tensor);
@@ -105,17 +105,17 @@ void generate(const Arguments& arguments) {
   given.text = input(inputs, "text", 3, arguments);
   given.pooled = input(inputs, "pooled", 2, arguments);
   given.guidance = input(inputs, "guidance", 1, arguments);
-  auto plan = load_plan(arguments.folder, arguments.device);
-  check(given, plan, arguments.inputs);
+  auto manifest = load_manifest(arguments.folder, arguments.device);
+  check(given, manifest, arguments.inputs);
   std::vector<at::Tensor> weights;  // in the order of their names
   for (const auto& [name, weight] : safetensors::load((arguments.folder / "weights.safetensors").string())) {
     weights.push_back(weight.to(arguments.device));
   }
   std::vector<std::unique_ptr<Stage>> stages;
-  for (size_t stage = 0; stage < plan.tokens.size(); ++stage) {
+  for (size_t stage = 0; stage < manifest.tokens.size(); ++stage) {
     stages.push_back(load_stage(arguments.folder, stage, arguments.device));
   }
-  Sampler sampler(std::move(plan), std::move(stages), std::move(weights));
+  Sampler sampler(std::move(manifest), std::move(stages), std::move(weights));
   const auto latents = sampler.run(given.state, given.text, given.pooled, given.guidance);
   safetensors::save(arguments.out, {{"state", latents}});
 }

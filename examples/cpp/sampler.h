@@ -7,10 +7,11 @@
 
 #include "stages.h"
 
-struct Plan {
+struct Manifest {
   at::Tensor levels;            // (S + 1,) float32 on the stages' device
   std::vector<int64_t> stages;  // of each step
-  std::vector<int64_t> tokens;  // anchors of each stage
+  std::vector<int64_t> tokens;  // tokens of each stage
+  std::vector<int64_t> pooling;  // of each stage: how many times smaller the picture is that it shows the network
   std::vector<int64_t> grid;    // height and width in tokens
   std::vector<at::Tensor> blurs;
   int64_t window = 3;
@@ -19,6 +20,7 @@ struct Plan {
   bool own_noise = false;
 
   int64_t num_tokens() const { return grid.at(0) * grid.at(1); }
+  bool pools(int64_t stage) const { return pooling.at(stage) > 1; }
 };
 
 inline const at::Tensor& at_name(const safetensors::Tensors& tensors, const std::string& name, const std::string& in) {
@@ -59,66 +61,73 @@ class Fields {
   safetensors::Tensors tensors_;
 };
 
-// What the sampler and the operators rest on: a plan that was put together by hand fails here, and not in step 7.
-inline void check(const Plan& plan, const Fields& fields) {
+// What the sampler and the operators rest on: a manifest that was put together by hand fails here, and not in step 7.
+inline void check(const Manifest& manifest, const Fields& fields) {
   const auto told = [](const std::vector<int64_t>& values) { return c10::str(at::IntArrayRef(values)); };
   const auto rise = [](const std::vector<int64_t>& values, int64_t least, int64_t most) {
     return !values.empty() && std::is_sorted(values.begin(), values.end()) && values.front() >= least &&
            values.back() <= most;
   };
-  const auto& grid = plan.grid;
+  const auto& grid = manifest.grid;
   fields.require(grid.size() == 2 && std::min(grid[0], grid[1]) >= 1 && std::max(grid[0], grid[1]) <= 1 << 20, "grid",
                  "be height and width in tokens", told(grid));
-  fields.require(rise(plan.tokens, 1, plan.num_tokens()), "tokens", "rise from 1 at least to the grid's number at most",
-                 told(plan.tokens));
-  const auto num_stages = static_cast<int64_t>(plan.tokens.size());
-  fields.require(rise(plan.stages, 0, num_stages - 1), "stages", "rise within the stages that tokens lists",
-                 told(plan.stages));
-  const auto steps = static_cast<int64_t>(plan.stages.size());
+  fields.require(rise(manifest.tokens, 1, manifest.num_tokens()), "tokens",
+                 "rise from 1 at least to the grid's number at most", told(manifest.tokens));
+  const auto num_stages = static_cast<int64_t>(manifest.tokens.size());
+  fields.require(rise(manifest.stages, 0, num_stages - 1), "stages", "rise within the stages that tokens lists",
+                 told(manifest.stages));
+  const auto& pooling = manifest.pooling;
+  const bool pools_first = static_cast<int64_t>(pooling.size()) == num_stages && pooling.back() == 1 &&
+                           std::is_sorted(pooling.rbegin(), pooling.rend());
+  fields.require(pools_first, "pooling", "fall to 1, a number for each stage", told(pooling));
+  const auto steps = static_cast<int64_t>(manifest.stages.size());
   // Neighbours may be equal: float32 makes one of levels near 1 that fall in the exporter's float64.
-  const bool fall = plan.levels.numel() == steps + 1 && plan.levels.diff().le(0).all().item<bool>() &&
-                    plan.levels[0].item<float>() <= 1.0f && plan.levels[steps].item<float>() == 0.0f;
+  const bool fall = manifest.levels.numel() == steps + 1 && manifest.levels.diff().le(0).all().item<bool>() &&
+                    manifest.levels[0].item<float>() <= 1.0f && manifest.levels[steps].item<float>() == 0.0f;
   fields.require(fall, "levels", "be " + std::to_string(steps + 1) + " numbers that fall from 1 at most to 0",
-                 std::to_string(plan.levels.numel()) + " others");
-  fields.require(plan.window >= 1 && plan.window % 2 == 1, "window", "be odd and above 0", std::to_string(plan.window));
-  fields.require(plan.move_weight >= 0.0 && plan.move_weight <= 1.0, "move_weight", "be in [0, 1]",
-                 std::to_string(plan.move_weight));
-  const bool has_gains = static_cast<int64_t>(plan.solver_gains.size()) == steps && plan.solver_gains.front() == 0.0;
+                 std::to_string(manifest.levels.numel()) + " others");
+  fields.require(manifest.window >= 1 && manifest.window % 2 == 1, "window", "be odd and above 0",
+                 std::to_string(manifest.window));
+  fields.require(manifest.move_weight >= 0.0 && manifest.move_weight <= 1.0, "move_weight", "be in [0, 1]",
+                 std::to_string(manifest.move_weight));
+  const bool has_gains =
+      static_cast<int64_t>(manifest.solver_gains.size()) == steps && manifest.solver_gains.front() == 0.0;
   fields.require(has_gains, "solver_gains", "be " + std::to_string(steps) + " numbers, the first of them 0",
-                 std::to_string(plan.solver_gains.size()) + " others");
+                 std::to_string(manifest.solver_gains.size()) + " others");
   // Below level 1 the first state no longer is the noise that it started from.
-  const bool may_own = num_stages == 1 || plan.levels[0].item<float>() >= 1.0f;
-  fields.require(!plan.own_noise || may_own, "own_noise", "be 0 where the first level is below 1", "1");
-  for (size_t stage = 0; stage < plan.blurs.size(); ++stage) {
-    fields.require(plan.blurs[stage].numel() % 2 == 1, "blur_" + std::to_string(stage), "have an odd number of weights",
-                   std::to_string(plan.blurs[stage].numel()));
+  const bool may_own = num_stages == 1 || manifest.levels[0].item<float>() >= 1.0f;
+  fields.require(!manifest.own_noise || may_own, "own_noise", "be 0 where the first level is below 1", "1");
+  for (size_t stage = 0; stage < manifest.blurs.size(); ++stage) {
+    fields.require(manifest.blurs[stage].numel() % 2 == 1, "blur_" + std::to_string(stage),
+                   "have an odd number of weights", std::to_string(manifest.blurs[stage].numel()));
   }
 }
 
-inline Plan load_plan(const std::filesystem::path& folder, at::Device device) {
-  const Fields fields((folder / "plan.safetensors").string());
+inline Manifest load_manifest(const std::filesystem::path& folder, at::Device device) {
+  const Fields fields((folder / "manifest.safetensors").string());
   const auto only = [&](const std::string& name, at::ScalarType dtype) {
     const auto& tensor = fields.get(name, dtype, 1);
     fields.require(tensor.numel() == 1, name, "be one number", std::to_string(tensor.numel()));
     return tensor;
   };
-  Plan plan;
-  plan.levels = fields.get("levels", at::kFloat, 1);
-  plan.stages = fields.whole("stages");
-  plan.tokens = fields.whole("tokens");
-  plan.grid = fields.whole("grid");
-  plan.window = only("window", at::kLong).item<int64_t>();
-  plan.own_noise = only("own_noise", at::kLong).item<int64_t>() != 0;
-  plan.move_weight = only("move_weight", at::kDouble).item<double>();
+  Manifest manifest;
+  manifest.levels = fields.get("levels", at::kFloat, 1);
+  manifest.stages = fields.whole("stages");
+  manifest.tokens = fields.whole("tokens");
+  manifest.pooling = fields.whole("pooling");
+  manifest.grid = fields.whole("grid");
+  manifest.window = only("window", at::kLong).item<int64_t>();
+  manifest.own_noise = only("own_noise", at::kLong).item<int64_t>() != 0;
+  manifest.move_weight = only("move_weight", at::kDouble).item<double>();
   const auto& gains = fields.get("solver_gains", at::kDouble, 1);
-  plan.solver_gains = {gains.data_ptr<double>(), gains.data_ptr<double>() + gains.numel()};
-  for (size_t stage = 0; stage < plan.tokens.size(); ++stage) {
-    plan.blurs.push_back(fields.get("blur_" + std::to_string(stage), at::kFloat, 1));
+  manifest.solver_gains = {gains.data_ptr<double>(), gains.data_ptr<double>() + gains.numel()};
+  for (size_t stage = 0; stage < manifest.tokens.size(); ++stage) {
+    manifest.blurs.push_back(fields.get("blur_" + std::to_string(stage), at::kFloat, 1));
   }
-  check(plan, fields);
-  plan.levels = plan.levels.to(device);
-  for (auto& blur : plan.blurs) blur = blur.to(device);
-  return plan;
+  check(manifest, fields);
+  manifest.levels = manifest.levels.to(device);
+  for (auto& blur : manifest.blurs) blur = blur.to(device);
+  return manifest;
 }
 
 // The random choices of an image come from a generator that the bits of its first state seed, as in Python.
@@ -141,14 +150,20 @@ inline at::Tensor drawn(const at::Tensor& from, int64_t count, at::Generator& ge
   return from.index_select(0, at::randperm(from.numel(), generator, at::kLong).slice(0, 0, count));
 }
 
-// Even rows and columns and the border; more or fewer at random where that is not `count`. (count,) int64, sorted.
-inline at::Tensor first_anchors(const std::vector<int64_t>& grid, int64_t count, at::Generator& generator) {
+// Even rows and columns and the border, (height, width) bool.
+inline at::Tensor lattice(const std::vector<int64_t>& grid) {
   auto regular = at::zeros({grid.at(0), grid.at(1)}, at::kBool);
   regular.slice(0, 0, grid[0], 2).slice(1, 0, grid[1], 2).fill_(true);
   for (int64_t axis = 0; axis < 2; ++axis) {
     regular.select(axis, 0).fill_(true);
     regular.select(axis, -1).fill_(true);
   }
+  return regular;
+}
+
+// The lattice; more or fewer at random where that is not `count`. (count,) int64, sorted.
+inline at::Tensor first_anchors(const std::vector<int64_t>& grid, int64_t count, at::Generator& generator) {
+  const auto regular = lattice(grid);
   auto inside = regular.flatten().nonzero().squeeze(1);
   const int64_t missing = count - inside.numel();
   if (missing > 0) {
@@ -162,35 +177,39 @@ inline at::Tensor first_anchors(const std::vector<int64_t>& grid, int64_t count,
 
 class Sampler {
  public:
-  Sampler(Plan plan, std::vector<std::unique_ptr<Stage>> stages, std::vector<at::Tensor> weights)
-      : plan_(std::move(plan)), stages_(std::move(stages)), weights_(std::move(weights)) {}
+  Sampler(Manifest manifest, std::vector<std::unique_ptr<Stage>> stages, std::vector<at::Tensor> weights)
+      : manifest_(std::move(manifest)), stages_(std::move(stages)), weights_(std::move(weights)) {}
 
   // Returns the latents (B, N, D) that denoising the noise `state` ends in.
   at::Tensor run(at::Tensor state, const at::Tensor& text, const at::Tensor& pooled, const at::Tensor& guidance) {
     auto generators = image_generators(state);
-    at::Tensor noise = plan_.own_noise ? state.clone() : at::Tensor();  // fresh noise is drawn where it is needed
+    at::Tensor noise = manifest_.own_noise ? state.clone() : at::Tensor();  // fresh noise is drawn where it is needed
     StageInputs inputs{state, {}, {}, {}, text, pooled, guidance, {}};
-    int64_t stage = plan_.stages.at(0);
-    std::vector<at::Tensor> rows;
-    for (auto& generator : generators) rows.push_back(first_anchors(plan_.grid, plan_.tokens.at(stage), generator));
-    inputs.blur = plan_.blurs.at(stage);
-    place(inputs, at::stack(rows).to(state.device()));
+    int64_t stage = manifest_.stages.at(0);
+    if (!manifest_.pools(stage)) {
+      inputs.blur = manifest_.blurs.at(stage);
+      place(inputs, placed(manifest_.tokens.at(stage), state.device(), generators));
+    }
     at::Tensor before, velocity, clean, computed;  // computed: the anchors at the step before
-    for (size_t step = 0; step < plan_.stages.size(); ++step) {
-      while (stage < plan_.stages[step]) {
+    for (size_t step = 0; step < manifest_.stages.size(); ++step) {
+      while (stage < manifest_.stages[step]) {
         check_finite(velocity, step - 1);
+        if (manifest_.pools(stage)) {
+          start_after_pooled(inputs, ++stage, velocity, generators);
+          continue;
+        }
         if (!noise.defined()) noise = fresh_noise(state, generators);
-        inputs.state = started(inputs, ++stage, before, velocity, noise, plan_.levels.slice(0, step - 1, step + 1));
+        inputs.state = started(inputs, ++stage, before, velocity, noise, manifest_.levels.slice(0, step - 1, step + 1));
       }
       // A copy: a compiled stage wants the start of each input aligned.
-      inputs.levels = plan_.levels.slice(0, step, step + 2).clone();
+      inputs.levels = manifest_.levels.slice(0, step, step + 2).clone();
       const auto outputs = run_stage(stage, inputs);
       before = inputs.state;
       velocity = outputs.velocity;
       inputs.state = outputs.next_state;
       solve(inputs, step, before, velocity, clean, computed);
     }
-    check_finite(velocity, plan_.stages.size() - 1);
+    check_finite(velocity, manifest_.stages.size() - 1);
     return inputs.state;
   }
 
@@ -199,23 +218,25 @@ class Sampler {
     try {
       return stages_.at(stage)->run(weights_, inputs);
     } catch (const std::exception& error) {
-      throw std::runtime_error("stage " + std::to_string(stage) + " must be given what plan.json says it was made " +
-                               "for, got: " + reason(error) + " (of its inputs the first " +
-                               std::to_string(weights_.size()) + " are the weights, then state, anchors, nearest, " +
-                               "blur, text, pooled, guidance, levels); export for these inputs too");
+      throw std::runtime_error("stage " + std::to_string(stage) + " must be given what manifest.json says it was " +
+                               "made for, got: " + reason(error) + " (of its inputs the first " +
+                               std::to_string(weights_.size()) + " are the weights, then state, " +
+                               (inputs.anchors.defined() ? "anchors, nearest, blur, " : "") +
+                               "text, pooled, guidance, levels); export for these inputs too");
     }
   }
 
-  // Takes the step to where jitaccel/method/solver.py ends it. Tokens that were lifted in another stage stay where Euler put
-  // them.
+  // Takes the step to where jitaccel/method/solver.py ends it. Tokens that were lifted in another stage stay where Euler
+  // put them.
   void solve(StageInputs& inputs, size_t step, const at::Tensor& state, const at::Tensor& velocity, at::Tensor& clean,
              at::Tensor& computed) const {
-    const auto& gains = plan_.solver_gains;
+    const auto& gains = manifest_.solver_gains;
     if (std::all_of(gains.begin(), gains.end(), [](double gain) { return gain == 0.0; })) return;
     const auto now = state.to(at::kFloat) - inputs.levels[0] * velocity.to(at::kFloat);
     if (gains[step] != 0.0) {
       auto change = (now - clean) * gains[step];
-      if (plan_.stages[step] != plan_.stages[step - 1]) {
+      // After a stage that pools, the gain says whether all tokens or none have an estimate from before.
+      if (manifest_.stages[step] != manifest_.stages[step - 1] && computed.defined()) {
         const auto share = at::zeros({change.size(0), change.size(1)}, change.options()).scatter_(1, computed, 1.0);
         change = change * share.unsqueeze(2);
       }
@@ -233,24 +254,49 @@ class Sampler {
     return at::stack(rows).to(state.device());
   }
 
+  // Returns the first anchors of every image, (B, count).
+  at::Tensor placed(int64_t count, at::Device device, std::vector<at::Generator>& generators) const {
+    std::vector<at::Tensor> rows;
+    for (auto& generator : generators) rows.push_back(first_anchors(manifest_.grid, count, generator));
+    return at::stack(rows).to(device);
+  }
+
   void place(StageInputs& inputs, const at::Tensor& anchors) const {
     inputs.anchors = anchors;
-    inputs.nearest = operators::nearest_anchor(anchors, plan_.grid);
+    inputs.nearest = operators::nearest_anchor(anchors, manifest_.grid);
+  }
+
+  // Starts a stage after one that pools: nothing moves; anchors are the lattice and what is most important.
+  void start_after_pooled(StageInputs& inputs, int64_t stage, const at::Tensor& velocity,
+                          std::vector<at::Generator>& generators) const {
+    if (manifest_.pools(stage)) return;
+    const int64_t count = manifest_.tokens.at(stage);
+    const int64_t regular = std::min(count, lattice(manifest_.grid).sum().item<int64_t>());
+    const auto anchors = placed(regular, velocity.device(), generators);
+    place(inputs, std::get<0>(at::cat({anchors, activated(velocity, anchors, count - regular)}, 1).sort(1)));
+    inputs.blur = manifest_.blurs.at(stage);
+  }
+
+  // Returns the tokens that a stage activates, (B, count); where it is all or none, nothing has to rank them.
+  at::Tensor activated(const at::Tensor& velocity, const at::Tensor& anchors, int64_t count) const {
+    const bool is_choice = count > 0 && count < manifest_.num_tokens() - anchors.size(1);
+    const auto scores = is_choice ? operators::importance(velocity, manifest_.grid, manifest_.window)
+                                  : at::zeros({velocity.size(0), velocity.size(1)}, velocity.options().dtype(at::kFloat));
+    return operators::activate(scores, anchors, count);
   }
 
   // Returns the state in which a stage starts: tokens are activated, and moved to where they belong.
   at::Tensor started(StageInputs& inputs, int64_t stage, const at::Tensor& before, const at::Tensor& velocity,
                      const at::Tensor& noise, const at::Tensor& levels) const {
-    const int64_t count = plan_.tokens.at(stage) - inputs.anchors.size(1);
-    const auto scores = operators::importance(velocity, plan_.grid, plan_.window);
-    const auto tokens = operators::activate(scores, inputs.anchors, count);
+    const int64_t count = manifest_.tokens.at(stage) - inputs.anchors.size(1);
+    const auto tokens = activated(velocity, inputs.anchors, count);
     const auto moved = inputs.state.clone(at::MemoryFormat::Contiguous);
-    if (plan_.move_weight != 0.0) {
-      operators::micro_flow_into(moved, before, velocity, noise, tokens, inputs.nearest, inputs.anchors, plan_.grid,
-                                 inputs.blur, levels.contiguous(), plan_.move_weight);
+    if (manifest_.move_weight != 0.0) {
+      operators::micro_flow_into(moved, before, velocity, noise, tokens, inputs.nearest, inputs.anchors, manifest_.grid,
+                                 inputs.blur, levels.contiguous(), manifest_.move_weight);
     }
     place(inputs, std::get<0>(at::cat({inputs.anchors, tokens}, 1).sort(1)));
-    inputs.blur = plan_.blurs.at(stage);
+    inputs.blur = manifest_.blurs.at(stage);
     return moved;
   }
 
@@ -261,7 +307,7 @@ class Sampler {
     }
   }
 
-  Plan plan_;
+  Manifest manifest_;
   std::vector<std::unique_ptr<Stage>> stages_;
   std::vector<at::Tensor> weights_;
 };

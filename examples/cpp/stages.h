@@ -18,7 +18,11 @@
 struct StageInputs {
   at::Tensor state, anchors, nearest, blur, text, pooled, guidance, levels;
 
-  std::vector<at::Tensor> in_order() const { return {state, anchors, nearest, blur, text, pooled, guidance, levels}; }
+  // A stage that pools the picture has no anchors.
+  std::vector<at::Tensor> in_order() const {
+    if (!anchors.defined()) return {state, text, pooled, guidance, levels};
+    return {state, anchors, nearest, blur, text, pooled, guidance, levels};
+  }
 };
 
 struct StageOutputs {

@@ -3,14 +3,15 @@
     jitaccel.export(pipe, "flux-7x", preset="7x", size=(1024, 1024))
     handle = jitaccel.load_exported("flux-7x").apply(pipe)   # pipe may have been loaded with transformer=None
 
-One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the plan
+One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the manifest
 (`jitaccel/artefacts/manifest.py`). A stage is a function of tensors alone,
 
     (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
+    (weights, state, text, pooled, guidance, levels) -> (velocity, next_state)       of a stage that pools the picture
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
 int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
-Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the plan says (`manifest.py`).
+Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the manifest says (`manifest.py`).
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import ops
-from ..errors import ArtefactError, ConfigError, UnsupportedModelError, nearest_match
+from ..errors import ArtefactError, ConfigError, UnsupportedModelError, suggestion
 from ..execution.options import Attention
 from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
-from ..method.config import JiTConfig, resolve
+from ..method.config import JiTConfig, arguments_of, check_fields, resolve
 from ..method.grid import num_tokens_of
-from .manifest import TENSORS, WEIGHTS, Format, Input, Plan, file_digest, plan_tensors, processor, write_tensors
+from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Exportable:
     """What a codebase gives to export: its stages as modules of one network, one call of each by name.
 
-    The state (B, N, D) comes first; names, shapes and dtypes become the plan's declaration of what stages are called
-    with. levels: S + 1. model: the network's configuration, which the stand-in shows. device, dtype: of states.
+    The state (B, N, D) comes first; names, shapes and dtypes become the manifest's declaration of what stages are
+    called with. levels: S + 1. model: the network's configuration, which the stand-in shows. device, dtype: of states.
     """
 
     codebase: str
@@ -73,7 +74,7 @@ def export(
     options: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
-    """Writes one artefact for each stage of a preset, the weights and a plan into a new folder, and returns it.
+    """Writes one artefact for each stage of a preset, the weights and a manifest into a new folder, and returns it.
 
     target: a diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales. size: (height,
         width) in pixels. format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each);
@@ -90,8 +91,9 @@ def export(
     if format not in get_args(Format):
         raise ConfigError(
             f"export: format must be one of {', '.join(get_args(Format))}, got {format!r}; "
-            f'did you mean "{nearest_match(format, get_args(Format))}"?'
+            f"{suggestion(format, get_args(Format))}"
         )
+    check_fields("export", overrides, arguments_of(export))
     config, folder = resolve(preset, **overrides), Path(folder)
     if folder.exists():
         raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")
@@ -103,12 +105,12 @@ def export(
         raise UnsupportedModelError(
             f"export: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
         )
-    source: Source = patch.export(target, config, size, batch_size, text_tokens, attention)
+    exportable: Exportable = patch.export(target, config, size, batch_size, text_tokens, attention)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside it and moved, so that an export that is cut off leaves no folder that looks whole.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(partial, source, config, format, batch_size, text_tokens, attention, options or {})
+        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {})
         partial.chmod(0o755)
         partial.rename(folder)
     except BaseException:
@@ -119,7 +121,7 @@ def export(
 
 def _write(
     folder: Path,
-    source: Source,
+    exportable: Exportable,
     config: JiTConfig,
     format: Format,
     batch: int,
@@ -127,36 +129,36 @@ def _write(
     attention: str,
     options: Mapping[str, Any],
 ) -> None:
-    weights = weights_of(source.stages[0][0])
+    weights = weights_of(exportable.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
-    write_tensors(folder / TENSORS, plan_tensors(config, source.levels, source.grid))
-    counts = config.token_counts(num_tokens_of(source.grid))
-    device = source.device.type
-    plan = Plan(
+    write_tensors(folder / TENSORS, manifest_tensors(config, exportable.levels, exportable.grid))
+    counts = config.stage_tokens(exportable.grid)
+    device = exportable.device.type
+    manifest = Manifest(
         format=format,
-        codebase=source.codebase,
+        codebase=exportable.codebase,
         config=config,
-        levels=source.levels,
+        levels=exportable.levels,
         tokens=counts,
-        grid=source.grid,
+        grid=exportable.grid,
         batch=batch,
         text_tokens=text_tokens,
         inputs=tuple(
-            tuple(Input.of(name, tensor) for name, tensor in arguments.items()) for _, arguments in source.stages
+            tuple(Input.of(name, tensor) for name, tensor in arguments.items()) for _, arguments in exportable.stages
         ),
-        dtype=str(source.dtype).removeprefix("torch."),
+        dtype=str(exportable.dtype).removeprefix("torch."),
         device=device,
-        processor=processor(source.device),
+        processor=processor(exportable.device),
         torch_version=torch.__version__,
         attention=attention,
-        operators=(device,) if device in ops.compiled() and counts[0] < num_tokens_of(source.grid) else (),
-        model=source.model,
+        operators=(device,) if device in ops.compiled() and counts[0] < num_tokens_of(exportable.grid) else (),
+        model=exportable.model,
         files={},
     )
-    for (stage, arguments), name in zip(source.stages, plan.stage_files, strict=True):
+    for (stage, arguments), name in zip(exportable.stages, manifest.stage_files, strict=True):
         _lower(stage, weights, tuple(arguments.values()), folder / name, format, options)
-    names = (WEIGHTS, TENSORS, *plan.stage_files)
-    replace(plan, files={name: file_digest(folder / name) for name in names}).write(folder)
+    names = (WEIGHTS, TENSORS, *manifest.stage_files)
+    replace(manifest, files={name: file_digest(folder / name) for name in names}).write(folder)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -217,10 +219,12 @@ def _without_warnings() -> Iterator[None]:
 
 
 class Exported:
-    """Loaded stages. `plan`: what they were made for. `device`: where they run."""
+    """Loaded stages. `manifest`: what they were made for. `device`: where they run."""
 
-    def __init__(self, plan: Plan, device: torch.device, stages: Sequence[Stage], weights: list[Tensor]) -> None:
-        self.plan, self.device = plan, device
+    def __init__(
+        self, manifest: Manifest, device: torch.device, stages: Sequence[Stage], weights: list[Tensor]
+    ) -> None:
+        self.manifest, self.device = manifest, device
         self._stages, self._weights = stages, weights
 
     def run(self, stage: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +232,7 @@ class Exported:
 
         Raises ArtefactError for an argument of another shape, dtype or device than the stage was made for.
         """
-        self.plan.check_arguments(stage, arguments)
+        self.manifest.check_arguments(stage, arguments)
         with torch.no_grad():
             velocity, state = self._stages[stage](self._weights, *(x.contiguous() for x in arguments))
         return velocity, state
@@ -246,7 +250,7 @@ class Exported:
         patch = patches.find(pipeline)
         if patch.prepare_exported is None:
             raise UnsupportedModelError(
-                f"Exported.apply: pipeline must be a {self.plan.codebase}, got {type(pipeline).__name__}; pass one"
+                f"Exported.apply: pipeline must be a {self.manifest.codebase}, got {type(pipeline).__name__}; pass one"
             )
         handle = Handle(pipeline, patch.prepare_exported(pipeline, self))
         registry.put_in_place(handle)
@@ -264,18 +268,18 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
     those that the stages were made for.
     """
     folder = Path(folder)
-    plan = Plan.read(folder)
-    where = torch.device(plan.device if device is None else device)
+    manifest = Manifest.read(folder)
+    where = torch.device(manifest.device if device is None else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ArtefactError("load_exported: device must be here, got stages for cuda and no CUDA device; use another")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
-    plan.check_machine(where)
-    plan.check_files(folder)
+    manifest.check_machine(where)
+    manifest.check_files(folder)
     weights = load_file(folder / WEIGHTS, device=str(where))
-    load = {"aoti": _load_aoti, "torchscript": _load_torchscript}[plan.format]
-    stages = [load(folder / name, where) for name in plan.stage_files]
-    return Exported(plan, where, stages, [weights[name] for name in sorted(weights)])
+    load = {"aoti": _load_aoti, "torchscript": _load_torchscript}[manifest.format]
+    stages = [load(folder / name, where) for name in manifest.stage_files]
+    return Exported(manifest, where, stages, [weights[name] for name in sorted(weights)])
 
 
 def _load_aoti(path: Path, device: torch.device) -> Stage:

@@ -1,8 +1,8 @@
-"""What an exported folder holds and was made for: `plan.json` for people and checks, `plan.safetensors` for programs.
+"""What exported folders hold and were made for: `manifest.json` for people, `manifest.safetensors` for programs.
 
-Every file is named in the plan with its SHA-256, and the plan with its own, so that a folder that is damaged or put
-together from several is refused. Checksums guard against accidents: they lie beside what they check, so load only what
-you would run.
+Every file is named in the manifest with its SHA-256, and the manifest with its own, so that a folder that is damaged or
+put together from several is refused. Checksums guard against accidents: they lie beside what they check, so load only
+what you would run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..method.solver import make_solver
 
 Format = Literal["aoti", "torchscript"]
 VERSION = 3
-JSON, TENSORS, WEIGHTS = "plan.json", "plan.safetensors", "weights.safetensors"
+JSON, TENSORS, WEIGHTS = "manifest.json", "manifest.safetensors", "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Input:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Manifest:
     """What the stages in a folder compute, and what they were made for.
 
     config, levels, tokens: the method's settings, the S + 1 noise levels, the anchors of each stage. inputs: what each
@@ -88,14 +88,14 @@ class Plan:
         return tuple(f"stage{stage}.{suffix}" for stage in range(len(self.tokens)))
 
     def write(self, folder: Path) -> None:
-        """Writes `plan.json`."""
+        """Writes `manifest.json`."""
         content = {"version": VERSION, **asdict(self), "config": self.config.to_dict()}
         content = json.loads(json.dumps(content))
         (folder / JSON).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Plan:
-        """Returns the plan of a folder. Raises ArtefactError where it is missing, damaged or of another version."""
+    def read(cls, folder: Path) -> Manifest:
+        """Returns the manifest of a folder. Raises ArtefactError where it is missing, damaged or of another version."""
         path = folder / JSON
         if not path.is_file():
             raise ArtefactError(f"load_exported: folder must hold {JSON}, got {folder} without it; export anew")
@@ -104,10 +104,10 @@ class Plan:
             digest = content.pop("sha256")
             version = content.pop("version")
         except (ValueError, KeyError, AttributeError) as error:
-            raise ArtefactError(f"load_exported: {path} must be a plan, got something else; export anew") from error
+            raise ArtefactError(f"load_exported: {path} must be a manifest, got something else; export anew") from error
         if version != VERSION:
             raise ArtefactError(
-                f"load_exported: plans of version {VERSION} are read, got version {version!r} in {path}; export anew"
+                f"load_exported: manifests must be of version {VERSION}, got {version!r} in {path}; export anew"
             )
         if digest != _digest({"version": version, **content}):
             raise ArtefactError(f"load_exported: {path} must be as it was written, got an altered one; export anew")
@@ -160,7 +160,7 @@ class Plan:
                 )
 
     def check_call(self, **values: Any) -> None:
-        """Raises ArtefactError where a call's batch, grid, text_tokens, dtype or device is not the plan's."""
+        """Raises ArtefactError where a call's batch, grid, text_tokens, dtype or device is not the manifest's."""
         for name, value in values.items():
             made_for = getattr(self, name)
             if made_for != value:
@@ -174,8 +174,8 @@ def _told(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, ...]) -> dict[str, Tensor]:
-    """Returns what a program without JSON needs of a plan, by name.
+def manifest_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, ...]) -> dict[str, Tensor]:
+    """Returns what a program without JSON needs of a manifest, by name.
 
     levels: (S + 1,) float32. stages: (S,) int64, of each step. tokens: (K,) int64. grid: (2,) int64, height and width,
     or (3,), frames first, which the C++ example refuses. window: (1,) int64, the importance window. move_weight: (1,)
@@ -183,10 +183,11 @@ def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, ..
     the state of the change of the clean estimate since the step before, all 0 for Euler.
     """
     steps, num_tokens = len(levels) - 1, num_tokens_of(grid)
-    counts = config.token_counts(num_tokens)
+    counts = config.stage_tokens(grid)
     whole = {
         "stages": [config.stage_of_step(step, steps) for step in range(steps)],
         "tokens": list(counts),
+        "pooling": [config.pooling_of(stage) for stage in range(config.num_stages)],
         "grid": list(grid),
         "window": [config.importance_window],
         "own_noise": [int(config.noise == "own")],
@@ -206,7 +207,17 @@ def plan_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, ..
 def _solver_gains(config: JiTConfig, levels: Sequence[float]) -> list[float]:
     weight = make_solver(config.solver).weight
     after = zip(levels, levels[1:], levels[2:], strict=False)
-    return [0.0, *((1.0 - end / start) * weight(before, start, end) for before, start, end in after)]
+    gains = [0.0, *((1.0 - end / start) * weight(before, start, end) for before, start, end in after)]
+    stages = [config.stage_of_step(step, len(gains)) for step in range(len(gains))]
+    return [
+        0.0 if step and _restarts(config, stages[step - 1], stages[step]) else gain for step, gain in enumerate(gains)
+    ]
+
+
+def _restarts(config: JiTConfig, before: int, stage: int) -> bool:
+    """Returns whether a step is of first order for every token, after a stage that pools or in the first of one."""
+    is_pooled = config.pooling_of(before) > 1 or config.pooling_of(stage) > 1
+    return before != stage and is_pooled and not config.across_pooling
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CommandError
 
 if TYPE_CHECKING:
-    from ..evaluation.comparison import Generation, Method
+    from ..evaluation.comparison import Method, TimedCall
     from ..evaluation.scenes.judge import Judge, Score
     from ..evaluation.scenes.scene import Claim
 
@@ -33,7 +33,7 @@ class _Result:
     """All that one method made, batch after batch."""
 
     method: Method
-    generations: list[Generation]
+    generations: list[TimedCall]
 
     @property
     def pictures(self) -> list[Any]:

@@ -12,9 +12,10 @@ from ..errors import CommandError
 from ..loading import DTYPES, EMBEDDED_TEXT_TOKENS
 
 if TYPE_CHECKING:
-    from ..evaluation.lab import Lab, Row, Setting
     from ..evaluation.prompts import Prompt
+    from ..evaluation.quality.rows import Row
     from ..evaluation.quality.scorers import Scorer
+    from ..evaluation.study import Setting, Study
 
 _METHODS = "dense:50,dense:7,beta:7,dpm:4,dpm:6,dpm:12,4x,7x,10x"
 _MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:6,4x,7x"
@@ -77,17 +78,17 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.scoring import parse_metrics, score_rows
 
     scorers = parse_metrics(arguments.metrics, str(device))
-    lab = _lab(_setting(arguments, size, device), prompts, methods, arguments.out, arguments.any_commit)
-    scorers = (*scorers, *_of_judge(lab))
+    study = _study(_setting(arguments, size, device), prompts, methods, arguments.out, arguments.any_commit)
+    scorers = (*scorers, *_of_judge(study))
     print(first_line(device), flush=True)
-    rows = lab.rows()
+    made = study.rows()
     names = [method.name for method in methods]
-    rows = score_rows(rows, scorers, reference=names[0], picture_of=lab.path, folder=arguments.out)
-    _write(lab, rows, names, scorers)
+    rows = score_rows(made, scorers, reference=names[0], picture_of=study.path, folder=arguments.out)
+    _write(study, rows, names, scorers)
     return 0
 
 
-def _write(lab: Lab, rows: Sequence[Row], names: Sequence[str], scorers: Sequence[Scorer]) -> None:
+def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Sequence[Scorer]) -> None:
     from PIL import Image
 
     from ..evaluation.eval_pictures import known_qualities, write_pictures
@@ -95,17 +96,17 @@ def _write(lab: Lab, rows: Sequence[Row], names: Sequence[str], scorers: Sequenc
     from ..evaluation.quality.summary import summary
 
     def picture_of(method: str, prompt: int) -> Image.Image:
-        return Image.open(lab.path({"method": method, "prompt_index": prompt}))
+        return Image.open(study.path({"method": method, "prompt_index": prompt}))
 
-    data = None if lab.judge is None else _data_features(lab.judge)
+    data = None if study.judge is None else _data_features(study.judge)
     known = known_qualities(scorers)
     records = summary(rows, names, data=data, known=known)
     text = table(rows, records, scorers, 0 if data is None else len(data))
-    (lab.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (lab.folder / "table.md").write_text(text)
-    written = write_pictures(rows, records, lab.folder, picture_of, known=known)
+    (study.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (study.folder / "table.md").write_text(text)
+    written = write_pictures(rows, records, study.folder, picture_of, known=known)
     print(text, end="")
-    print(f"wrote table.md, results.jsonl, {', '.join(path.name for path in written)} and pictures into {lab.folder}")
+    print(f"wrote table.md, results.jsonl, {', '.join(path.name for path in written)} and pictures into {study.folder}")
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
@@ -128,7 +129,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device: Any) -> Setting:
-    from ..evaluation.lab import Setting, dtype_of
+    from ..evaluation.study import Setting, dtype_of
 
     is_embedded = arguments.model is None
     return Setting(
@@ -143,32 +144,32 @@ def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device
     )
 
 
-def _lab(
+def _study(
     setting: Setting, prompts: tuple[Prompt, ...], methods: tuple[Any, ...], folder: Path, any_commit: bool
-) -> Lab:
-    from ..evaluation.lab import Lab, judge_of, weights_of
+) -> Study:
+    from ..evaluation.study import Study, judge_of, weights_digest
     from ..provenance import provenance
 
     judge, digest = judge_of(setting, prompts)
     folder.mkdir(parents=True, exist_ok=True)
-    return Lab(
+    return Study(
         setting=setting,
         methods=methods,
         prompts=prompts,
         folder=folder,
-        origin={**provenance(setting.device), "weights": weights_of(setting.model), "judge": digest},
+        origin={**provenance(setting.device), "weights": weights_digest(setting.model), "judge": digest},
         judge=judge,
         any_commit=any_commit,
     )
 
 
-def _of_judge(lab: Lab) -> tuple[Scorer, ...]:
+def _of_judge(study: Study) -> tuple[Scorer, ...]:
     """Returns what the judge adds to the metrics."""
-    if lab.judge is None:
+    if study.judge is None:
         return ()
     from ..evaluation.quality.scorers import perceptual
 
-    return (perceptual(lab.judge.features, version=lab.origin["judge"]),)
+    return (perceptual(study.judge.features, version=study.origin["judge"]),)
 
 
 def _data_features(judge: Any) -> Any:

@@ -36,7 +36,7 @@ class Rival(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...
 
-    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> Generation: ...
+    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> TimedCall: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class TimedCall:
     """What one call of a pipeline made, and its cost. FLOPs are of the whole batch, seconds too.
 
     denoise_s: from the first call of the transformer to the end of the last step. whole_s: text encoding and
@@ -92,7 +92,7 @@ def _steps(config: JiTConfig) -> int:
     return config.steps
 
 
-def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = None, **call: Any) -> Generation:
+def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = None, **call: Any) -> TimedCall:
     """Returns what `pipe(**call)` makes by a method; `on_step` is called after every step."""
     if method.rival is not None:
         return method.rival(pipe, on_step, call)
@@ -103,7 +103,7 @@ def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = N
 
 def timed(
     pipe: Any, steps: int, handle: Handle | None, on_step: Callable[[], object] | None = None, **call: Any
-) -> Generation:
+) -> TimedCall:
     """Returns what `pipe(**call)` makes as it stands, with the handle of what is applied to it, if anything is."""
     clock = _DenoisingClock(pipe, on_step)
     with clock.watch():
@@ -112,7 +112,7 @@ def timed(
         whole_s = clock.now() - start
     stats = None if handle is None else handle.stats()
     flops, token_steps = _dense_cost(pipe, steps, clock) if stats is None else (stats.flops, stats.token_steps)
-    return Generation(
+    return TimedCall(
         pictures=pictures,
         denoise_s=clock.seconds,
         whole_s=whole_s,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .quality.rows import Rows, by_method, column, control_of, kind_of
+from .quality.rows import Rows, by_method, column, control_of, method_kind
 from .quality.scorers import Scorer
 from .quality.statistics import Estimate, mean_of, paired_p_value
 
@@ -120,7 +120,7 @@ def _against(of: Mapping[str, Rows], lead: _Lead | None) -> dict[str, list[str]]
 
 def _control(name: str, of: Mapping[str, Rows]) -> str | None:
     """Returns the dense method whose cost is nearest to that of one not dense, or None."""
-    return None if kind_of(of[name][0]).startswith("dense") else control_of(name, of)
+    return None if method_kind(of[name][0]).startswith("dense") else control_of(name, of)
 
 
 def _has(rows: Rows, name: str) -> bool:

@@ -11,7 +11,8 @@ import torch
 from ..errors import CommandError
 from ..method.config import PRESETS
 from ..method.schedule import beta_levels
-from .comparison import Generation, Method, generate
+from ..patches.diffusers_private import has_packed_latents, pack_latents, unpack_latents
+from .comparison import Method, TimedCall, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,12 @@ class HalfFirst:
         """What tells two such methods apart, as JSON takes it."""
         return {"rival": "half", "steps": self.steps, "half_steps": self.half_steps, "upsampling": "bicubic"}
 
-    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> Generation:
+    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> TimedCall:
         """Returns what `pipe(**call)` makes. whole_s counts the text's encoding twice, as it is done.
 
         Raises CommandError for a height or width that has no half in whole tokens, and for pipelines of other models.
         """
-        if not hasattr(pipe, "_unpack_latents"):
+        if not has_packed_latents(pipe):
             raise CommandError(f"half must have a pipeline of FLUX.1, got {type(pipe).__name__}")
         height, width = _size(pipe, call)
         levels = beta_levels(self.steps)
@@ -46,7 +47,7 @@ class HalfFirst:
         latents = _renoised(pipe, small.pictures, (height, width), level, call.get("generator"))
         large_call = {**call, "height": height, "width": width, "latents": latents}
         large = _on_levels(pipe, levels[self.half_steps :], on_step, large_call)
-        return Generation(
+        return TimedCall(
             pictures=large.pictures,
             denoise_s=small.denoise_s + large.denoise_s,
             whole_s=small.whole_s + large.whole_s,
@@ -68,7 +69,7 @@ def _size(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int]:
 
 def _on_levels(
     pipe: Any, levels: tuple[float, ...], on_step: Callable[[], object] | None, call: Mapping[str, Any]
-) -> Generation:
+) -> TimedCall:
     config = PRESETS["dense"].replace(steps=len(levels) - 1, schedule=levels)
     return generate(pipe, Method(name="half", steps=len(levels) - 1, config=config), on_step, **call)
 
@@ -78,8 +79,8 @@ def _renoised(pipe: Any, clean: torch.Tensor, size: tuple[int, int], level: floa
     from diffusers.utils.torch_utils import randn_tensor
 
     height, width = size
-    small = pipe._unpack_latents(clean, height // 2, width // 2, pipe.vae_scale_factor)
+    small = unpack_latents(pipe, clean, height // 2, width // 2)
     large = torch.nn.functional.interpolate(small.float(), scale_factor=2.0, mode="bicubic", align_corners=False)
     noise = randn_tensor(large.shape, generator=generator, device=clean.device, dtype=clean.dtype)
     noisy = (1.0 - level) * large + level * noise.float()
-    return pipe._pack_latents(noisy.to(clean.dtype), *noisy.shape)
+    return pack_latents(pipe, noisy.to(clean.dtype))

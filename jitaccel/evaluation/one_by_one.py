@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..execution.private import children_of
-from .comparison import Generation, timed
+from .comparison import TimedCall, timed
 from .work import counted
 
 _PER_IMAGE = (
@@ -37,7 +37,7 @@ class CachedRun(ABC):
     def installed(self, pipe: Any) -> AbstractContextManager[None]:
         """Returns what has the cache in the pipeline while it lasts, empty at first."""
 
-    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> Generation:
+    def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> TimedCall:
         """Returns what `pipe(**call)` makes; `on_step` is called `steps` times, whatever the number of images.
 
         Seconds are those of the images one after another, to be compared with methods that make one at a time.
@@ -46,7 +46,7 @@ class CachedRun(ABC):
         steps_of_batch = _every(len(calls), on_step)
         return _together([self._one(pipe, steps_of_batch, each) for each in calls])
 
-    def _one(self, pipe: Any, on_step: Callable[[], object], call: Mapping[str, Any]) -> Generation:
+    def _one(self, pipe: Any, on_step: Callable[[], object], call: Mapping[str, Any]) -> TimedCall:
         with left_as_found(pipe.transformer), counted(pipe.transformer) as work, self.installed(pipe):
             made = timed(pipe, self.steps, None, on_step, **call)
         ran = work.flops / made.flops  # timed takes every step for a dense one
@@ -91,7 +91,7 @@ def _every(count: int, on_step: Callable[[], object] | None) -> Callable[[], Non
     return step
 
 
-def _together(made: Sequence[Generation]) -> Generation:
+def _together(made: Sequence[TimedCall]) -> TimedCall:
     import numpy as np
     import torch
 
@@ -100,7 +100,7 @@ def _together(made: Sequence[Generation]) -> Generation:
         joined: Any = [*itertools.chain.from_iterable(pictures)]
     else:
         joined = np.concatenate(pictures) if isinstance(pictures[0], np.ndarray) else torch.cat(pictures)
-    return Generation(
+    return TimedCall(
         pictures=joined,
         denoise_s=sum(each.denoise_s for each in made),
         whole_s=sum(each.whole_s for each in made),

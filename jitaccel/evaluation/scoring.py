@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import CommandError
-from .lab import Row, append_lines, read_lines
-from .quality.scorers import Scorer, source_of
+from .quality.rows import Row, Rows
+from .quality.scorers import Scorer, scorer_factory
+from .study import append_lines, read_lines
 
 _BATCH = 8
 
@@ -23,11 +24,11 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
     Raises CommandError with every reason: words that name none, packages that are missing.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    sources, reasons, missing = {}, [], []
+    factories, reasons, missing = {}, [], []
     for word in words:
         try:
-            sources[word] = source_of(word)
-            missing += [f"{word}: {reason}" for reason in sources[word].missing()]
+            factories[word] = scorer_factory(word)
+            missing += [f"{word}: {reason}" for reason in factories[word].missing()]
         except ValueError as error:
             reasons.append(f"--metrics must each be {error}")
     if missing:
@@ -35,20 +36,20 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
         reasons.append(f'{rule}, got {", ".join(missing)}; pip install "jitaccel[eval]"')
     if reasons:
         raise CommandError("\n".join(reasons))
-    scorers = [source.make(device) for source in sources.values()]
-    if len(sources) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
+    scorers = [factory.make(device) for factory in factories.values()]
+    if len(factories) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
         raise CommandError(f"--metrics must be different ones, got {text}")
     return tuple(scorers)
 
 
 def score_rows(
-    rows: Sequence[Row],
+    rows: Rows,
     scorers: Iterable[Scorer],
     *,
     reference: str,
     picture_of: Callable[[Mapping[str, Any]], Path],
     folder: Path,
-) -> list[Row]:
+) -> Rows:
     """Returns the rows with the number of each metric in a field of its name.
 
     A number is taken up from `folder`/scores.jsonl where metric, version, prompt and the content of the picture, and of
@@ -79,7 +80,7 @@ def score_rows(
 
 def _values(
     scorer: Scorer,
-    rows: Sequence[Row],
+    rows: Rows,
     references: Mapping[int, Row],
     picture_of: Callable[[Mapping[str, Any]], Path],
 ) -> list[float]:

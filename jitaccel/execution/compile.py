@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedModelError, nearest_match
-from .graphs import Counts, CudaGraphs, Recorder, RepeatedCalls, Replayed
+from ..errors import ConfigError, UnsupportedModelError, suggestion
+from .graphs import CallRecorder, Counts, CudaGraphs, RepeatedCalls, Replayed
 from .private import (
     CompilationError,
     backend_named,
@@ -85,7 +85,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
     if mode is not None and mode not in MODES:
         raise ConfigError(
             f"apply: compile must be True, False, a dict or one of {', '.join(MODES)}, got {mode!r}; "
-            f'did you mean "{nearest_match(str(mode), MODES)}"?'
+            f"{suggestion(mode, MODES)}"
         )
     if mode is not None and inner is not None:
         raise ConfigError(f"apply: compile must hold mode or options, got both ({mode!r}, {inner!r}); leave one out")
@@ -101,7 +101,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
         if name not in known:
             raise ConfigError(
                 f"apply: compile must hold options of torch's inductor, got {name!r}; "
-                f'did you mean "{nearest_match(name, known)}"?'
+                f"{suggestion(name, known, 'see help(torch.compile)')}"
             )
 
 
@@ -126,7 +126,7 @@ class Compiler:
         self._failed: set[Hashable] = set()
         self._eager_reasons: dict[tuple[Hashable, str], None] = {}
         self._notes: list[str] = []
-        self._recorder: Recorder | None = None
+        self._recorder: CallRecorder | None = None
         self._counts = Counts()
         self._copies = self._graphs = self._calls = self._eager_calls = self._dropped = 0
 
@@ -228,7 +228,7 @@ class Compiler:
         run: Callable[..., Any] = backend_named(backend)(graph, inputs, **given)
         return run
 
-    def _recorder_for(self, inputs: Sequence[Any]) -> Recorder | None:
+    def _recorder_for(self, inputs: Sequence[Any]) -> CallRecorder | None:
         device = next((x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda), None)
         by_default = device is not None and self._options.get("mode") != "max-autotune-no-cudagraphs"
         if not self._options.get("graphs", by_default):

@@ -28,7 +28,7 @@ class Recording:
     replay: Callable[[], None]
 
 
-class Recorder(Protocol):
+class CallRecorder(Protocol):
     """Records calls. Those of one recorder share memory, so one is replayed at a time, and its outputs are copied."""
 
     def record(self, call: Callable[[], Sequence[Any]]) -> Recording:
@@ -113,7 +113,7 @@ class Replayed:
     """
 
     def __init__(
-        self, function: Function, recorder: Recorder, counts: Counts, on_failure: Callable[[str], None]
+        self, function: Function, recorder: CallRecorder, counts: Counts, on_failure: Callable[[str], None]
     ) -> None:
         self._function, self._recorder, self._counts, self._on_failure = function, recorder, counts, on_failure
         self._recording: Recording | None = None

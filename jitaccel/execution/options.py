@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigError, nearest_match
+from ..errors import ConfigError, suggestion
 
 Mode = Literal["auto", "packed", "indexed"]
 Unsupported = Literal["error", "dense"]
@@ -40,8 +40,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         problems = [
-            f"apply: {name} must be one of {', '.join(allowed)}, got {value!r}; "
-            f'did you mean "{nearest_match(value, allowed)}"?'
+            f"apply: {name} must be one of {', '.join(allowed)}, got {value!r}; {suggestion(value, allowed)}"
             for name, value, allowed in (
                 ("execution", self.execution, get_args(Mode)),
                 ("attention", self.attention, get_args(Attention)),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Segments:
     """Tokens of several segments in one sequence `(sum of lengths, ...)`.
 
     lengths: tokens of each segment. is_even: whether all are equally long. segment_of: the segment of each token, (T,)
@@ -30,7 +30,7 @@ class Rows:
     segment_of: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
         segments = torch.repeat_interleave(torch.tensor([*lengths], dtype=torch.int64))
         return cls(tuple(lengths), len(set(lengths)) == 1, segments.to(device))
 
@@ -58,9 +58,9 @@ class PackedLayout:
     documents.
     """
 
-    text: Rows
-    image: Rows
-    documents: Rows
+    text: Segments
+    image: Segments
+    documents: Segments
     cu_seqlens: Tensor
     max_seqlen: int
     order: Tensor
@@ -83,9 +83,9 @@ class PackedLayout:
         texts = _ranges(ends, text_lengths)
         images = _ranges([start + text for start, text in zip(ends, text_lengths, strict=False)], image_lengths)
         return cls(
-            text=Rows.of(text_lengths, device),
-            image=Rows.of(image_lengths, device),
-            documents=Rows.of(lengths, device),
+            text=Segments.of(text_lengths, device),
+            image=Segments.of(image_lengths, device),
+            documents=Segments.of(lengths, device),
             cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
             max_seqlen=max(lengths),
             order=torch.cat([texts, images]).argsort().to(device),

@@ -1,10 +1,10 @@
 """One generation's way through a step, written once: enter, evaluate, leave. How it reaches a sampler is a delivery.
 
-    enter      the state of the step, moved where a stage begins
-    evaluate   the network on the anchors of that state
-    leave      the velocity at every token, from the one at the anchors
-    deliver    differs by codebase: a sampler whose state can be set gets the moved state (`Generation.enter` after its
-               step); a loop that cannot be reached gets the move folded into the velocity (`fold_move`)
+enter      the state of the step, moved where a stage begins
+evaluate   the network on the anchors of that state
+leave      the velocity at every token, from the one at the anchors
+deliver    differs by codebase: a sampler whose state can be set gets the moved state (`Generation.enter` after its
+           step); a loop that cannot be reached gets the move folded into the velocity (`fold_move`)
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Generation:
         text_tokens: Text tokens next to those of the image.
         forced: (B, N) bool, tokens that are anchors from the first stage on, or None.
         multiple: What numbers of anchors are rounded up to.
+        patch: Latents along a token's side, which pooled stages average.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class Generation:
         text_tokens: int,
         forced: Callable[[], Tensor | None] = lambda: None,
         multiple: int = 1,
+        patch: int = 1,
     ) -> None:
         self.recorder = Recorder(
             cost=cost, batch=state.shape[0], grid=grid, text_tokens=text_tokens, device=state.device
         )
         with self.recorder.outside(step.index):
-            self.run = Run(config, grid, step, state, forced=forced(), multiple=multiple)
+            self.run = Run(config, grid, step, state, forced=forced(), multiple=multiple, patch=patch)
 
     def enter(self, step: Step, state: Tensor) -> Tensor:
         """Returns the state (B, N, D) from which `step` starts: the given one, or a moved copy where a stage begins."""

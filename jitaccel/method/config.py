@@ -1,16 +1,17 @@
 """What to run: stages, schedule and variants of the method, as one frozen value."""
 
 import dataclasses
+import inspect
 import math
 import numbers
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
-from ..errors import ConfigError, nearest_match
+from ..errors import ConfigError, suggestion
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -20,7 +21,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "solver": ("euler", "dpmpp_2m"),
     }
 )
-_SCHEDULES = ("beta", "native")
+_SCHEDULES = ("beta", "log_snr", "native")
+_FACTORS = (1, 2, 4)
 _MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
 
 
@@ -30,32 +32,43 @@ class JiTConfig:
 
     Lists and whole numbers are accepted where tuples and floats are declared, and stored as declared.
 
-    densities: share of the tokens that enter the network, per stage, sparsest first, last 1.0.
-    boundaries: share of the steps after which each stage ends, last 1.0.
-    steps: number of steps, or "caller" to take the number that the sampler asks for.
-    schedule: "beta" (levels from a Beta distribution), "native" (the sampler's own levels), or the noise
-        levels themselves, from the first down to 0.0.
-    alpha, beta: parameters of the Beta distribution. The paper's text says beta = 0.42; its code, 0.425.
-    lifter: what is interpolated to the other tokens: the velocity (paper) or the clean estimate.
-    micro_flow: how newly activated tokens move: all the way to the target ("exact", the paper's hitting
-        ODE), one blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
-    relax_steps: divisor of the released blend.
-    noise: noise of the target: "fresh" (paper) or the token's "own" initial noise.
-    solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
-        estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
-    importance_window: side of the window of the local variance, in tokens, odd.
-    blur_scale: the lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or
-        below sqrt(density), as in every preset, the width is 1 token whatever the scale.
+    Attributes:
+        densities: Share of the tokens that enter the network, per stage, sparsest first, last 1.0.
+        boundaries: Share of the steps after which each stage ends, last 1.0.
+        steps: Number of steps, or "caller" to take the number that the sampler asks for.
+        schedule: "beta" (levels from a Beta distribution), "log_snr" (levels at even steps of the logarithm of the
+            signal-to-noise ratio), "native" (the sampler's own levels), or the noise levels themselves, from the first
+            down to 0.0.
+        alpha: First parameter of the Beta distribution.
+        beta: Second one. The paper's text says 0.42; its code, 0.425.
+        log_snr: Of "log_snr", log((1 - level) / level) at the second level, after 1.0, and at the last above 0.0.
+        lifter: What is interpolated to the other tokens: the velocity (paper) or the clean estimate.
+        micro_flow: How newly activated tokens move: all the way to the target ("exact", the paper's hitting ODE), one
+            blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
+        relax_steps: Divisor of the released blend.
+        noise: Noise of the target: "fresh" (paper) or the token's "own" initial noise.
+        solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
+            estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
+        importance_window: Side of the window of the local variance, in tokens, odd.
+        blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
+            sqrt(density), as in every preset, the width is 1 token whatever the scale.
+        pooling: How each stage shows the picture to the network: 1, its tokens as they are; 2 or 4, the picture so many
+            times smaller along both sides, each latent the mean of a block, at its own noise level (a variant of ours,
+            `jitaccel.method.pool`). A stage that pools by f has density 1 / f^2. Empty: no stage pools.
+        across_pooling: With "dpmpp_2m", whether the step after a pooled stage extrapolates from that stage's last clean
+            estimate, or is of first order as after every other stage.
 
-    Raises ConfigError with every problem found, one a line.
+    Raises:
+        ConfigError: With every problem found, one a line.
     """
 
     densities: tuple[float, ...]
     boundaries: tuple[float, ...]
     steps: int | Literal["caller"]
-    schedule: Literal["beta", "native"] | tuple[float, ...] = "beta"
+    schedule: Literal["beta", "log_snr", "native"] | tuple[float, ...] = "beta"
     alpha: float = 1.4
     beta: float = 0.425
+    log_snr: tuple[float, float] = (-5.0, 3.0)
     lifter: Literal["velocity", "clean"] = "velocity"
     micro_flow: Literal["exact", "released", "none"] = "released"
     relax_steps: int = 3
@@ -63,6 +76,8 @@ class JiTConfig:
     solver: Literal["euler", "dpmpp_2m"] = "euler"
     importance_window: int = 3
     blur_scale: float = 0.4
+    pooling: tuple[int, ...] = ()
+    across_pooling: bool = False
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -77,6 +92,7 @@ class JiTConfig:
                 f"JiTConfig: boundaries must be as many as densities, got {len(boundaries)} boundaries and "
                 f"{len(densities)} densities; give each stage one of both"
             )
+        problems += self._pooling_problems()
         problems += self._schedule_problems()
         problems += self._scalar_problems()
         if not problems and self.steps != "caller":
@@ -92,7 +108,8 @@ class JiTConfig:
         value = getattr(self, name)
         is_sequence = isinstance(value, (tuple, list)) and len(value) > 0
         if not is_sequence or not all(_is_finite_number(item) for item in value):
-            example = '"beta" or (1.0, 0.5, 0.0)' if name == "schedule" else "(0.35, 0.62, 1.0)"
+            examples = {"schedule": '"beta" or (1.0, 0.5, 0.0)', "log_snr": "(-5.0, 3.0)"}
+            example = examples.get(name, "(0.35, 0.62, 1.0)")
             problems.append(
                 f"JiTConfig: {name} must be a non-empty tuple of finite numbers, got {value!r}; "
                 f"give for example {example}"
@@ -101,6 +118,31 @@ class JiTConfig:
         items = tuple(float(item) for item in value)
         object.__setattr__(self, name, items)
         return items
+
+    def _pooling_problems(self) -> list[str]:
+        """Stores `pooling` as a tuple of whole numbers, empty where no stage pools; returns what is wrong with it."""
+        value, densities = self.pooling, self.densities
+        is_sequence = isinstance(value, (tuple, list))
+        if not is_sequence or not all(_is_whole(factor) and factor in _FACTORS for factor in value):
+            return [
+                f"JiTConfig: pooling must be a tuple of {', '.join(map(str, _FACTORS))}, one for each stage, got "
+                f"{value!r}; give for example densities=(0.25, 1.0), pooling=(2, 1), or ()"
+            ]
+        factors = tuple(int(factor) for factor in value)
+        object.__setattr__(self, "pooling", factors if any(factor > 1 for factor in factors) else ())
+        if not self.pooling or not isinstance(densities, tuple):
+            return []
+        if len(factors) != len(densities):
+            return [
+                f"JiTConfig: pooling must be as many as densities, got {len(factors)} factors and {len(densities)} "
+                f"densities; give 1 for a stage that does not pool"
+            ]
+        return [
+            f"JiTConfig: a stage that pools by {factor} must have density {1 / factor**2:g}, got {density!r}; "
+            f"set it, every latent it sees is the mean of {factor**2}"
+            for factor, density in zip(factors, densities, strict=True)
+            if factor > 1 and density != 1 / factor**2
+        ]
 
     def _schedule_problems(self) -> list[str]:
         problems = []
@@ -132,15 +174,23 @@ class JiTConfig:
         return problems
 
     def _scalar_problems(self) -> list[str]:
-        problems = []
+        problems: list[str] = []
+        ends = self._normalise("log_snr", problems)
+        if ends is not None and (len(ends) != 2 or not -30.0 <= ends[0] < ends[1] <= 30.0):
+            problems.append(
+                f"JiTConfig: log_snr must be two numbers that rise within -30..30, got {ends}; "
+                f"give those of the second and the last level, for example (-5.0, 3.0)"
+            )
+        if not isinstance(self.across_pooling, bool):
+            problems.append(
+                f"JiTConfig: across_pooling must be True or False, got {self.across_pooling!r}; leave it out"
+            )
         for name, choices in _CHOICES.items():
             problems += _choice_problems(name, getattr(self, name), choices)
         for name, usual in (("alpha", 1.4), ("beta", 0.425), ("blur_scale", 0.4)):
             value = getattr(self, name)
             if not _is_finite_number(value) or value <= 0:
-                problems.append(
-                    f"JiTConfig: {name} must be a finite number above 0, got {value!r}; try {usual}"
-                )
+                problems.append(f"JiTConfig: {name} must be a finite number above 0, got {value!r}; try {usual}")
         if not _is_whole(self.relax_steps) or self.relax_steps < 1:
             problems.append(
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
@@ -149,8 +199,7 @@ class JiTConfig:
         window = self.importance_window
         if not _is_whole(window) or window < 1 or window % 2 == 0:
             problems.append(
-                f"JiTConfig: importance_window must be an odd whole number above 0, got {window!r}; "
-                f"the paper's is 3"
+                f"JiTConfig: importance_window must be an odd whole number above 0, got {window!r}; the paper's is 3"
             )
         return problems
 
@@ -172,6 +221,10 @@ class JiTConfig:
     def num_stages(self) -> int:
         """Number of stages."""
         return len(self.densities)
+
+    def pooling_of(self, stage: int) -> int:
+        """Returns by how much a stage pools each side of the picture; 1 where it does not."""
+        return self.pooling[stage] if self.pooling else 1
 
     @property
     def move_weight(self) -> float:
@@ -216,8 +269,7 @@ class JiTConfig:
         """
         if not _is_whole(num_tokens) or num_tokens < 1:
             raise ConfigError(
-                f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; "
-                f"pass grid_h * grid_w"
+                f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; pass grid_h * grid_w"
             )
         others = num_tokens - num_forced
         counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
@@ -228,9 +280,34 @@ class JiTConfig:
             )
         return tuple(min(-(-count // multiple) * multiple, num_tokens) for count in counts)
 
+    def stage_tokens(self, grid: Sequence[int], num_forced: int = 0, multiple: int = 1) -> tuple[int, ...]:
+        """Returns the number of tokens that each stage gives the network on a grid; pooled stages exactly.
+
+        A pooled stage has the tokens of the smaller picture, its sides rounded up, whatever is forced.
+
+        grid: (h, w) or (t, h, w). num_forced, multiple: as in `token_counts`.
+        Raises ConfigError as `token_counts` does, and where a pooled stage's tokens are no multiple.
+        """
+        counts = self.token_counts(math.prod(grid), num_forced, multiple)
+        return tuple(
+            count if self.pooling_of(stage) == 1 else self._pooled_tokens(grid, self.pooling_of(stage), multiple)
+            for stage, count in enumerate(counts)
+        )
+
+    def _pooled_tokens(self, grid: Sequence[int], factor: int, multiple: int) -> int:
+        *frames, rows, columns = grid
+        count = math.prod(frames) * -(-rows // factor) * -(-columns // factor)
+        if count % multiple:
+            raise ConfigError(
+                f"stage_tokens: a picture pooled by {factor} must have a multiple of {multiple} tokens, which its "
+                f"model divides among ranks or pads to, got {count} of {'x'.join(map(str, grid))}; choose another "
+                f"size, or a configuration without pooling"
+            )
+        return count
+
     def replace(self, **overrides: Any) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError."""
-        _check_names("replace", overrides)
+        check_fields("replace", overrides)
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,12 +318,10 @@ class JiTConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "JiTConfig":
         """Returns the configuration that `to_dict` wrote; fields with a default may be missing."""
-        _check_names("from_dict", fields)
+        check_fields("from_dict", fields)
         missing = [name for name in ("densities", "boundaries", "steps") if name not in fields]
         if missing:
-            raise ConfigError(
-                f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them"
-            )
+            raise ConfigError(f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them")
         return cls(**fields)
 
 
@@ -259,7 +334,7 @@ def resolve(preset_or_config: "str | JiTConfig", **overrides: Any) -> JiTConfig:
     else:
         raise ConfigError(
             f"resolve: preset must be one of {', '.join(PRESETS)} or a JiTConfig, got {preset_or_config!r}; "
-            f'did you mean "{nearest_match(preset_or_config, PRESETS)}"?'
+            f"{suggestion(preset_or_config, PRESETS)}"
         )
     return config.replace(**overrides) if overrides else config
 
@@ -300,7 +375,7 @@ def _choice_problems(name: str, value: object, allowed: tuple[str, ...]) -> list
         return []
     return [
         f"JiTConfig: {name} must be one of {', '.join(allowed)}, got {value!r}; "
-        f'did you mean "{nearest_match(value, allowed)}"?'
+        f"{suggestion(value, allowed)}"
     ]
 
 
@@ -308,17 +383,27 @@ def _field_names() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(JiTConfig))
 
 
-def _check_names(function: str, names: Iterable[str]) -> None:
-    known = _field_names()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(
-            "\n".join(
-                f"{function}: {name} must be a field of JiTConfig, got an unknown name; "
-                f'did you mean "{nearest_match(name, known)}"?'
-                for name in unknown
-            )
-        )
+def arguments_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the keywords that a public function takes beside the fields of JiTConfig and what it works on."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(each.name for each in parameters if each.kind in kinds and each.name != "target")
+
+
+def check_fields(function: str, names: Iterable[str], arguments: Iterable[str] = ()) -> None:
+    """Raises ConfigError, with every reason, for names that are no fields of JiTConfig.
+
+    function: that was called with them. arguments: its own, which may have been meant.
+    """
+    fields, own = _field_names(), tuple(arguments)
+    known = f"an argument of {function} or a field of JiTConfig" if own else "a field of JiTConfig"
+    where = f"see help(jitaccel.{function})" if own else f"it has {', '.join(fields)}"
+    if problems := [
+        f"{function}: {name} must be {known}, got an unknown name; {suggestion(name, (*own, *fields), where)}"
+        for name in names
+        if name not in fields
+    ]:
+        raise ConfigError("\n".join(problems))
 
 
 def sparse_start(steps: int, boundary: float | None = None) -> JiTConfig:

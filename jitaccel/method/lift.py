@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops import reference
+from ..tokens import gather_tokens, scatter_tokens
 from .grid import num_tokens_of
+
+Level = TypeVar("Level", float, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,44 @@ class LiftPlan:
     def is_dense(self) -> bool:
         """Whether every token is an anchor, so that there is nothing to lift."""
         return self.anchors.shape[1] == self.nearest.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """Which position ids of the whole picture the network's tokens have, (B, M): the anchors'."""
+        return self.anchors
+
+    def show(self, state: Tensor, level: "float | Tensor | None" = None) -> Tensor:
+        """Returns the anchors' tokens (B, M, ...) of a state (B, N, ...); itself where every token is an anchor.
+
+        state: may hold several branches, one after the other: (k * B, N, ...). level: not looked at, a subset of a
+        state is as noisy as the state.
+        """
+        if self.is_dense:
+            return state
+        branches = state.shape[0] // self.anchors.shape[0]
+        return gather_tokens(state, self.anchors if branches == 1 else self.anchors.repeat(branches, 1))
+
+    def show_beside(self, x: Tensor) -> Tensor:
+        """Returns the anchors' tokens of what is shown beside the state: as `show`."""
+        return self.show(x)
+
+    def show_features(self, x: Tensor) -> Tensor:
+        """Returns the anchors' tokens of features of whole tokens: as `show`."""
+        return self.show(x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Returns features (B, M, C) of the network's tokens in place among zeros, (B, N, C)."""
+        return x if self.is_dense else scatter_tokens(x, self.anchors, num_tokens_of(self.grid))
+
+    def show_level(self, level: Level) -> Level:
+        """Returns the level at which the network sees a state at `level`: that one."""
+        return level
+
+    def lift(
+        self, values: Tensor, state: Tensor, level: float | Tensor, lifter: Literal["velocity", "clean"] = "velocity"
+    ) -> Tensor:
+        """Returns the velocity at every token (B, N, D) from the one at the anchors (B, M, D): `lift_velocity`."""
+        return lift_velocity(values, state, level, self, lifter)
 
 
 def blur_weights(density: float, blur_scale: float = 0.4) -> Tensor:

@@ -12,10 +12,11 @@ from ..errors import ConfigError, NonFiniteVelocityError
 from ..tokens import gather_tokens, scatter_tokens
 from .anchors import activate, first_anchors, merge_anchors
 from .config import JiTConfig
-from .grid import name_of, num_tokens_of
+from .grid import lattice, name_of, num_tokens_of
 from .importance import importance
-from .lift import LiftPlan, lift_velocity, make_lift_plan
+from .lift import LiftPlan, make_lift_plan
 from .microflow import micro_flow
+from .pool import PooledPlan, make_pooled_plan
 from .solver import make_solver
 from .steps import Step
 
@@ -35,8 +36,8 @@ def importance_of(run: Run, left: Left) -> Tensor:
 
 
 def lifted(run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
-    """Returns the velocity at every token, (B, N, D), as `JiTConfig.lifter` says: `lift_velocity`."""
-    return lift_velocity(values, state, step.noise_level, run.plan, run.config.lifter)
+    """Returns the velocity at every token, (B, N, D), as the stage and `JiTConfig.lifter` say."""
+    return run.plan.lift(values, state, step.noise_level, run.config.lifter)
 
 
 def moved(run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
@@ -69,7 +70,8 @@ class Run:
 
     state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation. forced:
     (B, N) bool, tokens that are anchors from the first stage on (a mask that is painted anew); densities are shares of
-    the others. multiple: what numbers of anchors are rounded up to. parts: what a variant of the method replaces
+    the others. multiple: what numbers of anchors are rounded up to. patch: latents along a token's side, which pooled
+    stages average; a token holds them channel by channel. parts: what a variant of the method replaces
     (`benchmarks/lab`). `noise_level` is that of the step entered last; `generators`, one for each image, are where its
     random choices come from.
 
@@ -87,6 +89,7 @@ class Run:
         noise: Tensor | None = None,
         forced: Tensor | None = None,
         multiple: int = 1,
+        patch: int = 1,
         parts: Parts = Parts(),
     ) -> None:
         num_tokens = num_tokens_of(grid)
@@ -103,28 +106,46 @@ class Run:
         self.config, self.grid, self.stage = config, grid, step.stage
         self.noise_level = step.noise_level
         num_forced = 0 if forced is None else int(forced.sum(dim=1).max())
-        self._counts = config.token_counts(num_tokens, num_forced, multiple)
+        self._counts = config.stage_tokens(grid, num_forced, multiple)
+        self._forced, self._patch = forced, patch
         self._parts = parts
         self.generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: Left | None = None
         self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
-        if anchors is None:
-            masks = [None] * len(self.generators) if forced is None else forced.cpu().unbind(0)
-            count = self._counts[self.stage]
-            drawn = [first_anchors(grid, count, g, m) for g, m in zip(self.generators, masks, strict=True)]
-            anchors = torch.stack(drawn).to(state.device)
-        self._plan(anchors)
+        self.plan: LiftPlan | PooledPlan
+        if self.factor > 1:
+            self._plan_pooled(state)
+        else:
+            self._plan(self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors)
+
+    def _first_anchors(self, state: Tensor, count: int) -> Tensor:
+        """Returns `count` anchors for each image, (B, count), before anything is known of the picture."""
+        masks = [None] * len(self.generators) if self._forced is None else self._forced.cpu().unbind(0)
+        drawn = [first_anchors(self.grid, count, g, m) for g, m in zip(self.generators, masks, strict=True)]
+        return torch.stack(drawn).to(state.device)
 
     def _plan(self, anchors: Tensor) -> None:
         """Makes all that depends on the anchors alone, once a stage."""
-        self.plan: LiftPlan = make_lift_plan(anchors, self.grid, self.config.blur_scale)
+        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale)
         self.has_shared_anchors = bool((anchors == anchors[:1]).all())
+
+    def _plan_pooled(self, state: Tensor) -> None:
+        self.plan = make_pooled_plan(state.shape[0], self.grid, self.factor, self._patch, state.device)
+        self.has_shared_anchors = True
+
+    @property
+    def factor(self) -> int:
+        """By how much the stage pools each side of the picture; 1 where it does not."""
+        return self.config.pooling_of(self.stage)
 
     @property
     def anchors(self) -> Tensor:
-        """The tokens that enter the network, (B, M) int64, sorted."""
+        """Where the network's values stand among all tokens, (B, M) int64, sorted: the tokens that enter it.
+
+        In a pooled stage, the first token of each block that enters as one.
+        """
         return self.plan.anchors
 
     @property
@@ -136,6 +157,23 @@ class Run:
     def num_active(self) -> int:
         """M, the number of anchors of each image."""
         return self.plan.anchors.shape[1]
+
+    @property
+    def shown_level(self) -> float:
+        """The noise level at which the network sees the state of the step entered last."""
+        return self.plan.show_level(self.noise_level)
+
+    def show(self, state: Tensor) -> Tensor:
+        """Returns what the network sees of a state (B, N, D) of the step entered last, (B, M, D)."""
+        return self.plan.show(state, self.noise_level)
+
+    def show_beside(self, x: Tensor) -> Tensor:
+        """Returns what the network sees of latents beside the state, (B, N, C): a mask, another picture; (B, M, C)."""
+        return self.plan.show_beside(x)
+
+    def show_features(self, x: Tensor) -> Tensor:
+        """Returns what the network sees of features of whole tokens, (B, N, C): a ControlNet's residuals; (B, M, C)."""
+        return self.plan.show_features(x)
 
     def gather(self, x: Tensor) -> Tensor:
         """Returns the anchors' tokens of `x` (B, N, ...), or `x` itself where every token is one."""
@@ -161,22 +199,41 @@ class Run:
             raise RuntimeError(f"Run.enter: a step must be left before stage {self.stage + 1} starts, got none")
         self.check_finite()
         self.stage += 1
-        old = self.plan
-        count = self._counts[self.stage] - self.num_active
-        tokens = self._activated(left, count)
-        self._plan(merge_anchors(self.anchors, tokens))
+        old, num_tokens = self.plan, num_tokens_of(self.grid)
+        if isinstance(old, PooledPlan):
+            # Every token has its own noise and a velocity at the right level: none is moved.
+            if self.factor == 1:
+                anchors = self._first_anchors(state, self._num_placed(state))
+                self._plan(merge_anchors(anchors, self._activated(left, anchors)))
+            else:
+                self._plan_pooled(state)
+            return state
+        anchors = old.anchors
+        if self.factor == 1:
+            tokens = self._activated(left, anchors)
+            self._plan(merge_anchors(anchors, tokens))
+        else:
+            tokens = activate(_no_scores(left), anchors, num_tokens - anchors.shape[1])
+            self._plan_pooled(state)
         if self.config.move_weight == 0.0:
             return state
         return self._parts.move(self, step, state, left, tokens, old)
 
-    def _activated(self, left: Left, count: int) -> Tensor:
-        """Returns the tokens that a stage activates, (B, count); where it is all or none, nothing has to rank them."""
-        inactive = num_tokens_of(self.grid) - self.num_active
-        if 0 < count < inactive:
-            scores = self._parts.scores(self, left)
-        else:
-            scores = torch.zeros(left.velocity.shape[:2], device=left.velocity.device)
-        return activate(scores, self.anchors, count)
+    def _num_placed(self, state: Tensor) -> int:
+        """Returns how many anchors of the stage after a pooled one are placed regularly; the others are activated."""
+        regular = lattice(self.grid)
+        placed = regular if self._forced is None else (regular | self._forced.cpu()).sum(dim=1).max()
+        return min(self._counts[self.stage], int(placed.sum()))
+
+    def _activated(self, left: Left, anchors: Tensor) -> Tensor:
+        """Returns the tokens that a stage activates beside `anchors` (B, M), (B, count).
+
+        Where it is all or none, nothing has to rank them.
+        """
+        count = self._counts[self.stage] - anchors.shape[1]
+        inactive = num_tokens_of(self.grid) - anchors.shape[1]
+        scores = self._parts.scores(self, left) if 0 < count < inactive else _no_scores(left)
+        return activate(scores, anchors, count)
 
     def target_noise(self, state: Tensor) -> Tensor:
         """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
@@ -203,7 +260,13 @@ class Run:
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
-        return self._solver.correct(step, state, velocity, None if self.is_dense else self.anchors)
+        if self.is_dense:
+            return self._solver.correct(step, state, velocity, None)
+        if self.factor == 1:
+            return self._solver.correct(step, state, velocity, self.anchors)
+        # No token's own estimate is known in a pooled stage, only that of the mean around it.
+        computed = None if self.config.across_pooling else self.anchors[:, :0]
+        return self._solver.correct(step, state, velocity, computed)
 
     @property
     def needs_every_step(self) -> bool:
@@ -229,6 +292,10 @@ class Run:
                     f"Run: the velocity must be finite, got NaN or infinity at step {index}; "
                     f"float16 overflows in some FLUX models, load it in bfloat16"
                 )
+
+
+def _no_scores(left: Left) -> Tensor:
+    return torch.zeros(left.velocity.shape[:2], device=left.velocity.device)
 
 
 def image_generators(state: Tensor) -> list[torch.Generator]:

@@ -38,6 +38,19 @@ def beta_levels(num_steps: int, alpha: float = 1.4, beta: float = 0.425) -> tupl
     return levels
 
 
+def log_snr_levels(num_steps: int, first: float, last: float) -> tuple[float, ...]:
+    """Returns `num_steps + 1` noise levels: 1, then even steps of log((1 - level) / level) from `first` to `last`, 0.
+
+    Solvers of second order extrapolate in that logarithm; a variant of ours. Two steps have the middle of both ends
+    between 1 and 0, a single one nothing.
+    """
+    if num_steps < 1:
+        raise ConfigError(f"log_snr_levels: num_steps must be at least 1, got {num_steps}; ask for a step")
+    inner = num_steps - 1
+    ratios = [first + (last - first) * (k / (inner - 1) if inner > 1 else 0.5) for k in range(inner)]
+    return (1.0, *(1.0 / (1.0 + math.exp(ratio)) for ratio in ratios), 0.0)
+
+
 def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ...]:
     """Returns the noise levels of a configuration, one more than it has steps, the last 0.
 
@@ -48,7 +61,7 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
     """
     if config.schedule == "native":
         raise ConfigError(
-            'noise_levels: schedule must be "beta" or explicit levels, got "native"; '
+            'noise_levels: schedule must be "beta", "log_snr" or explicit levels, got "native"; '
             "read the levels from the sampler, or pass them as schedule=(...)"
         )
     if not isinstance(config.schedule, str):
@@ -64,6 +77,8 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
             'noise_levels: steps must be given where config.steps is "caller", got None; '
             "pass the sampler's number of steps"
         )
+    if config.schedule == "log_snr":
+        return log_snr_levels(count, *config.log_snr)
     return beta_levels(count, config.alpha, config.beta)
 
 

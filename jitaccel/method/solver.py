@@ -20,8 +20,11 @@ _MOST = 2.0  # presets reach 1.7; levels that crowd and then fall would be extra
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Estimate:
-    """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them."""
+class CleanEstimate:
+    """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them.
+
+    In a pooled stage none was: M = 0.
+    """
 
     step: Step
     clean: Tensor
@@ -87,14 +90,15 @@ class Euler:
 class Multistep:
     """DPM-Solver++(2M): steps towards a clean estimate that is extrapolated from the step before.
 
-    Where a stage begins, tokens that were lifted before it take an Euler step: their estimate was an interpolation.
+    Where a stage begins, tokens that were lifted before it, or are now, take an Euler step: one of their two estimates
+    is an interpolation, of another kind than the other.
     """
 
     needs_every_step = True
 
     def __init__(self) -> None:
-        self._before: Estimate | None = None
-        self._now: Estimate | None = None
+        self._before: CleanEstimate | None = None
+        self._now: CleanEstimate | None = None
 
     def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
         """Returns the velocity (B, N, D) that an Euler step is to take, in its dtype; `velocity` itself for w = 0.
@@ -105,7 +109,7 @@ class Multistep:
         if self._now is not None and self._now.step.index < step.index:
             self._before = self._now
         clean = state.float() - step.noise_level * velocity.float()
-        self._now = Estimate(step=step, clean=clean, anchors=anchors)
+        self._now = CleanEstimate(step=step, clean=clean, anchors=anchors)
         weight = self._weight(step, clean)
         if self._before is None or weight is None:
             return velocity
@@ -133,6 +137,9 @@ class Multistep:
             return None
         if before.step.stage == step.stage or before.anchors is None:
             return weight
+        now = None if self._now is None else self._now.anchors
+        if not before.anchors.shape[1] or (now is not None and not now.shape[1]):
+            return None
         each = torch.zeros(like.shape[:2], device=like.device)
         return each.scatter_(1, before.anchors, weight)[..., None]
 

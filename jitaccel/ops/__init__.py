@@ -34,9 +34,11 @@ __all__ = [
     "importance",
     "lift",
     "lift_clean",
+    "lift_pooled",
     "micro_flow_into",
     "missing",
     "nearest_anchor",
+    "pool",
 ]
 
 _ops = torch.ops.jitaccel
@@ -157,3 +159,51 @@ def micro_flow_into(
     schema.check_micro_flow_into(*arguments)
     run = _ops.micro_flow_into if _runs_compiled(state, previous, velocity, noise) else reference.micro_flow_into
     run(*arguments)
+
+
+def pool(x: Tensor, grid: Sequence[int], patch: int, factor: int, level: float | Tensor | None = None) -> Tensor:
+    """Returns the tokens `(B, M, D)` of a picture that is `factor` times smaller, in the dtype of `x`.
+
+    A token holds patch x patch latents, each channel's together: D = channels * patch * patch. Every output latent is
+    the mean of factor x factor latents of its frame. With a level, `x` is a noisy state: the mean of its noise is
+    weaker, and division by `1 - level + level / factor` makes it a state of the smaller picture, at the level of
+    `jitaccel.method.pool.pooled_level` (a variant of ours, not the paper's).
+
+    Where a side does not divide, its last latent row or column is repeated; `pooled_grid` is the output's grid.
+
+    x: (B, N, D). patch: latents along a token's side. factor: 1 to 8. level: a number, or a tensor () of float32,
+    float64 for float64.
+    """
+    level = None if level is None else _level_tensor(level, x)
+    schema.check_pooling("pool", "x", x, grid, patch, factor, level)
+    run = _ops.pool if _runs_compiled(x) else reference.pool
+    return run(x, grid, patch, factor, level)
+
+
+def lift_pooled(
+    values: Tensor,
+    pooled: Tensor,
+    state: Tensor,
+    grid: Sequence[int],
+    patch: int,
+    factor: int,
+    level: float | Tensor,
+) -> Tensor:
+    """Returns the velocity at every token, `(B, N, D)` in the dtype of `values`, from that of the smaller picture.
+
+    The smaller picture's clean estimate, `pooled - pooled_level * values`, is brought up bilinearly (half-pixel
+    centres, edges held) to x0, and `v = (state - x0) / level`: every token keeps its own noise.
+
+    values, pooled: (B, M, D), the network's velocity and what it saw: `pool` of the state. state: (B, N, D). level: of
+    the state, above 0; a number, or a tensor ().
+    """
+    level = _level_tensor(level, state)
+    schema.check_lift_pooled(values, pooled, state, grid, patch, factor, level)
+    run = _ops.lift_pooled if _runs_compiled(values, pooled, state) else reference.lift_pooled
+    return run(values, pooled, state, grid, patch, factor, level)
+
+
+def _level_tensor(level: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(level, Tensor):
+        return level
+    return like.new_full((), level, dtype=torch.promote_types(like.dtype, torch.float32))

@@ -94,12 +94,26 @@ def _fake_activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
     return anchors.new_empty(anchors.shape[0], count)
 
 
+def _fake_pool(x: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor | None = None) -> Tensor:
+    schema.check_pooling("pool", "x", x, grid, patch, factor, level)
+    return x.new_empty(x.shape[0], schema.num_tokens_of(schema.pooled_grid(grid, factor)), x.shape[2])
+
+
+def _fake_lift_pooled(
+    values: Tensor, pooled: Tensor, state: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor
+) -> Tensor:
+    schema.check_lift_pooled(values, pooled, state, grid, patch, factor, level)
+    return values.new_empty(state.shape)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "nearest_anchor": _fake_nearest_anchor,
     "lift": _fake_lift,
     "importance": _fake_importance,
     "activate": _fake_activate,
     "micro_flow_into": schema.check_micro_flow_into,
+    "pool": _fake_pool,
+    "lift_pooled": _fake_lift_pooled,
 }
 
 for _kind in KINDS:

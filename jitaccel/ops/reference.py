@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import gather_tokens, put_tokens_
-from .schema import num_stacked, num_tokens_of, refuse_empty_frame
+from .schema import num_stacked, num_tokens_of, pooled_grid, refuse_empty_frame
 
 
 def nearest_anchor(anchors: Tensor, grid: Sequence[int], stack: bool = False) -> Tensor:
@@ -195,3 +195,50 @@ def micro_flow_into(
     if weight != 1.0:
         target = (1.0 - weight) * gather_tokens(state, tokens).to(dtype) + weight * target
     put_tokens_(state, target.to(state.dtype), tokens)
+
+
+def pool(x: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor | None = None) -> Tensor:
+    """Averages in float32 (float64 for float64), divided once by `1 - level + level / factor`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:
+        return x.new_empty(x.shape[0], num_tokens_of(pooled_grid(grid, factor)), x.shape[2])
+    latents = _latents(x.to(dtype), grid, patch)
+    means = F.avg_pool2d(_repeated(latents, factor), factor)
+    if level is not None:
+        means = means / (1.0 - level + level / factor)
+    return _tokens(_repeated(means, patch), x.shape[0], pooled_grid(grid, factor), patch).to(x.dtype)
+
+
+def lift_pooled(
+    values: Tensor, pooled: Tensor, state: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor
+) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(values.dtype, state.dtype), torch.float32)
+    if state.numel() == 0:
+        return values.new_empty(state.shape)
+    clean = pooled.to(dtype) - level / factor / (1.0 - level + level / factor) * values.to(dtype)
+    small, sides = _latents(clean, pooled_grid(grid, factor), patch), [size * patch for size in grid[-2:]]
+    rows, columns = (-(-side // factor) for side in sides)
+    size = (rows * factor, columns * factor)
+    large = F.interpolate(small[..., :rows, :columns], size=size, mode="bilinear", align_corners=False)
+    lifted = _tokens(large[..., : sides[0], : sides[1]], state.shape[0], grid, patch)
+    return ((state.to(dtype) - lifted) / level).to(values.dtype)
+
+
+def _latents(x: Tensor, grid: Sequence[int], patch: int) -> Tensor:
+    """Returns the latents (B * frames, channels, rows, columns) of tokens (B, N, channels * patch * patch)."""
+    rows, columns = grid[-2:]
+    parts = x.reshape(x.shape[0] * num_tokens_of(grid[:-2]), rows, columns, -1, patch, patch)
+    return parts.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _tokens(latents: Tensor, batch: int, grid: Sequence[int], patch: int) -> Tensor:
+    """Returns the tokens (B, N, channels * patch * patch) of latents (B * frames, channels, rows, columns)."""
+    rows, columns = grid[-2:]
+    parts = latents.reshape(*latents.shape[:2], rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+    return parts.reshape(batch, num_tokens_of(grid), latents.shape[1] * patch**2)
+
+
+def _repeated(latents: Tensor, multiple: int) -> Tensor:
+    """Returns latents whose last row and column are repeated up to a multiple of a side."""
+    missing = [-side % multiple for side in latents.shape[-2:]]
+    return F.pad(latents, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else latents

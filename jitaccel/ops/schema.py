@@ -13,19 +13,24 @@ from torch import Tensor
 
 SCHEMAS = {
     "nearest_anchor": "(Tensor anchors, int[] grid, bool stack=False) -> Tensor",
-    "lift": (
-        "(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, bool stack=False) -> Tensor"
-    ),
+    "lift": ("(Tensor values, Tensor nearest, Tensor anchors, int[] grid, Tensor weights, bool stack=False) -> Tensor"),
     "importance": "(Tensor velocity, int[] grid, int window=3, bool stack=False) -> Tensor",
     "activate": "(Tensor importance, Tensor anchors, int count) -> Tensor",
     "micro_flow_into": (
         "(Tensor(a!) state, Tensor previous, Tensor velocity, Tensor noise, Tensor tokens, Tensor nearest, "
         "Tensor anchors, int[] grid, Tensor weights, Tensor levels, float weight, bool stack=False) -> ()"
     ),
+    "pool": "(Tensor x, int[] grid, int patch, int factor, Tensor? level=None) -> Tensor",
+    "lift_pooled": (
+        "(Tensor values, Tensor pooled, Tensor state, int[] grid, int patch, int factor, Tensor level) -> Tensor"
+    ),
 }
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the compiled kernels take; the reference also takes float64."""
+
+MOST_POOLED = 8
+"""The largest factor of pooling, and the most latents along a token's side."""
 
 
 def num_tokens_of(grid: Sequence[int]) -> int:
@@ -34,6 +39,12 @@ def num_tokens_of(grid: Sequence[int]) -> int:
     for size in grid:
         count *= size
     return count
+
+
+def pooled_grid(grid: Sequence[int], factor: int) -> tuple[int, ...]:
+    """Returns the grid of a picture that is `factor` times smaller; frames stay, odd sides are rounded up."""
+    *frames, rows, columns = grid
+    return (*frames, -(-rows // factor), -(-columns // factor))
 
 
 def num_stacked(grid: Sequence[int], stack: bool) -> int:
@@ -46,10 +57,11 @@ def _refuse(operator: str, what: str, rule: str, got: object, advice: str) -> No
 
 
 def check_grid(operator: str, grid: Sequence[int]) -> None:
-    """Raises ValueError unless `grid` is (h, w) or (t, h, w), each at least 1."""
-    if not (len(grid) in (2, 3) and all(size >= 1 for size in grid)):
+    """Raises ValueError unless `grid` is (h, w) or (t, h, w), each at least 1, of 2^40 tokens at most."""
+    if not (len(grid) in (2, 3) and all(size >= 1 for size in grid) and num_tokens_of(grid) <= 2**40):
         _refuse(
-            operator, "grid", "be (h, w) or (t, h, w) of sizes above 0", tuple(grid), "give the token grid",
+            operator, "grid", "be (h, w) or (t, h, w) of sizes above 0, 2^40 tokens at most", tuple(grid),
+            "give the token grid",
         )  # fmt: skip
 
 
@@ -212,6 +224,41 @@ def check_micro_flow_into(
     check_levels(operator, levels, device)
     if not (0.0 <= weight <= 1.0):
         _refuse(operator, "weight", "be in [0, 1]", weight, "take it from JiTConfig.move_weight")
+
+
+def check_pooling(
+    operator: str, name: str, x: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor | None
+) -> None:
+    """Raises ValueError unless `x` (B, N, D) on `grid` can be pooled: D holds whole patches of latents."""
+    check_grid(operator, grid)
+    for what, value in (("patch", patch), ("factor", factor)):
+        if not 1 <= value <= MOST_POOLED:
+            _refuse(
+                operator, what, f"be in 1..{MOST_POOLED}", value, "give the latents along a token's side, and 2 or 4",
+            )  # fmt: skip
+    num_tokens = num_tokens_of(grid)
+    if not (x.ndim == 3 and x.is_floating_point() and x.shape[1] == num_tokens and x.shape[2] % patch**2 == 0):
+        _refuse(
+            operator, name, f"be floating (B, {num_tokens}, D), D a multiple of {patch**2}", _kind(x),
+            "pass every token of the grid, its latents channel by channel",
+        )  # fmt: skip
+    if level is None:
+        return
+    if not (level.ndim == 0 and level.dtype in (torch.float32, torch.float64)):
+        _refuse(operator, "level", "be a float32 or float64 tensor ()", _kind(level), "give the state's noise level")
+    check_device(operator, "level", level, x.device)
+
+
+def check_lift_pooled(
+    values: Tensor, pooled: Tensor, state: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor
+) -> None:
+    """Raises ValueError unless the arguments of `lift_pooled` fit."""
+    check_pooling("lift_pooled", "state", state, grid, patch, factor, level)
+    shape = (state.shape[0], num_tokens_of(pooled_grid(grid, factor)), state.shape[2])
+    for name, x in (("values", values), ("pooled", pooled)):
+        check_tokens("lift_pooled", name, x, shape, state.device)
+    if pooled.dtype != state.dtype:
+        _refuse("lift_pooled", "pooled", f"be {state.dtype}, the state's dtype", _kind(pooled), "take it from pool")
 
 
 def _kind(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
-from ..method.config import JiTConfig, sparse_start
+from ..method.config import JiTConfig, arguments_of, check_fields, sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
 
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
@@ -139,6 +139,7 @@ def auto_config(
     Raises ConfigError for a target that is out of reach, naming the fastest that is not; UnsupportedModelError for
     what is not measured.
     """
+    check_fields("auto_config", overrides, arguments_of(auto_config))
     check_target(target_speedup, target_ms, overrides)
     how = Execution(execution=execution, attention=attention)
     costs = measure_costs(target, size, text_tokens, how, clock)

@@ -17,6 +17,7 @@ from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
 from jitaccel.method.steps import KnownLevels, Step
 
+from ..flux.arguments import shown_timestep
 from ..flux.flops import chroma_flops, flux2_flops, flux_flops
 from ..flux.params import config_of
 from ..layout import to_picture, to_tokens
@@ -97,7 +98,14 @@ class UnderWay:
         """Returns the generation at its first step; what it costs is known once the network is called."""
         forced = self._forced(state)
         generation = Generation(
-            self._config, self._grid, step, state, cost=lambda *_: 0, text_tokens=0, forced=lambda: forced
+            self._config,
+            self._grid,
+            step,
+            state,
+            cost=lambda *_: 0,
+            text_tokens=0,
+            forced=lambda: forced,
+            patch=self._patch,
         )
         self._history.begin(generation)
         return generation
@@ -191,8 +199,9 @@ def _thin_out(arguments: dict[str, Any], split: Split, places: Branches, state: 
     text_tokens = arguments["txt"].shape[1]
     arguments["img"] = split.tokens(places, state)
     arguments["img_ids"] = torch.stack(
-        [split.ids_at(own, at) for own, at in zip(arguments["img_ids"], places.anchors, strict=True)]
+        [split.ids_at(own, at) for own, at in zip(arguments["img_ids"], places.positions, strict=True)]
     )
+    arguments["timesteps"] = shown_timestep(places.run, arguments["timesteps"])
     if arguments.get("control") is not None:
         arguments["control"] = _control_at(arguments["control"], split, places)
     if arguments.get("timestep_zero_index"):  # stretches of references, counted among the image tokens
@@ -216,7 +225,7 @@ def _control_at(control: Any, split: Split, places: Branches) -> Any:
                 f"jitaccel: a ControlNet's residuals must be of every image token, {split.num_tokens} or {total}, got "
                 f"{residual.shape[1]}; remove JiT Apply or the ControlNet"
             )
-        return split.at_anchors(places, residual.expand(batch, *residual.shape[1:]))
+        return split.entering(places.show_features, residual.expand(batch, *residual.shape[1:]))
 
     return {name: [at_anchors(residual) for residual in residuals] for name, residuals in control.items()}
 
@@ -230,5 +239,5 @@ def _mask_at(mask: Tensor, split: Split, places: Branches, text_tokens: int) -> 
             f"remove JiT Apply or the node that makes it"
         )
     mask = mask.expand(batch, total, total)
-    rows = split.at_anchors(places, mask, before=text_tokens)
-    return split.at_anchors(places, rows.transpose(1, 2), before=text_tokens).transpose(1, 2)
+    rows = split.entering(places.gather, mask, before=text_tokens)
+    return split.entering(places.gather, rows.transpose(1, 2), before=text_tokens).transpose(1, 2)

@@ -27,7 +27,9 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
+from ..diffusers_private import execution_device, unpack_latents
 from ..flux.flops import flux_flops
+from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
 from .hook import hook_of
 from .pipelines import check_text_to_image
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class EncodedPrompt:
     """One branch of a request: text (L, E), pooled (P,), text_ids (L, 3)."""
 
     text: Tensor
@@ -53,7 +55,7 @@ class Job:
     generation: Generation
     state: Tensor
     ids: Tensor
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
     guidance: Tensor | None
     index: int = 0
     token_steps: int = 0
@@ -69,8 +71,8 @@ class Job:
         return self.generation.run
 
     def level(self) -> Tensor:
-        """Returns the level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
-        timestep = torch.tensor([1000 * self.step.noise_level], dtype=torch.float32)
+        """Returns the stage's level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
+        timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32)
         return timestep.to(self.state.dtype).to(self.state.device) / 1000
 
     def advance(self, branches: Sequence[Tensor]) -> bool:
@@ -147,7 +149,7 @@ def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -
             )
             continue
         try:
-            config.token_counts(sizes[0] // unit * (sizes[1] // unit))
+            config.stage_tokens((sizes[0] // unit, sizes[1] // unit))
         except ConfigError as error:
             problems.append(f"{where}: {error}")
     if problems:
@@ -155,7 +157,7 @@ def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -
 
 
 def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
-    device = pipeline._execution_device
+    device = execution_device(pipeline)
     texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
     prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
     model = pipeline.transformer
@@ -166,16 +168,16 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     clock = KnownLevels(config, levels_of(pipeline, config, state.shape[1]))
     grid = (request.height // unit, request.width // unit)
     cost, text_tokens = functools.partial(flux_flops, model.config), len(prompts[0].text)
-    generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens)
+    generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens, patch=FLUX.patch)
     guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
-def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> Prompt:
+def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> EncodedPrompt:
     words, pooled, ids = pipeline.encode_prompt(
         prompt=text, prompt_2=None, device=device, num_images_per_prompt=1, max_sequence_length=length
     )
-    return Prompt(words[0], pooled[0], ids)
+    return EncodedPrompt(words[0], pooled[0], ids)
 
 
 def levels_of(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
@@ -205,7 +207,7 @@ def _forward_of(pipeline: Any, how: Execution) -> Forward:
     model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
     if not reasons:
-        choose_backend(how.attention, pipeline._execution_device, model.dtype, model.config.attention_head_dim)
+        choose_backend(how.attention, execution_device(pipeline), model.dtype, model.config.attention_head_dim)
         return _Packed(model, how)
     if how.strict and how.execution != "indexed":
         raise UnsupportedModelError(
@@ -248,7 +250,7 @@ class _Packed:
         model, state = self._model, jobs[0].state
         attention = choose_backend(self._how.attention, state.device, state.dtype, model.config.attention_head_dim)
         each = [(job, prompt) for job in jobs for prompt in job.prompts]
-        tokens = torch.cat([job.run.gather(job.state)[0] for job, _ in each])
+        tokens = torch.cat([job.run.show(job.state)[0] for job, _ in each])
         given = Conditions(
             text=torch.cat([prompt.text for _, prompt in each]),
             pooled=torch.stack([prompt.pooled for _, prompt in each]),
@@ -269,7 +271,7 @@ class _Packed:
         ):
             each = [(job, prompt) for job in jobs for prompt in job.prompts]
             text_ids = [prompt.text_ids for _, prompt in each]
-            self._key, self._pack = key, make_pack(self._model, text_ids, [_anchor_ids(job) for job, _ in each])
+            self._key, self._pack = key, make_pack(self._model, text_ids, [_ids_of(job) for job, _ in each])
         return self._pack
 
 
@@ -277,13 +279,13 @@ def _one_by_one(model: Any, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
     return [tuple(_alone(model, job, prompt) for prompt in job.prompts) for job in jobs]
 
 
-def _alone(model: Any, job: Job, prompt: Prompt) -> Tensor:
+def _alone(model: Any, job: Job, prompt: EncodedPrompt) -> Tensor:
     velocity: Tensor = model(
-        hidden_states=job.run.gather(job.state),
+        hidden_states=job.run.show(job.state),
         encoder_hidden_states=prompt.text[None],
         pooled_projections=prompt.pooled[None],
         timestep=job.level(),
-        img_ids=_anchor_ids(job),
+        img_ids=_ids_of(job),
         txt_ids=prompt.text_ids,
         guidance=job.guidance,
         return_dict=False,
@@ -291,14 +293,14 @@ def _alone(model: Any, job: Job, prompt: Prompt) -> Tensor:
     return velocity[0]
 
 
-def _anchor_ids(job: Job) -> Tensor:
-    return job.ids if job.run.is_dense else job.ids[job.run.anchors[0]]
+def _ids_of(job: Job) -> Tensor:
+    return job.ids if job.run.is_dense else job.ids[job.run.plan.positions[0]]
 
 
 def _finish(pipeline: Any, job: Job, output_type: OutputType) -> Any:
     if output_type == "latent":
         return job.state[0]
     vae = pipeline.vae
-    latents = pipeline._unpack_latents(job.state, job.request.height, job.request.width, pipeline.vae_scale_factor)
+    latents = unpack_latents(pipeline, job.state, job.request.height, job.request.width)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")[0]

@@ -104,6 +104,7 @@ def _beginning(route: SchedulerRoute, kind: Kind, arguments: dict[str, Any], spl
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: route.inpainted_tokens(*split.hidden.shape[:2]),
         multiple=token_multiple(route.transformer),
+        patch=kind.patch,
         evaluate=_not_evaluated,
     )
 
@@ -116,4 +117,4 @@ def _whole(of_images: list[Any], run: Run) -> list[Tensor] | None:
     """Returns residuals (B, N, width) of those that the forwards made at their anchors; None where there are none."""
     if of_images[0] is None:
         return None
-    return [run.scatter(torch.cat([*rows])) for rows in zip(*of_images, strict=True)]
+    return [run.plan.spread(torch.cat([*rows])) for rows in zip(*of_images, strict=True)]

@@ -12,6 +12,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.handle import Handle, refuse_copy
 
+from ..diffusers_private import HOOK_REGISTRY, hook_registry, put_hook_registry
 from ..loops.velocity import VelocityRoute
 from .caller import calling_pipeline
 from .scheduler import SchedulerRoute
@@ -67,17 +68,17 @@ def install(module: Any, kind: type[SharedHook], handle: Handle, route: Any) -> 
 
 def _register(module: Any, hook: SharedHook) -> None:
     """Puts a hook on a module; where that fails or is interrupted, nothing of it stays."""
-    hook.before = {name: vars(module).get(name) for name in ("forward", "_diffusers_hook")}
+    hook.before = {name: vars(module).get(name) for name in ("forward", HOOK_REGISTRY)}
     try:
         # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
         # graph, so the wrapper gets a registry in its own attributes.
-        registry = vars(module).setdefault("_diffusers_hook", HookRegistry(module))
+        registry = put_hook_registry(module, HookRegistry(module))
         forward = module.forward
         registry.register_hook(hook, _NAME)
         functools.update_wrapper(module.forward, forward)  # diffusers before 0.40 hides the signature
     except BaseException:
         if hook_of(module) is hook:
-            vars(module)["_diffusers_hook"].remove_hook(_NAME, recurse=False)
+            hook_registry(module).remove_hook(_NAME, recurse=False)
         _restore(module, hook.before)
         raise
 
@@ -96,7 +97,7 @@ def _uninstall(of: weakref.ref[Any], by: weakref.ref[Any], route: weakref.ref[An
     if module is None or hook is None:
         return
     hook.handles.pop(route(), None)
-    registry = vars(module).get("_diffusers_hook")
+    registry = hook_registry(module)
     if hook.handles or registry is None or registry.get_hook(_NAME) is not hook:
         return
     registry.remove_hook(_NAME, recurse=False)
@@ -130,5 +131,5 @@ def _signature_of(model: Any, bases: tuple[str, ...]) -> inspect.Signature:
 
 def hook_of(module: Any) -> Any:
     """Returns jitaccel's hook on a module, or None."""
-    registry = vars(module).get("_diffusers_hook")
+    registry = hook_registry(module)
     return None if registry is None else registry.get_hook(_NAME)

@@ -15,6 +15,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from ..diffusers_private import count_step
 from .scheduler import check_scheduler
 
 _KINDS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
@@ -69,7 +70,7 @@ def euler_step(scheduler: Any, original: Callable[..., Any], index: int, length:
         given = inspect.signature(original).bind(velocity, timestep, sample, *args, **kwargs)
         given.apply_defaults()
         after = (sample.float() + length * velocity.float()).to(sample.dtype)
-        scheduler._step_index = index + 1
+        count_step(scheduler, index + 1)
         return SchedulerOutput(prev_sample=after) if given.arguments["return_dict"] else (after,)
 
     return step

@@ -30,7 +30,7 @@ from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
 from .hook import SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
-from .scheduler import SchedulerRoute, check_scheduler, handle_of
+from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
 
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
@@ -70,7 +70,7 @@ def handles_of(pipeline: Any, transformers: Sequence[Any]) -> tuple[Handle, ...]
     """
     hooks = [hook for transformer in transformers if (hook := hook_of(transformer))]
     found = [handle for hook in hooks for handle in hook.handles.values()]
-    if (handle := handle_of(pipeline.scheduler)) is not None:
+    if (handle := scheduler_handle(pipeline.scheduler)) is not None:
         found.append(handle)
     routes = [(handle, handle.route) for handle in dict.fromkeys(found)]
     return tuple(
@@ -200,7 +200,7 @@ def explain(target: Any, problems: list[str]) -> str:
 
 def refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
     """Raises ConfigError where another pipeline's patch is on the scheduler of this one."""
-    handle = handle_of(pipeline.scheduler)
+    handle = scheduler_handle(pipeline.scheduler)
     if handle is not None and handle.is_active and handle not in replaces:
         raise ConfigError(
             "apply: pipeline must have a scheduler of its own, got one that is patched for another pipeline; "
@@ -229,6 +229,7 @@ def _model_call(
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: _mask(split, route),
         multiple=token_multiple(module),
+        patch=kind.patch,
         evaluate=functools.partial(route.calls.evaluate, module, hook, original, arguments, split),
     )
 

@@ -19,6 +19,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
 from jitaccel.speed.cost import Probe
 
+from ..diffusers_private import accelerate_hook, execution_device, offloads_whole_models
 from ..flux.calls import FluxCalls
 from ..flux.kinds import kind_of, token_multiple
 from ..split import Split
@@ -48,7 +49,7 @@ def probe_pipeline(pipeline: Any, size: tuple[int, int] | None, text_tokens: int
     grid = _grid((side, side) if size is None else size, 2 * scale)
     text_tokens = text_tokens or _default_text_tokens(pipeline)
     return dataclasses.replace(
-        _probe(pipeline.transformer, grid, text_tokens, execution, pipeline._execution_device),
+        _probe(pipeline.transformer, grid, text_tokens, execution, execution_device(pipeline)),
         release=functools.partial(_offload, pipeline),
     )
 
@@ -62,7 +63,7 @@ def probe_transformer(
         raise ConfigError(
             "auto_config: size must be given for a bare transformer, got None; give (height, width) in pixels"
         )
-    hook = getattr(transformer, "_hf_hook", None)
+    hook = accelerate_hook(transformer)
     device = torch.device(getattr(hook, "execution_device", None) or transformer.device)
     return _probe(transformer, _grid(size, _PIXELS_PER_TOKEN), text_tokens or _TEXT_TOKENS, execution, device)
 
@@ -140,5 +141,5 @@ def _default_text_tokens(pipeline: Any) -> int:
 
 def _offload(pipeline: Any) -> None:
     """Sends the transformer back to where it waits, where the pipeline offloads whole models."""
-    if getattr(pipeline, "_all_hooks", None):
+    if offloads_whole_models(pipeline):
         pipeline.maybe_free_model_hooks()

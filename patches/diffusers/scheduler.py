@@ -26,12 +26,13 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
 
+from ..diffusers_private import scheduler_place
 from ..network import ModelCall
 from ..split import Branches
 from .caller import calling_pipeline
 
 _log = logging.getLogger(__name__)
-_SCHEDULER_STATE = ("sigmas", "timesteps", "num_inference_steps", "_step_index", "_begin_index")
+_SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
 
 
 class SchedulerRoute:
@@ -70,8 +71,8 @@ class SchedulerRoute:
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
-        state = vars(self._scheduler)
-        handle.on_remove(self._restore_progress, {name: state.get(name, MISSING) for name in _SCHEDULER_STATE})
+        schedule = {name: vars(self._scheduler).get(name, MISSING) for name in _SCHEDULE}
+        handle.on_remove(self._restore_progress, {**schedule, **scheduler_place(self._scheduler, MISSING)})
         for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             original = getattr(self._scheduler, name)
             handle.set_attribute(self._scheduler, name, _wrap(original, wrapper, handle))
@@ -312,7 +313,7 @@ def check_scheduler(scheduler: Any) -> list[str]:
     ]
 
 
-def handle_of(scheduler: Any) -> Handle | None:
+def scheduler_handle(scheduler: Any) -> Handle | None:
     """Returns the handle whose patch a scheduler carries, or None."""
     return getattr(vars(scheduler).get("set_timesteps"), HANDLE, None)
 

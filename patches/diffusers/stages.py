@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from jitaccel.artefacts.export import Exported, Source
+from jitaccel.artefacts.export import Exportable, Exported
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.packing import PackedLayout
@@ -19,18 +19,19 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.generation.route import Answer
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
-from jitaccel.method.lift import LiftPlan, lift_velocity, make_lift_plan
+from jitaccel.method.lift import LiftPlan, make_lift_plan
+from jitaccel.method.pool import PooledPlan, make_pooled_plan
 from jitaccel.method.run import Run
 from jitaccel.patches.flux.flops import flux_flops
-from jitaccel.tokens import gather_tokens
 
 from ..flux.arguments import grid_of_ids
+from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, reasons_unpackable, run_packed
 from ..network import ModelCall, answered
 from .batch import levels_of
 from .hook import hook_of
 from .pipelines import check_text_to_image
-from .scheduler import SchedulerRoute, handle_of
+from .scheduler import SchedulerRoute, scheduler_handle
 
 _ARGUMENTS = (
     "hidden_states",
@@ -46,7 +47,8 @@ _ARGUMENTS = (
 class FluxStage(nn.Module):
     """One stage of a FLUX transformer as a function of tensors, for images of one size and prompts of one length.
 
-    Its constants: position ids and how many tokens of each kind a document has. Anchors are an argument.
+    Its constants: position ids and how many tokens of each kind a document has. Anchors are an argument; a stage that
+    pools the picture has none (`PooledFluxStage`).
     """
 
     def __init__(
@@ -55,7 +57,6 @@ class FluxStage(nn.Module):
         super().__init__()
         self.model = model
         self._config, self._grid, self._layout, self._attention = config, grid, layout, attention
-        self._is_dense = layout.image.lengths[0] == grid[0] * grid[1]
         device = layout.order.device
         rows, columns = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
         self._image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
@@ -72,28 +73,60 @@ class FluxStage(nn.Module):
         guidance: Tensor,
         levels: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        plan = LiftPlan(grid=self._grid, anchors=anchors, nearest=nearest, weights=blur)
+        return self._step(plan, state, text, pooled, guidance, levels)
+
+    def _step(
+        self,
+        plan: LiftPlan | PooledPlan,
+        state: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: Tensor,
+        levels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         batch = state.shape[0]
-        tokens = state if self._is_dense else gather_tokens(state, anchors)
-        ids = self._image_ids.repeat(batch, 1) if self._is_dense else self._image_ids[anchors.flatten()]
+        ids = self._image_ids.repeat(batch, 1) if plan.is_dense else self._image_ids[plan.positions.flatten()]
         rotary = self.model.pos_embed(self._layout.join(self._text_ids, ids))
         given = Conditions(
             text=text.flatten(0, 1),
             pooled=pooled,
             # Rounded as a pipeline does, which hands a timestep of 0 to 1000 on in the model's dtype.
-            level=((1000 * levels[0]).to(state.dtype) / 1000).expand(batch),
+            level=((1000 * plan.show_level(levels[0])).to(state.dtype) / 1000).expand(batch),
             guidance=guidance if self.model.config.guidance_embeds else None,
         )
         pack = Pack(self._layout, rotary, hooked=False)
-        values = run_packed(self.model, pack, tokens.flatten(0, 1), given, self._attention).unflatten(0, (batch, -1))
-        plan = LiftPlan(grid=self._grid, anchors=anchors, nearest=nearest, weights=blur)
-        velocity = lift_velocity(values, state, levels[0], plan, self._config.lifter)
+        tokens = plan.show(state, levels[0]).flatten(0, 1)
+        values = run_packed(self.model, pack, tokens, given, self._attention).unflatten(0, (batch, -1))
+        velocity = plan.lift(values, state, levels[0], self._config.lifter)
         moved = state.float() + (levels[1] - levels[0]) * velocity.float()
         return velocity, moved.to(state.dtype)
 
 
+class PooledFluxStage(FluxStage):
+    """A stage that shows the network a smaller picture, as a function of tensors."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: JiTConfig,
+        grid: tuple[int, int],
+        layout: PackedLayout,
+        attention: Any,
+        factor: int,
+    ) -> None:
+        super().__init__(model, config, grid, layout, attention)
+        self._plan = make_pooled_plan(len(layout.image.lengths), grid, factor, FLUX.patch, layout.order.device)
+
+    def forward(  # type: ignore[override]
+        self, state: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor, levels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self._step(self._plan, state, text, pooled, guidance, levels)
+
+
 def export(
     pipeline: Any, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
-) -> Source:
+) -> Exportable:
     """Returns the stages of a pipeline's transformer for one size in pixels, batch and length of prompts."""
     check_text_to_image(pipeline)
     model, unit = pipeline.transformer, 2 * pipeline.vae_scale_factor
@@ -102,20 +135,22 @@ def export(
     if reasons := reasons_unpackable(model):
         raise UnsupportedModelError(f"export: the transformer must be diffusers' own, got: {'; '.join(reasons)}")
     if len(size) != 2 or any(not isinstance(side, int) or side < unit or side % unit for side in size):
-        raise ConfigError(
-            f"export: size must be (height, width) in multiples of {unit} pixels, got {size!r}; round it"
-        )
+        raise ConfigError(f"export: size must be (height, width) in multiples of {unit} pixels, got {size!r}; round it")
     if config.steps == "caller":
         raise ConfigError("export: steps must be a number, got what the caller will ask for; give steps=")
     grid = (size[0] // unit, size[1] // unit)
     num_tokens, device = grid[0] * grid[1], model.device
     backend = choose_backend(attention, device, model.dtype, model.config.attention_head_dim)
-    stages = []
-    for count in config.token_counts(num_tokens):
+    stages: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    for index, count in enumerate(config.stage_tokens(grid)):
         layout = PackedLayout.of([text_tokens] * batch, [count] * batch, device)
-        stage = FluxStage(model, config, grid, layout, backend).eval()
-        stages.append((stage, _arguments(model, config, grid, batch, text_tokens, count)))
-    return Source(
+        given, factor = _arguments(model, grid, batch, text_tokens), config.pooling_of(index)
+        if factor > 1:
+            stages.append((PooledFluxStage(model, config, grid, layout, backend, factor).eval(), given))
+        else:
+            stage = FluxStage(model, config, grid, layout, backend).eval()
+            stages.append((stage, _with_anchors(given, config, grid, count)))
+    return Exportable(
         codebase="FluxPipeline",
         stages=stages,
         levels=levels_of(pipeline, config, num_tokens),
@@ -126,13 +161,9 @@ def export(
     )
 
 
-def _arguments(
-    model: Any, config: JiTConfig, grid: tuple[int, int], batch: int, text_tokens: int, count: int
-) -> dict[str, Tensor]:
-    """Returns the arguments of one call of a stage by name, in order, to trace it with."""
+def _arguments(model: Any, grid: tuple[int, int], batch: int, text_tokens: int) -> dict[str, Tensor]:
+    """Returns the arguments of one call of a stage that pools, by name, in order, to trace it with."""
     settings, generator = model.config, torch.Generator().manual_seed(0)
-    anchors = torch.stack([first_anchors(grid, count, generator)] * batch).to(model.device)
-    plan = make_lift_plan(anchors, grid, config.blur_scale)
     shapes = (
         (batch, grid[0] * grid[1], settings.in_channels),
         (batch, text_tokens, settings.joint_attention_dim),
@@ -141,27 +172,29 @@ def _arguments(
     state, text, pooled = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for shape in shapes)
     guidance = torch.full((batch,), 3.5, device=model.device)
     levels = torch.tensor([0.9, 0.8], device=model.device)
-    return {
-        "state": state,
-        "anchors": anchors,
-        "nearest": plan.nearest,
-        "blur": plan.weights,
-        "text": text,
-        "pooled": pooled,
-        "guidance": guidance,
-        "levels": levels,
-    }
+    return {"state": state, "text": text, "pooled": pooled, "guidance": guidance, "levels": levels}
+
+
+def _with_anchors(
+    arguments: dict[str, Tensor], config: JiTConfig, grid: tuple[int, int], count: int
+) -> dict[str, Tensor]:
+    """Returns the arguments of one call of a stage that does not pool: anchors and their lift after the state."""
+    state, generator = arguments["state"], torch.Generator().manual_seed(0)
+    anchors = torch.stack([first_anchors(grid, count, generator)] * len(state)).to(state.device)
+    plan = make_lift_plan(anchors, grid, config.blur_scale)
+    lift = {"anchors": anchors, "nearest": plan.nearest, "blur": plan.weights}
+    return {"state": state, **lift, **{name: value for name, value in arguments.items() if name != "state"}}
 
 
 def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
     """Returns what lets a `FluxPipeline` run exported stages in place of its transformer."""
     check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
-    if handle_of(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
+    if scheduler_handle(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
         raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
     stand_in = _StandIn(exported)
     calls = _Calls(exported)
-    route = SchedulerRoute(pipeline, exported.plan.config, "exported FluxPipeline", calls, transformer=stand_in)
+    route = SchedulerRoute(pipeline, exported.manifest.config, "exported FluxPipeline", calls, transformer=stand_in)
     stand_in.route = route
 
     def put(pipeline: Any, handle: Handle) -> None:
@@ -179,20 +212,20 @@ class _Calls:
     notes: tuple[str, ...] = ()
 
     def __init__(self, exported: Exported) -> None:
-        self.attention: str | None = f"{exported.plan.attention}, {exported.plan.format}"
+        self.attention: str | None = f"{exported.manifest.attention}, {exported.manifest.format}"
 
     def release(self) -> None:
         """Nothing to let go of: the stages are the caller's."""
 
 
 class _StandIn(nn.Module):
-    """What a `FluxPipeline` calls its transformer: checks a call against the plan, and runs the stage that is due."""
+    """What a `FluxPipeline` calls its transformer: checks a call by the manifest, and runs the stage that is due."""
 
     route: SchedulerRoute
 
     def __init__(self, exported: Exported) -> None:
         super().__init__()
-        self.config = FrozenDict(exported.plan.model)
+        self.config = FrozenDict(exported.manifest.model)
         self._exported = exported
 
     @property
@@ -201,7 +234,7 @@ class _StandIn(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self._exported.plan.dtype)
+        dtype: torch.dtype = getattr(torch, self._exported.manifest.dtype)
         return dtype
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
@@ -220,7 +253,7 @@ class _StandIn(nn.Module):
                 f"too; use the model itself for this call"
             )
         state, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-        self._exported.plan.check_call(
+        self._exported.manifest.check_call(
             batch=state.shape[0],
             text_tokens=text.shape[1],
             channels=state.shape[2],
@@ -231,6 +264,7 @@ class _StandIn(nn.Module):
             state=state,
             text_tokens=text.shape[1],
             cost=functools.partial(flux_flops, self.config),
+            patch=FLUX.patch,
             grid=functools.partial(self._grid, arguments["img_ids"], state.shape[1]),
             noise_level=lambda: float(arguments["timestep"].flatten()[0]),
             evaluate=functools.partial(self._evaluate, arguments),
@@ -238,18 +272,17 @@ class _StandIn(nn.Module):
 
     def _grid(self, img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
         grid = grid_of_ids(img_ids, num_tokens)
-        self._exported.plan.check_call(grid=grid)
+        self._exported.manifest.check_call(grid=grid)
         return grid
 
     def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:
         batch, plan = state.shape[0], run.plan
         guidance = arguments.get("guidance")
+        lift = (plan.anchors, plan.nearest, plan.weights) if isinstance(plan, LiftPlan) else ()
         velocity, _ = self._exported.run(
             run.stage,
             state.contiguous(),
-            plan.anchors,
-            plan.nearest,
-            plan.weights,
+            *lift,
             _each(arguments["encoder_hidden_states"], batch),
             _each(arguments["pooled_projections"], batch),
             _each(torch.zeros(1, device=state.device) if guidance is None else guidance.float(), batch),

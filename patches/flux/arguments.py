@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
+from jitaccel.method.run import Run
 
 
 def one_image(ids: Tensor) -> Tensor:
@@ -54,6 +55,17 @@ def single_level(timestep: Tensor) -> float:
     if not 0.0 < levels[0] <= 1.0:
         raise ValueError(f"jitaccel: timestep must be a noise level in (0, 1], got {levels[0]:g}; divide it by 1000")
     return float(levels[0])
+
+
+def shown_timestep(run: Run, timestep: Tensor) -> Tensor:
+    """Returns the `timestep` that a stage's network is given in place of the call's own, in its shape and dtype.
+
+    A pooled stage shows a picture at a level of its own, rounded here as the pipelines round theirs: 1000 times it, in
+    the dtype, divided.
+    """
+    if run.factor == 1:
+        return timestep
+    return torch.full_like(timestep, 1000.0 * run.shown_level) / 1000
 
 
 class SeenIds:

@@ -17,9 +17,11 @@ from jitaccel.execution.options import Execution
 from jitaccel.generation.route import Answer
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import LiftPlan
+from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
 from ..split import Split
+from .arguments import shown_timestep
 from .indexed import run_indexed
 from .kinds import kind_of
 from .packed import (
@@ -48,7 +50,7 @@ _COMPILED_AROUND = (
 class _Stage:
     """What a generation's calls share within a stage. packs: those made, with the position ids they were made of."""
 
-    plan: LiftPlan | None = None
+    plan: LiftPlan | PooledPlan | None = None
     reasons: tuple[str, ...] = ()
     packs: list[tuple[tuple[Tensor, Tensor], Pack]] = field(default_factory=list)
 
@@ -165,7 +167,7 @@ class FluxCalls:
         given = Conditions(
             text=_expand(arguments["encoder_hidden_states"], batch).flatten(0, 1),
             pooled=_rows(arguments["pooled_projections"], batch),
-            level=_rows(arguments["timestep"], batch),
+            level=_rows(shown_timestep(run, arguments["timestep"]), batch),
             guidance=None if guidance is None else _rows(guidance, batch),
         )
         pack = _pack(module, stage, arguments, split, run)
@@ -191,7 +193,8 @@ def _pack(module: Any, stage: _Stage, arguments: Mapping[str, Any], split: Split
         if all(one is other for one, other in zip(known, key, strict=True)):
             return pack
     batch = run.anchors.shape[0]
-    image_ids = [split.ids_at(given[1], None if run.is_dense else run.anchors[k]) for k in range(batch)]
+    positions = run.plan.positions
+    image_ids = [split.ids_at(given[1], None if run.is_dense else positions[k]) for k in range(batch)]
     pack = make_pack(module, [given[0]] * batch, image_ids)
     stage.packs = [*stage.packs[-1:], (key, pack)]  # two branches of guidance may have ids of their own
     return pack

@@ -11,7 +11,7 @@ from torch import Tensor
 from jitaccel.method.run import Run
 
 from ..split import Split
-from .arguments import one_image
+from .arguments import one_image, shown_timestep
 from .kinds import Kind
 
 
@@ -37,10 +37,11 @@ def calls_at_anchors(
     if run.is_dense:
         return [{**arguments, **tokens}]
     changed = {**arguments, **tokens, **_at_anchors(kind, arguments, split, run)}
+    positions = run.plan.positions
     if run.has_shared_anchors:
-        return [{**changed, "img_ids": split.ids_at(ids, run.anchors[0])}]
+        return [{**changed, "img_ids": split.ids_at(ids, positions[0])}]
     return [
-        {**changed, **_of_image(kind, changed, image), "img_ids": split.ids_at(ids, run.anchors[image])}
+        {**changed, **_of_image(kind, changed, image), "img_ids": split.ids_at(ids, positions[image])}
         for image in range(state.shape[0])
     ]
 
@@ -48,15 +49,16 @@ def calls_at_anchors(
 def _at_anchors(kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run) -> dict[str, Any]:
     """Returns what is given for every token, of those that enter."""
     batch, text_tokens = run.anchors.shape[0], arguments["encoder_hidden_states"].shape[1]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"timestep": shown_timestep(run, arguments["timestep"])}
     for name in kind.masks:
         if arguments.get(name) is not None:
-            found[name] = split.at_anchors(run, _expand(arguments[name], batch), before=text_tokens)
+            found[name] = split.entering(run.gather, _expand(arguments[name], batch), before=text_tokens)
     for name in kind.tokens:
-        found[name] = split.at_anchors(run, _expand(arguments[name], batch))
+        found[name] = split.entering(run.show_beside, _expand(arguments[name], batch))
     for name in kind.residuals:
         if arguments.get(name) is not None:
-            found[name] = [split.at_anchors(run, _expand(residual, batch)) for residual in arguments[name]]
+            residuals = (_expand(residual, batch) for residual in arguments[name])
+            found[name] = [split.entering(run.show_features, residual) for residual in residuals]
     return found
 
 

@@ -18,7 +18,8 @@ class Kind:
     tokens: what is given of every image token beside the state, (B, S, C). residuals: lists of what is added to them,
     (B, S, width). refused: arguments that cannot be accelerated, and
     what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
-    cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it.
+    cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it. patch:
+    latents along a token's side.
     """
 
     model: str
@@ -30,15 +31,17 @@ class Kind:
     refused: Mapping[str, str] = field(default_factory=dict)
     attention_arguments: tuple[str, ...] = ("scale", "ip_adapter_image_embeds")
     packs: bool = False
+    patch: int = 2
 
 
+FLUX = Kind(
+    model="FluxTransformer2DModel",
+    cost=flux_flops,
+    per_image=("encoder_hidden_states", "pooled_projections", "timestep", "guidance"),
+    packs=True,
+)
 KINDS = (
-    Kind(
-        model="FluxTransformer2DModel",
-        cost=flux_flops,
-        per_image=("encoder_hidden_states", "pooled_projections", "timestep", "guidance"),
-        packs=True,
-    ),
+    FLUX,
     Kind(
         model="Flux2Transformer2DModel",
         cost=flux2_flops,

@@ -26,23 +26,23 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from jitaccel.execution.attention.backend import Attend
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
-from jitaccel.execution.packing import PackedLayout, Rows
+from jitaccel.execution.packing import PackedLayout, Segments
 from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
-from jitaccel.method.lift import LiftPlan, lift_velocity
-from jitaccel.tokens import gather_tokens
+from jitaccel.method.lift import LiftPlan
+from jitaccel.method.pool import PooledPlan
 
+from ..diffusers_private import accelerate_hook, attention_backend, has_context_parallelism, hook_registry
 from ..split import beside
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler
 
-Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
-"""Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
-
 StageFunction = Callable[
-    [nn.Module, "Pack", LiftPlan, Tensor, "Shown", "Conditions", Tensor | float], tuple[Tensor, Tensor | None]
+    [nn.Module, "Pack", LiftPlan | PooledPlan, Tensor, "Shown", "Conditions", Tensor | float],
+    tuple[Tensor, Tensor | None],
 ]
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
@@ -167,7 +167,7 @@ def run_packed(
 def run_stage(
     model: nn.Module,
     pack: Pack,
-    plan: LiftPlan,
+    plan: LiftPlan | PooledPlan,
     state: Tensor,
     shown: Shown,
     given: Conditions,
@@ -186,26 +186,27 @@ def run_stage(
     if plan.is_dense:
         lifter = None
     level: Tensor | float = 1.0  # not looked at, and the same at every step: a number is compiled in
-    if lifter == "clean":
+    is_pooled = isinstance(plan, PooledPlan)
+    if lifter == "clean" or is_pooled:
         level = state.new_full((), noise_level, dtype=torch.promote_types(state.dtype, torch.float32))
 
     def stage_of(blocks: Blocks) -> StageFunction:
         def stage(
             model: nn.Module,
             pack: Pack,
-            plan: LiftPlan,
+            plan: LiftPlan | PooledPlan,
             state: Tensor,
             shown: Shown,
             given: Conditions,
             level: Tensor | float,
         ) -> tuple[Tensor, Tensor | None]:
-            extra = None if shown.extra is None else _gathered(shown.extra, plan)
-            tokens = beside(_gathered(state, plan), extra, shown.references).flatten(0, 1)
+            extra = None if shown.extra is None else plan.show_beside(shown.extra)
+            tokens = beside(plan.show(state, level), extra, shown.references).flatten(0, 1)
             velocity = run_packed(model, pack, tokens, given, attention, blocks)
             values = velocity.unflatten(0, (state.shape[0], -1))
             if shown.references is not None:
                 values = values[:, : plan.anchors.shape[1]]
-            return values, None if lifter is None else lift_velocity(values, state, level, plan, lifter)
+            return values, None if lifter is None else plan.lift(values, state, level, lifter)
 
         return stage
 
@@ -215,7 +216,8 @@ def run_stage(
     signature = (
         layout.text.lengths,
         layout.image.lengths,
-        plan.grid if lifter else None,
+        plan.grid if lifter or is_pooled else None,
+        plan.factor if isinstance(plan, PooledPlan) else 1,
         state.shape,
         state.dtype,
         state.device,
@@ -234,10 +236,6 @@ def run_stage(
         signature, plain, *arguments, regional=stage_of(regional_blocks()), reason=reason
     )
     return result
-
-
-def _gathered(x: Tensor, plan: LiftPlan) -> Tensor:
-    return x if plan.is_dense else gather_tokens(x, plan.anchors)
 
 
 def _double(
@@ -265,12 +263,12 @@ def _double(
 
 
 def _single(block: Any, documents: Tensor, condition: Tensor, pack: Pack, attend: Attend) -> Tensor:
-    rows = pack.layout.documents
+    segments = pack.layout.documents
     shift, scale, gate = block.norm.linear(block.norm.silu(condition)).chunk(3, dim=1)
-    normed = _modulate(block.norm.norm(documents), shift, scale, rows)
+    normed = _modulate(block.norm.norm(documents), shift, scale, segments)
     attended = _attended(*_heads(block.attn, normed), pack, attend)
     out = block.proj_out(torch.cat([attended, block.act_mlp(block.proj_mlp(normed))], dim=1))
-    return _clip_half(_add_gated(documents, out, gate, rows))
+    return _clip_half(_add_gated(documents, out, gate, segments))
 
 
 def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,14 +299,14 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, pack: Pack, attend: Att
     return attend(query, key, value, pack.layout).flatten(1)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-    x, shift, scale = rows.beside(x, shift, scale)
-    return rows.flat(x * (1 + scale) + shift)
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> Tensor:
+    x, shift, scale = segments.beside(x, shift, scale)
+    return segments.flat(x * (1 + scale) + shift)
 
 
-def _add_gated(x: Tensor, update: Tensor, gate: Tensor, rows: Rows) -> Tensor:
-    update, gate = rows.beside(update, gate)
-    return x + rows.flat(gate * update)
+def _add_gated(x: Tensor, update: Tensor, gate: Tensor, segments: Segments) -> Tensor:
+    update, gate = segments.beside(update, gate)
+    return x + segments.flat(gate * update)
 
 
 def _clip_half(x: Tensor) -> Tensor:
@@ -341,8 +339,8 @@ def _block_hooks(block: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
     """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
-    accelerate = getattr(module, "_hf_hook", None)
-    hooks = [*([] if accelerate is None else [accelerate]), *registered]
+    outermost = accelerate_hook(module)
+    hooks = [*([] if outermost is None else [outermost]), *registered]
     for hook in reversed(hooks):
         hook.pre_forward(module)
     try:
@@ -353,7 +351,7 @@ def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
 
 
 def _registered(module: nn.Module) -> list[Any]:
-    registry = vars(module).get("_diffusers_hook")
+    registry = hook_registry(module)
     return [] if registry is None else [*registry.hooks.values()]
 
 
@@ -384,9 +382,9 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
         processor = module.processor
         if type(processor) is not FluxAttnProcessor:
             reasons.append(f"an attention processor is a {type(processor).__name__}")
-        elif processor._attention_backend is not None:
-            reasons.append(f"set_attention_backend chose {processor._attention_backend!s}")
-        elif processor._parallel_config is not None:
+        elif (backend := attention_backend(processor)) is not None:
+            reasons.append(f"set_attention_backend chose {backend!s}")
+        elif has_context_parallelism(processor):
             reasons.append("context parallelism is on")
     if is_compiled_in_place(module):
         reasons.append(f"a {kind} is compiled")
@@ -405,7 +403,7 @@ def _reasons_of_hooks(name: str, module: nn.Module, own: Any) -> list[str]:
     reasons = [
         f"{name} has a {type(hook).__name__}" for hook in registered if callable(getattr(hook, "new_forward", None))
     ]
-    is_hooked = bool(_registered(module)) or hasattr(module, "_hf_hook")
+    is_hooked = bool(_registered(module)) or accelerate_hook(module) is not None
     if "forward" in vars(module) and not is_hooked:
         reasons.append(f"forward of {name} is replaced")
     return reasons

@@ -19,6 +19,7 @@ from jitaccel.generation.route import Answer
 from jitaccel.generation.stats import Cost
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.lift import LiftPlan
+from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
 from ..cutting import Cut, Places, places_of
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
-Forward = Callable[..., Any]
+OwnForward = Callable[..., Any]
 """A transformer's own forward."""
+_Stage = tuple[LiftPlan | PooledPlan, dict[int, list[Places]]]
+"""The plan of a stage, and the places of its forwards by the number of branches in one batch."""
 _COMPILED_AROUND = (
     "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
     "torch.compile(...) before apply"
@@ -81,6 +84,36 @@ class Given:
     def _once(self) -> tuple[int, ...]:
         return (1,) * (self.latents.ndim - 1)
 
+    def smaller(self, run: Run, plan: PooledPlan, state: Tensor) -> dict[str, Any]:
+        """Returns the arguments of the smaller picture that a stage shows of a state (B, N, D).
+
+        What is given at timestep 0, and what is beside the state, holds no noise: it is averaged as it is.
+        """
+        shown, held = run.show(state), self.model.forced(self.arguments)
+        if held is not None:
+            shown = torch.where(run.gather(held)[..., None], run.show_beside(state), shown)
+        hidden = self.layout.smaller(
+            shown.repeat(self.branches, 1, 1),
+            plan.small_grid,
+            self.arguments["hidden_states"],
+            self.num_tokens,
+            run.show_beside,
+        )
+        beside = {
+            name: self.layout.to_latents(run.show_beside(self.layout.to_tokens(self.arguments[name])), like=hidden)
+            for name in self.model.beside
+        }
+        timestep = self.model.timestep_like(self.arguments["timestep"], run.shown_level)
+        is_of_tokens = timestep.ndim > 1 and timestep.shape[1] == self.num_tokens
+        return {
+            **self.arguments,
+            **self.model.resized(self.arguments, plan.small_grid),
+            **beside,
+            "hidden_states": hidden,
+            "timestep": run.gather(timestep) if is_of_tokens else timestep,
+            "return_dict": False,
+        }
+
     def velocity(self, output: Tensor) -> Tensor:
         """Returns the velocity (branches * B, N, D) of a model's output."""
         tokens = self.layout.to_tokens(output)[:, : self.num_tokens]
@@ -113,7 +146,7 @@ class CutCalls:
         self.model = model
         self._cuts = WeakKeyDictionary({module: Cut(uncompiled(module), model.adapter) for module in modules})
         self._counters = WeakKeyDictionary({module: OperationCounter(module, model.adapter) for module in modules})
-        self._stages: WeakKeyDictionary[Run, tuple[LiftPlan, dict[int, list[Places]]]] = WeakKeyDictionary()
+        self._stages: WeakKeyDictionary[Run, _Stage] = WeakKeyDictionary()
         self._compiler = _compiler_of(options)
         self._notes: tuple[str, ...] = ()
         if options.execution == "packed":
@@ -188,7 +221,7 @@ class CutCalls:
                 f"remove() the handle for this call"
             )
 
-    def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
+    def call(self, module: nn.Module, original: OwnForward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
         model, arguments = self.model, given.arguments
         return ModelCall(
@@ -199,6 +232,7 @@ class CutCalls:
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
             branches=given.branches,
+            patch=given.layout.side,
             evaluate=functools.partial(self._evaluate, module, original, given),
         )
 
@@ -210,9 +244,14 @@ class CutCalls:
         batch = given.latents.shape[0]
         return lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch
 
-    def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
+    def _evaluate(self, module: nn.Module, original: OwnForward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
-        arguments, cut = given.with_state(state), self._cuts[module]
+        cut = self._cuts[module]
+        if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut
+            with cut.at(None):
+                output = self._forward(module, original, given.smaller(run, run.plan, state), None)
+            return Answer(given.velocity(output)[:, : run.num_active])
+        arguments = given.with_state(state)
         if run.is_dense:
             with cut.at(None):
                 return Answer(given.velocity(self._forward(module, original, arguments, None)))
@@ -251,7 +290,7 @@ class CutCalls:
         return [places_of(own[None], num_tokens, are_shared=True) for own in anchors]
 
     def _forward(
-        self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
+        self, module: nn.Module, original: OwnForward, arguments: dict[str, Any], places: Places | None
     ) -> Tensor:
         """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch."""
         if self._compiler is None:
@@ -267,7 +306,7 @@ def _row(value: Any, image: int) -> Any:
     return value[at : at + 1]
 
 
-def _output_of(original: Forward, arguments: dict[str, Any]) -> Tensor:
+def _output_of(original: OwnForward, arguments: dict[str, Any]) -> Tensor:
     output: Tensor = original(**arguments)[0]
     return output
 

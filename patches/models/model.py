@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from jitaccel.errors import UnsupportedModelError
@@ -22,6 +23,11 @@ Config = Mapping[str, Any]
 def nothing_forced(arguments: Arguments) -> Tensor | None:
     """Returns None: no token has to be an anchor."""
     return None
+
+
+def nothing_resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
+    """Returns no arguments: all that depends on a grid follows from the latents."""
+    return {}
 
 
 def no_problem(config: Config) -> str | None:
@@ -48,6 +54,9 @@ class Model:
         forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
+        beside: Arguments of latents in the same layout, all of them conditions (a control video).
+        resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
+            none.
         refused: Arguments that cannot be accelerated, and what they are.
         cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
             copy without data (`flops.py`), which a model that looks at values does not allow.
@@ -67,9 +76,16 @@ class Model:
     forced: Callable[[Arguments], Tensor | None] = nothing_forced
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
+    beside: tuple[str, ...] = ()
+    resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
     problem: Callable[[Config], str | None] = no_problem
+
+    def timestep_like(self, timestep: Tensor, level: float) -> Tensor:
+        """Returns the `timestep` of a noise level in shape and dtype of a call's own; one of 0, of a frame that is
+        given, stays."""
+        return torch.where(timestep == 0, timestep, torch.full_like(timestep, self.per_level * level))
 
     def num_text(self, arguments: Arguments) -> int:
         """Returns how many tokens of text and other conditions a call has."""

@@ -23,6 +23,13 @@ def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
     return tuple(shapes[0])[1:]
 
 
+def _resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
+    """Returns the shapes with another one in the place of the generated picture's."""
+    first = (1, *grid)
+    shapes = [[first, *each[1:]] if isinstance(each, list) else first for each in arguments["img_shapes"]]
+    return {"img_shapes": shapes}
+
+
 def _problem(config: Config) -> str | None:
     return "transformer must not have layers (use_layer3d_rope), got some" if config.get("use_layer3d_rope") else None
 
@@ -48,6 +55,7 @@ QWEN = Model(
     grid=_grid,
     channels=lambda config: int(config["in_channels"]),
     per_level=1.0,
+    resized=_resized,
     schedule="beta",
     refused={"controlnet_block_samples": "ControlNet residuals"},
     problem=_problem,

@@ -50,5 +50,6 @@ VACE = Model(
     channels=channels_out,
     frames="time",
     text=WAN.text,
+    beside=("control_hidden_states",),
 )
 MODELS = (WAN, VACE)

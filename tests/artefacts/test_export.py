@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import jitaccel
 from jitaccel import ArtefactError, ConfigError, UnsupportedModelError, ops
 from jitaccel.artefacts.export import weights_of
-from jitaccel.artefacts.manifest import VERSION, Plan, plan_tensors, write_tensors
+from jitaccel.artefacts.manifest import VERSION, Manifest, manifest_tensors, write_tensors
 from tests.support import tiny
 from tests.support.tiny import GRID, SHORT, TEXT_TOKENS, generate, relative_error
 
@@ -76,7 +76,7 @@ def aoti(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_aoti_makes_the_eager_latents(pipe: Any, aoti: Path) -> None:
     expected = eager(pipe, TWO_STAGES)
     assert sorted(path.name for path in aoti.iterdir()) == [
-        "plan.json", "plan.safetensors", "stage0.pt2", "stage1.pt2", "weights.safetensors",
+        "manifest.json", "manifest.safetensors", "stage0.pt2", "stage1.pt2", "weights.safetensors",
     ]  # fmt: skip
     with jitaccel.load_exported(aoti).apply(pipe):
         assert relative_error(generate(pipe), expected) < 1e-5
@@ -194,9 +194,9 @@ def test_call_that_stages_were_not_made_for_is_refused(
 
 def test_argument_of_a_stage_that_it_was_not_made_for_is_refused(exported: Path) -> None:
     """A compiled stage would read beyond the end of it."""
-    loaded, plan = jitaccel.load_exported(exported), Plan.read(exported)
-    blur = plan_tensors(plan.config, plan.levels, plan.grid)["blur_0"]
-    anchors = torch.arange(plan.tokens[0])[None]
+    loaded, manifest = jitaccel.load_exported(exported), Manifest.read(exported)
+    blur = manifest_tensors(manifest.config, manifest.levels, manifest.grid)["blur_0"]
+    anchors = torch.arange(manifest.tokens[0])[None]
     arguments = [
         tiny.start(), anchors, torch.zeros(1, 144, dtype=torch.int64), blur, torch.zeros(1, TEXT_TOKENS, tiny.WIDTH),
         torch.zeros(1, tiny.WIDTH), torch.ones(1), torch.tensor([0.9, 0.8]),
@@ -229,7 +229,7 @@ def test_other_dtype_is_refused(pipe: Any, exported: Path) -> None:
     ],
 )
 def test_other_machine_is_refused(folder: Path, made_for: dict[str, str], words: str) -> None:
-    replace(Plan.read(folder), **made_for).write(folder)
+    replace(Manifest.read(folder), **made_for).write(folder)
     with pytest.raises(ArtefactError, match=words):
         jitaccel.load_exported(folder, device="cpu")
 
@@ -251,21 +251,21 @@ def _alter(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_truncate, _alter, Path.unlink], ids=["truncated", "altered", "missing"])
-@pytest.mark.parametrize("name", ["stage1.pt", "weights.safetensors", "plan.safetensors", "plan.json"])
+@pytest.mark.parametrize("name", ["stage1.pt", "weights.safetensors", "manifest.safetensors", "manifest.json"])
 def test_damaged_folder_is_refused(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
     damage(folder / name)
     with pytest.raises(ArtefactError, match=name.replace(".", r"\.")):
         jitaccel.load_exported(folder)
 
 
-def test_plan_with_another_number_is_refused(folder: Path) -> None:
-    content = json.loads((folder / "plan.json").read_text())
+def test_manifest_with_another_number_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
     content["levels"][1] = 0.5
-    (folder / "plan.json").write_text(json.dumps(content))
+    (folder / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ArtefactError, match="altered"):
         jitaccel.load_exported(folder)
-    (folder / "plan.json").write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ArtefactError, match=f"version {VERSION} are read, got version 99"):
+    (folder / "manifest.json").write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(ArtefactError, match=f"of version {VERSION}, got 99"):
         jitaccel.load_exported(folder)
 
 
@@ -278,10 +278,10 @@ def test_nothing_is_unpickled_by_python(exported: Path, monkeypatch: pytest.Monk
     jitaccel.load_exported(exported)
 
 
-def test_plan_reads_what_it_wrote(exported: Path) -> None:
-    plan = Plan.read(exported)
-    assert plan.config == SHORT and plan.tokens == SHORT.token_counts(144) and len(plan.levels) == 6
-    tensors = plan_tensors(plan.config, plan.levels, plan.grid)
+def test_manifest_reads_what_it_wrote(exported: Path) -> None:
+    manifest = Manifest.read(exported)
+    assert manifest.config == SHORT and manifest.tokens == SHORT.token_counts(144) and len(manifest.levels) == 6
+    tensors = manifest_tensors(manifest.config, manifest.levels, manifest.grid)
     assert tensors["stages"].tolist() == [0, 0, 1, 2, 2] and tensors["tokens"].tolist() == [50, 93, 144]
     assert tensors["levels"][-1] == 0 and tensors["blur_0"].shape[0] % 2 == 1
 
@@ -385,8 +385,9 @@ def test_cpp_program_makes_the_same_latents(
         {"densities": (0.6, 0.8, 1.0)},
         {"lifter": "clean", "micro_flow": "none"},
         {"solver": "dpmpp_2m"},
+        {"densities": (0.25, 0.7, 1.0), "pooling": (2, 1, 1), "solver": "dpmpp_2m", "lifter": "clean"},
     ],
-    ids=["own noise", "fresh noise", "clean, none", "multistep"],
+    ids=["own noise", "fresh noise", "clean, none", "multistep", "pooled"],
 )
 def test_cpp_program_makes_a_batch_with_few_and_many_anchors(
     pipe: Any, program: Path, settings: Mapping[str, Any], tmp_path: Path
@@ -424,12 +425,15 @@ def test_cpp_program_says_what_is_wrong_in_one_line(pipe: Any, program: Path, fo
     assert _run(program, folder).returncode == 2 and not out.exists()
 
 
-def test_plan_declares_what_each_stage_is_called_with(folder: Path) -> None:
+def test_manifest_declares_what_each_stage_is_called_with(folder: Path) -> None:
     """By name, shape and dtype, as the codebase gave it: nothing here knows what a network asks."""
-    plan = Plan.read(folder)
-    for inputs, count in zip(plan.inputs, plan.tokens, strict=True):
+    manifest = Manifest.read(folder)
+    for inputs, count in zip(manifest.inputs, manifest.tokens, strict=True):
         declared = {each.name: (each.shape, each.dtype) for each in inputs}
         assert next(iter(declared)) == "state"
-        assert declared["state"] == ((plan.batch, plan.grid[0] * plan.grid[1], plan.channels), plan.dtype)
-        assert declared["anchors"] == ((plan.batch, count), "int64")
+        assert declared["state"] == (
+            (manifest.batch, manifest.grid[0] * manifest.grid[1], manifest.channels),
+            manifest.dtype,
+        )
+        assert declared["anchors"] == ((manifest.batch, count), "int64")
         assert declared["levels"] == ((2,), "float32")

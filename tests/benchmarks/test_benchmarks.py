@@ -222,11 +222,11 @@ def test_packing_compares_ways_that_give_the_same_velocity() -> None:
 
 def _timed(ms: float) -> Any:
     """Returns a case of two rows that take so long."""
-    from benchmarks.registry import Case, Row
+    from benchmarks.registry import Case, Measurement
 
     def run(options: Options) -> Any:
         for operator in ("lift", "step"):
-            yield Row(line=operator, fields={"operator": operator, "grid": [8, 8], "median_ms": ms})
+            yield Measurement(line=operator, fields={"operator": operator, "grid": [8, 8], "median_ms": ms})
 
     return Case(group="denoise", size="tiny", name="timed", run=run, why_not=lambda options: None)
 
@@ -380,9 +380,9 @@ def test_record_rows_hold_what_was_measured(
     method: str, way: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    from benchmarks.cases.record import Variant
+    from benchmarks.cases.record import Contender
 
-    (row,) = _record(Variant(method=method, way=way, steps=steps), tmp_path, monkeypatch)
+    (row,) = _record(Contender(method=method, way=way, steps=steps), tmp_path, monkeypatch)
     assert (row["method"], row["way"], row["steps"]) == (method, way, steps or PRESETS[method].steps)
     assert row["denoise_p20_s"] <= row["denoise_median_s"] <= row["denoise_p80_s"]
     assert row["gflop"] > 0 and row["peak_memory_mib"] is None and row["compiled"] is None
@@ -401,12 +401,12 @@ def test_embedded_model_has_every_way_but_float8() -> None:
 @pytest.mark.parametrize("method", ["dense", "4x"])
 def test_record_leaves_the_pipeline_as_it_was(method: str, way: str) -> None:
     pytest.importorskip("diffusers")
-    from benchmarks.cases.record import Variant, applied
+    from benchmarks.cases.record import Contender, applied
     from benchmarks.pipelines import random_pipeline
 
     pipe = random_pipeline(TINY, torch.device("cpu"), torch.bfloat16, 0)
     before = dict(vars(pipe.transformer)), dict(vars(pipe.scheduler)), pipe.transformer
-    with contextlib.suppress(KeyboardInterrupt), applied(pipe, Variant(method=method, way=way, steps=5)) as handle:
+    with contextlib.suppress(KeyboardInterrupt), applied(pipe, Contender(method=method, way=way, steps=5)) as handle:
         assert (handle is None) == (method == "dense" and way in ("eager", "compiled"))
         raise KeyboardInterrupt
     assert (dict(vars(pipe.transformer)), dict(vars(pipe.scheduler)), pipe.transformer) == before
@@ -416,13 +416,13 @@ def test_record_leaves_the_pipeline_as_it_was(method: str, way: str) -> None:
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
 def test_record_captures_dense_steps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    from benchmarks.cases.record import Variant
+    from benchmarks.cases.record import Contender
 
-    (row,) = _record(Variant(method="dense", way="captured", steps=2), tmp_path, monkeypatch)
+    (row,) = _record(Contender(method="dense", way="captured", steps=2), tmp_path, monkeypatch)
     assert row["compiled"] == {
         "signatures": 1, "graphs": 1, "calls": 6, "eager_calls": 0, "captures": 1, "replays": 5, "dropped": 0,
     }  # fmt: skip
-    (_, row) = _record(Variant(method="dense", way="compiled", steps=2), tmp_path, monkeypatch)
+    (_, row) = _record(Contender(method="dense", way="compiled", steps=2), tmp_path, monkeypatch)
     assert row["compiled"] is None and "error" not in row
 
 
@@ -434,7 +434,7 @@ def test_record_keeps_nothing_of_earlier_cases(tmp_path: Path, monkeypatch: pyte
 
     apply = functools.partial(jitaccel.apply, compile={"graphs": True, "backend": "eager"})
     monkeypatch.setattr(jitaccel, "apply", lambda *args, **settings: apply(*args))
-    (row,) = _record(record.Variant(method="7x", way="captured"), tmp_path, monkeypatch)
+    (row,) = _record(record.Contender(method="7x", way="captured"), tmp_path, monkeypatch)
     stages, steps = PRESETS["7x"].num_stages, PRESETS["7x"].steps
     compiled = row["compiled"]
     assert (compiled["captures"], compiled["replays"], compiled["eager_calls"]) == (stages, 3 * steps - stages, 0)
@@ -446,13 +446,13 @@ def test_case_that_fails_is_a_row_and_is_tried_again(tmp_path: Path, monkeypatch
     pytest.importorskip("diffusers")
     from benchmarks.cases import record
 
-    variant = record.Variant(method="7x", way="packed")
+    contender = record.Contender(method="7x", way="packed")
     with monkeypatch.context() as patched:
         patched.setattr(record, "timed", lambda *_, **__: 1 / 0)
-        (row,) = _record(variant, tmp_path, monkeypatch)
+        (row,) = _record(contender, tmp_path, monkeypatch)
         assert row["error"] == "ZeroDivisionError: division by zero"
-    assert len(_record(variant, tmp_path, monkeypatch, "--resume")) == 2
-    assert len(_record(variant, tmp_path, monkeypatch, "--resume")) == 2  # measured now
+    assert len(_record(contender, tmp_path, monkeypatch, "--resume")) == 2
+    assert len(_record(contender, tmp_path, monkeypatch, "--resume")) == 2  # measured now
 
 
 def test_no_case_is_begun_after_the_time_allowed(

@@ -150,14 +150,14 @@ def test_left_out_error_is_nothing_where_the_velocity_is_constant() -> None:
     run, _ = variant.start(Variant(config=SHORT, scores=variant.left_out_error), GRID, clock.step(0), state)
     run.leave(clock.step(0), state, torch.ones(1, run.num_active, 4))
     assert run._left is not None
-    lab = variant.Lab(run=run, left=run._left, lifter=None, words=None)
-    assert variant.left_out_error(lab).abs().max() < 1e-6
+    end = variant.StageEnd(run=run, left=run._left, lifter=None, words=None)
+    assert variant.left_out_error(end).abs().max() < 1e-6
 
 
 def test_candidates_of_a_search_keep_the_budget(bench: Bench) -> None:
     model = bench.pipe.transformer.config
     found = search.candidates(4.0, model)
-    assert len({search.name_of(config) for config in found}) == len(found) > 5
+    assert len({search.config_name(config) for config in found}) == len(found) > 5
     for config in found:
         counts, ends = config.token_counts(1024), (0, *config.stage_ends(int(config.steps)))
         cost = sum((ends[k + 1] - ends[k]) * flux_flops(model, n, TEXT_TOKENS) for k, n in enumerate(counts))

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.table import README, RESULTS, TABLES, filled, main, read_results
 from jitaccel import PRESETS, JiTConfig
-from jitaccel.evaluation.quality.rows import kind_of, settings_as_now
+from jitaccel.evaluation.quality.rows import method_kind, settings_as_now
 
 RECORD: dict[str, Any] = {
     "benchmark": "record",
@@ -52,7 +52,7 @@ def test_row_written_before_a_field_existed_reads_as_its_default(name: str, fiel
     old = {key: value for key, value in config.items() if key != field.name}
     assert settings_as_now(config) == config
     assert (settings_as_now(old) == config) == (config[field.name] == field.default)
-    assert kind_of({"method": name, "config": old}) == "sparse"
+    assert method_kind({"method": name, "config": old}) == "sparse"
 
 
 @pytest.mark.parametrize("settings", [{}, {"rival": "cache", "threshold": 0.1}])

@@ -103,7 +103,7 @@ def test_generate_runs_the_pipeline_untouched_where_asked(command: Command, mode
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--preset", "9x"), 'did you mean "7x"'),
+        (("--preset", "7xx"), 'did you mean "7x"'),
         (("--steps", "0"), "--steps must be at least 1, got 0"),
         (("--preset", "7x-paper", "--steps", "3"), "use 4 steps"),
         (("--out", "picture.txt"), "--out must end in"),
@@ -202,11 +202,11 @@ def test_demo_refuses_a_file_for_a_folder(command: Command, tmp_path: Path) -> N
 
 def test_table_shows_both_denominators() -> None:
     from jitaccel.cli.demo import _Result
-    from jitaccel.evaluation.comparison import Generation, Method
+    from jitaccel.evaluation.comparison import Method, TimedCall
 
     def result(name: str, steps: int, seconds: float, flops: int, level: float) -> _Result:
         pictures: Any = np.full((2, 8, 8, 3), level)
-        made = Generation(
+        made = TimedCall(
             pictures=pictures, denoise_s=seconds, whole_s=seconds + 1, flops=flops, token_steps=9, stats=None
         )
         return _Result(method=Method(name=name, steps=steps), generations=[made])
@@ -251,7 +251,7 @@ def test_export_writes_stages_that_run_without_the_transformer(command: Command,
         "export", "--model", model, "--size", "48x40", "--format", "torchscript", "--out", folder, "--text-tokens", 8,
         "--device", "cpu",
     )  # fmt: skip
-    assert status == 0 and out.startswith(f"{folder}: plan.json, plan.safetensors, stage0.pt, ")
+    assert status == 0 and out.startswith(f"{folder}: manifest.json, manifest.safetensors, stage0.pt, ")
     call = {"grid": (12, 10), "seed": 1}
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)

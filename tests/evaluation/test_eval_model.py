@@ -97,7 +97,7 @@ def test_another_metric_asks_for_no_new_picture(
     def refuse(*_: Any) -> None:
         raise AssertionError("no pipeline is needed")
 
-    monkeypatch.setattr("jitaccel.evaluation.lab.load_pipeline", refuse)
+    monkeypatch.setattr("jitaccel.evaluation.study.load_pipeline", refuse)
     for _ in range(2):
         assert evaluate("--metrics", f"ssim,{stub}:made", methods="dense:2,beta:2") == 0
     assert len(lines(in_folder / "asked.jsonl")) == 1  # the second run takes the numbers up
@@ -160,7 +160,7 @@ def test_metrics_are_names_or_ones_own(in_folder: Path, stub: str) -> None:
     assert (psnr.name, psnr.needs_reference, psnr.judges_prompt) == ("psnr_db", True, False)
     assert own.needs_reference and own.name == f"{stub}:furthest"
     for wrong, words in {
-        "pnsr": "did you mean 'psnr'",
+        "pnsr": 'did you mean "psnr"',
         "fid": "package.module:attribute",
         "psnr,psnr": "must be different ones",
         f"{stub}:made,{stub}:nothing": "has no attribute 'nothing'",

@@ -20,7 +20,7 @@ from jitaccel.evaluation.quality.drawing import COLOURS, PAPER, Scale, cut, text
 from jitaccel.evaluation.quality.labels import Box, place_labels  # noqa: E402
 from jitaccel.evaluation.quality.metrics import frechet_distance  # noqa: E402
 from jitaccel.evaluation.quality.pareto import Panel, arrange, front, pareto_picture  # noqa: E402
-from jitaccel.evaluation.quality.rows import QUALITIES, by_method, control_of, kind_of, quality_of  # noqa: E402
+from jitaccel.evaluation.quality.rows import QUALITIES, by_method, control_of, method_kind, quality_of  # noqa: E402
 from jitaccel.evaluation.quality.scorers import Scorer  # noqa: E402
 from jitaccel.evaluation.quality.statistics import mean_of, share_of  # noqa: E402
 from jitaccel.evaluation.quality.summary import summary  # noqa: E402
@@ -147,13 +147,13 @@ def test_all_reasons_are_told_at_once() -> None:
 def test_kinds_and_controls_of_methods() -> None:
     rows = default_rows(2)
     of = by_method(rows, DEFAULT, asker="test")
-    kinds = {name: kind_of(some[0]) for name, some in of.items()}
+    kinds = {name: method_kind(some[0]) for name, some in of.items()}
     assert {name for name in kinds if kinds[name] == "sparse"} == {"7x", "4x"}
     assert {name for name in kinds if kinds[name] == "rival"} == {"half", "cache"}
     assert all(kinds[name] == "dense-beta" for name in kinds if name.startswith("beta"))
     assert all(kinds[name] == "dense-native" for name in kinds if name.startswith("dense"))
-    assert kind_of(row("half", 0, config={"rival": "half", "densities": [1.0]})) == "rival"
-    assert kind_of({"method": "dense"}) == "dense-native" and kind_of({"method": "unheard of"}) == "rival"
+    assert method_kind(row("half", 0, config={"rival": "half", "densities": [1.0]})) == "rival"
+    assert method_kind({"method": "dense"}) == "dense-native" and method_kind({"method": "unheard of"}) == "rival"
     assert control_of("7x", of) in ("beta:6", "beta:7") and control_of("4x", of) == "beta:11"
     assert control_of("7x", {name: of[name] for name in ("dense:50", "7x", "dense:7")}) == "dense:7"
     assert control_of("7x", {"7x": of["7x"]}) is None
@@ -164,7 +164,7 @@ def test_control_takes_the_steps_of_the_same_solver() -> None:
     rows = [row("beta:6", 0), row("dpm:6", 0, config=solved), row("7x", 0)]
     fast = row("fast", 0, config={"densities": [0.3, 1.0], "schedule": "beta", "solver": "dpmpp_2m"}, gflop=66.0)
     of = {each["method"]: [each] for each in (*rows, fast)}
-    assert kind_of(rows[1]) == kind_of({"method": "mine", "config": solved}) == "dense-dpm"
+    assert method_kind(rows[1]) == method_kind({"method": "mine", "config": solved}) == "dense-dpm"
     assert control_of("7x", of) == "beta:6" and control_of("fast", of) == "dpm:6"
     assert control_of("fast", {name: of[name] for name in ("beta:6", "fast")}) == "beta:6"
 

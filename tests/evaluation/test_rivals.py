@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jitaccel.errors import CommandError
-from jitaccel.evaluation.comparison import Generation, Method, generate
+from jitaccel.evaluation.comparison import Method, TimedCall, generate
 from jitaccel.evaluation.methods import parse_methods
 from jitaccel.method.schedule import beta_levels
 from jitaccel.patches.flux.flops import flux_flops
@@ -43,7 +43,7 @@ def method(word: str) -> Method:
     return parse_methods(word)[0]
 
 
-def made(pipe: Any, word: str, seeds: tuple[int, ...] = (0,), on_step: Any = None, **call: Any) -> Generation:
+def made(pipe: Any, word: str, seeds: tuple[int, ...] = (0,), on_step: Any = None, **call: Any) -> TimedCall:
     """What a method makes of one prompt for each seed, each of its own, in latents (B, N, D)."""
     settings: dict[str, Any] = {
         "prompt": [("a red circle", "blue square on left")[seed % 2] for seed in seeds],

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from jitaccel.evaluation.quality import packaged
-from jitaccel.evaluation.quality.scorers import Scorer, source_of
+from jitaccel.evaluation.quality.scorers import Scorer, scorer_factory
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
 REFERENCES = PICTURES[::-1].copy()
@@ -28,9 +28,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **names: Any) -> None:
 
 
 def scorer_of(word: str) -> Scorer:
-    source = source_of(word)
-    assert source.missing() == []
-    return source.make("cpu")
+    factory = scorer_factory(word)
+    assert factory.missing() == []
+    return factory.make("cpu")
 
 
 def test_imagereward_scores_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +141,9 @@ def test_packages_that_cannot_be_imported_are_told(tmp_path: Path, monkeypatch: 
     (tmp_path / "ImageReward.py").write_text("import clip_that_is_not_there")
     (tmp_path / "lpips.py").write_text("raise RuntimeError('made for another torch')")
     (tmp_path / "piq.py").write_text("from json import no_such_name")
-    assert source_of("imagereward").missing() == ["clip_that_is_not_there, which image-reward imports, is missing"]
-    assert source_of("lpips").missing() == ["lpips cannot be imported (RuntimeError: made for another torch)"]
-    assert "piq cannot be imported (ImportError" in source_of("clip-iqa").missing()[0]
+    assert scorer_factory("imagereward").missing() == ["clip_that_is_not_there, which image-reward imports, is missing"]
+    assert scorer_factory("lpips").missing() == ["lpips cannot be imported (RuntimeError: made for another torch)"]
+    assert "piq cannot be imported (ImportError" in scorer_factory("clip-iqa").missing()[0]
 
 
 def test_built_in_metrics_compare_with_the_reference() -> None:
@@ -163,6 +163,6 @@ def test_own_scorer_of_a_factory_keeps_its_name(tmp_path: Path, monkeypatch: pyt
         "    score = lambda prompts, pictures, references: [1.0] * len(pictures)\n"
         "    return Scorer(name='dark', higher_is_better=False, score=score)\n"
     )
-    scorer = source_of("scorers_of_mine:darkness").make("cpu")
+    scorer = scorer_factory("scorers_of_mine:darkness").make("cpu")
     assert (scorer.name, scorer.judges_prompt, scorer.version is None) == ("dark", False, False)
     assert scorer(PROMPTS, PICTURES) == [1.0] * 3

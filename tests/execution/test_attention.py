@@ -170,7 +170,7 @@ def test_backend_that_is_not_loaded_says_how_to_get_one() -> None:
 # How packages are called
 
 
-class Recorder:
+class FakeKernel:
     """A function of a package: keeps how it was called, and returns its first tensor, or what `answer` makes of it."""
 
     def __init__(self, answer: Callable[[Tensor], Any] = lambda x: x) -> None:
@@ -203,7 +203,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_flash_attention_is_called_with_keywords(
     monkeypatch: pytest.MonkeyPatch, name: str, module: str, returns_sums: bool
 ) -> None:
-    function = Recorder(lambda q: (q, q[..., 0]) if returns_sums else q)
+    function = FakeKernel(lambda q: (q, q[..., 0]) if returns_sums else q)
     hide(monkeypatch, "flash_attn_interface", "fa3_fwd_interface", "flash_attn")
     fake(monkeypatch, module, flash_attn_varlen_func=function)
     layout = layout_of("uneven")
@@ -218,7 +218,7 @@ def test_flash_attention_is_called_with_keywords(
 
 
 def test_torch_varlen_is_called_with_its_seven_positional_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    function = Recorder()
+    function = FakeKernel()
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     layout = layout_of("uneven")
@@ -231,7 +231,7 @@ def test_torch_varlen_is_called_with_its_seven_positional_arguments(monkeypatch:
 
 
 def test_xformers_gets_one_mask_for_each_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    function, from_seqlens = Recorder(), Recorder(tuple)
+    function, from_seqlens = FakeKernel(), FakeKernel(tuple)
     fmha = ModuleType("xformers.ops.fmha")
     fmha.BlockDiagonalMask = type("Mask", (), {"from_seqlens": from_seqlens})  # type: ignore[attr-defined]
     fake(monkeypatch, "xformers")
@@ -276,12 +276,10 @@ def test_auto_on_cpu_is_sdpa(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["flash", "FLASH_ATTN_2", "", "torch sdpa"])
-def test_unknown_name_gets_the_nearest_match(name: str) -> None:
+def test_unknown_name_is_refused(name: str) -> None:
     for call in (check_attention, lambda name: choose_backend(name, CPU, torch.float32, 64)):
-        with pytest.raises(ConfigError, match=f"attention must be one of auto, .*, got '{name}'; did you mean"):
+        with pytest.raises(ConfigError, match=f"attention must be one of auto, .*, got '{name}'; "):
             call(name)
-    with pytest.raises(ConfigError, match='did you mean "xformers"'):
-        check_attention("xformer")
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -339,17 +337,17 @@ def test_tensors_of_the_cpu_are_refused_where_there_is_cuda(hopper: pytest.Monke
 def test_auto_on_cuda_takes_the_first_that_is_there(hopper: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", CUDA, torch.bfloat16, 128).name == "torch_varlen"
     assert choose_backend("auto", CUDA, torch.float32, 128).name == "sdpa"
-    fake(hopper, "flash_attn", flash_attn_varlen_func=Recorder())
+    fake(hopper, "flash_attn", flash_attn_varlen_func=FakeKernel())
     assert choose_backend("auto", CUDA, torch.bfloat16, 128).name == "flash_attn"
-    fake(hopper, "fa3_fwd_interface", flash_attn_varlen_func=Recorder())
+    fake(hopper, "fa3_fwd_interface", flash_attn_varlen_func=FakeKernel())
     assert choose_backend("auto", CUDA, torch.bfloat16, 128).name == "flash_attn_3"
 
 
 def test_forward_only_flash_attention_3_takes_no_float16(hopper: pytest.MonkeyPatch) -> None:
-    fake(hopper, "fa3_fwd_interface", flash_attn_varlen_func=Recorder())
+    fake(hopper, "fa3_fwd_interface", flash_attn_varlen_func=FakeKernel())
     assert BACKENDS[0].unsupported_reasons(CUDA, torch.float16, 64) == ["takes bfloat16, got float16"]
     assert choose_backend("auto", CUDA, torch.float16, 128).name == "torch_varlen"
-    fake(hopper, "flash_attn_interface", flash_attn_varlen_func=Recorder())
+    fake(hopper, "flash_attn_interface", flash_attn_varlen_func=FakeKernel())
     assert choose_backend("auto", CUDA, torch.float16, 128).name == "flash_attn_3"
 
 
@@ -371,7 +369,7 @@ def test_forced_package_that_fails_to_import_says_so(hopper: pytest.MonkeyPatch,
 
 def test_second_package_stands_in_for_a_first_that_fails_to_import(hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken(hopper, tmp_path, "flash_attn_interface")
-    fake(hopper, "fa3_fwd_interface", flash_attn_varlen_func=Recorder())
+    fake(hopper, "fa3_fwd_interface", flash_attn_varlen_func=FakeKernel())
     assert choose_backend("flash_attn_3", CUDA, torch.bfloat16, 64).name == "flash_attn_3"
     with pytest.raises(ConfigError, match="flash-attn-3 is installed but fails to import"):
         choose_backend("flash_attn_3", CUDA, torch.float16, 64)

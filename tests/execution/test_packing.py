@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jitaccel.execution.packing import PackedLayout, Rows
+from jitaccel.execution.packing import PackedLayout, Segments
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -52,17 +52,17 @@ def test_cumulative_lengths_are_what_kernels_expect() -> None:
 
 @pytest.mark.parametrize("lengths", [(4,), (3, 3), (3, 1, 2), (0, 2)])
 def test_values_of_segments_reach_their_tokens(lengths: tuple[int, ...]) -> None:
-    rows = Rows.of(lengths, CPU)
+    segments = Segments.of(lengths, CPU)
     x, values = torch.randn(sum(lengths), 5), torch.randn(len(lengths), 5)
-    spread, segment = rows.beside(x, values)
+    spread, segment = segments.beside(x, values)
     each = torch.cat([values[k].expand(n, 5) for k, n in enumerate(lengths)])
-    assert torch.equal(rows.flat(spread * segment), x * each)
-    assert rows.segment_of.tolist() == [k for k, n in enumerate(lengths) for _ in range(n)]
+    assert torch.equal(segments.flat(spread * segment), x * each)
+    assert segments.segment_of.tolist() == [k for k, n in enumerate(lengths) for _ in range(n)]
 
 
 def test_equal_segments_are_not_copied() -> None:
     x = torch.randn(6, 5)
-    spread, _ = Rows.of((3, 3), CPU).beside(x, torch.randn(2, 5))
+    spread, _ = Segments.of((3, 3), CPU).beside(x, torch.randn(2, 5))
     assert spread.data_ptr() == x.data_ptr()
 
 

@@ -202,7 +202,7 @@ def test_bad_requests_are_all_named_before_any_is_run(pipe: Any) -> None:
     assert seen == []
     lines = str(raised.value).splitlines()
     for index, words in (
-        (1, 'did you mean "'),
+        (1, "got '8x'"),
         (2, "use 3 steps"),
         (3, "must be a jitaccel.Request, got str"),
         (4, "give steps="),

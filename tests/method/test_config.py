@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitaccel.errors import ConfigError, nearest_match
+from jitaccel.errors import ConfigError
 from jitaccel.method.config import PRESETS, JiTConfig, resolve
 
 TWO_STAGES: dict[str, Any] = {"densities": (0.5, 1.0), "boundaries": (0.5, 1.0), "steps": 10}
@@ -196,7 +196,7 @@ def test_resolve_takes_a_preset_or_a_config_with_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("7x-papers", "7x-paper"), ("dens", "dense"), (None, "")]
+    ("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("7x-papers", "7x-paper"), ("dens", "dense")]
 )
 def test_resolve_names_the_nearest_preset(name: Any, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f'4x, 7x, 10x, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
@@ -219,8 +219,3 @@ def test_from_dict_refuses_unknown_and_missing_names() -> None:
         JiTConfig.from_dict({"density": (1.0,)})
     with pytest.raises(ConfigError, match="boundaries, steps"):
         JiTConfig.from_dict({"densities": (1.0,)})
-
-
-def test_nearest_match_of_nothing_is_empty() -> None:
-    assert nearest_match("a", []) == ""
-    assert nearest_match("STEP", ["alpha", "steps"]) == "steps"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jitaccel import PRESETS, JiTConfig, noise_levels
-from jitaccel.artefacts.manifest import plan_tensors
+from jitaccel.artefacts.manifest import manifest_tensors
 from jitaccel.evaluation.pictures import show_active
 from jitaccel.generation.stats import Recorder, summarize
 from jitaccel.method.anchors import first_anchors
@@ -169,7 +169,7 @@ def test_statistics_and_plans_take_frames() -> None:
         generations=1,
     )
     assert stats.grid == GRID and "grid 3x8x6" in str(stats) and stats.dense_step_flops == NUM_TOKENS + 8
-    plan = plan_tensors(TWO, noise_levels(TWO), GRID)
+    plan = manifest_tensors(TWO, noise_levels(TWO), GRID)
     assert plan["grid"].tolist() == [3, 8, 6] and plan["tokens"].tolist() == [57, 144]
 
 

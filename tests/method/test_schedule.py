@@ -1,5 +1,6 @@
 """Noise levels, stages by level, and the guess of the next level."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -148,3 +149,18 @@ def test_predict_next_level_always_falls(
 def test_predict_next_level_refuses_a_level_where_no_step_starts(level: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         predict_next_level(level, (1.0, 0.0))
+
+
+def test_log_snr_levels_are_even_in_the_logarithm_of_the_ratio() -> None:
+    config = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=6, schedule="log_snr", log_snr=(-4.0, 4.0))
+    levels = noise_levels(config)
+    assert (levels[0], levels[-1], len(levels)) == (1.0, 0.0, 7)
+    assert [math.log((1 - level) / level) for level in levels[1:-1]] == pytest.approx([-4.0, -2.0, 0.0, 2.0, 4.0])
+    assert noise_levels(config, steps=1) == (1.0, 0.0)
+    assert noise_levels(config, steps=2) == (1.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("ends", [(1.0,), (3.0, -3.0), (-40.0, 1.0), (0.0, float("nan")), "even", None])
+def test_ends_of_log_snr_that_make_no_levels_are_refused(ends: object) -> None:
+    with pytest.raises(ConfigError, match="JiTConfig: log_snr must be"):
+        JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=6, schedule="log_snr", log_snr=ends)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jitaccel import PRESETS, JiTConfig
-from jitaccel.artefacts.manifest import plan_tensors
+from jitaccel.artefacts.manifest import manifest_tensors
 from jitaccel.errors import ConfigError
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
@@ -127,7 +127,7 @@ def test_guided_branches_come_to_what_the_guided_velocity_does() -> None:
 
 def test_exported_gains_take_the_same_steps() -> None:
     levels = noise_levels(DENSE)
-    gains = plan_tensors(DENSE, levels, GRID)["solver_gains"]
+    gains = manifest_tensors(DENSE, levels, GRID)["solver_gains"]
     state, before = first_state(), None
     for level, next_level, gain in zip(levels, levels[1:], gains.tolist(), strict=False):
         velocity = field(state, level)
@@ -137,7 +137,7 @@ def test_exported_gains_take_the_same_steps() -> None:
             state = state + gain * (clean - before)
         before = clean
     assert torch.allclose(state, solve(DENSE, levels, first_state()), atol=1e-5)
-    assert not plan_tensors(DENSE.replace(solver="euler"), levels, GRID)["solver_gains"].any()
+    assert not manifest_tensors(DENSE.replace(solver="euler"), levels, GRID)["solver_gains"].any()
 
 
 def test_other_solvers_are_refused() -> None:

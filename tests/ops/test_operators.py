@@ -1,10 +1,9 @@
-"""The compiled operators against their references, float64, and every way in which torch may call them."""
+"""Every operator against its reference in plain torch: what there is, what they compute, and properties."""
 
 from __future__ import annotations
 
 import shutil
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -13,52 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jitaccel import ops
-from jitaccel.ops import reference, schema
+from jitaccel.ops import schema
 from tests.support import operators
-from tests.support.operators import ARGUMENTS, WRITTEN, Fields, call, compiled, fields, plain
-
-NAMES = sorted(ARGUMENTS)
-FLOATING = ["lift", "importance", "micro_flow_into"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GRIDS = [(1, 1), (1, 13), (9, 1), (5, 7), (16, 16), (12, 31), (3, 4, 5), (1, 6, 2), (4, 1, 1)]
-COUNTS = {"one": lambda n: 1, "third": lambda n: max(1, n // 3), "all": lambda n: n}
-
-
-def same(actual: Tensor, expected: Tensor, exact: Tensor | None = None, plain_error: float | None = None) -> None:
-    """Integers must be equal, floats at most twice as far from float64 as plain torch is; shape and dtype alike."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    if not actual.is_floating_point() or actual.numel() == 0:
-        assert torch.equal(actual, expected)
-        return
-    exact = expected.double() if exact is None else exact.double()
-    if bool(exact.isnan().all()):  # the mean over no channels
-        assert bool(actual.isnan().all())
-        return
-    allowed = float((expected.double() - exact).abs().max()) if plain_error is None else plain_error
-    # Where plain torch happens to be exact (one anchor, say), sums of up to 61 weights may still be rounded.
-    floor = 16 * torch.finfo(torch.float32).eps * exact.abs().max().clamp(min=0.1)
-    assert float((actual.double() - exact).abs().max()) <= 2 * allowed + floor
-
-
-def check(name: str, f: Fields) -> None:
-    """Compares one operator with its reference, in the fields' dtype and in float64."""
-    actual = call(compiled(name), name, ARGUMENTS[name](f))
-    expected = call(plain(name), name, ARGUMENTS[name](f))
-    exact = call(plain(name), name, ARGUMENTS[name](f.double())) if name in FLOATING else None
-    plain_error = moments_error(f.velocity, f.grid, 3) if name == "importance" else None
-    same(actual, expected, exact, plain_error)
-
-
-def moments_error(velocity: Tensor, grid: tuple[int, ...], window: int) -> float:
-    """Returns how far the two moments are from float64 where they are taken in float32, as plain torch takes them."""
-    field, size = velocity.float().reshape(len(velocity), *grid, -1), window ** len(grid)
-    first, second = (reference._window_sum(x, window) / size for x in (field, field.square()))
-    moments = (second - first.square()).mean(dim=-1).flatten(1)
-    exact = plain("importance")(velocity.double(), grid, window).double()
-    return float((moments.double() - exact).abs().max()) if moments.numel() else 0.0
-
-
-# What is there
+from tests.support.operator_checks import COUNTS, DTYPES, FLOATING, GRIDS, NAMES, check, moments_error, same
+from tests.support.operators import ARGUMENTS, Fields, call, compiled, fields, plain
 
 
 def test_every_operator_of_the_namespace_has_arguments_a_reference_and_a_fake_kernel() -> None:
@@ -169,108 +126,6 @@ def test_micro_flow_takes_an_old_anchors_own_clean_estimate() -> None:
     check("micro_flow_into", Fields(**{**vars(f), "tokens": tokens}))
 
 
-# How they may be called
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_operator_passes_opcheck(name: str) -> None:
-    torch.library.opcheck(compiled(name), ARGUMENTS[name](fields()))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("batch", [0, 1])
-def test_operator_takes_an_empty_batch_and_no_channels(name: str, batch: int) -> None:
-    f = fields((4, 5), 6, channels=4 if batch == 0 else 0, batch=batch)
-    same(call(compiled(name), name, ARGUMENTS[name](f)), call(plain(name), name, ARGUMENTS[name](f)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_operator_reads_tensors_that_are_not_contiguous_and_writes_none(name: str) -> None:
-    f = fields((6, 7), 12, 8)
-    expected = call(compiled(name), name, ARGUMENTS[name](f))
-    written = WRITTEN.get(name)
-    arguments = tuple(
-        _strided(x) if isinstance(x, Tensor) and i != written else x for i, x in enumerate(ARGUMENTS[name](f))
-    )
-    before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-    assert torch.equal(call(compiled(name), name, arguments), expected)
-    for i, (x, copy) in enumerate(zip(arguments, before, strict=True)):
-        assert not isinstance(x, Tensor) or i == written or torch.equal(x, copy)
-
-
-def _strided(x: Tensor) -> Tensor:
-    """Returns the same values with every other element of memory left out along the last axis."""
-    wide = torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
-    assert x.numel() < 2 or not wide.is_contiguous()
-    return wide
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_operator_compiles_whole(name: str, dynamic: bool) -> None:
-    function = getattr(ops, name)
-    torch._dynamo.reset()
-    graph = torch.compile(lambda *arguments: function(*arguments), fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    f = fields((6, 7), 12, 8)
-    assert torch.equal(call(graph, name, ARGUMENTS[name](f)), call(function, name, ARGUMENTS[name](f)))
-
-
-class _Module(torch.nn.Module):
-    def __init__(self, name: str, grid: tuple[int, ...], numbers: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.name, self.grid, self.numbers = name, list(grid), numbers
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return call(compiled(self.name), self.name, _with_numbers(tensors, self.grid, self.numbers))
-
-
-def _with_numbers(tensors: tuple[Tensor, ...], grid: Any, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns tensors and the rest again in the order of the schema."""
-    remaining = iter(tensors)
-    return tuple(next(remaining) if kind is Tensor else (grid if kind is tuple else value) for kind, value in numbers)
-
-
-def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        (Tensor, None) if isinstance(x, Tensor) else (tuple, None) if isinstance(x, tuple) else (None, x)
-        for x in arguments
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_operator_exports(name: str) -> None:
-    arguments = ARGUMENTS[name](fields())
-    tensors = tuple(x for x in arguments if isinstance(x, Tensor))
-    module = _Module(name, fields().grid, _kinds(arguments))
-    expected = call(compiled(name), name, ARGUMENTS[name](fields()))
-    program = torch.export.export(module, tuple(x.clone() for x in tensors))
-    assert any(f"jitaccel.{name}" in str(node.target) for node in program.graph.nodes)
-    assert torch.equal(program.module()(*(x.clone() for x in tensors)), expected)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", NAMES)
-def test_operator_is_traced_to_torchscript(name: str) -> None:
-    arguments = ARGUMENTS[name](fields())
-    tensors = tuple(x for x in arguments if isinstance(x, Tensor))
-    module = _Module(name, fields().grid, _kinds(arguments))
-    expected = call(compiled(name), name, ARGUMENTS[name](fields()))
-    traced = torch.jit.trace(module, tuple(x.clone() for x in tensors), check_trace=False)
-    assert f"jitaccel::{name}" in str(traced.graph)
-    assert torch.equal(traced(*(x.clone() for x in tensors)), expected)
-
-
-def test_gradients_run_through_the_reference() -> None:
-    f = fields().double()
-    values = f.values.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: ops.lift(v, f.nearest, f.anchors, f.grid, f.weights), (values,))
-    narrow = fields().values.requires_grad_()
-    assert ops.lift(narrow, f.nearest, f.anchors, f.grid, f.weights).requires_grad
-    with torch.no_grad():
-        assert not ops.lift(narrow, f.nearest, f.anchors, f.grid, f.weights).requires_grad
-
-
 # Properties
 
 
@@ -335,114 +190,6 @@ def test_importance_keeps_what_is_not_a_number() -> None:
         velocity = f.velocity.clone()
         velocity[0, 16, channel] = torch.nan
         assert ops.importance(velocity, f.grid)[0].view(6, 7)[1:4, 1:4].isnan().all()
-
-
-# What they refuse
-
-
-BAD: list[tuple[str, str, dict[str, Any], str]] = [
-    ("nearest_anchor", "grid of one axis", {"grid": (35,)}, "grid must be"),
-    ("nearest_anchor", "empty grid", {"grid": (0, 7)}, "grid must be"),
-    ("nearest_anchor", "int32", {"anchors": torch.zeros(2, 3, dtype=torch.int32)}, "anchors must be int64"),
-    ("nearest_anchor", "no anchors", {"anchors": torch.zeros(2, 0, dtype=torch.int64)}, "anchors must be int64"),
-    ("lift", "other values", {"values": torch.zeros(2, 8, 5)}, "values must be"),
-    ("lift", "integers", {"values": torch.zeros(2, 9, 5, dtype=torch.int32)}, "values must be"),
-    ("lift", "another grid", {"grid": (5, 8)}, "nearest must be int64"),
-    ("lift", "even weights", {"weights": torch.ones(4)}, "weights must be float32"),
-    ("lift", "float64 weights", {"weights": torch.ones(7).double()}, "weights must be float32"),
-    ("importance", "another grid", {"grid": (5, 6)}, "velocity must be"),
-    ("activate", "float64", {"importance": torch.zeros(2, 35).double()}, "importance.* must be float32"),
-    ("activate", "another batch", {"importance": torch.zeros(3, 35)}, "importance and anchors must be"),
-    ("micro_flow_into", "one level", {"levels": torch.zeros(1)}, "levels must be float32"),
-    ("micro_flow_into", "fewer tokens", {"state": torch.zeros(2, 34, 5)}, "state must be"),
-    ("micro_flow_into", "another noise", {"noise": torch.zeros(2, 35, 4)}, "noise must be"),
-    ("micro_flow_into", "other tokens", {"tokens": torch.zeros(1, 3, dtype=torch.int64)}, "tokens must be int64"),
-]
-
-
-@pytest.mark.parametrize(("name", "what", "changed", "message"), BAD, ids=[f"{b[0]}-{b[1]}" for b in BAD])
-def test_operator_refuses_what_does_not_fit(name: str, what: str, changed: dict[str, Any], message: str) -> None:
-    f = Fields(**{**vars(fields()), **changed})
-    with pytest.raises(ValueError, match=f"{name}: {message}.*got.*;"):
-        getattr(ops, name)(*_raw(name, f))
-    with pytest.raises(RuntimeError, match=f"{name}: {message}.*got.*;"):
-        compiled(name)(*_raw(name, f))
-
-
-def _raw(name: str, f: Fields) -> tuple[Any, ...]:
-    """Returns the arguments with the written one as given, where `ARGUMENTS` makes one of its own."""
-    arguments = ARGUMENTS[name](f)
-    return (f.state, *arguments[1:]) if name in WRITTEN else arguments
-
-
-def _rows(*rows: list[int]) -> Tensor:
-    return torch.tensor(rows)
-
-
-WRONG_ROWS = {
-    "out of order": [3, 2, 9, 10, 11, 12, 13, 14, 15],
-    "twice": [2, 2, 9, 10, 11, 12, 13, 14, 15],
-    "negative": [-1, 2, 9, 10, 11, 12, 13, 14, 15],
-    "off the grid": [1, 2, 9, 10, 11, 12, 13, 14, 35],
-}
-
-
-@pytest.mark.parametrize("what", list(WRONG_ROWS))
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "importance"])
-def test_operator_refuses_anchors_that_are_no_set(name: str, what: str) -> None:
-    good = fields()
-    f = Fields(**{**vars(good), "anchors": torch.stack([good.anchors[0], torch.tensor(WRONG_ROWS[what])])})
-    with pytest.raises((RuntimeError, ValueError), match=rf"{name}: anchors must rise strictly within 0\.\.34, got"):
-        getattr(ops, name)(*ARGUMENTS[name](f))
-
-
-@pytest.mark.parametrize("index", [-1, 9, 2**40])
-@pytest.mark.parametrize("name", ["lift", "micro_flow_into"])
-def test_operator_refuses_a_nearest_anchor_that_is_none(name: str, index: int) -> None:
-    f = fields()
-    f.nearest[1, 7] = index
-    with pytest.raises(RuntimeError, match=rf"{name}: nearest must lie in 0\.\.8, got {index}; use nearest_anchor"):
-        compiled(name)(*ARGUMENTS[name](f))
-
-
-@pytest.mark.parametrize("what", list(WRONG_ROWS))
-def test_micro_flow_refuses_tokens_that_are_no_set(what: str) -> None:
-    f = Fields(**{**vars(fields()), "tokens": _rows(WRONG_ROWS[what], WRONG_ROWS[what])})
-    with pytest.raises(RuntimeError, match="micro_flow_into: tokens must rise strictly"):
-        compiled("micro_flow_into")(*ARGUMENTS["micro_flow_into"](f))
-
-
-@pytest.mark.parametrize("name", list(WRITTEN))
-def test_operator_refuses_to_write_what_is_not_contiguous(name: str) -> None:
-    f = fields()
-    arguments = (_strided(f.state), *ARGUMENTS[name](f)[1:])
-    for function in (getattr(ops, name), compiled(name)):
-        with pytest.raises((RuntimeError, ValueError), match=rf"{name}: \w+ must be contiguous"):
-            function(*arguments)
-
-
-@pytest.mark.parametrize("count", [-1, 27])
-def test_activate_refuses_more_tokens_than_are_inactive(count: int) -> None:
-    f = fields()
-    for function in (ops.activate, compiled("activate")):
-        with pytest.raises((RuntimeError, ValueError), match=rf"activate: count must be in 0\.\.26.*got {count};"):
-            function(f.importance, f.anchors, count)
-
-
-@pytest.mark.parametrize("window", [0, 2, -3])
-def test_importance_refuses_a_window_without_a_middle(window: int) -> None:
-    f = fields()
-    for function in (ops.importance, compiled("importance")):
-        with pytest.raises((RuntimeError, ValueError), match=f"importance: window must be odd.*got {window};"):
-            function(f.velocity, f.grid, window)
-
-
-@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
-def test_micro_flow_refuses_a_weight_that_is_no_share(weight: float) -> None:
-    arguments = ARGUMENTS["micro_flow_into"](fields())[:-1]
-    for function in (ops.micro_flow_into, compiled("micro_flow_into")):
-        with pytest.raises((RuntimeError, ValueError), match=r"micro_flow_into: weight must be in \[0, 1\]"):
-            function(*arguments, weight)
 
 
 def test_float64_runs_the_reference() -> None:

@@ -1,7 +1,7 @@
 """What cannot run as asked says so: which argument, the rule, the value, and before the network has run.
 
 The defects of the released code that METHOD.md, section 7, lists are tested here, or where the right behaviour is:
-seeds, batches, guidance, VAE flags, printing and undo in test_diffusers_pipeline, the nearest map in test_lift.
+seeds, batches, guidance, VAE flags, printing and undo in diffusers/test_pipeline_*, the nearest map in test_lift.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def call(model: Any, state: Tensor | None = None, level: float = 1.0, **argument
         ),
         ("4x-paper", {"steps": 2}, ("at least one step", "got 2", "use 4 steps")),
         ("7x", {"steps": 0}, ("steps must be a whole number", "got 0")),
-        ("7x", {"micro_flow": "hitting"}, ("micro_flow must be one of exact, released", "'hitting'", "did you mean")),
+        ("7x", {"micro_flow": "hitting"}, ("micro_flow must be one of exact, released", "'hitting'", "take one")),
         ("7x", {"lifter": "velocty"}, ("lifter must be one of velocity, clean", 'did you mean "velocity"')),
         ("7x", {"schedule": (1.0, 0.5, 0.6, 0.0), "steps": 3}, ("schedule must fall strictly", "0.6")),
     ],

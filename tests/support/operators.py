@@ -86,6 +86,11 @@ def _lift(f: Fields) -> tuple[Any, ...]:
     return f.values, f.nearest, f.anchors, f.grid, f.weights
 
 
+def _lift_pooled(f: Fields) -> tuple[Any, ...]:
+    pooled, values = (reference.pool(x, f.grid, 1, 2) for x in (f.state, f.velocity))
+    return values, pooled, f.state, f.grid, 1, 2, f.levels[0]
+
+
 ARGUMENTS: dict[str, Callable[[Fields], tuple[Any, ...]]] = {
     "nearest_anchor": lambda f: (f.anchors, f.grid),
     "lift": _lift,
@@ -95,6 +100,8 @@ ARGUMENTS: dict[str, Callable[[Fields], tuple[Any, ...]]] = {
         f.state.clone(), f.previous, f.velocity, f.noise, f.tokens, f.nearest, f.anchors, f.grid, f.weights, f.levels,
         0.25,
     ),
+    "pool": lambda f: (f.state, f.grid, 1, 2, f.levels[0]),
+    "lift_pooled": _lift_pooled,
 }  # fmt: skip
 """One call of each operator. Written arguments are fresh."""
 

@@ -115,3 +115,14 @@ def qwen_on_tokens(
         )
     out: Tensor = model.proj_out(model.norm_out(hidden, time))
     return out[:, : len(at)]
+
+
+def first_input(pipe: Any, **call: Any) -> Tensor:
+    """Returns what the transformer is given in the first step."""
+    seen: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    generate(pipe, **{"steps": 1, "strength": 1.0, **call})
+    hook.remove()
+    return seen[0]

@@ -111,6 +111,17 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
     return latents
 
 
+def first_input(pipe: Any, name: str = "hidden_states") -> Tensor:
+    """Returns what the transformer is given in the first step; a pipeline from images is given one."""
+    seen: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs[name]), with_kwargs=True
+    )
+    generate(pipe, 1, **({"image": image()} if "Image" in type(pipe).__name__ else {}))
+    hook.remove()
+    return seen[0]
+
+
 def _embedded(convolution: Any, tokens: Tensor) -> Tensor:
     return torch.nn.functional.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .rows import QUALITIES, ByMethod, Known, Quality, Rows, by_method, control_of, kind_of
+from .rows import QUALITIES, ByMethod, Known, Quality, Row, Rows, by_method, control_of, method_kind
 
-Row = Mapping[str, Any]
 _COLUMNS, _SPARSE = 8, 2
 _DISTANCES = {"perceptual": "perceptual distance", "lpips": "LPIPS", "ssim": "1 - SSIM"}
 
@@ -24,7 +22,7 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Criterion:
     """How well a picture does by itself, more being better: the share of attributes shown, or a quality of its row."""
 
     name: str
@@ -64,13 +62,13 @@ class Distance:
         return 1.0 - float(row[self.name]) if self.name == "ssim" else float(row[self.name])
 
 
-def score_of(rows: Rows, known: Known = QUALITIES) -> Score | None:
+def criterion_of(rows: Rows, known: Known = QUALITIES) -> Criterion | None:
     """Returns by what prompts are chosen: attributes, else the first known quality of which every row has a number."""
     for name, quality in known.items():
         fields = ("shown", "claimed") if name == "attributes" else (name,)
         is_one_sided = quality.best is not None and math.isinf(quality.best)
         if is_one_sided and rows and all(row.get(field) is not None for row in rows for field in fields):
-            return Score(name=name, quality=quality)
+            return Criterion(name=name, quality=quality)
     return None
 
 
@@ -90,7 +88,7 @@ def columns_of(rows: Rows, methods: Sequence[str]) -> list[str]:
     of = by_method(rows, methods, asker="contact_sheet")
     wanted = [methods[0]]
     for name in methods:
-        if kind_of(of[name][0]) == "sparse":
+        if method_kind(of[name][0]) == "sparse":
             wanted += [name, control_of(name, of) or name]
     chosen = [*dict.fromkeys([*wanted, *methods])][:_COLUMNS]
     return [name for name in methods if name in chosen]
@@ -109,25 +107,25 @@ def sections(rows: Rows, methods: Sequence[str], count: int = 3, known: Known = 
     names = columns_of(rows, methods)
     of = by_method(rows, names, asker="contact_sheet")
     rows = [row for some in of.values() for row in some]
-    score, distance = score_of(rows, known), distance_of(rows)
-    if score is None and distance is None:
+    criterion, distance = criterion_of(rows, known), distance_of(rows)
+    if criterion is None and distance is None:
         first = of[names[0]][:count]
         return [_section("The first prompts, as the rows have no scores to choose by", first, [""] * len(first))]
-    found = _differ(of, score, distance, count) if len(of) > 1 else []
-    for name in [name for name in names if kind_of(of[name][0]) == "sparse"][:_SPARSE]:
-        found += _against(name, control_of(name, of), of, score, distance, count)
+    found = _differ(of, criterion, distance, count) if len(of) > 1 else []
+    for name in [name for name in names if method_kind(of[name][0]) == "sparse"][:_SPARSE]:
+        found += _against(name, control_of(name, of), of, criterion, distance, count)
     return found or [_section("The first prompts, as there is one method", of[names[0]][:count], [""] * count)]
 
 
-def _differ(of: ByMethod, score: Score | None, distance: Distance | None, count: int) -> list[Section]:
+def _differ(of: ByMethod, criterion: Criterion | None, distance: Distance | None, count: int) -> list[Section]:
     together = [*zip(*of.values(), strict=True)]
     far = [0.0 if distance is None else max(map(distance, some)) for some in together]
     found = []
-    if score is not None:
-        spread = [max(map(score, some)) - min(map(score, some)) for some in together]
+    if criterion is not None:
+        spread = [max(map(criterion, some)) - min(map(criterion, some)) for some in together]
         chosen = sorted(range(len(together)), key=lambda k: (-spread[k], -far[k], k))[:count]
-        heading = f"Where the methods differ most in {score.title}"
-        notes = [f"spread {score.points(spread[k])}" for k in chosen]
+        heading = f"Where the methods differ most in {criterion.title}"
+        notes = [f"spread {criterion.points(spread[k])}" for k in chosen]
         found.append(_section(heading, [together[k][0] for k in chosen], notes))
     if distance is not None:
         chosen = sorted(range(len(together)), key=lambda k: (-far[k], k))[:count]
@@ -138,20 +136,20 @@ def _differ(of: ByMethod, score: Score | None, distance: Distance | None, count:
 
 
 def _against(
-    name: str, control: str | None, of: ByMethod, score: Score | None, distance: Distance | None, count: int
+    name: str, control: str | None, of: ByMethod, criterion: Criterion | None, distance: Distance | None, count: int
 ) -> list[Section]:
     """Returns the best and the worst prompts of a sparse method against its dense control, half of all at most."""
     if control is None:
         return []
     pairs = [*zip(of[name], of[control], strict=True)]
-    gains = [0.0 if score is None else score(own) - score(other) for own, other in pairs]
+    gains = [0.0 if criterion is None else criterion(own) - criterion(other) for own, other in pairs]
     farther = [0.0 if distance is None else distance(own) - distance(other) for own, other in pairs]
     order = sorted(range(len(pairs)), key=lambda k: (-gains[k], farther[k], k))
     count = min(count, len(order) // 2)
     found = []
     for word, chosen in (("best", order[:count]), ("worst", order[::-1][:count])):
-        if score is not None:
-            notes = [f"{score.points(gains[k], '+')} against {control}" for k in chosen]
+        if criterion is not None:
+            notes = [f"{criterion.points(gains[k], '+')} against {control}" for k in chosen]
         else:
             title = "" if distance is None else distance.title
             notes = [f"{title} {farther[k]:+.2f} against {control}" for k in chosen]

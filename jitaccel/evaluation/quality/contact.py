@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from .choice import Distance, Row, Score, Section, columns_of, distance_of, score_of, sections
+from .choice import Criterion, Distance, Section, columns_of, criterion_of, distance_of, sections
 from .drawing import COLOURS, GREY, INK, PALE, Pen, cut, darken, text_width, wrap
-from .rows import QUALITIES, Known, Rows, by_method, cost_dense_steps, kind_of
+from .rows import QUALITIES, Known, Row, Rows, by_method, cost_dense_steps, method_kind
 
 PictureOf = Callable[[str, int], Image.Image]
 
@@ -35,7 +35,7 @@ def contact_sheet(
         columns={name: {int(row["prompt_index"]): row for row in some} for name, some in of.items()},
         costs={name: cost_dense_steps(some, of[columns[0]]) for name, some in of.items()},
         picture_of=picture_of,
-        score=score_of(shown, known),
+        criterion=criterion_of(shown, known),
         distance=distance_of(shown),
     )
     return sheet.draw(found)
@@ -48,7 +48,7 @@ class _Sheet:
     columns: Mapping[str, Mapping[int, Row]]
     costs: Mapping[str, float]
     picture_of: PictureOf
-    score: Score | None
+    criterion: Criterion | None
     distance: Distance | None
 
     @property
@@ -77,8 +77,8 @@ class _Sheet:
         reference, rows = next(iter(self.columns.items()))
         first = next(iter(rows.values()))
         told = [f"Reference: {reference}; chosen from {len(rows)} prompts."]
-        if self.score is not None:
-            what = "attributes shown of those claimed" if self.score.name == "attributes" else self.score.title
+        if self.criterion is not None:
+            what = "attributes shown of those claimed" if self.criterion.name == "attributes" else self.criterion.title
             told.append(f"Under a picture, on the left: {what}.")
         if self.distance is not None:
             told.append(f"On the right: {self.distance.title} to the reference.")
@@ -97,7 +97,7 @@ class _Sheet:
         pen.text((_MARGIN_PX, y + 10), cut(text, self.width, 19), 19)
         for column, (name, rows) in enumerate(self.columns.items()):
             left = _MARGIN_PX + column * (_SIDE_PX + _GAP_PX)
-            colour = COLOURS[kind_of(next(iter(rows.values())))]
+            colour = COLOURS[method_kind(next(iter(rows.values())))]
             pen.box((left, y + 62, left + _SIDE_PX, y + 65), colour)
             cost = f"{self.costs[name]:.3g} dense steps"
             pen.text((left, y + 58), cut(name, _SIDE_PX - text_width(cost) - 8, 15), 15, darken(colour), "ls")
@@ -115,8 +115,8 @@ class _Sheet:
             row, left = rows[prompt], _MARGIN_PX + column * (_SIDE_PX + _GAP_PX)
             picture = ImageOps.contain(self.picture_of(name, prompt), (_SIDE_PX, _SIDE_PX))
             pen.paste(picture, (left + (_SIDE_PX - picture.width) // 2, y + (_SIDE_PX - picture.height) // 2))
-            if self.score is not None:
-                pen.text((left, y + _SIDE_PX + 3), self.score.caption(row), 14)
+            if self.criterion is not None:
+                pen.text((left, y + _SIDE_PX + 3), self.criterion.caption(row), 14)
             if self.distance is not None and row.get(self.distance.name) is not None:
                 pen.text((left + _SIDE_PX, y + _SIDE_PX + 3), f"{self.distance(row):.2f}", 14, GREY, "ra")
         return y - 4 + _SIDE_PX + _CAPTION_PX

@@ -21,7 +21,7 @@ COLOURS: dict[str, Colour] = {
     "sparse": (213, 94, 0),
     "rival": (204, 121, 167),
 }
-KINDS = {
+METHOD_KINDS = {
     "dense-native": "dense, native levels",
     "dense-beta": "dense, the presets' levels",
     "dense-dpm": "dense, those by DPM-Solver++(2M)",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped]
 
-Array = NDArray[Any]
+from .statistics import Array
 
 _SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2  # of SSIM
 _TINY = 1e-12

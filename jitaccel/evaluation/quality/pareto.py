@@ -14,7 +14,7 @@ from .drawing import (
     COLOURS,
     GREY,
     INK,
-    KINDS,
+    METHOD_KINDS,
     PALE,
     RADIUS,
     Pen,
@@ -263,7 +263,7 @@ def _direction(quality: Quality) -> str:
 
 def _legend(pen: Pen, kinds: set[str], top: float) -> None:
     x = float(_MARGIN_PX)
-    for kind, words in KINDS.items():
+    for kind, words in METHOD_KINDS.items():
         if kind not in kinds:
             continue
         middle = top + 8

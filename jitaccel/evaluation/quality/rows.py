@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ...method.config import JiTConfig
 
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 ByMethod = Mapping[str, Rows]
 
 _INF = float("inf")
@@ -98,7 +99,7 @@ def _prompt(row: Mapping[str, Any]) -> int:
     return int(row["prompt_index"])
 
 
-def kind_of(row: Mapping[str, Any]) -> str:
+def method_kind(row: Mapping[str, Any]) -> str:
     """Returns what a row's method is: dense ones by their levels and solver, "sparse" or "rival".
 
     "dense-native": the model's levels. "dense-beta": the presets'. "dense-dpm": those, by DPM-Solver++(2M).
@@ -123,7 +124,7 @@ def control_of(name: str, of: ByMethod) -> str | None:
     Those on the presets' levels, by the solver of the sparse one where there are such, come before those on native
     ones.
     """
-    kinds = {other: kind_of(rows[0]) for other, rows in of.items() if other != name}
+    kinds = {other: method_kind(rows[0]) for other, rows in of.items() if other != name}
     solver = (of[name][0].get("config") or {}).get("solver", "euler")
     on_levels = ("dense-beta", "dense-dpm") if solver == "euler" else ("dense-dpm", "dense-beta")
     for kind in (*on_levels, "dense-native"):

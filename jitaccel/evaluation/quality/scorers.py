@@ -6,7 +6,6 @@ is cheap to make: what it needs of networks it loads when it scores for the firs
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -19,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import suggestion
 from . import metrics
 
 Pictures = NDArray[Any]
-Score = Callable[[Sequence[str], Pictures, Pictures | None], Sequence[float]]
+ScoreFunction = Callable[[Sequence[str], Pictures, Pictures | None], Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Scorer:
     """
 
     name: str
-    score: Score
+    score: ScoreFunction
     needs_reference: bool = False
     judges_prompt: bool = False
     higher_is_better: bool | None = True
@@ -56,7 +56,7 @@ class Scorer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ScorerFactory:
     """Where a scorer comes from. make: called with the name of a torch device. packages: what pip installs, by module.
 
     Of the modules each is imported to learn whether it can be; the first is the one that scores.
@@ -81,35 +81,34 @@ class Source:
         return list(dict.fromkeys(found))
 
 
-def source_of(word: str) -> Source:
-    """Returns the source of a scorer: a name of `sources`, or package.module:attribute for somebody's own.
+def scorer_factory(word: str) -> ScorerFactory:
+    """Returns the factory of a scorer: a name of `scorer_factories`, or package.module:attribute for somebody's own.
 
     Raises ValueError for a name that is none, with the nearest one.
     """
-    known = sources()
+    known = scorer_factories()
     if word in known:
         return known[word]
     if ":" in word:
         scorer = own(word)
-        return Source(make=lambda device: scorer)
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "package.module:attribute names one of your own"
+        return ScorerFactory(make=lambda device: scorer)
+    hint = suggestion(word, known, "package.module:attribute names one of your own")
     raise ValueError(f"one of {', '.join(known)}, got {word!r}; {hint}")
 
 
-def sources() -> dict[str, Source]:
+def scorer_factories() -> dict[str, ScorerFactory]:
     """Returns every metric that has a name here, those without packages first."""
     from . import packaged
 
     return {
-        "psnr": Source(make=lambda device: _PSNR),
-        "ssim": Source(make=lambda device: _SSIM),
-        "spectrum": Source(make=lambda device: _SPECTRUM),
-        "imagereward": Source(make=packaged.imagereward, packages={"ImageReward": "image-reward"}),
-        "clip-iqa": Source(make=packaged.clip_iqa, packages={"piq": "piq"}),
-        "hpsv2": Source(make=packaged.hpsv2, packages={"hpsv2": "hpsv2x", "hpsv2.img_score": "hpsv2x"}),
-        "clip": Source(make=packaged.clip, packages={"transformers": "transformers"}),
-        "lpips": Source(make=packaged.lpips, packages={"lpips": "lpips"}),
+        "psnr": ScorerFactory(make=lambda device: _PSNR),
+        "ssim": ScorerFactory(make=lambda device: _SSIM),
+        "spectrum": ScorerFactory(make=lambda device: _SPECTRUM),
+        "imagereward": ScorerFactory(make=packaged.imagereward, packages={"ImageReward": "image-reward"}),
+        "clip-iqa": ScorerFactory(make=packaged.clip_iqa, packages={"piq": "piq"}),
+        "hpsv2": ScorerFactory(make=packaged.hpsv2, packages={"hpsv2": "hpsv2x", "hpsv2.img_score": "hpsv2x"}),
+        "clip": ScorerFactory(make=packaged.clip, packages={"transformers": "transformers"}),
+        "lpips": ScorerFactory(make=packaged.lpips, packages={"lpips": "lpips"}),
     }
 
 

@@ -17,8 +17,8 @@ from .rows import (
     by_method,
     column,
     cost_dense_steps,
-    kind_of,
     mean,
+    method_kind,
     qualities_of_rows,
 )
 from .statistics import Estimate, bootstrap, mean_of, share_of
@@ -57,7 +57,7 @@ def _record(rows: Rows, reference: Rows, qualities: Mapping[str, Estimate]) -> R
     return {
         "benchmark": "quality summary",
         "method": first["method"],
-        "kind": kind_of(first),
+        "kind": method_kind(first),
         "reference": reference[0]["method"],
         "steps": first["steps"],
         "config": first.get("config"),

@@ -14,6 +14,8 @@ from ..options import Attention
 from ..packing import PackedLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
+"""Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
+
 Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 NEWEST = (99, 0)
@@ -27,7 +29,7 @@ def _unloaded(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class KernelPackage:
     """One package that holds a backend's kernel.
 
     module: found without importing it. package: what to install. load: imports the module of this name and returns the
@@ -44,12 +46,12 @@ class Source:
 class Backend:
     """One way to attend. `run(q, k, v, layout)` is there after `load`; `choose_backend` returns loaded ones.
 
-    sources: the packages that have it; the first that takes the dtype and can be imported is used.
+    packages: the packages that have it; the first that takes the dtype and can be imported is used.
     max_head_dim: also says that head dims are multiples of 8; None takes any.
     """
 
     name: Attention
-    sources: tuple[Source, ...] = field(repr=False)
+    packages: tuple[KernelPackage, ...] = field(repr=False)
     needs_cuda: bool = True
     max_head_dim: int | None = 256
     run: Attend = field(default=_unloaded, repr=False)
@@ -60,10 +62,10 @@ class Backend:
         Imports no package, and starts no CUDA where there is none.
         """
         reasons = []
-        found = [source for source in self.sources if is_found(source.module)]
+        found = [kernel for kernel in self.packages if is_found(kernel.module)]
         if not found:
-            reasons.append(f"{' or '.join(source.package for source in self.sources)} is not installed")
-        takes = {each: limits for source in reversed(found or self.sources) for each, limits in source.takes.items()}
+            reasons.append(f"{' or '.join(kernel.package for kernel in self.packages)} is not installed")
+        takes = {each: limits for kernel in reversed(found or self.packages) for each, limits in kernel.takes.items()}
         if self.needs_cuda:
             reasons += _device_reasons(device, dtype, takes)
         if dtype not in takes:
@@ -78,14 +80,14 @@ class Backend:
         Raises ImportError with what importing said, whatever it raised, where no package that takes the dtype imports.
         """
         failures = []
-        for source in self.sources:
-            if dtype not in source.takes or not is_found(source.module):
+        for kernel in self.packages:
+            if dtype not in kernel.takes or not is_found(kernel.module):
                 continue
             try:
-                return replace(self, run=source.load(source.module))
+                return replace(self, run=kernel.load(kernel.module))
             except Exception as error:  # a package built for another torch or CUDA may raise anything
                 said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                failures.append(f"{source.package} is installed but fails to import ({said})")
+                failures.append(f"{kernel.package} is installed but fails to import ({said})")
         raise ImportError("; ".join(failures) or f"nothing that is installed has {self.name} for {dtype_name(dtype)}")
 
 

@@ -19,7 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, nearest_match
+from ...errors import ConfigError, suggestion
 from ..options import Attention
 from ..packing import PackedLayout
 from .backend import Backend as Backend  # as callers know it
@@ -36,11 +36,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_attention(name: str) -> None:
-    """Raises ConfigError with the nearest match unless `name` is in ATTENTION."""
+    """Raises ConfigError, with the name that may have been meant, unless `name` is in ATTENTION."""
     if name not in ATTENTION:
         raise ConfigError(
-            f"apply: attention must be one of {', '.join(ATTENTION)}, got {name!r}; "
-            f'did you mean "{nearest_match(name, ATTENTION)}"?'
+            f"apply: attention must be one of {', '.join(ATTENTION)}, got {name!r}; {suggestion(name, ATTENTION)}"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..packing import PackedLayout
-from .backend import AMPERE, Attend, Backend, Capabilities, Source
+from .backend import AMPERE, Attend, Backend, Capabilities, KernelPackage
 
 
 def _load(module: str) -> Attend:
@@ -40,13 +40,13 @@ _FLASH_3 = {torch.float16: _HOPPER, torch.bfloat16: _HOPPER}
 
 FLASH_ATTN_3 = Backend(
     name="flash_attn_3",
-    sources=(
-        Source(module="flash_attn_interface", package="flash-attn-3", load=_load, takes=_FLASH_3),
+    packages=(
+        KernelPackage(module="flash_attn_interface", package="flash-attn-3", load=_load, takes=_FLASH_3),
         # The wheel on PyPI is built without float16.
-        Source(module="fa3_fwd_interface", package="fa3-fwd", load=_load, takes={torch.bfloat16: _HOPPER}),
+        KernelPackage(module="fa3_fwd_interface", package="fa3-fwd", load=_load, takes={torch.bfloat16: _HOPPER}),
     ),
 )
 FLASH_ATTN = Backend(
     name="flash_attn",
-    sources=(Source(module="flash_attn", package="flash-attn", load=_load, takes=_FLASH),),
+    packages=(KernelPackage(module="flash_attn", package="flash-attn", load=_load, takes=_FLASH),),
 )

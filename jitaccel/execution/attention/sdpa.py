@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..packing import PackedLayout
-from .backend import NEWEST, Attend, Backend, Capabilities, Source
+from .backend import NEWEST, Attend, Backend, Capabilities, KernelPackage
 
 
 def _load(module: str) -> Attend:
@@ -33,7 +33,7 @@ _TAKES = dict.fromkeys((torch.float64, torch.float32, torch.float16, torch.bfloa
 
 SDPA = Backend(
     name="sdpa",
-    sources=(Source(module="torch", package="torch", load=_load, takes=_TAKES),),
+    packages=(KernelPackage(module="torch", package="torch", load=_load, takes=_TAKES),),
     needs_cuda=False,
     max_head_dim=None,
 )

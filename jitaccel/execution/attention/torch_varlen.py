@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..packing import PackedLayout
-from .backend import AMPERE, Attend, Backend, Source
+from .backend import AMPERE, Attend, Backend, KernelPackage
 
 
 def _load(module: str) -> Attend:
@@ -29,8 +29,8 @@ _FLASH = {torch.float16: AMPERE, torch.bfloat16: AMPERE}
 
 TORCH_VARLEN = Backend(
     name="torch_varlen",
-    sources=(
-        Source(
+    packages=(
+        KernelPackage(
             module="torch.nn.attention.varlen",
             package="torch 2.10 or newer",
             load=_load,

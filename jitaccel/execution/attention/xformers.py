@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..packing import PackedLayout
-from .backend import AMPERE, NEWEST, Attend, Backend, Source
+from .backend import AMPERE, NEWEST, Attend, Backend, KernelPackage
 
 
 def _load(module: str) -> Attend:
@@ -41,5 +41,5 @@ _TAKES = {torch.float32: ((7, 5), (9, 0)), torch.float16: ((7, 5), NEWEST), torc
 
 XFORMERS = Backend(
     name="xformers",
-    sources=(Source(module="xformers.ops", package="xformers", load=_load, takes=_TAKES),),
+    packages=(KernelPackage(module="xformers.ops", package="xformers", load=_load, takes=_TAKES),),
 )

@@ -15,7 +15,7 @@ from jitaccel.patches.models import MODELS
 from tests.support import reference
 from tests.support.every_model import TEXT, qwen_transformer
 from tests.support.models import noise
-from tests.support.qwen import GRID, generate, prompts, qwen_on_tokens, qwen_pipeline, small_references
+from tests.support.qwen import GRID, first_input, generate, prompts, qwen_on_tokens, qwen_pipeline, small_references
 from tests.support.tiny import DENSE, SHORT, relative_error
 
 PIPELINES = next(model.pipelines for model in MODELS if model.name.startswith("QwenImage"))
@@ -50,17 +50,6 @@ def by_hand(
         return reference.denoise(velocity, config, GRID, start, levels).states[-1]
 
 
-def inputs_of(pipe: Any, **call: Any) -> Tensor:
-    """Returns what the transformer is given in the first step."""
-    seen: list[Tensor] = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
-    )
-    generate(pipe, **{"steps": 1, "strength": 1.0, **call})
-    hook.remove()
-    return seen[0]
-
-
 def test_density_one_is_the_unpatched_pipeline_bit_for_bit(pipe: Any) -> None:
     calls: list[dict[str, Any]] = [{}, {"true_cfg_scale": 1.0}]
     plain = [generate(pipe, **call) for call in calls]
@@ -74,7 +63,7 @@ def test_density_one_is_the_unpatched_pipeline_bit_for_bit(pipe: Any) -> None:
 @pytest.mark.parametrize("config", [PRESETS["7x"], PRESETS["7x-paper"], SHORT], ids=["7x", "7x-paper", "short"])
 def test_sparse_generation_is_the_methods(config: JiTConfig, scale: float) -> None:
     pipe = qwen_pipeline()
-    expected = by_hand(pipe, config, inputs_of(pipe), scale)
+    expected = by_hand(pipe, config, first_input(pipe), scale)
     with jitaccel.apply(pipe, config) as handle:
         assert relative_error(generate(pipe, true_cfg_scale=scale), expected) < 1e-5
     stats = handle.stats()
@@ -85,7 +74,7 @@ def test_sparse_generation_is_the_methods(config: JiTConfig, scale: float) -> No
 def test_references_stay_whole_and_dense(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_references(monkeypatch, name)
     pipe = qwen_pipeline(name)
-    shown = inputs_of(pipe)
+    shown = first_input(pipe)
     start, references = shown[:, :140], shown[:, 140:]
     assert references.shape[1] == 48
     expected = by_hand(pipe, SHORT, start, references=references)

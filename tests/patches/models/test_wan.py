@@ -16,7 +16,7 @@ from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
 from jitaccel.patches.layout import patchify, unpatchify
 from tests.support import reference, video
 from tests.support.tiny import DENSE, SHORT, offload_groups, relative_error
-from tests.support.video import GRID, SCHEDULERS, generate, prompts, wan_on_tokens, wan_pipeline
+from tests.support.video import GRID, SCHEDULERS, first_input, generate, prompts, wan_on_tokens, wan_pipeline
 
 SCALE, SCALE_2 = 4.0, 2.5
 PATCH = (1, 2, 2)
@@ -180,17 +180,6 @@ def test_control_video_goes_with_the_anchors() -> None:
     state = denoised(model, config, patchify(first_input(pipe), PATCH), timesteps)
     with jitaccel.apply(pipe, config):
         assert relative_error(generate(pipe), unpatchify(state, GRID, PATCH)) < 1e-5
-
-
-def first_input(pipe: Any, name: str = "hidden_states") -> Tensor:
-    """Returns what the transformer is given in the first step, in a pipeline from images of an image."""
-    seen: list[Tensor] = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs[name]), with_kwargs=True
-    )
-    generate(pipe, 1, **({"image": video.image()} if "Image" in type(pipe).__name__ else {}))
-    hook.remove()
-    return seen[0]
 
 
 def denoised(

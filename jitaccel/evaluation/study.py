@@ -18,14 +18,13 @@ from ..artefacts.manifest import file_digest
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 from .judging import load_judge
-from .quality.rows import settings_as_now
+from .quality.rows import Row, settings_as_now
 
 if TYPE_CHECKING:
-    from .comparison import Generation, Method
+    from .comparison import Method, TimedCall
     from .prompts import Prompt
     from .scenes.judge import Judge
 
-Row = dict[str, Any]
 EMBEDDED = "embedded"
 
 
@@ -64,9 +63,9 @@ class Setting:
             raise CommandError(f"--size must be of multiples of {unit} pixels for this model, got {height}x{width}")
         return pipe
 
-    def call(self, pipe: Any) -> Row:
+    def call(self, pipe: Any) -> dict[str, Any]:
         """Returns how the pipeline is called for every picture."""
-        call: Row = {"output_type": "np"}
+        call: dict[str, Any] = {"output_type": "np"}
         size = self.size
         if size is None and self.model is None:
             size = (picture_side(pipe),) * 2
@@ -82,7 +81,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lab:
+class Study:
     """Makes rows, one for each method and prompt, and keeps them with their pictures.
 
     judge: for prompts with claims. any_commit: take up what other commits of this package made too.
@@ -140,7 +139,7 @@ class Lab:
         asked = row.get("size")
         return asked == (None if size is None else list(size)) or (size is not None and row.get("pixels") == [*size])
 
-    def _has_picture(self, row: Row) -> bool:
+    def _has_picture(self, row: dict[str, Any]) -> bool:
         """Whether the row's picture is there, and no later one in its place."""
         path = self.path(row)
         found = file_digest(path) if path.exists() else None
@@ -173,12 +172,12 @@ class Lab:
 
     def _loaded_weights(self) -> str | None:
         """Returns what tells the weights apart, now that they are here: a hub may have sent others than were here."""
-        found, known = weights_of(self.setting.model), self.origin["weights"]
+        found, known = weights_digest(self.setting.model), self.origin["weights"]
         if known not in (None, found):
             raise CommandError(f"--model must stay as it is, got other weights of {self.setting.model}; run again")
         return found
 
-    def _noted(self, method: Method, chosen: Sequence[int], made: Generation, origin: Row) -> Iterator[Row]:
+    def _noted(self, method: Method, chosen: Sequence[int], made: TimedCall, origin: Row) -> Iterator[Row]:
         """Saves the pictures of one call, and yields their rows."""
         from .pictures import to_bytes
         from .quality.metrics import seam_ratio
@@ -216,7 +215,7 @@ class Lab:
         from .scenes.judge import compare
 
         features = self.judge.features(pictures).mean(axis=(2, 3))
-        rows = []
+        rows: list[Row] = []
         for k, seen, own in zip(chosen, self.judge(pictures), features, strict=True):
             score = compare(seen, self.prompts[k].claims or ())
             rounded = [round(float(value), 5) for value in own]
@@ -245,7 +244,7 @@ def dtype_of(name: str, device: Any) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def weights_of(model: str | None) -> str | None:
+def weights_digest(model: str | None) -> str | None:
     """Returns what tells a model's weights from others, or None of a hub's model that is not there yet.
 
     Of the embedded one the digest of the transformer's; of a folder a digest of its files' names, sizes and times; of
@@ -277,7 +276,7 @@ def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None,
     return judge, file_digest(embedded_model() / "judge" / "judge.safetensors")
 
 
-def read_lines(path: Path) -> Iterator[Row]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a file of JSON lines, none where there is no file; a line that was cut off is passed by."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -295,7 +294,7 @@ def append_lines(path: Path) -> Any:
     return file
 
 
-def _stages(made: Generation, image: int) -> Any:
+def _stages(made: TimedCall, image: int) -> Any:
     """Returns in which stage each token of a picture was activated, (grid_h, grid_w); None where all were at once."""
     if made.stats is None or len(made.stats.anchors) < 2:
         return None

@@ -1,0 +1,202 @@
+"""Plans measured on several fields at once, and the search for levels and plans."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize  # type: ignore[import-untyped]
+
+from jitaccel.errors import ConfigError
+
+from .field import Field
+from .levels import BETA, Family
+from .linear import Distances, Laboratory, Solver, make_laboratory
+from .plan import Plan, cost_on_flux, dense
+
+_WITHIN = 2.0  # plans whose first error is so many times the best of their cost are not refined
+
+
+@dataclass(frozen=True)
+class Study:
+    """Fields of one size and several spectra, on which one setting has to be good.
+
+    Attributes:
+        shape: Latents, (h, w) or (t, h, w); a token is 2 x 2 of them.
+        exponents: Decay of each spectrum.
+    """
+
+    shape: tuple[int, ...]
+    exponents: tuple[float, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along each axis."""
+        *frames, height, width = self.shape
+        return (*frames, height // 2, width // 2)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture."""
+        return math.prod(self.grid)
+
+    def laboratories(self, cell: int) -> tuple[Laboratory, ...]:
+        """Returns a laboratory of each spectrum, for pooling by factors up to `cell`."""
+        return tuple(_laboratory(self.shape, exponent, cell) for exponent in self.exponents)
+
+    def errors(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> tuple[float, ...]:
+        """Returns the relative mean squared error of a plan for each spectrum (`Distances`)."""
+        return tuple(lab.relative_mse(lab.end(plan, levels, solver)) for lab in self.laboratories(plan.cell))
+
+    def distances(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> tuple[Distances, ...]:
+        """Returns the distances of a plan for each spectrum."""
+        return tuple(lab.distances(lab.end(plan, levels, solver)) for lab in self.laboratories(plan.cell))
+
+
+@functools.lru_cache(maxsize=32)
+def _laboratory(shape: tuple[int, ...], exponent: float, cell: int) -> Laboratory:
+    return make_laboratory(Field(shape=shape, exponent=exponent), cell)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a plan's levels are chosen and its steps are made.
+
+    Attributes:
+        family: Of the levels.
+        solver: Of the steps.
+    """
+
+    family: Family = BETA
+    solver: Solver = "dpmpp_2m"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan with the levels that were found for it.
+
+    Attributes:
+        plan: Its stages.
+        way: Family of its levels, and solver.
+        parameters: Of the levels.
+        errors: Relative mean squared error for each spectrum.
+    """
+
+    plan: Plan
+    way: Way
+    parameters: tuple[float, float]
+    errors: tuple[float, ...]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels, one more than steps."""
+        return self.way.family.levels(self.plan.steps, *self.parameters)
+
+    @property
+    def mean_error(self) -> float:
+        """Geometric mean of the errors."""
+        return math.exp(_score(self.errors))
+
+
+def with_levels(plan: Plan, study: Study, way: Way, parameters: tuple[float, float]) -> Found:
+    """Returns a plan on given levels, measured."""
+    levels = way.family.levels(plan.steps, *parameters)
+    return Found(plan, way, parameters, study.errors(plan, levels, way.solver))
+
+
+def coarse_levels(plan: Plan, study: Study, way: Way) -> Found:
+    """Returns a plan on the best levels that its family starts from, by the geometric mean of its errors."""
+    tried = (_tried(plan, study, way, parameters) for parameters in way.family.starts)
+    return min((found for found in tried if found is not None), key=lambda found: found.mean_error)
+
+
+def search_levels(plan: Plan, study: Study, way: Way = Way()) -> Found:
+    """Returns a plan on the best levels: the family's best start, refined by Nelder and Mead's method."""
+    return refined(coarse_levels(plan, study, way), study)
+
+
+def refined(start: Found, study: Study) -> Found:
+    """Returns a plan on better levels near those that it has, to three digits."""
+    way = start.way
+    is_positive = way.family.is_positive
+
+    def parameters(place: Sequence[float]) -> tuple[float, float]:
+        first, second = (float(f"{math.exp(each) if is_positive else each:.3g}") for each in place)
+        return first, second
+
+    def score(place: Sequence[float]) -> float:
+        found = _tried(start.plan, study, way, parameters(place))
+        return 1e3 if found is None else _score(found.errors)
+
+    origin = np.array([math.log(each) if is_positive else each for each in start.parameters])
+    simplex = origin + (0.15 if is_positive else 0.3) * np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    settings = {"xatol": 3e-3, "fatol": 1e-4, "maxfev": 120, "initial_simplex": simplex}
+    best = optimize.minimize(score, origin, method="Nelder-Mead", options=settings)
+    return with_levels(start.plan, study, way, parameters(best.x))
+
+
+def _tried(plan: Plan, study: Study, way: Way, parameters: tuple[float, float]) -> Found | None:
+    """Returns a plan on given levels, or None where they do not fall."""
+    try:
+        return with_levels(plan, study, way, parameters)
+    except ConfigError:
+        return None
+
+
+def _score(errors: Sequence[float]) -> float:
+    return float(np.mean(np.log(errors)))
+
+
+def search_plans(plans: Sequence[Plan], study: Study, way: Way = Way()) -> list[Found]:
+    """Returns plans on the best levels, cheapest first; those far worse than cheaper ones are left out.
+
+    Every plan is tried on the levels that its family starts from. A plan is refined where its error there is below
+    `_WITHIN` times the least of the plans that cost no more.
+    """
+    coarse = sorted((coarse_levels(plan, study, way) for plan in plans), key=lambda found: _cost(found, study))
+    least = np.minimum.accumulate([found.mean_error for found in coarse])
+    return [
+        refined(found, study) for found, best in zip(coarse, least, strict=True) if found.mean_error <= _WITHIN * best
+    ]
+
+
+def front(found: Sequence[Found], study: Study) -> Iterator[Found]:
+    """Yields the plans that are better than all that cost no more, cheapest first."""
+    best = math.inf
+    for each in sorted(found, key=lambda one: (_cost(one, study), one.mean_error)):
+        if each.mean_error < best:
+            best = each.mean_error
+            yield each
+
+
+def _cost(found: Found, study: Study) -> float:
+    return cost_on_flux(found.plan, study.num_tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def dense_line(study: Study, family: Family = BETA, most: int = 14) -> Mapping[int, tuple[float, ...]]:
+    """Returns the line to beat: errors of 3 to `most` dense 2M steps, with levels searched for each spectrum alone."""
+    way = Way(family=family)
+    alone = [Study(study.shape, (exponent,)) for exponent in study.exponents]
+    counts = range(3, most + 1)
+    return {steps: tuple(search_levels(dense(steps), each, way).errors[0] for each in alone) for steps in counts}
+
+
+def ratios_to_dense(errors: Sequence[float], cost: float, line: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:
+    """Returns errors over those of dense steps of equal cost, between whole numbers of steps along straight log errors.
+
+    Raises:
+        ValueError: Where the line does not reach to the cost.
+    """
+    below = math.floor(cost)
+    above = below if cost == below else below + 1
+    if below not in line or above not in line:
+        raise ValueError(f"ratios_to_dense: cost must be in {min(line)}..{max(line)}, got {cost}; extend the line")
+    share = cost - below
+    return tuple(
+        error / math.exp((1.0 - share) * math.log(low) + share * math.log(high))
+        for error, low, high in zip(errors, line[below], line[above], strict=True)
+    )

@@ -1,0 +1,123 @@
+"""The private names of diffusers that jitaccel reads, each in one function that says what it costs.
+
+No other file may name one: tests/execution/test_private.py looks. tests/patches/test_diffusers_private.py tries each
+function on what diffusers makes, so that a name that goes is found before a user finds it. Nothing is imported here:
+pipelines and modules are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOOK_REGISTRY = "_diffusers_hook"
+SCHEDULER_PLACE = ("_step_index", "_begin_index")
+
+
+def hook_registry(module: Any) -> Any:
+    """Returns the registry of hooks on a module itself, or None.
+
+    Diffusers offers `HookRegistry.check_if_exists_or_initialize`, which makes one where there is none, and takes the
+    registry of the model inside torch.compile's wrapper for the wrapper's. Costs: a renamed attribute would hide
+    offloading and caching hooks from the packed forward. Since diffusers 0.33.
+    """
+    return vars(module).get(HOOK_REGISTRY)
+
+
+def put_hook_registry(module: Any, registry: Any) -> Any:
+    """Gives a module a registry of hooks where it has none itself; returns the one that it has then.
+
+    Costs: diffusers would not find the hooks of a registry under another name, to reset them or to list them. Since
+    diffusers 0.33.
+    """
+    return vars(module).setdefault(HOOK_REGISTRY, registry)
+
+
+def accelerate_hook(module: Any) -> Any:
+    """Returns the hook by which accelerate brings a module's weights in and out, or None.
+
+    Both packages read the name; neither has a public way to ask. Costs: a renamed attribute would leave offloaded
+    weights where they wait. In every version of diffusers with offloading, 0.17 and before.
+    """
+    return getattr(module, "_hf_hook", None)
+
+
+def attention_backend(processor: Any) -> Any:
+    """Returns the backend that `set_attention_backend` chose for an attention processor; None: diffusers' default.
+
+    Costs: raises AttributeError for a processor without the name, since attention of another kind than the one that
+    was chosen would be a silent change. Since diffusers 0.35.
+    """
+    return processor._attention_backend
+
+
+def has_context_parallelism(processor: Any) -> bool:
+    """Returns whether `enable_parallelism` splits an attention processor's sequence among devices.
+
+    Costs: raises AttributeError for a processor without the name, since each device would see a part as the whole.
+    Since diffusers 0.36.
+    """
+    return processor._parallel_config is not None
+
+
+def is_parallel(model: Any) -> bool:
+    """Returns whether `enable_parallelism` was called on a model. Costs as `has_context_parallelism`."""
+    return getattr(model, "_parallel_config", None) is not None
+
+
+def offloads_whole_models(pipeline: Any) -> bool:
+    """Returns whether `enable_model_cpu_offload` moves models of a pipeline in and out, one at a time.
+
+    Costs: a renamed attribute would leave the transformer on the device after a measurement. Since diffusers 0.21.
+    """
+    return bool(getattr(pipeline, "_all_hooks", None))
+
+
+def execution_device(pipeline: Any) -> torch.device:
+    """Returns where a pipeline computes, which is not where its models wait while they are offloaded.
+
+    Costs: raises AttributeError without the name; the public `device` is where they wait. In 0.17 and before.
+    """
+    device: torch.device = pipeline._execution_device
+    return device
+
+
+def has_packed_latents(pipeline: Any) -> bool:
+    """Returns whether a pipeline packs latents into tokens as FLUX.1's do. Costs as `unpack_latents`."""
+    return hasattr(pipeline, "_unpack_latents")
+
+
+def unpack_latents(pipeline: Any, tokens: Tensor, height: int, width: int) -> Tensor:
+    """Returns latents (B, C, h, w), as the autoencoder takes them, of FLUX.1's tokens (B, N, 4C). Sizes in pixels.
+
+    Costs: raises AttributeError without the name; to do it here would repeat what the pipeline decides, how a token's
+    four latents lie. Since diffusers 0.30.
+    """
+    latents: Tensor = pipeline._unpack_latents(tokens, height, width, pipeline.vae_scale_factor)
+    return latents
+
+
+def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
+    """Returns FLUX.1's tokens (B, N, 4C) of latents (B, C, h, w). Costs as `unpack_latents`. Since diffusers 0.30."""
+    tokens: Tensor = pipeline._pack_latents(latents, *latents.shape)
+    return tokens
+
+
+def count_step(scheduler: Any, place: int) -> None:
+    """Says that a scheduler has come to this step, where another step than its own was made.
+
+    Costs: a scheduler that counted under another name would take the same step again. Since diffusers 0.21.
+    """
+    scheduler._step_index = place
+
+
+def scheduler_place(scheduler: Any, missing: object) -> Mapping[str, Any]:
+    """Returns at which step a scheduler is and at which it began, to be put back; `missing` for what it has not.
+
+    Costs: a scheduler that kept its place under other names would go on from the middle after a removal. Since
+    diffusers 0.27, the step's since 0.21.
+    """
+    return {name: vars(scheduler).get(name, missing) for name in SCHEDULER_PLACE}

@@ -1,0 +1,12 @@
+"""What tests of custom loops share."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.transformer_loop import Loop
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()

@@ -1,0 +1,197 @@
+"""Pooled stages of models that are data: the model's own forward on a smaller picture or video, made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import jitaccel
+from tests.support import hunyuan, qwen, sd3, video
+from tests.support.pooled import POOLED, denoise_pooled
+from tests.support.tiny import relative_error
+from tests.support.video import prompts
+
+LEVELS = jitaccel.noise_levels(POOLED)
+SCALE = 4.0
+
+
+def halved(latents: Tensor) -> Tensor:
+    """Returns (B, C, T, H, W) of half the height and width, frame by frame."""
+    return F.avg_pool3d(latents, (1, 2, 2))
+
+
+def doubled(latents: Tensor) -> Tensor:
+    frames = latents.transpose(1, 2).flatten(0, 1)
+    large = F.interpolate(frames, scale_factor=2, mode="bilinear")
+    return large.unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
+
+
+def end_of(model: Callable[[Tensor, float, bool], Tensor], latents: Tensor) -> Tensor:
+    """Returns the end of POOLED by hand. model: (latents, noise level, whether they are small) -> velocity."""
+    for i, (level, after) in enumerate(pairwise(LEVELS)):
+        if POOLED.stage_of_step(i, 5) == 0:
+            small, small_level = halved(latents) / (1 - level / 2), (level / 2) / (1 - level / 2)
+            clean = small - small_level * model(small, small_level, True)
+            velocity = (latents - doubled(clean)) / level
+        else:
+            velocity = model(latents, level, False)
+        latents = latents + (after - level) * velocity
+    return latents
+
+
+def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
+    """Returns what Wan's transformer says, guided."""
+    positive, negative = (
+        pipe.transformer(hidden_states=shown, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+        for text in prompts().values()
+    )
+    return negative + SCALE * (positive - negative)
+
+
+@pytest.mark.parametrize("scheduler", video.SCHEDULERS)
+@torch.no_grad()
+def test_video_is_the_smaller_one_made_by_hand(scheduler: str) -> None:
+    pipe = video.wan_pipeline(video.SCHEDULERS[scheduler]())
+    start = torch.randn(1, 4, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    expected = end_of(lambda x, level, _: guided(pipe, x, torch.tensor([1000 * level])), start)
+    with jitaccel.apply(pipe, POOLED) as handle:
+        assert relative_error(video.generate(pipe), expected) < 1e-5
+        assert [step.tokens for step in handle.stats().steps] == [36, 36, 144, 144, 144]
+
+
+@torch.no_grad()
+def test_further_channels_are_averaged_with_the_video() -> None:
+    pipe = video.image_pipeline(expand_timesteps=False)
+    given = video.first_input(pipe)
+    start, condition = given[:, :16], given[:, 16:]
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        beside = halved(condition) if is_small else condition
+        return guided(pipe, torch.cat([x, beside], dim=1), torch.tensor([1000 * level]))
+
+    expected = end_of(model, start)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(video.generate(pipe, image=video.image()), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_frame_that_is_given_holds_no_noise_and_is_averaged_as_it_is() -> None:
+    pipe = video.image_pipeline(expand_timesteps=True)
+    start = video.first_input(pipe)
+    frame = start[:, :, :1]
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        shown = torch.cat([halved(frame) if is_small else frame, x[:, :, 1:]], dim=2)
+        tokens = x.shape[3] // 2 * (x.shape[4] // 2)
+        timestep = torch.tensor([0.0] * tokens + [1000 * level] * (2 * tokens))[None]
+        return guided(pipe, shown, timestep)
+
+    expected = torch.cat([frame, end_of(model, start)[:, :, 1:]], dim=2)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(video.generate(pipe, image=video.image()), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_compiled_pooled_stage_is_one_graph() -> None:
+    pipe = video.wan_pipeline()
+    with jitaccel.apply(pipe, POOLED):
+        expected = video.generate(pipe)
+    with jitaccel.apply(pipe, POOLED, compile={"backend": "eager", "graphs": False}) as handle:
+        assert relative_error(video.generate(pipe), expected) < 1e-5
+        compiled = handle.stats().compiled
+    assert compiled is not None and (compiled.signatures, compiled.graphs) == (2, 2)
+
+
+@torch.no_grad()
+def test_control_video_is_averaged_as_it_is() -> None:
+    pipe = video.vace_pipeline()
+    control, start = video.first_input(pipe, "control_hidden_states"), video.first_input(pipe)
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        given = {"timestep": torch.tensor([1000 * level]), "return_dict": False}
+        given["control_hidden_states"] = halved(control) if is_small else control
+        positive, negative = (
+            pipe.transformer(hidden_states=x, encoder_hidden_states=text, **given)[0] for text in prompts().values()
+        )
+        return negative + SCALE * (positive - negative)
+
+    expected = end_of(model, start)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(video.generate(pipe), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_branches_in_one_batch_are_shown_the_same_smaller_picture() -> None:
+    pipe = sd3.pipeline()
+    start = torch.randn(1, 4, 20, 28, generator=torch.Generator().manual_seed(0))
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        positive, negative = (
+            pipe.transformer(
+                hidden_states=x[:, :, 0],
+                timestep=torch.tensor([1000 * level]),
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+            for text, pooled in sd3.prompts()
+        )
+        return (negative + 3.0 * (positive - negative))[:, :, None]
+
+    expected = end_of(model, start[:, :, None])[:, :, 0]
+    with jitaccel.apply(pipe, POOLED) as handle:
+        assert relative_error(sd3.generate(pipe), expected) < 1e-5
+        assert [step.calls for step in handle.stats().steps] == [2] * 5
+
+
+@pytest.mark.parametrize("name", hunyuan.PIPELINES)
+@torch.no_grad()
+def test_hunyuan_is_shown_a_smaller_video(name: str) -> None:
+    pipe = hunyuan.pipeline(name)
+    size = (3, 12, 16) if name == "HunyuanVideoPipeline" else video.GRID
+    start = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        positive, negative = (
+            pipe.transformer(**hunyuan.arguments(name, x, level, text), return_dict=False)[0]
+            for text in hunyuan.prompts(name)
+        )
+        return negative + 3.0 * (positive - negative)
+
+    expected = end_of(model, start)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(hunyuan.generate(pipe), expected) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@torch.no_grad()
+def test_qwen_is_shown_a_smaller_picture_with_its_own_shape(scale: float) -> None:
+    pipe = qwen.qwen_pipeline()
+
+    def velocity(tokens: Tensor, grid: tuple[int, int], level: float) -> Tensor:
+        branches = [
+            pipe.transformer(
+                hidden_states=tokens,
+                img_shapes=[[(1, *grid)]],
+                timestep=torch.tensor([level]),
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=torch.ones(1, text.shape[1], dtype=torch.bool),
+                return_dict=False,
+            )[0]
+            for text in qwen.prompts()[: 1 if scale == 1.0 else 2]
+        ]
+        if scale == 1.0:
+            return branches[0]
+        mixed = branches[1] + scale * (branches[0] - branches[1])
+        return mixed * branches[0].norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
+
+    grid, start = qwen.GRID, qwen.first_input(pipe)
+    expected = denoise_pooled(velocity, lambda s, level: velocity(s, grid, level), POOLED, start, LEVELS, grid)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(qwen.generate(pipe, true_cfg_scale=scale), expected) < 1e-5
