@@ -296,6 +296,8 @@ class CutCalls:
         if self._compiler is None:
             return _output_of(original, arguments)
         count = None if places is None else (places.anchors.shape, places.shared is None)
+        # In memory of their own: a captured graph writes its inputs, and pipelines expand a timestep over the batch.
+        arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         output: Tensor = self._compiler.run((id(module), count, _signature(arguments)), _output_of, original, arguments)
         return output
 
