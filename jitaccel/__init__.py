@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .generation.handle import Handle
     from .generation.registry import handle_of, remove
     from .generation.stats import Stats
-    from .method.config import PRESETS, JiTConfig
+    from .method.config import JiTConfig
+    from .method.presets import PRESETS
     from .method.schedule import noise_levels
     from .speed.auto import Choice, auto_config
     from .speed.target import Auto
@@ -47,7 +48,7 @@ _HOMES = {
     "Request": "generation.batch",
     "generate_batch": "generation.batch",
     "JiTConfig": "method.config",
-    "PRESETS": "method.config",
+    "PRESETS": "method.presets",
     "ArtefactError": "errors",
     "ConfigError": "errors",
     "NonFiniteVelocityError": "errors",

@@ -14,7 +14,8 @@ from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, arguments_of, check_fields, resolve
+from .method.config import JiTConfig, arguments_of, check_fields
+from .method.presets import resolve
 from .speed.target import Auto
 
 if TYPE_CHECKING:

@@ -29,9 +29,8 @@ class ModelCall:
     state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state.
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
     that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
-    latents along a token's side.
-    branches: how many branches of guidance come as images of one batch; `evaluate` returns all of them, one after the
-    other, (branches * B, M, D).
+    latents along a token's side. branches: how many branches of guidance come as images of one batch; `evaluate`
+    returns all of them, one after the other, (branches * B, M, D).
     """
 
     state: Tensor
@@ -41,8 +40,8 @@ class ModelCall:
     noise_level: Callable[[], float]
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
-    patch: int
     branches: int = 1
+    patch: int
     evaluate: Network
 
     def begin(self, config: JiTConfig, step: Step) -> Generation:

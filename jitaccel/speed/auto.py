@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
-from ..method.config import JiTConfig, arguments_of, check_fields, sparse_start
+from ..method.config import JiTConfig, arguments_of, check_fields
+from ..method.presets import sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
 from .target import target_problems
 

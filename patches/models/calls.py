@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
-Plan = LiftPlan | PooledPlan
 OwnForward = Callable[..., Any]
 """A transformer's own forward."""
+_Stage = tuple[LiftPlan | PooledPlan, dict[int, list[Places]]]
+"""The plan of a stage, and the places of its forwards by the number of branches in one batch."""
 _COMPILED_AROUND = (
     "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
     "torch.compile(...) before apply"
@@ -88,24 +89,28 @@ class Given:
 
         What is given at timestep 0, and what is beside the state, holds no noise: it is averaged as it is.
         """
-        places, grid, layout = Branches(run, self.branches), plan.small_grid, self.layout
         shown, held = run.show(state), self.model.forced(self.arguments)
         if held is not None:
             shown = torch.where(run.gather(held)[..., None], run.show_beside(state), shown)
-        shown, hidden = shown.repeat(self.branches, 1, 1), self.arguments["hidden_states"]
+        hidden = self.layout.smaller(
+            shown.repeat(self.branches, 1, 1),
+            plan.small_grid,
+            self.arguments["hidden_states"],
+            self.num_tokens,
+            run.show_beside,
+        )
+        beside = {
+            name: self.layout.to_latents(run.show_beside(self.layout.to_tokens(self.arguments[name])), like=hidden)
+            for name in self.model.beside
+        }
         timestep = self.model.timestep_like(self.arguments["timestep"], run.shown_level)
         is_of_tokens = timestep.ndim > 1 and timestep.shape[1] == self.num_tokens
-        beside = {
-            name: layout.smaller(run.show_beside(layout.to_tokens(latents)), grid, latents, 0, run.show_beside)
-            for name in self.model.latents
-            if (latents := self.arguments.get(name)) is not None
-        }
         return {
             **self.arguments,
-            **self.model.resized(self.arguments, grid),
+            **self.model.resized(self.arguments, plan.small_grid),
             **beside,
-            "hidden_states": layout.smaller(shown, grid, hidden, self.num_tokens, run.show_beside),
-            "timestep": places.gather(timestep) if is_of_tokens else timestep,
+            "hidden_states": hidden,
+            "timestep": run.gather(timestep) if is_of_tokens else timestep,
             "return_dict": False,
         }
 
@@ -141,7 +146,7 @@ class CutCalls:
         self.model = model
         self._cuts = WeakKeyDictionary({module: Cut(uncompiled(module), model.adapter) for module in modules})
         self._counters = WeakKeyDictionary({module: OperationCounter(module, model.adapter) for module in modules})
-        self._stages: WeakKeyDictionary[Run, tuple[Plan, dict[int, list[Places]]]] = WeakKeyDictionary()
+        self._stages: WeakKeyDictionary[Run, _Stage] = WeakKeyDictionary()
         self._compiler = _compiler_of(options)
         self._notes: tuple[str, ...] = ()
         if options.execution == "packed":
@@ -226,8 +231,8 @@ class CutCalls:
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
-            patch=given.layout.side,
             branches=given.branches,
+            patch=given.layout.side,
             evaluate=functools.partial(self._evaluate, module, original, given),
         )
 
@@ -291,6 +296,8 @@ class CutCalls:
         if self._compiler is None:
             return _output_of(original, arguments)
         count = None if places is None else (places.anchors.shape, places.shared is None)
+        # In memory of their own: a captured graph writes its inputs, and pipelines expand a timestep over the batch.
+        arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         output: Tensor = self._compiler.run((id(module), count, _signature(arguments)), _output_of, original, arguments)
         return output
 

@@ -68,5 +68,7 @@ def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_shape(value: Any) -> Any:
-    is_tensor = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.Size)
-    return torch.empty(value[0], dtype=value[1]) if is_tensor else value
+    """Returns a tensor without data of a shape; real numbers in the copy's own dtype, on which no count depends."""
+    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.Size)):
+        return value
+    return torch.empty(value[0], dtype=None if value[1].is_floating_point else value[1])

@@ -54,7 +54,7 @@ class Model:
         forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
-        latents: Arguments that hold latents of the picture's size beside the state, in its layout.
+        beside: Arguments of latents in the same layout, all of them conditions (a control video).
         resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
             none.
         refused: Arguments that cannot be accelerated, and what they are.
@@ -76,7 +76,7 @@ class Model:
     forced: Callable[[Arguments], Tensor | None] = nothing_forced
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
-    latents: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None

@@ -49,7 +49,7 @@ VACE = Model(
     grid=WAN.grid,
     channels=channels_out,
     frames="time",
-    latents=("control_hidden_states",),
     text=WAN.text,
+    beside=("control_hidden_states",),
 )
 MODELS = (WAN, VACE)

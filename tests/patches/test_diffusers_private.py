@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from diffusers.hooks import HookRegistry
 from torch import nn
 
+import jitaccel
 from jitaccel.patches import diffusers_private as private
 from tests.support import tiny
 
@@ -115,3 +118,10 @@ def test_step_of_a_scheduler_can_be_set(pipe: Any) -> None:
     assert scheduler.step_index == 2
     scheduler.step(torch.zeros(1), scheduler.timesteps[2], torch.zeros(1))
     assert scheduler.step_index == 3
+
+
+def test_dtype_is_given_by_the_name_that_pipelines_take_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*dtype")
+        pipe = FluxPipeline.from_pretrained(jitaccel.embedded_model(), **{private.dtype_argument(): torch.bfloat16})
+    assert pipe.transformer.dtype is torch.bfloat16

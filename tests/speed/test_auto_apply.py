@@ -13,7 +13,7 @@ import torch
 import jitaccel
 from jitaccel import ConfigError
 from jitaccel.cli import main
-from jitaccel.method.config import PRESETS
+from jitaccel.method.presets import PRESETS
 from jitaccel.speed.auto import DENSE_STEPS
 from jitaccel.speed.cost import loop_seconds
 from tests.support import pipelines, tiny

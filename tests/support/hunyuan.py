@@ -88,6 +88,25 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
     return latents
 
 
+def arguments(name: str, latents: Tensor, level: float, text: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the arguments of a call of the transformer on latents (1, C, T, H, W), as the pipelines give them."""
+    given = {
+        "hidden_states": latents,
+        "timestep": torch.tensor([1000.0 * level]),
+        "encoder_hidden_states": text["prompt_embeds"],
+        "encoder_attention_mask": torch.ones(1, TEXT),
+    }
+    if name == "HunyuanVideoPipeline":
+        return given | {"pooled_projections": text["pooled_prompt_embeds"], "guidance": torch.tensor([6000.0])}
+    shown = torch.cat([latents, torch.zeros(1, 5, *latents.shape[2:])], dim=1)
+    return given | {
+        "hidden_states": shown,
+        "encoder_hidden_states_2": text["prompt_embeds_2"],
+        "encoder_attention_mask_2": text["prompt_embeds_mask_2"],
+        "image_embeds": torch.zeros(1, IMAGE, 12),
+    }
+
+
 def velocity_on_tokens(
     name: str, model: Any, tokens: Tensor, at: Tensor, level: float, text: dict[str, Tensor]
 ) -> Tensor:

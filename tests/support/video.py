@@ -112,7 +112,7 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
 
 
 def first_input(pipe: Any, name: str = "hidden_states") -> Tensor:
-    """Returns what the transformer is given in the first step, in a pipeline from images of an image."""
+    """Returns what the transformer is given in the first step; a pipeline from images is given one."""
     seen: list[Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs[name]), with_kwargs=True

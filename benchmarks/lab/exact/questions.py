@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
+
+from jitaccel.method.config import JiTConfig
 
 from ...registry import Row
 from .levels import BETA, LOG_RATIO, native_levels
 from .linear import Distances, Solver
+from .mixture import SCORES, Mixture, by_truth
 from .plan import Plan, Stage, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
 from .study import (
+    DoubtfulStudy,
     Found,
     Study,
     Way,
@@ -27,6 +32,7 @@ from .targets import TARGETS, candidates, is_just_in_time, shares_of_limit
 
 FLUX = Study((128, 128), (2.0, 2.6))  # 1024x1024 pixels: 64x64 tokens
 VIDEO = Study((13, 60, 104), (3.0, 3.6))  # 13x30x52 tokens
+MIXTURE = Mixture()
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "Beta levels": Way(BETA, "dpmpp_2m"),
@@ -134,6 +140,62 @@ def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) ->
                 yield _row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
 
 
+def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Row]:
+    """Yields the front of plans that are good, on average, where the half size is off by -0.15, 0 or 0.15.
+
+    `relative_mse` is with the best half size, `relative_mse_off` with the others. Plans have one pooled step at least.
+    """
+    doubtful = DoubtfulStudy(study.shape, study.exponents)
+    chosen = [plan for plan in pooled_plans(most, study.num_tokens, _COSTS) if plan.cheap_steps]
+    line = dense_line(study)
+    for each in front(search_plans(chosen, doubtful, Way(BETA, solver)), doubtful):
+        off = {}
+        for offset in doubtful.offsets:
+            errors = Study(study.shape, study.exponents, offset).errors(each.plan, each.levels, solver)
+            off[f"{offset:g}"] = _by_spectrum(study, errors)
+        worst = [max(errors[spectrum] for errors in off.values()) for spectrum in off["0"]]
+        ratios = ratios_to_dense(worst, cost_on_flux(each.plan, study.num_tokens), line)
+        extra = {"relative_mse_off": off, "worst_ratio_to_dense": _by_spectrum(study, ratios)}
+        yield _row(study, each.plan, each.levels, BETA.name, solver, extra, each.parameters)
+
+
+def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> Iterator[Row]:
+    """Yields what activation by importance is worth where detail lies in places, on two plans.
+
+    `more_than_random` is the mean over pictures of the squared error beyond that of random activation, divided by the
+    mean of the latter; `standard_error` is of that. "truth" knows where the detail of the exact end lies.
+    """
+    noise = mixture.noise(count, seed)
+    end = mixture.end(noise)
+    ways = {**SCORES, "truth": by_truth(mixture, end)}
+    for densities, boundaries in (((0.32, 0.6, 1.0), (0.4, 0.65, 1.0)), ((0.25, 0.5, 1.0), (0.25, 0.8, 1.0))):
+        config = JiTConfig(
+            densities=densities, boundaries=boundaries, steps=11, lifter="clean", micro_flow="none", solver="dpmpp_2m"
+        )
+        starts = (0, *config.stage_ends(11))
+        plan = Plan(tuple(Stage(steps=b - a, density=d) for (a, b), d in zip(pairwise(starts), densities, strict=True)))
+        errors = {
+            name: (mixture.run(config, noise, scores) - end).square().flatten(1).mean(1)
+            for name, scores in ways.items()
+        }
+        for name, found in errors.items():
+            more = (found - errors["random"]) / errors["random"].mean()
+            fields = {
+                "method": f"{plan}, activated by {name}",
+                "plan": str(plan),
+                "activated_by": name,
+                "grid": list(mixture.grid),
+                "steps": plan.steps,
+                "pictures": count,
+                "seed": seed,
+                "relative_mse_of_mixture": float(f"{found.mean() / end.square().mean():.5g}"),
+                "more_than_random": float(f"{more.mean():.3g}"),
+                "standard_error": float(f"{more.std() / count**0.5:.3g}"),
+            }
+            shown = f"error {found.mean() / end.square().mean():.4f}, {100 * more.mean():+.1f} %"
+            yield Row(line=f"{plan}, activated by {name}: {shown}", fields=fields)
+
+
 def video(study: Study = VIDEO) -> Iterator[Row]:
     """Yields dense and pooled steps on 13x30x52 tokens, pooled within frames.
 
@@ -168,6 +230,7 @@ _VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
         "velocity lifted, exact micro-flow, fresh noise": (Variant("velocity", 1.0, "fresh"), "euler"),
         "velocity lifted, exact micro-flow, own noise": (Variant("velocity", 1.0, "own"), "euler"),
         "velocity lifted, nothing moved": (Variant("velocity"), "euler"),
+        "velocity lifted, nothing moved, second order": (Variant("velocity"), "dpmpp_2m"),
         "clean estimate lifted, nothing moved": (Variant("clean"), "euler"),
         "clean estimate lifted, nothing moved, second order": (Variant("clean"), "dpmpp_2m"),
         "clean estimate lifted, second order across stages": (Variant("clean"), "dpmpp_2m_across"),

@@ -17,18 +17,20 @@ def tables(rows: Sequence[Fields]) -> str:
     for case in dict.fromkeys(row["case"] for row in found):
         of = [row for row in found if row["case"] == case]
         origin = "; ".join(dict.fromkeys(f"{row['date']}, {row['commit']}" for row in of))
-        grouped = dict.fromkeys((tuple(row["grid"]), tuple(row["relative_mse"])) for row in of)
-        text = "\n".join(_table([row for row in of if _kind(row) == kind]) for kind in grouped)
+        kinds = dict.fromkeys(map(_kind, of))
+        text = "\n".join(_table([row for row in of if _kind(row) == kind]) for kind in kinds)
         parts.append(f"**{case}** ({origin})\n\n{text}")
     return "\n".join(parts)
 
 
 def _kind(row: Fields) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    return tuple(row["grid"]), tuple(row["relative_mse"])
+    return tuple(row["grid"]), tuple(row.get("relative_mse", ()))
 
 
 def _table(rows: Sequence[Fields]) -> str:
     (grid, spectra), *_ = map(_kind, rows)
+    if not spectra:
+        return _activation_table(rows)
     extras = [name for name in _EXTRAS if any(name in row for row in rows)]
     head = [f"{'x'.join(map(str, grid))} tokens", "levels", "solver", "cost", "by tokens"]
     head += [f"{what} {spectrum}" for what in ("error", "W2") for spectrum in spectra]
@@ -37,10 +39,24 @@ def _table(rows: Sequence[Fields]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _activation_table(rows: Sequence[Fields]) -> str:
+    grid, pictures = rows[0]["grid"], rows[0]["pictures"]
+    lines = [
+        [f"{'x'.join(map(str, grid))} tokens, {pictures} pictures", "activated by", "error", "more than random, %"],
+        ["---"] * 4,
+    ]
+    for row in rows:
+        more, error = 100 * row["more_than_random"], 100 * row["standard_error"]
+        shown = "" if row["activated_by"] == "random" else f"{more:+.1f} (standard error {error:.1f})"
+        lines.append([row["plan"], row["activated_by"], _short(row["relative_mse_of_mixture"]), shown])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 _EXTRAS = {
     "relative_mse_levels_alone": "error, levels for each alone",
     "ratio_to_dense": "over dense of its cost",
     "pooled_off_by": "half size off by",
+    "worst_ratio_to_dense": "worst over dense of its cost",
     "target": "preset",
     "limit_share": "over its target",
     "variant": "variant",

@@ -59,6 +59,22 @@ class Study:
         return tuple(lab.distances(lab.end(plan, levels, solver)) for lab in self.laboratories(plan.cell))
 
 
+@dataclass(frozen=True)
+class DoubtfulStudy(Study):
+    """A study in which it is not known how far off the network is that sees averages.
+
+    Attributes:
+        offsets: Each counts alike; `errors` has those of every spectrum for the first one, then for the next.
+    """
+
+    offsets: tuple[float, ...] = (-0.15, 0.0, 0.15)
+
+    def errors(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> tuple[float, ...]:
+        """Returns the relative mean squared error of a plan for each offset and spectrum."""
+        studies = (Study(self.shape, self.exponents, offset) for offset in self.offsets)
+        return tuple(error for study in studies for error in study.errors(plan, levels, solver))
+
+
 @functools.lru_cache(maxsize=32)
 def _laboratory(shape: tuple[int, ...], exponent: float, cell: int, off_by: float) -> Laboratory:
     field = Field(shape=shape, exponent=exponent)

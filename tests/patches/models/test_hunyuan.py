@@ -18,7 +18,7 @@ from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models.hunyuan import HUNYUAN_15
 from tests.support import reference
 from tests.support.every_model import CASES, hunyuan_transformer
-from tests.support.hunyuan import PIPELINES, generate, pipeline, prompts, velocity_on_tokens
+from tests.support.hunyuan import PIPELINES, arguments, generate, pipeline, prompts, velocity_on_tokens
 from tests.support.tiny import DENSE, SHORT, relative_error
 from tests.support.video import GRID
 
@@ -95,17 +95,10 @@ def test_videos_of_a_batch_are_run_one_by_one(pipe: Any) -> None:
 def test_bare_transformer_in_an_euler_loop_is_the_methods(pipe: Any) -> None:
     name, levels, start = type(pipe).__name__, jitaccel.noise_levels(SHORT), noise_of(pipe, 1)
     expected = by_hand(pipe, SHORT, start, levels, scale=1.0)
-    case = CASES[type(pipe.transformer).__name__]
-    given, text, latents = case.call(GRID, 1), prompts(name)[0], start.clone()
-    given |= {"encoder_hidden_states": text["prompt_embeds"], "encoder_attention_mask": torch.ones(1, 7)}
-    if name == "HunyuanVideoPipeline":
-        given["pooled_projections"] = text["pooled_prompt_embeds"]
-    else:
-        given |= {"encoder_hidden_states_2": text["prompt_embeds_2"], "encoder_attention_mask_2": torch.ones(1, 4)}
+    latents = start.clone()
     with torch.no_grad(), jitaccel.apply(pipe.transformer, SHORT, noise_levels=levels):
         for level, after in itertools.pairwise(levels):
-            shown = latents if name == "HunyuanVideoPipeline" else torch.cat([latents, torch.zeros(1, 5, *GRID)], dim=1)
-            call = {**given, "hidden_states": shown, "timestep": torch.tensor([1000 * level])}
+            call = arguments(name, latents, level, prompts(name)[0])
             latents = latents + (after - level) * pipe.transformer(**call, return_dict=False)[0]
     assert relative_error(latents, expected) < 1e-5
 

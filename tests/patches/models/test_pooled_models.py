@@ -17,7 +17,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
 from jitaccel.patches.models import MODELS
 from jitaccel.patches.models.calls import CutCalls
-from tests.support import qwen, video
+from tests.support import hunyuan, qwen, sd3, video
 from tests.support.every_model import CASES
 from tests.support.pooled import POOLED, denoise_pooled
 from tests.support.tiny import relative_error
@@ -140,6 +140,67 @@ def test_compiled_pooled_stage_is_one_graph() -> None:
         assert relative_error(video.generate(pipe), expected) < 1e-5
         compiled = handle.stats().compiled
     assert compiled is not None and (compiled.signatures, compiled.graphs) == (2, 2)
+
+
+@torch.no_grad()
+def test_control_video_is_averaged_as_it_is() -> None:
+    pipe = video.vace_pipeline()
+    control, start = video.first_input(pipe, "control_hidden_states"), video.first_input(pipe)
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        given = {"timestep": torch.tensor([1000 * level]), "return_dict": False}
+        given["control_hidden_states"] = halved(control) if is_small else control
+        positive, negative = (
+            pipe.transformer(hidden_states=x, encoder_hidden_states=text, **given)[0] for text in prompts().values()
+        )
+        return negative + SCALE * (positive - negative)
+
+    expected = end_of(model, start)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(video.generate(pipe), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_branches_in_one_batch_are_shown_the_same_smaller_picture() -> None:
+    pipe = sd3.pipeline()
+    start = torch.randn(1, 4, 20, 28, generator=torch.Generator().manual_seed(0))
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        positive, negative = (
+            pipe.transformer(
+                hidden_states=x[:, :, 0],
+                timestep=torch.tensor([1000 * level]),
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+            for text, pooled in sd3.prompts()
+        )
+        return (negative + 3.0 * (positive - negative))[:, :, None]
+
+    expected = end_of(model, start[:, :, None])[:, :, 0]
+    with jitaccel.apply(pipe, POOLED) as handle:
+        assert relative_error(sd3.generate(pipe), expected) < 1e-5
+        assert [step.calls for step in handle.stats().steps] == [2] * 5
+
+
+@pytest.mark.parametrize("name", hunyuan.PIPELINES)
+@torch.no_grad()
+def test_hunyuan_is_shown_a_smaller_video(name: str) -> None:
+    pipe = hunyuan.pipeline(name)
+    size = (3, 12, 16) if name == "HunyuanVideoPipeline" else video.GRID
+    start = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        positive, negative = (
+            pipe.transformer(**hunyuan.arguments(name, x, level, text), return_dict=False)[0]
+            for text in hunyuan.prompts(name)
+        )
+        return negative + 3.0 * (positive - negative)
+
+    expected = end_of(model, start)
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(hunyuan.generate(pipe), expected) < 1e-5
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -249,6 +249,19 @@ def test_compiled_stages_are_one_graph_each() -> None:
     assert compiled.eager_calls == 0 and compiled.calls == 2 * 2 * 5
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recorded_stages_are_replayed_for_other_anchors(variant: str) -> None:
+    pipe = wan_pipeline(**VARIANTS[variant])
+    with jitaccel.apply(pipe, SHORT):
+        eager = [generate(pipe, seed=seed, batch=2) for seed in range(3)]
+    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager", "graphs": True}, strict=True) as handle:
+        for seed, expected in enumerate(eager):
+            assert relative_error(generate(pipe, seed=seed, batch=2), expected) < 1e-6
+        compiled = handle.stats().compiled
+    assert compiled is not None and compiled.captures == compiled.graphs and compiled.dropped == 0
+    assert compiled.replays == 3 * 10 - compiled.captures
+
+
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_offloaded_groups_give_the_same_video(when: str, kind: str) -> None:
@@ -340,8 +353,9 @@ def test_half_precision_network_leaves_the_latents_float() -> None:
     plain = generate(pipe, 4)
     with jitaccel.apply(pipe, DENSE):
         assert torch.equal(generate(pipe, 4), plain)
-    with jitaccel.apply(pipe, SHORT):
+    with jitaccel.apply(pipe, SHORT) as handle:
         video_ = generate(pipe)
+    assert handle.stats().dense_steps > 0.0
     assert video_.dtype == plain.dtype == torch.float32 and video_.isfinite().all()
 
 
