@@ -78,7 +78,7 @@ def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
 
     from ..evaluation.comparison import Method, compared_methods, generate, warm_up
     from ..loading import EMBEDDED_TEXT_TOKENS, picture_side
-    from ..method.config import PRESETS
+    from ..method.presets import PRESETS
 
     pipe.set_progress_bar_config(disable=True)
     side = picture_side(pipe)
