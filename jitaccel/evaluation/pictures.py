@@ -68,7 +68,7 @@ def show_pooled(picture: Pixels, factor: int) -> Pixels:
 
     Blocks at the last row and column are smaller where the sides do not divide.
     """
-    pixels = to_bytes(picture).astype(np.float32)
+    pixels: Pixels = to_bytes(picture).astype(np.float64)
     for axis in (0, 1):
         starts = np.arange(0, pixels.shape[axis], factor)
         sizes = np.diff(np.append(starts, pixels.shape[axis]))

@@ -89,7 +89,7 @@ class Stats:
         return tuple(sum(s.network_s + s.outside_s for s in self.steps if s.stage == k) for k in stages)
 
     def shown(self, stage: int) -> str:
-        """Returns how a stage showed the picture to the network: "dense", "subset", or "pooled 2" (by 2 along a side)."""
+        """Returns how a stage showed the picture to the network: "dense", "subset", or "pooled 2" (by 2 a side)."""
         factor = self.config.pooling_of(stage)
         if factor > 1:
             return f"pooled {factor}"
