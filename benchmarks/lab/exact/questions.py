@@ -286,7 +286,9 @@ def subset_or_pooled() -> Iterator[Measurement]:
             yield _found_row(study, refined(with_levels(by_subset, study, way, by_area.parameters), study))
 
 
-def _found_row(study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = "") -> Measurement:
+def _found_row(
+    study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = ""
+) -> Measurement:
     family, solver = found.way.family.name, found.way.solver
     return _row(study, found.plan, found.levels, family, solver, extra, found.parameters, name)
 
