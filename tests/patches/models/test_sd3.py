@@ -111,7 +111,7 @@ def test_generation_may_start_among_the_levels() -> None:
     with jitaccel.apply(pipe, "7x") as handle:
         assert generate(pipe, 7, strength=0.8).isfinite().all()
     steps = handle.stats().steps
-    assert 0.0 < steps[0].noise_level < 0.99 and steps[0].tokens < steps[-1].tokens == 140
+    assert len(steps) < 7 and steps[0].noise_level < 1.0 and steps[0].tokens < steps[-1].tokens == 140
 
 
 def test_bare_transformer_in_an_euler_loop_is_the_methods() -> None:
