@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --constraint requiremen
 INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 OVERLAYS := $(VENV)/overlays
-DIFFUSERS_TESTS := $(addprefix tests/patches/,test_codebases.py flux diffusers)
+DIFFUSERS_TESTS := $(addprefix tests/patches/,test_codebases.py test_diffusers_private.py flux diffusers)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup operators lint test test-lowest demo bench clean distclean

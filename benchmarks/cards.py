@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from jitaccel.evaluation.quality.rows import settings_as_now
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.control import equivalent_dense_steps
 

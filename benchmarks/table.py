@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS
 
 from . import cards
 from .cards import Fields
 from .compare import identity
+from .lab.exact import report as exact_report
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -244,6 +246,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "auto": auto,
     "codebases": codebases,
     "denoise": denoise,
+    "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
     "packing": packing,

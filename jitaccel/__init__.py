@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from .generation.handle import Handle
     from .generation.registry import handle_of, remove
     from .generation.stats import Stats
-    from .method.config import PRESETS, JiTConfig
+    from .method.config import JiTConfig
+    from .method.presets import PRESETS
     from .method.schedule import noise_levels
     from .speed.auto import Choice, auto_config
+    from .speed.target import Auto
     from .version import __version__ as __version__  # not in __all__: `import *` leaves it out
 
 _HOMES = {
@@ -39,13 +41,14 @@ _HOMES = {
     "Exported": "artefacts.export",
     "export": "artefacts.export",
     "load_exported": "artefacts.export",
+    "Auto": "speed.target",
     "Choice": "speed.auto",
     "auto_config": "speed.auto",
     "Outcome": "generation.batch",
     "Request": "generation.batch",
     "generate_batch": "generation.batch",
     "JiTConfig": "method.config",
-    "PRESETS": "method.config",
+    "PRESETS": "method.presets",
     "ArtefactError": "errors",
     "ConfigError": "errors",
     "NonFiniteVelocityError": "errors",
@@ -60,6 +63,7 @@ _HOMES = {
 __all__ = [
     "PRESETS",
     "ArtefactError",
+    "Auto",
     "Choice",
     "ConfigError",
     "Exported",

@@ -14,7 +14,9 @@ from .errors import ConfigError, UnsupportedModelError
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, arguments_of, check_fields, resolve
+from .method.config import JiTConfig, arguments_of, check_fields
+from .method.presets import resolve
+from .speed.target import Auto
 
 if TYPE_CHECKING:
     from .speed.auto import Choice
@@ -24,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def apply(
     target: Any,
-    preset: str | JiTConfig = "7x",
+    preset: str | JiTConfig | Auto = "7x",
     *,
     noise_levels: Sequence[float] | None = None,
     execution: Mode = "auto",
@@ -48,10 +50,10 @@ def apply(
         Diffusion 3 (the scheduler is followed, and the state moved in its `step`), a bare transformer of theirs, or
         Black Forest Labs' `Flux`, in somebody's own Euler loop (the move rides on the returned velocity), or ComfyUI's
         `ModelPatcher`. docs/codebases.md lists them.
-    preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or "auto": the
-        steps and densities that reach a target on this machine, by a few steps that are timed here; `handle.choice`
-        says what was picked and why. On video models a preset given by name keeps the sampler's own noise levels;
-        `schedule="beta"` takes the preset's.
+    preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or a
+        speed, `jitaccel.Auto(speedup=8)`: the steps and densities that reach it on this machine, by a few steps that
+        are timed here; `handle.choice` says what was picked and why. On video models a preset given by name keeps the
+        sampler's own noise levels; `schedule="beta"` takes the preset's.
     noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
         without them they are predicted from the preset's own, and corrected as they are seen.
     execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's own
@@ -68,9 +70,7 @@ def apply(
         and the levels that the configuration has set by then.
     controlnet: a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less and
         shows it less of the picture.
-    target_speedup, target_ms: one of both for "auto": against 50 dense steps, or milliseconds of denoising for one
-        image (with true CFG it takes twice that). size, text_tokens: (height, width) in pixels and the length of
-        prompts to measure at, without them the pipeline's defaults. `auto_config` says more of the four.
+    target_speedup, target_ms, size, text_tokens: with preset="auto", what `Auto` holds: speedup, ms, size, text_tokens.
     overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
     Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
@@ -79,10 +79,10 @@ def apply(
 
     _check_is_object(target)
     check_fields("apply", overrides, arguments_of(apply))
-    wanted = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
-    is_auto = isinstance(preset, str) and preset == "auto"
-    _check_wanted(is_auto, wanted, overrides, noise_levels)
-    config = resolve("dense" if is_auto else preset, **{**_defaults(target, preset), **overrides})
+    keywords = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
+    auto = _wanted_speed(preset, keywords, overrides, noise_levels)
+    named = "dense" if isinstance(preset, Auto) or auto is not None else preset
+    config = resolve(named, **{**_defaults(target, preset), **overrides})
     levels = None if noise_levels is None else _checked_levels(noise_levels)
     how = Execution(
         execution=execution,
@@ -94,8 +94,8 @@ def apply(
     )
     choice = None
     try:
-        if is_auto:
-            choice = _choice(target, wanted, how, overrides)
+        if auto is not None:
+            choice = _choice(target, auto, how, overrides)
             config = choice.config
         installation = patches.find(target).prepare(target, config, levels, how)
     except UnsupportedModelError as error:
@@ -121,7 +121,7 @@ def _check_is_object(target: Any) -> None:
         ) from None
 
 
-def _defaults(target: Any, preset: str | JiTConfig) -> Mapping[str, Any]:
+def _defaults(target: Any, preset: str | JiTConfig | Auto) -> Mapping[str, Any]:
     """Returns the fields that the kind of model has in a preset that is given by name: video keeps its own levels."""
     from . import patches
 
@@ -134,33 +134,49 @@ def _defaults(target: Any, preset: str | JiTConfig) -> Mapping[str, Any]:
     return {} if patch.defaults is None else patch.defaults(target)
 
 
-def _check_wanted(
-    is_auto: bool, wanted: Mapping[str, Any], overrides: Mapping[str, Any], levels: Sequence[float] | None
-) -> None:
-    """Raises ConfigError where targets and preset do not go together."""
-    if is_auto:
-        from .speed.auto import check_target
+def _wanted_speed(
+    preset: str | JiTConfig | Auto,
+    keywords: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    levels: Sequence[float] | None,
+) -> Auto | None:
+    """Returns the speed that is asked for in place of a preset, or None; raises where arguments do not go together."""
+    is_auto = isinstance(preset, str) and preset == "auto"
+    if not is_auto:
+        advice = "set it in Auto" if isinstance(preset, Auto) else 'leave it out, or use preset="auto"'
+        if problems := [
+            f'apply: {name} must be left out unless preset="auto", got {value!r}; {advice}'
+            for name, value in keywords.items()
+            if value is not None
+        ]:
+            raise ConfigError("\n".join(problems))
+        if not isinstance(preset, Auto):
+            return None
+    from .speed.auto import check_target
 
-        check_target(wanted["target_speedup"], wanted["target_ms"], overrides)
-        if levels is not None:
-            raise ConfigError(
-                'apply: noise_levels must be left out with preset="auto", which picks them, got a list; '
-                "let the loop follow jitaccel.noise_levels(handle.config)"
-            )
-        return
-    if problems := [
-        f'apply: {name} must be left out unless preset="auto", got {value!r}; leave it out, or use preset="auto"'
-        for name, value in wanted.items()
-        if value is not None
-    ]:
-        raise ConfigError("\n".join(problems))
+    speedup = preset.speedup if isinstance(preset, Auto) else keywords["target_speedup"]
+    ms = preset.ms if isinstance(preset, Auto) else keywords["target_ms"]
+    check_target(speedup, ms, overrides)
+    if levels is not None:
+        raise ConfigError(
+            'apply: noise_levels must be left out with preset="auto", which picks them, got a list; '
+            "let the loop follow jitaccel.noise_levels(handle.config)"
+        )
+    if isinstance(preset, Auto):
+        return preset
+    return Auto(
+        speedup=keywords["target_speedup"],
+        ms=keywords["target_ms"],
+        size=keywords["size"],
+        text_tokens=keywords["text_tokens"],
+    )
 
 
-def _choice(target: Any, wanted: Mapping[str, Any], how: Execution, overrides: Mapping[str, Any]) -> Choice:
+def _choice(target: Any, wanted: Auto, how: Execution, overrides: Mapping[str, Any]) -> Choice:
     from .speed.auto import decide, measure_costs
 
-    costs = measure_costs(target, wanted["size"], wanted["text_tokens"], how)
-    choice = decide(costs, target_speedup=wanted["target_speedup"], target_ms=wanted["target_ms"], **overrides)
+    costs = measure_costs(target, wanted.size, wanted.text_tokens, how)
+    choice = decide(costs, target_speedup=wanted.speedup, target_ms=wanted.ms, **overrides)
     _log.info("jitaccel: %s", choice)
     return choice
 

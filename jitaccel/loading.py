@@ -29,10 +29,12 @@ def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto") 
     _quieten(progress_bars=model is None)
     from diffusers import DiffusionPipeline
 
+    from .patches.diffusers_private import dtype_argument
+
     is_cuda = torch_device.type == "cuda"
     name = dtype if dtype != "auto" else "bfloat16" if is_cuda else "float32"
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **{_dtype_argument(): getattr(torch, name)})
+        pipe = DiffusionPipeline.from_pretrained(source, **{dtype_argument(): getattr(torch, name)})
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CommandError(f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}") from error
@@ -49,13 +51,6 @@ def _quieten(progress_bars: bool) -> None:
 
         logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
-
-
-def _dtype_argument() -> str:
-    """Returns the name that this diffusers gives the argument; the one ignores, the other deprecates the wrong name."""
-    from diffusers.utils import deprecation_utils
-
-    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def require_diffusers() -> None:

@@ -1,8 +1,8 @@
 """The private names of diffusers that jitaccel reads, each in one function that says what it costs.
 
 No other file may name one: tests/execution/test_private.py looks. tests/patches/test_diffusers_private.py tries each
-function on what diffusers makes, so that a name that goes is found before a user finds it. Nothing is imported here:
-pipelines and modules are given.
+function on what diffusers makes, so that a name that goes is found before a user finds it. Importing this file imports
+nothing of diffusers.
 """
 
 from __future__ import annotations
@@ -112,6 +112,17 @@ def count_step(scheduler: Any, place: int) -> None:
     Costs: a scheduler that counted under another name would take the same step again. Since diffusers 0.21.
     """
     scheduler._step_index = place
+
+
+def dtype_argument() -> str:
+    """Returns the name that this diffusers gives the dtype of `from_pretrained`, "dtype" or "torch_dtype".
+
+    Old ones ignore the first, new ones warn of the second; signatures show neither. Costs: a renamed function would
+    bring the warning back. `_resolve_dtype` came with "dtype", after diffusers 0.36.
+    """
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def scheduler_place(scheduler: Any, missing: object) -> Mapping[str, Any]:

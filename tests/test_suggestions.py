@@ -14,7 +14,7 @@ from jitaccel.errors import suggestion
 from jitaccel.evaluation.quality.scorers import scorer_factory
 from jitaccel.execution.attention.choice import check_attention
 from jitaccel.execution.options import Execution
-from jitaccel.method.config import resolve
+from jitaccel.method.presets import resolve
 
 SEVEN = jitaccel.PRESETS["7x"]
 

@@ -29,5 +29,15 @@ CASES = (
         for name, way in questions.WAYS.items()
     ),
     _case("others", "other sizes and spectra", questions.elsewhere),
+    _case("others", "half size that knows another spectrum", questions.other_half_size),
+    *(
+        _case("others", f"half size in doubt, {words}", functools.partial(questions.doubtful_half_size, solver))
+        for solver, words in questions.SOLVERS.items()
+        if solver != "euler"
+    ),
+    _case("others", "video", questions.video),
     _case("others", "rows that were sampled before", questions.earlier_rows),
+    _case("subsets", "the paper's 7x and its variants", questions.subset_variants),
+    _case("subsets", "activation where detail lies in places", questions.activation),
+    _case("subsets", "subset or pooled steps", questions.subset_or_pooled),
 )

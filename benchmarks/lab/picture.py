@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jitaccel.evaluation.quality.pareto import pareto_picture
-from jitaccel.method.config import PRESETS
+from jitaccel.method.presets import PRESETS
 
 from ..table import RESULTS, read_results
 from .report import BENCHMARK

@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.methods import parse_methods
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS
 
 from . import lifters, variant
 from .variant import Variant

@@ -25,7 +25,8 @@ from jitaccel.evaluation.quality.rows import Row
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.loading import load_pipeline
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.provenance import provenance
 from jitaccel.speed.control import equivalent_dense_steps

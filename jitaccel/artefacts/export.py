@@ -37,8 +37,9 @@ from ..execution.options import Attention
 from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
-from ..method.config import JiTConfig, arguments_of, check_fields, resolve
+from ..method.config import JiTConfig, arguments_of, check_fields
 from ..method.grid import num_tokens_of
+from ..method.presets import resolve
 from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ..errors import CommandError
-from ..method.config import PRESETS, resolve
+from ..method.presets import PRESETS, resolve
 
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 

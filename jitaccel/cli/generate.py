@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CommandError
-from ..method.config import PRESETS, JiTConfig, resolve
+from ..method.config import JiTConfig
+from ..method.presets import PRESETS, resolve
 
 _UNTOUCHED = "none"
 _AUTO = "auto"

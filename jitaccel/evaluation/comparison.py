@@ -17,7 +17,8 @@ from ..errors import ConfigError
 from ..generation.handle import Handle
 from ..generation.stats import Stats
 from ..generation.stopwatch import wait_for
-from ..method.config import PRESETS, JiTConfig
+from ..method.config import JiTConfig
+from ..method.presets import PRESETS
 from ..patches.flux.flops import flux_flops
 from ..speed.control import dense_control, schedule_flops
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CommandError
-from ..method.config import PRESETS
+from ..method.presets import PRESETS
 from ..method.schedule import beta_levels
 from ..patches.diffusers_private import has_packed_latents, pack_latents, unpack_latents
 from .comparison import Method, TimedCall, generate

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
-from ..method.config import JiTConfig, resolve
+from ..method.config import JiTConfig
+from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
 
 from ..errors import ConfigError
 from ..method.config import JiTConfig
@@ -76,12 +73,15 @@ class Installation:
         install: Makes the changes to a target through a handle, which undoes them. It must not hold the target.
         release: Lets go of what was built (compiled graphs); called when the changes are undone.
         replaces: Handles to remove first, besides the one of the same target.
+        generate: Makes pictures of an empty prompt, (target, height, width, batch, further arguments), for a warm-up;
+            None where only a loop of somebody's own makes any.
     """
 
     route: Route
     install: Callable[[Any, Handle], None]
     release: Callable[[], None] = _release_nothing
     replaces: tuple[Handle, ...] = ()
+    generate: Callable[[Any, int, int, int, Mapping[str, Any]], object] | None = None
 
 
 class Handle:
@@ -165,8 +165,8 @@ class Handle:
             length of prompts (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
         Returns the statistics. Raises ConfigError where what was patched is no pipeline: call your own loop once.
         """
-        pipeline = self.target
-        if not hasattr(pipeline, "encode_prompt"):
+        pipeline, generate = self.target, self._installation.generate
+        if generate is None:
             raise ConfigError(
                 f"Handle.warmup: what was patched must be a pipeline, got {self._kind}; run your own loop once instead"
             )
@@ -176,10 +176,7 @@ class Handle:
 
             todo = tqdm(todo, desc="warm-up", unit="size")
         for height, width, batch in todo:
-            count = _count_argument(pipeline)
-            settings = {"prompt": "", count: batch, "output_type": "latent", **call}
-            generator = torch.Generator().manual_seed(0)
-            pipeline(height=height, width=width, generator=generator, **settings)
+            generate(pipeline, height, width, batch, call)
         return self.stats()
 
     def stats(self) -> Stats:
@@ -227,12 +224,6 @@ class Handle:
         changes = ", ".join(self._changes) if self._changes else "removed"
         auto = "" if self.choice is None else f"; auto: {self.choice}"
         return f"<jitaccel.Handle of {self._kind}: {changes}{auto}>"
-
-
-def _count_argument(pipeline: Any) -> str:
-    """Returns by which name a pipeline is told how many pictures, or videos, to make of a prompt."""
-    known = inspect.signature(type(pipeline).__call__).parameters
-    return "num_videos_per_prompt" if "num_videos_per_prompt" in known else "num_images_per_prompt"
 
 
 def _put_back(owner: weakref.ref[Any], name: str, ours: weakref.ref[Any]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
-from ..method.config import JiTConfig, arguments_of, check_fields, sparse_start
+from ..method.config import JiTConfig, arguments_of, check_fields
+from ..method.presets import sparse_start
 from .cost import Costs, Seconds, loop_seconds, measure
+from .target import target_problems
 
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about
@@ -175,31 +177,18 @@ def measure_costs(
 
 def check_target(target_speedup: float | None, target_ms: float | None, overrides: Mapping[str, Any]) -> None:
     """Raises ConfigError, with every reason, where not just one target is given, or fields that are to be chosen."""
-    problems = []
-    if (target_speedup is None) == (target_ms is None):
-        problems.append(
-            f"auto_config: one of target_speedup and target_ms must be given, got "
-            f"{'none' if target_ms is None else 'both'}; say how fast, for example target_speedup=8.0"
-        )
-    if target_speedup is not None and not (_is_number(target_speedup) and target_speedup > 1.0):
-        problems.append(
-            f"auto_config: target_speedup must be a finite number above 1, got {target_speedup!r}; "
-            f'use preset="dense" for 1'
-        )
-    if target_ms is not None and not (_is_number(target_ms) and target_ms > 0.0):
-        problems.append(f"auto_config: target_ms must be a finite number above 0, got {target_ms!r}; give milliseconds")
-    problems += [
+    names = ("target_speedup", "target_ms")
+    if problems := [*target_problems("auto_config", names, (target_speedup, target_ms)), *_chosen_problems(overrides)]:
+        raise ConfigError("\n".join(problems))
+
+
+def _chosen_problems(overrides: Mapping[str, Any]) -> list[str]:
+    return [
         f"auto_config: {name} must be left out, got {overrides[name]!r}, which is what is chosen; "
         f'give a preset ("4x", "7x") to set it yourself'
         for name in _OWN_FIELDS
         if name in overrides
     ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _describe(config: JiTConfig) -> str:

@@ -27,6 +27,7 @@ from .latents import LatentsRoute
 from .multistep import scheduler_problems
 from .pipelines import explain, handles_of, refuse_shared_scheduler
 from .refused import guider_problem
+from .warm import generate_once
 
 _NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2 has one for each half of the levels
 
@@ -74,7 +75,9 @@ def prepare_pipeline(
         _install_cut(calls, model, handle)
         route.install(handle)
 
-    return Installation(route=route, install=put, release=calls.release, replaces=replaces)
+    return Installation(
+        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+    )
 
 
 def prepare_transformer(

@@ -31,6 +31,7 @@ from .controlnet import apply_to_controlnet, check_controlnet
 from .hook import SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
 from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
+from .warm import generate_once
 
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
@@ -60,7 +61,9 @@ def prepare_pipeline(
             apply_to_controlnet(pipeline, handle, route)
         route.install(handle)
 
-    return Installation(route=route, install=put, release=calls.release, replaces=replaces)
+    return Installation(
+        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+    )
 
 
 def handles_of(pipeline: Any, transformers: Sequence[Any]) -> tuple[Handle, ...]:

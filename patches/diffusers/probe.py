@@ -14,7 +14,7 @@ from torch import Tensor
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.method.anchors import first_anchors
-from jitaccel.method.config import PRESETS
+from jitaccel.method.presets import PRESETS
 from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
 from jitaccel.speed.cost import Probe

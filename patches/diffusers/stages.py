@@ -32,6 +32,7 @@ from .batch import levels_of
 from .hook import hook_of
 from .pipelines import check_text_to_image
 from .scheduler import SchedulerRoute, scheduler_handle
+from .warm import generate_once
 
 _ARGUMENTS = (
     "hidden_states",
@@ -201,7 +202,7 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put)
+    return Installation(route=route, install=put, generate=generate_once)
 
 
 class _Calls:

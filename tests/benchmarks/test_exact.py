@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,11 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.cases.exact import CASES
+from benchmarks.lab.exact import picture, questions, report
 from benchmarks.lab.exact.field import Field, make_blocks, make_pooling
 from benchmarks.lab.exact.levels import BETA, LOG_RATIO, Family, log_ratio_levels, native_levels
 from benchmarks.lab.exact.linear import Solver, make_laboratory
 from benchmarks.lab.exact.plan import Plan, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
-from benchmarks.lab.exact.study import Study, Way, dense_line, front, ratios_to_dense, search_levels, search_plans
+from benchmarks.lab.exact.study import (
+    Study,
+    Way,
+    dense_line,
+    front,
+    ratios_to_dense,
+    search_levels,
+    search_plans,
+    with_levels,
+)
+from benchmarks.lab.exact.targets import TARGETS, candidates, is_just_in_time, shares_of_limit
+from benchmarks.registry import Row
 from jitaccel.errors import ConfigError
 from jitaccel.method.schedule import beta_levels
 from jitaccel.method.solver import extrapolation_weight
@@ -202,6 +218,14 @@ def test_front_gets_better_as_it_gets_dearer() -> None:
     assert dense(3) not in plans[1:]
 
 
+def test_half_size_that_knows_another_spectrum_is_worse_and_dense_steps_do_not_see_it() -> None:
+    off = Study(WHOLE.shape, WHOLE.exponents, pooled_off_by=0.3)
+    for plan, is_same in ((dense(5), True), (pooled((7, 2), (5, 1)), False)):
+        levels = beta_levels(plan.steps, 0.839, 0.267)
+        best, other = WHOLE.errors(plan, levels), off.errors(plan, levels)
+        assert other == best if is_same else all(np.array(other) > 1.5 * np.array(best))
+
+
 def test_equal_cost_lies_between_whole_numbers_of_dense_steps() -> None:
     line = {6: (4e-2,), 7: (1e-2,)}
     assert ratios_to_dense((1e-2,), 6.5, line) == pytest.approx((0.5,))
@@ -211,7 +235,58 @@ def test_equal_cost_lies_between_whole_numbers_of_dense_steps() -> None:
 
 
 def test_dense_line_falls() -> None:
-    line = dense_line(WHOLE, most=8)
-    assert [*line] == [3, 4, 5, 6, 7, 8]
+    line = dense_line(WHOLE)
+    assert [*line] == list(range(3, 15))
     for errors in zip(*line.values(), strict=True):
         assert list(errors) == sorted(errors, reverse=True)
+
+
+def rows_of(question: Iterable[Row], case: str) -> list[dict[str, Any]]:
+    origin = {"benchmark": "exact", "case": case, "date": "2026-12-01", "commit": "abc"}
+    return [{**row.fields, **origin} for row in question]
+
+
+def test_rows_become_a_table_and_a_picture() -> None:
+    small = Study((16, 16), (2.0, 2.6))
+    rows = rows_of(questions.dense_steps(small, counts=(5, 6)), "dense steps")
+    rows += rows_of(questions.plans(Way(), small, most=(1, 1, 3)), "pooled plans, Beta levels")
+    text = report.tables(rows)
+    (line,) = [line for line in text.splitlines() if line.startswith("| 28 dense") and "Euler" in line]
+    errors = small.errors(dense(28), native_levels(28), "euler")
+    cells = line.split(" | ")
+    assert float(cells[5]) == pytest.approx(errors[0], rel=0.05) and float(cells[6]) == pytest.approx(
+        errors[1], rel=0.05
+    )
+    assert text.count("2026-12-01, abc") == 2
+    drawn = ElementTree.fromstring(picture.picture(rows))
+    lines = drawn.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 2 * len(picture.LINES)
+    assert len((lines[0].get("points") or "").split()) == 2  # 5 and 6 dense steps on Beta levels
+    with pytest.raises(ValueError, match="dense steps, got none"):
+        picture.picture([])
+
+
+def test_every_question_is_a_case() -> None:
+    names = {case.name for case in CASES}
+    assert {"dense steps", "video", "subset or pooled steps"} <= names
+    assert {f"pooled plans, {way}" for way in questions.WAYS} <= names
+    assert {line.case for line in picture.LINES} <= names
+
+
+@pytest.mark.parametrize("way", questions.PRESETS)
+@pytest.mark.parametrize("preset", TARGETS)
+def test_two_stage_presets_meet_their_targets(way: str, preset: str) -> None:
+    plan, parameters = questions.PRESETS[way][preset]
+    found = with_levels(plan, WHOLE, questions.WAYS[way], parameters)
+    assert is_just_in_time(plan) and cost_on_flux(plan, WHOLE.num_tokens) <= TARGETS[preset].cost
+    assert max(shares_of_limit(TARGETS[preset], found, WHOLE, BETA)) <= 1.0
+
+
+def test_a_limit_is_the_least_of_a_targets_limits() -> None:
+    found = with_levels(dense(7), WHOLE, Way(), (0.778, 0.275))
+    line = dense_line(WHOLE)
+    half = [2.0 * error / limit for error, limit in zip(found.errors, line[7], strict=True)]
+    assert shares_of_limit(TARGETS["7x"], found, WHOLE) == pytest.approx(
+        half
+    )  # 28 Euler steps allow more than half of 7
+    assert candidates(TARGETS["7x"], [found], WHOLE) == []  # no step of it is cheap

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import jitaccel
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS
 from jitaccel.patches.flux.flops import flux_flops
 
 pytest.importorskip("diffusers")

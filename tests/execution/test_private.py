@@ -20,7 +20,7 @@ NAMES = {
     ),
     "patches/diffusers_private.py": (
         r"\b(_diffusers_hook|_hf_hook|_attention_backend|_parallel_config|_all_hooks|_execution_device|"
-        r"_(un)?pack_latents|_step_index|_begin_index)\b"
+        r"_(un)?pack_latents|_step_index|_begin_index|_resolve_dtype)\b"
     ),
 }
 

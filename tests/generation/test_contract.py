@@ -29,6 +29,7 @@ from tests.support import tiny
 from tests.support.comfy_stand_in import BaseModel, ModelPatcher
 from tests.support.every_model import wan_transformer
 from tests.support.models import chroma_transformer, flux2_transformer
+from tests.support.pipelines import chroma_pipeline, flux2_pipeline
 from tests.support.tiny import CHANNELS, SHORT
 from tests.support.video import wan_pipeline
 
@@ -71,6 +72,12 @@ def _comfy() -> Any:
 
 CASES = {
     "FluxPipeline": Case("diffusers FluxPipeline", tiny.pipeline, lambda pipe: [pipe.transformer]),
+    "Flux2Pipeline": Case(
+        "diffusers FluxPipeline", lambda: flux2_pipeline("Flux2Pipeline"), lambda pipe: [pipe.transformer]
+    ),
+    "ChromaPipeline": Case(
+        "diffusers FluxPipeline", lambda: chroma_pipeline("ChromaPipeline"), lambda pipe: [pipe.transformer]
+    ),
     "FLUX.1 transformer": Case("diffusers FluxTransformer2DModel", tiny.transformer),
     "FLUX.2 transformer": Case("diffusers FluxTransformer2DModel", flux2_transformer),
     "Chroma transformer": Case("diffusers FluxTransformer2DModel", chroma_transformer),

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jitaccel.errors import ConfigError
-from jitaccel.method.config import PRESETS, JiTConfig, resolve
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS, resolve
 
 TWO_STAGES: dict[str, Any] = {"densities": (0.5, 1.0), "boundaries": (0.5, 1.0), "steps": 10}
 

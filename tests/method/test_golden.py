@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jitaccel.method.anchors import activate, first_anchors, merge_anchors
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
 from jitaccel.method.importance import importance
 from jitaccel.method.lift import lift, lift_velocity, make_lift_plan
 from jitaccel.method.microflow import micro_flow
+from jitaccel.method.presets import PRESETS
 from jitaccel.method.schedule import noise_levels
 from jitaccel.tokens import gather_tokens
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jitaccel.errors import ConfigError
-from jitaccel.method.config import PRESETS, JiTConfig, resolve
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS, resolve
 from jitaccel.method.schedule import (
     LEVEL_TOLERANCE,
     beta_levels,

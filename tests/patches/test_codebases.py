@@ -15,9 +15,10 @@ import jitaccel
 from jitaccel import ConfigError, JiTConfig
 from jitaccel.patches.flux.kinds import PIPELINES
 from tests.support import tiny
-from tests.support.models import chroma_transformer, noise, randomised
+from tests.support.models import noise, randomised
 from tests.support.pipelines import (
     call_of,
+    chroma_pipeline,
     flux2_pipeline,
     flux_pipeline,
     mask_picture,
@@ -321,9 +322,7 @@ def test_references_of_flux2_are_told_apart_once_a_generation(monkeypatch: pytes
 
 @pytest.mark.parametrize("name", CHROMA_PIPELINES)
 def test_chroma_pipelines(name: str) -> None:
-    parts = {part: given for part, given in tiny.pipeline().components.items() if part in ("vae", "scheduler")}
-    pipe = getattr(diffusers, name)(**parts, text_encoder=None, tokenizer=None, transformer=chroma_transformer())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = chroma_pipeline(name)
     mask = torch.ones(1, TEXT_TOKENS)
     mask[:, 5:] = 0.0
     call: dict[str, Any] = {

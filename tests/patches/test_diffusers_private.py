@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from diffusers.hooks import HookRegistry
 from torch import nn
 
+import jitaccel
 from jitaccel.patches import diffusers_private as private
 from tests.support import tiny
 
 MISSING = object()
 
 
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    """A pipeline that no test changes."""
-    return tiny.pipeline()
+@pytest.fixture
+def owned() -> Any:
+    """A pipeline all parts of which are the test's own: `tiny.pipeline` shares all but the transformer."""
+    parts = {name: part for name, part in tiny.pipeline().components.items() if isinstance(part, nn.Module)}
+    return tiny.pipeline(**copy.deepcopy(parts))
 
 
 def test_registry_of_hooks_is_the_one_that_diffusers_makes() -> None:
@@ -60,44 +65,63 @@ def test_context_parallelism_is_told(pipe: Any) -> None:
     assert "processor._parallel_config = " in inspect.getsource(type(pipe.transformer).enable_parallelism)
     processor._parallel_config = object()
     assert private.has_context_parallelism(processor) is True
-    assert private.is_parallel(pipe.transformer) is False and hasattr(pipe.transformer, "_parallel_config")
+
+
+def test_splitting_over_devices_is_told_of_the_model(pipe: Any) -> None:
+    assert pipe.transformer._parallel_config is None and private.is_parallel(pipe.transformer) is False
+    assert "_parallel_config" in inspect.getsource(type(pipe.transformer).enable_parallelism)
     pipe.transformer._parallel_config = object()
     assert private.is_parallel(pipe.transformer) is True
+    assert private.is_parallel(nn.Linear(1, 1)) is False
 
 
-def test_offloading_of_whole_models_is_told(pipe: Any) -> None:
+def test_offloading_of_whole_models_is_told(owned: Any) -> None:
     pytest.importorskip("accelerate")
-    assert private.offloads_whole_models(pipe) is False
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert private.offloads_whole_models(pipe) is True
+    assert private.offloads_whole_models(owned) is False
+    owned.enable_model_cpu_offload(device="cpu")
+    assert private.offloads_whole_models(owned) is True
 
 
-def test_execution_device_is_where_a_waiting_model_will_run(pipe: Any) -> None:
-    assert private.execution_device(pipe).type == "cpu"
+def test_execution_device_is_where_a_waiting_model_will_run(owned: Any) -> None:
+    assert private.execution_device(owned).type == "cpu"
     accelerate = pytest.importorskip("accelerate")
-    for module in pipe.components.values():
+    for module in owned.components.values():
         if isinstance(module, nn.Module):
             accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("meta"))
-    assert private.execution_device(pipe).type == "meta"
+    assert private.execution_device(owned).type == "meta"
 
 
-def test_latents_are_packed_and_unpacked_as_the_pipeline_does(shared: Any) -> None:
-    assert private.has_packed_latents(shared) and not private.has_packed_latents(object())
+def test_latents_are_packed_and_unpacked_as_the_pipeline_does(pipe: Any) -> None:
+    assert private.has_packed_latents(pipe) and not private.has_packed_latents(object())
     latents = torch.arange(2.0 * 4 * 6 * 4).reshape(2, 4, 6, 4)
-    tokens = private.pack_latents(shared, latents)
+    tokens = private.pack_latents(pipe, latents)
     assert tokens.shape == (2, 3 * 2, 16)
-    scale = shared.vae_scale_factor
-    assert torch.equal(private.unpack_latents(shared, tokens, 6 * scale, 4 * scale), latents)
+    scale = pipe.vae_scale_factor
+    assert torch.equal(private.unpack_latents(pipe, tokens, 6 * scale, 4 * scale), latents)
 
 
-def test_place_of_a_scheduler_is_kept_under_these_names(shared: Any) -> None:
-    scheduler = type(shared.scheduler)()
+def test_place_of_a_scheduler_is_kept_under_these_names(pipe: Any) -> None:
+    scheduler = type(pipe.scheduler)()
     scheduler.set_timesteps(3, mu=0.5)
     fresh = private.scheduler_place(scheduler, MISSING)
     scheduler.set_begin_index(1)
     scheduler.step(torch.zeros(1), scheduler.timesteps[1], torch.zeros(1))
     place = private.scheduler_place(scheduler, MISSING)
-    private.count_step(scheduler, 2)
-    assert scheduler.step_index == 2
     assert MISSING not in fresh.values() and set(fresh.values()) == {None}
     assert sorted(place.values()) == [scheduler.begin_index, scheduler.step_index] == [1, 2]
+
+
+def test_step_of_a_scheduler_can_be_set(pipe: Any) -> None:
+    scheduler = type(pipe.scheduler)()
+    scheduler.set_timesteps(3, mu=0.5)
+    private.count_step(scheduler, 2)
+    assert scheduler.step_index == 2
+    scheduler.step(torch.zeros(1), scheduler.timesteps[2], torch.zeros(1))
+    assert scheduler.step_index == 3
+
+
+def test_dtype_is_given_by_the_name_that_pipelines_take_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*dtype")
+        pipe = FluxPipeline.from_pretrained(jitaccel.embedded_model(), **{private.dtype_argument(): torch.bfloat16})
+    assert pipe.transformer.dtype is torch.bfloat16

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.pipelines import FLUX_DEV
-from jitaccel.method.config import PRESETS, JiTConfig
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import PRESETS
 from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
 from jitaccel.speed.control import dense_control, equivalent_dense_steps, schedule_flops
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import jitaccel
+from jitaccel import ConfigError
 from jitaccel.cli import main
-from jitaccel.method.config import PRESETS
+from jitaccel.method.presets import PRESETS
 from jitaccel.speed.auto import DENSE_STEPS
 from jitaccel.speed.cost import loop_seconds
 from tests.support import pipelines, tiny
@@ -32,6 +33,47 @@ def test_auto_is_the_same_as_applying_what_it_chose(pipe: Any, ticking: Callable
     with jitaccel.apply(pipe, handle.config) as again:
         assert again.choice is None and "auto" not in repr(again)
         assert torch.equal(tiny.generate(pipe), made)
+
+
+def test_a_speed_in_place_of_a_preset_is_the_keywords_in_one_value(
+    pipe: Any, ticking: Callable[[Any], Clock]
+) -> None:
+    ticking(pipe.transformer)
+    with jitaccel.apply(pipe, target_speedup=6.0, **AUTO) as handle:
+        expected = handle.config
+    wanted = jitaccel.Auto(speedup=6.0, **{name: value for name, value in AUTO.items() if name != "preset"})
+    with jitaccel.apply(pipe, wanted, micro_flow="exact") as handle:
+        assert handle.choice is not None
+        assert handle.config == expected.replace(micro_flow="exact")
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ({}, "Auto: one of speedup and ms must be given, got none"),
+        ({"speedup": 4.0, "ms": 4.0}, "Auto: one of speedup and ms must be given, got both"),
+        ({"speedup": 1}, "Auto: speedup must be a finite number above 1, got 1"),
+        ({"ms": float("nan")}, "Auto: ms must be a finite number above 0, got nan"),
+    ],
+)
+def test_speed_that_is_none_is_refused(target: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        jitaccel.Auto(**target)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"target_ms": 3.0}, 'target_ms must be left out unless preset="auto", got 3.0; set it in Auto'),
+        ({"size": (48, 48)}, "size must be left out"),
+        ({"steps": 4}, "steps must be left out"),
+        ({"noise_levels": (1.0, 0.0)}, "noise_levels must be left out"),
+    ],
+)
+def test_what_does_not_go_with_a_speed_is_refused(pipe: Any, more: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        jitaccel.apply(pipe, jitaccel.Auto(speedup=6.0), **more)
+    assert jitaccel.handle_of(pipe) is None
 
 
 def test_prediction_is_what_the_loop_takes(pipe: Any, ticking: Callable[[Any], Clock]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import jitaccel
 from jitaccel import ConfigError
-from jitaccel.method.config import PRESETS, sparse_start
+from jitaccel.method.presets import PRESETS, sparse_start
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.auto import DENSE_STEPS, FAMILY, choose, decide, fastest
 from jitaccel.speed.control import schedule_flops

@@ -6,7 +6,6 @@ import itertools
 from functools import partial
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
@@ -123,9 +122,7 @@ def test_other_transformers_are_measured(make: str) -> None:
 @pytest.mark.parametrize("name", ["ChromaPipeline", "FluxControlPipeline", "Flux2Pipeline"])
 def test_other_pipelines_are_measured(name: str) -> None:
     if name == "ChromaPipeline":
-        parts = {part: tiny.pipeline().components[part] for part in ("vae", "scheduler")}
-        model = models.chroma_transformer()
-        pipe = diffusers.ChromaPipeline(**parts, text_encoder=None, tokenizer=None, transformer=model)
+        pipe = pipelines.chroma_pipeline(name)
     elif name == "Flux2Pipeline":
         pipe = pipelines.flux2_pipeline(name)
     else:

@@ -21,8 +21,8 @@ import diffusers
 import torch
 
 from tests.support import tiny
-from tests.support.models import chroma_transformer, noise
-from tests.support.pipelines import call_of, flux2_pipeline, flux_pipeline
+from tests.support.models import noise
+from tests.support.pipelines import call_of, chroma_pipeline, flux2_pipeline, flux_pipeline
 from tests.support.tiny import TEXT_TOKENS, WIDTH
 
 CPU = torch.device("cpu")
@@ -40,13 +40,6 @@ class Codebase:
     make: Callable[[], Any]
     call: Mapping[str, Any]
     execution: str
-
-
-def _chroma_pipeline() -> Any:
-    parts = {part: given for part, given in tiny.pipeline().components.items() if part in ("vae", "scheduler")}
-    pipe = diffusers.ChromaPipeline(**parts, text_encoder=None, tokenizer=None, transformer=chroma_transformer())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _embedded(**more: Any) -> dict[str, Any]:
@@ -67,7 +60,7 @@ CODEBASES = {
     "ControlNet": Codebase(*_flux("FluxControlNetPipeline"), "indexed"),
     "FLUX.2": Codebase(lambda: flux2_pipeline("Flux2KleinPipeline"), _embedded(guidance_scale=1.0), "indexed"),
     "Chroma": Codebase(
-        _chroma_pipeline,
+        lambda: chroma_pipeline("ChromaPipeline"),
         _embedded(
             prompt_attention_mask=_MASK,
             negative_prompt_embeds=noise(2, 1, TEXT_TOKENS, WIDTH),

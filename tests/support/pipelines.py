@@ -1,4 +1,4 @@
-"""Every pipeline of FLUX.1 and FLUX.2 that diffusers has, tiny and random, and one call of each."""
+"""Every pipeline of FLUX.1, FLUX.2 and Chroma that diffusers has, tiny and random, and one call of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support import tiny
-from tests.support.models import flux2_transformer, noise, randomised
+from tests.support.models import chroma_transformer, flux2_transformer, noise, randomised
 from tests.support.tiny import CHANNELS, GRID, NUM_TOKENS, TEXT_TOKENS, WIDTH
 
 
@@ -87,5 +87,12 @@ def flux2_pipeline(name: str) -> Any:
     pipe = getattr(diffusers, name)(
         scheduler=tiny.scheduler(), vae=vae.eval(), text_encoder=None, tokenizer=None, transformer=model
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def chroma_pipeline(name: str) -> Any:
+    parts = {part: given for part, given in tiny.pipeline().components.items() if part in ("vae", "scheduler")}
+    pipe = getattr(diffusers, name)(**parts, text_encoder=None, tokenizer=None, transformer=chroma_transformer())
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -99,11 +99,18 @@ class Laboratory:
         return math.sqrt(max(float(self.blocks.count @ squares), 0.0) / self.blocks.total)
 
 
-def make_laboratory(field: Field, cell: int) -> Laboratory:
-    """Returns the laboratory of a field, for pooling by all powers of two up to `cell`."""
+def make_laboratory(field: Field, cell: int, trained_on: Field | None = None) -> Laboratory:
+    """Returns the laboratory of a field, for pooling by all powers of two up to `cell`.
+
+    Args:
+        field: What is sampled, and what the dense network knows.
+        cell: Largest factor.
+        trained_on: What the network knows where it sees averages; None: the field itself.
+    """
     blocks = make_blocks(field, cell)
-    factors = [2**k for k in range(cell.bit_length()) if cell % 2**k == 0]
-    return Laboratory(blocks, {factor: make_pooling(blocks, factor) for factor in factors})
+    known = blocks if trained_on is None else make_blocks(trained_on, cell)
+    factors = [2**k for k in range(cell.bit_length())]
+    return Laboratory(blocks, {factor: make_pooling(blocks if factor == 1 else known, factor) for factor in factors})
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
+
+from jitaccel.method.config import JiTConfig
 
 from ...registry import Row
 from .levels import BETA, LOG_RATIO, native_levels
 from .linear import Distances, Solver
-from .plan import Plan, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
-from .study import Found, Study, Way, dense_line, front, ratios_to_dense, search_levels, search_plans
+from .mixture import SCORES, Mixture, by_truth
+from .plan import Plan, Stage, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
+from .study import (
+    DoubtfulStudy,
+    Found,
+    Study,
+    Way,
+    dense_line,
+    front,
+    ratios_to_dense,
+    refined,
+    search_levels,
+    search_plans,
+    with_levels,
+)
+from .subset import SubsetStudy, Variant
 from .targets import TARGETS, candidates, is_just_in_time, shares_of_limit
 
 FLUX = Study((128, 128), (2.0, 2.6))  # 1024x1024 pixels: 64x64 tokens
+VIDEO = Study((13, 60, 104), (3.0, 3.6))  # 13x30x52 tokens
+MIXTURE = Mixture()
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "Beta levels": Way(BETA, "dpmpp_2m"),
@@ -41,7 +60,7 @@ def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> It
 
 
 def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterator[Row]:
-    """Yields the front of plans of which half of the steps are pooled, then the best for each target.
+    """Yields the front of plans of which half of the steps are pooled, then the best for each target that some can pay.
 
     `limit_share` is the error over the least limit of the target, against dense steps on the same family of levels.
     """
@@ -56,6 +75,8 @@ def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterato
         some = [each for each in found if each.plan.cell <= factor]
         for preset, target in TARGETS.items():
             shares = {each: shares_of_limit(target, each, study, family) for each in candidates(target, some, study)}
+            if not shares:
+                continue
             best = min(shares, key=lambda each: max(shares[each]))
             ratios = ratios_to_dense(best.errors, cost_on_flux(best.plan, study.num_tokens), line)
             extra = {
@@ -106,6 +127,87 @@ def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Row]:
             yield _row(study, dense(steps), native_levels(steps), "native", "euler")
 
 
+def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) -> Iterator[Row]:
+    """Yields the presets' plans where the network that sees averages knows another spectrum than the dense one."""
+    for offset in offsets:
+        study = Study(FLUX.shape, FLUX.exponents, offset)
+        for name, presets in PRESETS.items():
+            way = WAYS[name]
+            for preset, (plan, parameters) in presets.items():
+                levels = way.family.levels(plan.steps, *parameters)
+                extra = {"target": preset, "pooled_off_by": offset}
+                start = f"half size off by {offset:g}: "
+                yield _row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
+
+
+def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Row]:
+    """Yields the front of plans that are good, on average, where the half size is off by -0.15, 0 or 0.15.
+
+    `relative_mse` is with the best half size, `relative_mse_off` with the others. Plans have one pooled step at least.
+    """
+    doubtful = DoubtfulStudy(study.shape, study.exponents)
+    chosen = [plan for plan in pooled_plans(most, study.num_tokens, _COSTS) if plan.cheap_steps]
+    line = dense_line(study)
+    for each in front(search_plans(chosen, doubtful, Way(BETA, solver)), doubtful):
+        off = {}
+        for offset in doubtful.offsets:
+            errors = Study(study.shape, study.exponents, offset).errors(each.plan, each.levels, solver)
+            off[f"{offset:g}"] = _by_spectrum(study, errors)
+        worst = [max(errors[spectrum] for errors in off.values()) for spectrum in off["0"]]
+        ratios = ratios_to_dense(worst, cost_on_flux(each.plan, study.num_tokens), line)
+        extra = {"relative_mse_off": off, "worst_ratio_to_dense": _by_spectrum(study, ratios)}
+        yield _row(study, each.plan, each.levels, BETA.name, solver, extra, each.parameters)
+
+
+def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> Iterator[Row]:
+    """Yields what activation by importance is worth where detail lies in places, on two plans.
+
+    `more_than_random` is the mean over pictures of the squared error beyond that of random activation, divided by the
+    mean of the latter; `standard_error` is of that. "truth" knows where the detail of the exact end lies.
+    """
+    noise = mixture.noise(count, seed)
+    end = mixture.end(noise)
+    ways = {**SCORES, "truth": by_truth(mixture, end)}
+    for densities, boundaries in (((0.32, 0.6, 1.0), (0.4, 0.65, 1.0)), ((0.25, 0.5, 1.0), (0.25, 0.8, 1.0))):
+        config = JiTConfig(
+            densities=densities, boundaries=boundaries, steps=11, lifter="clean", micro_flow="none", solver="dpmpp_2m"
+        )
+        starts = (0, *config.stage_ends(11))
+        plan = Plan(tuple(Stage(steps=b - a, density=d) for (a, b), d in zip(pairwise(starts), densities, strict=True)))
+        errors = {
+            name: (mixture.run(config, noise, scores) - end).square().flatten(1).mean(1)
+            for name, scores in ways.items()
+        }
+        for name, found in errors.items():
+            more = (found - errors["random"]) / errors["random"].mean()
+            fields = {
+                "method": f"{plan}, activated by {name}",
+                "plan": str(plan),
+                "activated_by": name,
+                "grid": list(mixture.grid),
+                "steps": plan.steps,
+                "pictures": count,
+                "seed": seed,
+                "relative_mse_of_mixture": float(f"{found.mean() / end.square().mean():.5g}"),
+                "more_than_random": float(f"{more.mean():.3g}"),
+                "standard_error": float(f"{more.std() / count**0.5:.3g}"),
+            }
+            shown = f"error {found.mean() / end.square().mean():.4f}, {100 * more.mean():+.1f} %"
+            yield Row(line=f"{plan}, activated by {name}: {shown}", fields=fields)
+
+
+def video(study: Study = VIDEO) -> Iterator[Row]:
+    """Yields dense and pooled steps on 13x30x52 tokens, pooled within frames.
+
+    A frame of a field in three dimensions with power k^-(p + 1) has k^-p.
+    """
+    for plan in (dense(5), dense(6), dense(7), dense(8)):
+        yield _found_row(study, search_levels(plan, study))
+    for solver in ("dpmpp_2m", "dpmpp_2m_across"):
+        for cheap, whole in ((6, 3), (4, 4), (7, 5)):
+            yield _found_row(study, search_levels(pooled((cheap, 2), (whole, 1)), study, Way(BETA, solver)))
+
+
 def earlier_rows() -> Iterator[Row]:
     """Yields rows that a sampled program had before, for comparison."""
     small = Study((32, 32), (1.4, 2.0))
@@ -118,6 +220,45 @@ def earlier_rows() -> Iterator[Row]:
         yield _found_row(middle, search_levels(plan, middle))
     for plan in (pooled((4, 2), (4, 1)), pooled((6, 2), (5, 1))):
         yield _found_row(FLUX, search_levels(plan, FLUX))
+
+
+_PAPER = Plan((Stage(steps=4, density=0.32), Stage(steps=3, density=0.6), Stage(steps=4)))  # 7x-paper
+_PAPER_LEVELS = (1.4, 0.425)
+_VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
+    {
+        "velocity lifted, released blend, fresh noise": (Variant("velocity", 1.0 / 3.0, "fresh"), "euler"),
+        "velocity lifted, exact micro-flow, fresh noise": (Variant("velocity", 1.0, "fresh"), "euler"),
+        "velocity lifted, exact micro-flow, own noise": (Variant("velocity", 1.0, "own"), "euler"),
+        "velocity lifted, nothing moved": (Variant("velocity"), "euler"),
+        "velocity lifted, nothing moved, second order": (Variant("velocity"), "dpmpp_2m"),
+        "clean estimate lifted, nothing moved": (Variant("clean"), "euler"),
+        "clean estimate lifted, nothing moved, second order": (Variant("clean"), "dpmpp_2m"),
+        "clean estimate lifted, second order across stages": (Variant("clean"), "dpmpp_2m_across"),
+    }
+)
+
+
+def subset_variants() -> Iterator[Row]:
+    """Yields the paper's 7x and its variants, at 32x32 latents on the paper's levels; activation is random."""
+    levels = BETA.levels(_PAPER.steps, *_PAPER_LEVELS)
+    for name, (variant, solver) in _VARIANTS.items():
+        study = SubsetStudy((32, 32), (1.4, 2.0), variant=variant)
+        yield _row(study, _PAPER, levels, BETA.name, solver, {"variant": name}, _PAPER_LEVELS, f"{name}: ")
+    small = Study((32, 32), (1.4, 2.0))
+    for steps in (7, 11):
+        yield _row(small, dense(steps), BETA.levels(steps, *_PAPER_LEVELS), BETA.name, "euler", {}, _PAPER_LEVELS)
+
+
+def subset_or_pooled() -> Iterator[Row]:
+    """Yields plans of equal cost by tokens, with subset steps and with pooled ones, levels searched for each."""
+    study = SubsetStudy((32, 32), (2.0, 2.6))
+    for solver in ("dpmpp_2m", "dpmpp_2m_across"):
+        way = Way(BETA, solver)
+        for cheap, whole in ((4, 4), (6, 3), (7, 5)):
+            by_area = search_levels(pooled((cheap, 2), (whole, 1)), Study(study.shape, study.exponents), way)
+            yield _found_row(study, by_area)
+            by_subset = Plan((Stage(steps=cheap, density=0.25), Stage(steps=whole)))
+            yield _found_row(study, refined(with_levels(by_subset, study, way, by_area.parameters), study))
 
 
 def _found_row(study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = "") -> Row:

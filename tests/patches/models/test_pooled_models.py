@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import jitaccel
+from jitaccel.execution.options import Execution
+from jitaccel.method.run import Run
+from jitaccel.method.steps import Step
+from jitaccel.patches.models import MODELS
+from jitaccel.patches.models.calls import CutCalls
 from tests.support import hunyuan, qwen, sd3, video
+from tests.support.every_model import CASES
 from tests.support.pooled import POOLED, denoise_pooled
 from tests.support.tiny import relative_error
 from tests.support.video import prompts
@@ -52,6 +58,34 @@ def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
         for text in prompts().values()
     )
     return negative + SCALE * (positive - negative)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "QwenImage" not in name])
+@torch.no_grad()
+def test_every_model_is_shown_the_smaller_picture(name: str) -> None:
+    """One call: all that has the size of the picture is averaged, by hand; of the state the level is taken out."""
+    case, level = CASES[name], 0.7
+    module = case.make().eval()
+    model = next(model for model in MODELS if model.name == name.partition(",")[0])
+    calls, call = CutCalls(model, [module], Execution()), case.call(case.grid, 2)
+    given = calls.given(module, call)
+    step = Step(index=0, stage=0, noise_level=level, next_level=0.6, may_end_stage=False)
+    run = Run(POOLED, case.grid, step, given.tokens, patch=given.layout.side)
+    answer = calls.call(module, module.forward, given).evaluate(run, given.tokens)
+    small_grid, channels = (*case.grid[:-2], case.grid[-2] // 2, case.grid[-1] // 2), given.latents.shape[1]
+    small = case.call(small_grid, 2)
+    for key, value in call.items():
+        if isinstance(value, Tensor) and value.ndim >= 4:
+            small[key] = F.avg_pool2d(value.flatten(0, -4), 2).unflatten(0, value.shape[:-3])
+    is_given = torch.zeros(2, 1, *small["hidden_states"].shape[2:], dtype=torch.bool)
+    if call["timestep"].ndim > 1:
+        is_given[:, :, 0] = True
+    state = small["hidden_states"][:, :channels]
+    shown = torch.where(is_given, state, state / (1 - level / 2))
+    small["hidden_states"] = torch.cat([shown, small["hidden_states"][:, channels:]], dim=1)
+    small["timestep"] = small["timestep"] * ((level / 2) / (1 - level / 2) / level)
+    expected = given.layout.to_tokens(module(**small, return_dict=False)[0])
+    assert relative_error(answer.values, model.sign * expected[:, : run.num_active]) < 1e-5
 
 
 @pytest.mark.parametrize("scheduler", video.SCHEDULERS)

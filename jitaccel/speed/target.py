@@ -1,0 +1,56 @@
+"""What a wanted speed is: `preset=jitaccel.Auto(speedup=8)`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """A speed in place of a preset: steps and densities that reach it on this machine are picked by a few timed steps.
+
+    Args:
+        speedup: Against 50 dense steps of the untouched model, above 1.
+        ms: Milliseconds for the denoising loop of one image, one branch; with true CFG it takes twice that. Give one of
+            both.
+        size: (height, width) in pixels to measure at; without it the pipeline's default.
+        text_tokens: Length of prompts to measure with, padding counted; without it what the pipeline pads to.
+
+    Raises:
+        ConfigError: For none or both of the targets, and for what is no speed.
+    """
+
+    speedup: float | None = None
+    ms: float | None = None
+    size: tuple[int, int] | None = None
+    text_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if problems := target_problems("Auto", ("speedup", "ms"), (self.speedup, self.ms)):
+            raise ConfigError("\n".join(problems))
+
+
+def target_problems(
+    function: str, names: tuple[str, str], values: tuple[float | None, float | None]
+) -> list[str]:
+    """Returns what is wrong with a speed-up and milliseconds, which `function` gets by these names: one is wanted."""
+    problems, (speedup, ms) = [], values
+    if (speedup is None) == (ms is None):
+        problems.append(
+            f"{function}: one of {names[0]} and {names[1]} must be given, got {'none' if ms is None else 'both'}; "
+            f"say how fast, for example {names[0]}=8.0"
+        )
+    if speedup is not None and not (_is_number(speedup) and speedup > 1.0):
+        problems.append(
+            f'{function}: {names[0]} must be a finite number above 1, got {speedup!r}; use preset="dense" for 1'
+        )
+    if ms is not None and not (_is_number(ms) and ms > 0.0):
+        problems.append(f"{function}: {names[1]} must be a finite number above 0, got {ms!r}; give milliseconds")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,25 @@
+"""One generation of a pipeline of diffusers, of an empty prompt: what a warm-up makes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def generate_once(pipeline: Any, height: int, width: int, batch: int, call: Mapping[str, Any]) -> None:
+    """Makes `batch` pictures or videos of one size in pixels, and drops them.
+
+    Args:
+        pipeline: A pipeline of diffusers from text.
+        height: In pixels.
+        width: In pixels.
+        batch: How many of one prompt.
+        call: Further arguments, which take the place of these.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    count = "num_videos_per_prompt" if "num_videos_per_prompt" in known else "num_images_per_prompt"
+    settings = {"prompt": "", count: batch, "output_type": "latent", **call}
+    pipeline(height=height, width=width, generator=torch.Generator().manual_seed(0), **settings)
