@@ -27,7 +27,7 @@ Way = Variant | Method
 def staged(ends: tuple[int, ...], densities: tuple[float, ...]) -> JiTConfig:
     """Returns stages that end after so many steps, with all else as in the preset 7x."""
     boundaries = tuple((end + 1e-6) / ends[-1] for end in ends[:-1])
-    return PRESETS["7x"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
+    return PRESETS["few-steps"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
 
 
 def dense(steps: int, schedule: str = "beta", solver: str = "euler") -> Variant:

@@ -49,7 +49,7 @@ def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, m
         for steps in range(len(densities), max_steps + 1):
             for ends in _ends(steps, len(densities)):
                 boundaries = tuple((end + 1e-6) / steps for end in ends[:-1])
-                config = PRESETS["7x"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=steps)
+                config = PRESETS["few-steps"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=steps)
                 spent = equivalent_dense_steps(config, GRID[0] * GRID[1], TEXT_TOKENS, cost)
                 if budget - slack <= spent <= budget:
                     found.append(config)

@@ -235,9 +235,10 @@ class Sampler {
     const auto now = state.to(at::kFloat) - inputs.levels[0] * velocity.to(at::kFloat);
     if (gains[step] != 0.0) {
       auto change = (now - clean) * gains[step];
-      // After a stage that pools, the gain says whether all tokens or none have an estimate from before.
-      if (manifest_.stages[step] != manifest_.stages[step - 1] && computed.defined()) {
-        const auto share = at::zeros({change.size(0), change.size(1)}, change.options()).scatter_(1, computed, 1.0);
+      if (manifest_.stages[step] != manifest_.stages[step - 1] && inputs.anchors.defined()) {
+        // A stage that pools has an estimate of every token: then those that are computed now count.
+        const auto& which = computed.defined() ? computed : inputs.anchors;
+        const auto share = at::zeros({change.size(0), change.size(1)}, change.options()).scatter_(1, which, 1.0);
         change = change * share.unsqueeze(2);
       }
       inputs.state = (inputs.state.to(at::kFloat) + change).to(state.scalar_type());

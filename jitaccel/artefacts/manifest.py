@@ -207,17 +207,7 @@ def manifest_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int
 def _solver_gains(config: JiTConfig, levels: Sequence[float]) -> list[float]:
     weight = make_solver(config.solver).weight
     after = zip(levels, levels[1:], levels[2:], strict=False)
-    gains = [0.0, *((1.0 - end / start) * weight(before, start, end) for before, start, end in after)]
-    stages = [config.stage_of_step(step, len(gains)) for step in range(len(gains))]
-    return [
-        0.0 if step and _restarts(config, stages[step - 1], stages[step]) else gain for step, gain in enumerate(gains)
-    ]
-
-
-def _restarts(config: JiTConfig, before: int, stage: int) -> bool:
-    """Returns whether a step is of first order for every token, after a stage that pools or in the first of one."""
-    is_pooled = config.pooling_of(before) > 1 or config.pooling_of(stage) > 1
-    return before != stage and is_pooled and not config.across_pooling
+    return [0.0, *((1.0 - end / start) * weight(before, start, end) for before, start, end in after)]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from ..generation.stats import Stats
 
 Pixels = NDArray[Any]
 _GAP_PX, _LABEL_PX = 8, 22
@@ -58,6 +61,33 @@ def show_active(picture: Pixels, anchors: Sequence[int] | NDArray[np.int64], gri
     pixels = to_bytes(picture)
     dimmed = (255 - (255 - pixels.astype(np.float32)) * _DIMMED).astype(np.uint8)
     return np.where(mask, pixels, dimmed)
+
+
+def show_pooled(picture: Pixels, factor: int) -> Pixels:
+    """Returns the picture as a network sees it that is shown one `factor` times smaller: blocks of their mean, uint8.
+
+    Blocks at the last row and column are smaller where the sides do not divide.
+    """
+    pixels: Pixels = to_bytes(picture).astype(np.float64)
+    for axis in (0, 1):
+        starts = np.arange(0, pixels.shape[axis], factor)
+        sizes = np.diff(np.append(starts, pixels.shape[axis]))
+        shape = [1, 1, 1]
+        shape[axis] = len(starts)
+        means = np.add.reduceat(pixels, starts, axis=axis) / sizes.reshape(shape)
+        pixels = means.repeat(sizes, axis=axis)
+    return pixels.round().astype(np.uint8)
+
+
+def show_stage(picture: Pixels, stats: Stats, stage: int, image: int = 0) -> Pixels:
+    """Returns the picture as a stage of a generation showed it: tokens left out dimmed, or a smaller picture; uint8.
+
+    stats: of the generation. image: which one of its batch `picture` is.
+    """
+    factor = stats.config.pooling_of(stage)
+    if factor > 1:
+        return show_pooled(picture, factor)
+    return show_active(picture, stats.anchors[stage][image].cpu().numpy(), stats.grid)
 
 
 def to_bytes(picture: Pixels) -> Pixels:

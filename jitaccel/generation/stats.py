@@ -88,6 +88,14 @@ class Stats:
         stages = range(max((step.stage for step in self.steps), default=-1) + 1)
         return tuple(sum(s.network_s + s.outside_s for s in self.steps if s.stage == k) for k in stages)
 
+    def shown(self, stage: int) -> str:
+        """Returns how a stage showed the picture to the network: "dense", "subset", or "pooled 2" (by 2 a side)."""
+        factor = self.config.pooling_of(stage)
+        if factor > 1:
+            return f"pooled {factor}"
+        tokens = next((step.tokens for step in self.steps if step.stage == stage), 0)
+        return "dense" if tokens == num_tokens_of(self.grid) else "subset"
+
     def __str__(self) -> str:
         how = f"{self.execution} execution" + (f" with {self.attention}" if self.attention else "")
         lines = [f"{self.codebase}, {how}, {self.generations} generations"]
@@ -105,11 +113,11 @@ class Stats:
             f"{self.flops / 1e9:.1f} GFLOP = {self.dense_steps:.2f} dense steps, "
             f"network {self.network_s:.3f} s, method {self.outside_s:.3f} s"
         )
-        lines.append(" step stage   level    next  tokens  calls  network_ms  method_ms")
+        lines.append(" step stage     shown   level    next  tokens  calls  network_ms  method_ms")
         for s in self.steps:
             lines.append(
-                f"{s.index:5d} {s.stage:5d} {s.noise_level:7.4f} {s.next_level:7.4f} {s.tokens:7d} {s.calls:6d} "
-                f"{1000 * s.network_s:11.2f} {1000 * s.outside_s:10.2f}"
+                f"{s.index:5d} {s.stage:5d} {self.shown(s.stage):>9} {s.noise_level:7.4f} {s.next_level:7.4f} "
+                f"{s.tokens:7d} {s.calls:6d} {1000 * s.network_s:11.2f} {1000 * s.outside_s:10.2f}"
             )
         return "\n".join(lines)
 

@@ -55,8 +55,6 @@ class JiTConfig:
         pooling: How each stage shows the picture to the network: 1, its tokens as they are; 2 or 4, the picture so many
             times smaller along both sides, each latent the mean of a block, at its own noise level (a variant of ours,
             `jitaccel.method.pool`). A stage that pools by f has density 1 / f^2. Empty: no stage pools.
-        across_pooling: With "dpmpp_2m", whether the step after a pooled stage extrapolates from that stage's last clean
-            estimate, or is of first order as after every other stage.
 
     Raises:
         ConfigError: With every problem found, one a line.
@@ -77,7 +75,6 @@ class JiTConfig:
     importance_window: int = 3
     blur_scale: float = 0.4
     pooling: tuple[int, ...] = ()
-    across_pooling: bool = False
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -139,7 +136,7 @@ class JiTConfig:
             ]
         return [
             f"JiTConfig: a stage that pools by {factor} must have density {1 / factor**2:g}, got {density!r}; "
-            f"set it, every latent it sees is the mean of {factor**2}"
+            f"set it, since every latent it sees is the mean of {factor**2}, or pooling=() to leave tokens out instead"
             for factor, density in zip(factors, densities, strict=True)
             if factor > 1 and density != 1 / factor**2
         ]
@@ -180,10 +177,6 @@ class JiTConfig:
             problems.append(
                 f"JiTConfig: log_snr must be two numbers that rise within -30..30, got {ends}; "
                 f"give those of the second and the last level, for example (-5.0, 3.0)"
-            )
-        if not isinstance(self.across_pooling, bool):
-            problems.append(
-                f"JiTConfig: across_pooling must be True or False, got {self.across_pooling!r}; leave it out"
             )
         for name, choices in _CHOICES.items():
             problems += _choice_problems(name, getattr(self, name), choices)
@@ -306,9 +299,13 @@ class JiTConfig:
         return count
 
     def replace(self, **overrides: Any) -> "JiTConfig":
-        """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError."""
+        """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError.
+
+        Densities make new stages: without `pooling` beside them none of these pools.
+        """
         check_fields("replace", overrides)
-        return dataclasses.replace(self, **overrides)
+        new_stages = {"pooling": ()} if "densities" in overrides else {}
+        return dataclasses.replace(self, **{**new_stages, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict of numbers, strings and lists, ready for JSON."""

@@ -260,13 +260,8 @@ class Run:
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
-        if self.is_dense:
-            return self._solver.correct(step, state, velocity, None)
-        if self.factor == 1:
-            return self._solver.correct(step, state, velocity, self.anchors)
-        # No token's own estimate is known in a pooled stage, only that of the mean around it.
-        computed = None if self.config.across_pooling else self.anchors[:, :0]
-        return self._solver.correct(step, state, velocity, computed)
+        has_every_token = self.is_dense or self.factor > 1
+        return self._solver.correct(step, state, velocity, None if has_every_token else self.anchors)
 
     @property
     def needs_every_step(self) -> bool:

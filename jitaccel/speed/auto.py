@@ -10,18 +10,19 @@ from typing import Any
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
 from ..method.config import JiTConfig, arguments_of, check_fields
-from ..method.presets import sparse_start
+from ..method.presets import POOLED_PLANS, few_steps
 from .cost import Costs, Seconds, loop_seconds, measure
 from .target import target_problems
 
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
-_OWN_FIELDS = ("densities", "boundaries", "steps")  # of JiTConfig, which the choice is about
+_OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # of JiTConfig, which the choice is about
 
-
-_LEAST_STEPS = 4  # below, pictures fall apart (docs/quality.md)
-# The best first: the first that is affordable is taken, so that a larger budget never buys fewer steps. The lab found
-# every dense step to be worth more than sparse ones of its cost, but for the first.
-FAMILY: tuple[JiTConfig, ...] = tuple(sparse_start(steps) for steps in range(DENSE_STEPS, _LEAST_STEPS - 1, -1))
+# The best first: the first that is affordable is taken, so that a larger budget never buys a worse plan. Where ten dense
+# steps are affordable, pooled ones no longer gain on them (docs/exact-lab.md).
+FAMILY: tuple[JiTConfig, ...] = (
+    *(few_steps(steps) for steps in range(DENSE_STEPS, 10, -1)),
+    *(config for (_, dense), config in POOLED_PLANS.items() if dense < 8),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from benchmarks.lab.exact.levels import BETA, LOG_RATIO, Family, log_ratio_level
 from benchmarks.lab.exact.linear import Solver, make_laboratory
 from benchmarks.lab.exact.plan import Plan, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
 from benchmarks.lab.exact.study import (
+    DoubtfulStudy,
     Study,
     Way,
     dense_line,
@@ -224,6 +225,15 @@ def test_half_size_that_knows_another_spectrum_is_worse_and_dense_steps_do_not_s
         levels = beta_levels(plan.steps, 0.839, 0.267)
         best, other = WHOLE.errors(plan, levels), off.errors(plan, levels)
         assert other == best if is_same else all(np.array(other) > 1.5 * np.array(best))
+
+
+def test_doubt_counts_every_offset_alike_and_its_rows_hold_the_others() -> None:
+    small = Study((16, 16), (2.0, 2.6))
+    plan, levels = pooled((3, 2), (3, 1)), beta_levels(6)
+    each = [Study(small.shape, small.exponents, offset).errors(plan, levels) for offset in (-0.15, 0.0, 0.15)]
+    assert DoubtfulStudy(small.shape, small.exponents).errors(plan, levels) == sum(each, ())
+    (row, *_) = [row.fields for row in questions.doubtful_half_size("dpmpp_2m", small, most=(0, 1, 3))]
+    assert row["relative_mse_off"]["0"] == row["relative_mse"] and row["cheap_steps"] == 1
 
 
 def test_equal_cost_lies_between_whole_numbers_of_dense_steps() -> None:

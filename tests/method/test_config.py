@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from jitaccel.errors import ConfigError
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.presets import PRESETS, resolve
+from jitaccel.patches.flux.flops import flux_flops
+from jitaccel.speed.control import equivalent_dense_steps
+from tests.support.timing import FLUX_DEV
 
 TWO_STAGES: dict[str, Any] = {"densities": (0.5, 1.0), "boundaries": (0.5, 1.0), "steps": 10}
 
@@ -36,11 +40,19 @@ def test_presets_have_the_released_defaults() -> None:
     assert PRESETS["dense"].schedule == "native"
 
 
-@pytest.mark.parametrize("name", ["4x", "7x", "10x"])
-def test_default_presets_are_sparse_with_steps_of_their_own(name: str) -> None:
+@pytest.mark.parametrize(("name", "most"), [("4x", 12.5), ("7x", 7.2), ("10x", 5.0)])
+def test_default_presets_pool_half_of_their_steps_and_cost_what_they_promise(name: str, most: float) -> None:
+    """Dense steps of FLUX.1-dev at 1024x1024 with 512 text tokens, attention counted."""
     config = PRESETS[name]
-    assert config.num_stages > 1 and config.densities[0] < 0.6
-    assert isinstance(config.steps, int) and config.stage_ends(config.steps)[-1] == config.steps
+    assert isinstance(config.steps, int) and config.pooling == (2, 1) and config.solver == "dpmpp_2m"
+    assert 2 * config.stage_ends(config.steps)[0] >= config.steps
+    assert equivalent_dense_steps(config, 4096, 512, partial(flux_flops, FLUX_DEV)) <= most
+
+
+def test_few_steps_has_one_sparse_step_at_any_number_that_it_allows() -> None:
+    config = PRESETS["few-steps"]
+    assert config.pooling == () and config.stage_ends(7) == (1, 7)
+    assert config.replace(steps=6).stage_ends(6)[0] == 1
 
 
 def test_presets_are_read_only() -> None:
@@ -200,7 +212,7 @@ def test_resolve_takes_a_preset_or_a_config_with_overrides() -> None:
     ("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("7x-papers", "7x-paper"), ("dens", "dense")]
 )
 def test_resolve_names_the_nearest_preset(name: Any, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f'4x, 7x, 10x, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
+    with pytest.raises(ConfigError, match=f'4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
         resolve(name)
 
 
@@ -208,7 +220,7 @@ def test_resolve_names_the_nearest_preset(name: Any, nearest: str) -> None:
     "config",
     [
         *PRESETS.values(),
-        PRESETS["7x"].replace(steps=2, schedule=(0.9, 0.4, 0.0), densities=(0.5, 1), boundaries=(0.5, 1)),
+        PRESETS["few-steps"].replace(steps=2, schedule=(0.9, 0.4, 0.0), densities=(0.5, 1), boundaries=(0.5, 1)),
     ],
 )
 def test_config_survives_json(config: JiTConfig) -> None:

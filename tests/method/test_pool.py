@@ -212,9 +212,8 @@ def test_tokens_of_pooled_stages_are_those_of_the_smaller_picture() -> None:
         config.stage_tokens((64, 64), multiple=3)
 
 
-@pytest.mark.parametrize("across", [False, True])
-def test_extrapolation_goes_across_the_end_of_a_pooled_stage_where_that_is_asked_for(across: bool) -> None:
-    config = POOLED.replace(steps=6, across_pooling=across)
+def test_extrapolation_goes_across_the_end_of_a_pooled_stage() -> None:
+    config = POOLED.replace(steps=6)
     clock = KnownLevels(config, noise_levels(config))
     state = noise(1, 48, 12).float()
     run = Run(config, (6, 8), clock.step(0), state, patch=2)
@@ -227,8 +226,21 @@ def test_extrapolation_goes_across_the_end_of_a_pooled_stage_where_that_is_asked
         clean.append(state - step.noise_level * lifted)
         stepped = run.leave(step, state, velocity)
         weight = extrapolation_weight(*(clock.levels[index - 1 : index + 2])) if index else 0.0
-        if index == 3 and not across:
-            weight = 0.0
         expected = clean[-1] + (weight * (clean[-1] - clean[-2]) if index else 0.0)
         torch.testing.assert_close(state - step.noise_level * stepped, expected, rtol=1e-4, atol=1e-4)
         state = state + (step.next_level - step.noise_level) * stepped
+
+
+def test_after_a_pooled_stage_only_anchors_of_a_subset_extrapolate() -> None:
+    config = POOLED.replace(densities=(0.25, 0.6, 1.0), boundaries=(0.4, 0.7, 1.0), pooling=(2, 1, 1), steps=6)
+    clock = KnownLevels(config, noise_levels(config))
+    state = noise(1, 48, 12).float()
+    run = Run(config, (6, 8), clock.step(0), state, patch=2)
+    for index in range(2):
+        run.leave(clock.step(index), run.enter(clock.step(index), state), noise(1, 12, 12, seed=index).float())
+    step = clock.step(2)
+    run.enter(step, state)
+    values = noise(1, run.num_active, 12, seed=9).float()
+    plain = run.plan.lift(values, state, step.noise_level, "clean")
+    changed = (run.leave(step, state, values) != plain).any(dim=2)[0]
+    assert sorted(changed.nonzero().flatten().tolist()) == run.anchors[0].tolist()

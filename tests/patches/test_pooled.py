@@ -41,7 +41,7 @@ def test_loop_is_the_smaller_picture_made_by_hand(name: str, execution: Any) -> 
 
 
 @torch.no_grad()
-def test_solver_of_second_order_begins_anew_after_pooled_steps() -> None:
+def test_solver_of_second_order_goes_on_after_pooled_steps() -> None:
     subject = flux_subject()
     expected = by_hand(subject, SOLVED)
     with jitaccel.apply(subject.model, SOLVED, noise_levels=LEVELS):

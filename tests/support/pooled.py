@@ -6,47 +6,16 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jitaccel import JiTConfig
 from tests.support.reference import clean_estimate, multistep
+from tests.support.smaller import PATCH, Grid, SmallVelocity, dense_velocity, half
 from tests.support.subjects import Subject
 from tests.support.tiny import GRID, TEXT_TOKENS
 
-PATCH = 2
 POOLED = JiTConfig(densities=(0.25, 1.0), boundaries=(0.5, 1.0), steps=5, pooling=(2, 1), lifter="clean")
 """Two pooled steps, three dense ones."""
-
-Grid = tuple[int, int]
-SmallVelocity = Callable[[Tensor, Grid, float], Tensor]
-"""(tokens (1, M, D), their grid, noise level) -> velocity (1, M, D) of a picture of that size."""
-
-
-def latents_of(tokens: Tensor, grid: Grid, patch: int = PATCH) -> Tensor:
-    """Returns the latents (B, C, h * patch, w * patch) of tokens."""
-    parts = tokens.unflatten(1, grid).unflatten(3, (-1, patch, patch))
-    return torch.einsum("bhwcpq->bchpwq", parts).flatten(4, 5).flatten(2, 3)
-
-
-def tokens_of(latents: Tensor, patch: int = PATCH) -> Tensor:
-    """Returns the tokens (B, N, D) of latents."""
-    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
-
-
-def half(tokens: Tensor, grid: Grid, patch: int = PATCH) -> Tensor:
-    """Returns the tokens of the picture of half the size."""
-    return tokens_of(F.avg_pool2d(latents_of(tokens, grid, patch), 2), patch)
-
-
-def dense_velocity(small: SmallVelocity, grid: Grid, state: Tensor, level: float, patch: int = PATCH) -> Tensor:
-    """Returns the velocity at every token of what the network says of the picture of half the size."""
-    small_grid = (grid[0] // 2, grid[1] // 2)
-    shown, shown_level = half(state, grid, patch) / (1 - level / 2), (level / 2) / (1 - level / 2)
-    clean = clean_estimate(shown, small(shown, small_grid, shown_level), shown_level)
-    large = F.interpolate(latents_of(clean, small_grid, patch), scale_factor=2, mode="bilinear")
-    return (state - tokens_of(large, patch)) / level
-
 
 def denoise_pooled(
     small: SmallVelocity, whole: Callable[[Tensor, float], Tensor], config: JiTConfig, state: Tensor,
@@ -60,8 +29,7 @@ def denoise_pooled(
         velocity = dense_velocity(small, grid, state, level, patch) if stage == 0 else whole(state, level)
         before, state = state, state + (after - level) * velocity
         clean = clean_estimate(before, velocity, level)
-        is_first_of_stage = i == 0 or config.stage_of_step(i - 1, steps) != stage
-        is_multistep = config.solver == "dpmpp_2m" and not is_first_of_stage and after > 0.0 and levels[i - 1] < 1.0
+        is_multistep = config.solver == "dpmpp_2m" and i > 0 and after > 0.0 and levels[i - 1] < 1.0
         if is_multistep and estimated is not None:
             state = multistep(before, clean, estimated, (levels[i - 1], level, after), None)
         estimated = clean

@@ -20,6 +20,7 @@ from jitaccel.method.importance import importance
 from jitaccel.method.lift import LiftPlan, lift, lift_velocity, make_lift_plan
 from jitaccel.method.run import image_generators
 from jitaccel.tokens import gather_tokens, put_tokens_
+from tests.support.smaller import dense_velocity
 
 Velocity = Callable[[Tensor, Tensor, float], Tensor]
 """(tokens (1, M, D), their raster indices (M,), noise level) -> velocity (1, M, D), guided where guidance is used."""
@@ -88,22 +89,36 @@ def denoise(
     stages = [config.stage_of_step(i, steps) for i in range(steps)] if stages is None else stages
     counts = config.token_counts(num_tokens_of(grid), 0 if forced is None else int(forced.sum()))
     generator = image_generators(state)[0]
-    plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator, forced)[None], grid, config.blur_scale)
+    raster = torch.arange(num_tokens_of(grid)).view(grid)
+    if config.pooling_of(stages[0]) == 1:
+        plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator, forced)[None], grid, config.blur_scale)
+    else:  # pooled by 2, and dense after it; what is not looked at before
+        assert config.pooling == (2, 1)
+        plan = make_lift_plan(raster.view(1, -1), grid, config.blur_scale)
+
+    def small(tokens: Tensor, small_grid: tuple[int, ...], level: float) -> Tensor:
+        return velocity_of(tokens, raster[..., : small_grid[-2], : small_grid[-1]].flatten(), level)
+
     noise = state.clone() if config.noise == "own" else None
     done = Trajectory()
     estimated: Tensor | None = None
     computed = plan.anchors
     for i, (level, next_level) in enumerate(pairwise(levels)):
-        values = velocity_of(gather_tokens(state, plan.anchors), plan.anchors[0], level)
-        velocity = lift_velocity(values, state, level, plan, config.lifter)
-        done.anchors.append(plan.anchors[0])
+        if config.pooling_of(stages[i]) == 2:
+            velocity = dense_velocity(small, grid, state, level)
+            done.anchors.append(raster[..., ::2, ::2].flatten())
+        else:
+            values = velocity_of(gather_tokens(state, plan.anchors), plan.anchors[0], level)
+            velocity = lift_velocity(values, state, level, plan, config.lifter)
+            done.anchors.append(plan.anchors[0])
         before, state = state, state + (next_level - level) * velocity
         clean = clean_estimate(before, velocity, level)
         if config.solver == "dpmpp_2m" and estimated is not None and next_level > 0.0 and levels[i - 1] < 1.0:
-            where = computed if stages[i] != stages[i - 1] else None
+            is_new = stages[i] != stages[i - 1] and config.pooling_of(stages[i - 1]) == 1
+            where = computed if is_new else None
             state = multistep(before, clean, estimated, (levels[i - 1], level, next_level), where)
         estimated, computed = clean, plan.anchors
-        if i + 1 < steps and stages[i + 1] > stages[i]:
+        if i + 1 < steps and stages[i + 1] > stages[i] and config.pooling_of(stages[i]) == 1:
             scores = importance(velocity, grid, config.importance_window)
             tokens = activate(scores, plan.anchors, counts[stages[i + 1]] - plan.anchors.shape[1])
             if config.micro_flow != "none":

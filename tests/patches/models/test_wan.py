@@ -58,8 +58,8 @@ def by_hand(pipe: Any, config: JiTConfig, make: Callable[[], Any], seed: int = 0
 
 
 CONFIGS = {
-    "7x": PRESETS["7x"],
-    "7x, native levels": PRESETS["7x"].replace(schedule="native"),
+    "few-steps": PRESETS["few-steps"],
+    "few-steps, native levels": PRESETS["few-steps"].replace(schedule="native"),
     "7x-paper": PRESETS["7x-paper"].replace(schedule="native"),
     "short": SHORT,
     "short, native levels": SHORT.replace(schedule="native"),
@@ -85,7 +85,8 @@ PAIRS = [
     (scheduler, name)
     for scheduler in SCHEDULERS
     for name in CONFIGS
-    if (scheduler, name) not in [("DPM-Solver++", "own noise"), ("Euler", "own noise"), ("Euler", "7x, native levels")]
+    if (scheduler, name)
+    not in [("DPM-Solver++", "own noise"), ("Euler", "own noise"), ("Euler", "few-steps, native levels")]
 ]
 
 
@@ -230,9 +231,9 @@ def test_bare_transformer_in_an_euler_loop_is_the_methods(given: bool, batch: in
 
 def test_named_presets_keep_the_models_own_levels() -> None:
     pipe = wan_pipeline()
-    assert jitaccel.apply(pipe, "7x").config == PRESETS["7x"].replace(schedule="native")
-    assert jitaccel.apply(pipe, "7x", schedule="beta").config == PRESETS["7x"]
-    assert jitaccel.apply(pipe, PRESETS["7x"]).config == PRESETS["7x"]
+    assert jitaccel.apply(pipe, "few-steps").config == PRESETS["few-steps"].replace(schedule="native")
+    assert jitaccel.apply(pipe, "few-steps", schedule="beta").config == PRESETS["few-steps"]
+    assert jitaccel.apply(pipe, PRESETS["few-steps"]).config == PRESETS["few-steps"]
     with pytest.raises(jitaccel.ConfigError, match="noise_levels must be given for a bare transformer"):
         jitaccel.apply(pipe.transformer, "7x")
 
