@@ -152,7 +152,7 @@ class _Hook(SharedHook):
 
 
 def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Mapping[str, Any], caller: Any) -> Any:
-    if (problem := guider_problem(caller)) is not None:
+    if (problem := _guidance_problem(caller)) is not None:
         raise UnsupportedModelError(
             f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
@@ -162,6 +162,13 @@ def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Ma
     given = route.calls.given(module, arguments, branches)
     output = given.output(route.forward(route.calls.call(module, original, given)))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
+
+
+def _guidance_problem(caller: Any) -> str | None:
+    """Returns why the guidance of a pipeline is not made token by token: zeros elsewhere would reach the anchors."""
+    if getattr(caller, "guidance_rescale", None):
+        return f"a guided result that is rescaled as a whole (guidance_rescale={caller.guidance_rescale:g})"
+    return guider_problem(caller)
 
 
 def _is_compiled_around(module: Any, caller: Any) -> bool:

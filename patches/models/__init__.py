@@ -7,10 +7,10 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import hunyuan, qwen, sd3, wan
+from . import hunyuan, ltx, qwen, sd3, wan
 from .model import Model
 
-MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS, *hunyuan.MODELS, *sd3.MODELS)
+MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS, *hunyuan.MODELS, *sd3.MODELS, *ltx.MODELS)
 
 
 def model_of(transformer: Any) -> Model | None:

@@ -47,6 +47,7 @@ QWEN = Model(
             "encoder_hidden_states_mask",
             "timestep",
             "img_shapes",
+            "txt_seq_lens",
             "guidance",
             "additional_t_cond",
         ),

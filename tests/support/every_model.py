@@ -197,7 +197,32 @@ def _crop_centre(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": call["hidden_states"][(..., *region)]}
 
 
+def ltx_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16, "qk_norm": "rms_norm_across_heads",
+    }  # fmt: skip
+    return randomised(diffusers.LTXVideoTransformer3DModel(**{**settings, **overrides}))
+
+
+def _ltx_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, torch.Size(grid).numel(), 4),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT),
+        "timestep": torch.full((batch,), 700.0),
+        **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
+    }
+
+
+def _crop_tokens(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    frames, height, width = small
+    kept = call["hidden_states"].unflatten(1, grid)[:, :frames, :height, :width].flatten(1, 3)
+    return {**call, "hidden_states": kept, "num_frames": frames, "height": height, "width": width}
+
+
 CASES: dict[str, Case] = {
+    "LTXVideoTransformer3DModel": Case(ltx_transformer, VIDEO, _ltx_call, (2, 3, 4), _crop_tokens),
     "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
     "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),
     "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),

@@ -108,6 +108,14 @@ def test_image_of_a_batch_is_the_one_made_alone(pipe: Any) -> None:
             assert relative_error(together[image : image + 1], alone) < 1e-5
 
 
+def test_generation_may_start_among_the_levels() -> None:
+    pipe = pipeline(PIPELINES[1])
+    with jitaccel.apply(pipe, "7x") as handle:
+        assert generate(pipe, 7, strength=0.8).isfinite().all()
+    steps = handle.stats().steps
+    assert len(steps) < 7 and steps[0].noise_level < 1.0 and steps[0].tokens < steps[-1].tokens == 140
+
+
 def test_bare_transformer_in_an_euler_loop_is_the_methods() -> None:
     pipe, levels, latents = pipeline(), jitaccel.noise_levels(SHORT), noise_of()
     expected = by_hand(pipe, SHORT, scale=1.0)
