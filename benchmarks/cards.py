@@ -66,8 +66,8 @@ def _exact(row: Fields | None) -> list[str]:
     keys = ("relative_mse", "ratio_to_dense")
     errors, ratios = (" / ".join(f"{each:.2g}" for each in row[key].values()) for key in keys)
     return [
-        f"Exact laboratory (64x64 tokens, spectra 2.0 / 2.6): error {errors}, which is {ratios} times that of dense steps "
-        f"of its cost with levels searched as carefully ([exact-lab.md](exact-lab.md)).\n"
+        f"Exact laboratory (64x64 tokens, spectra 2.0 / 2.6): error {errors}, which is {ratios} times that of dense "
+        f"steps of its cost with levels searched as carefully ([exact-lab.md](exact-lab.md)).\n"
     ]
 
 
