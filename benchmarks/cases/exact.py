@@ -10,19 +10,20 @@ import functools
 from collections.abc import Callable, Iterator
 
 from ..lab.exact import questions
-from ..registry import Case, Options, Row
+from ..registry import Case, Measurement, Options
 
 
-def _run(question: Callable[[], Iterator[Row]], options: Options) -> Iterator[Row]:
+def _run(question: Callable[[], Iterator[Measurement]], options: Options) -> Iterator[Measurement]:
     yield from question()
 
 
-def _case(size: str, name: str, question: Callable[[], Iterator[Row]]) -> Case:
+def _case(size: str, name: str, question: Callable[[], Iterator[Measurement]]) -> Case:
     run = functools.partial(_run, question)
     return Case(group="exact", size=size, name=name, run=run, why_not=lambda options: None, is_long=True)
 
 
 CASES = (
+    _case("64x64", "presets of the product", questions.product_presets),
     _case("64x64", "dense steps", questions.dense_steps),
     *(
         _case("64x64", f"pooled plans, {name}", functools.partial(questions.plans, way))

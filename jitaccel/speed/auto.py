@@ -17,8 +17,8 @@ from .target import target_problems
 DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # of JiTConfig, which the choice is about
 
-# The best first: the first that is affordable is taken, so that a larger budget never buys a worse plan. Where ten dense
-# steps are affordable, pooled ones no longer gain on them (docs/exact-lab.md).
+# The best first: the first that is affordable is taken, so that a larger budget never buys a worse plan. Where ten
+# dense steps are affordable, pooled ones no longer gain on them (docs/exact-lab.md).
 FAMILY: tuple[JiTConfig, ...] = (
     *(few_steps(steps) for steps in range(DENSE_STEPS, 10, -1)),
     *(config for (_, dense), config in POOLED_PLANS.items() if dense < 8),

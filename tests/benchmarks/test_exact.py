@@ -17,7 +17,16 @@ from torch.nn import functional
 from benchmarks.cases.exact import CASES
 from benchmarks.lab.exact import picture, questions, report
 from benchmarks.lab.exact.field import Field, make_blocks, make_pooling
-from benchmarks.lab.exact.levels import BETA, LOG_RATIO, Family, log_ratio_levels, native_levels
+from benchmarks.lab.exact.levels import (
+    BETA,
+    LEAST_GAP,
+    LOG_RATIO,
+    TOLD_APART,
+    Family,
+    log_ratio_levels,
+    native_levels,
+    told_apart,
+)
 from benchmarks.lab.exact.linear import Solver, make_laboratory
 from benchmarks.lab.exact.plan import Plan, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
 from benchmarks.lab.exact.study import (
@@ -32,9 +41,10 @@ from benchmarks.lab.exact.study import (
     with_levels,
 )
 from benchmarks.lab.exact.targets import TARGETS, candidates, is_just_in_time, shares_of_limit
-from benchmarks.registry import Row
+from benchmarks.registry import Measurement
 from jitaccel.errors import ConfigError
-from jitaccel.method.schedule import beta_levels
+from jitaccel.method.presets import PRESETS as PRODUCT
+from jitaccel.method.schedule import beta_levels, noise_levels
 from jitaccel.method.solver import extrapolation_weight
 
 WHOLE = Study((128, 128), (2.0, 2.6))  # FLUX.1 at 1024x1024: 64x64 tokens
@@ -251,7 +261,7 @@ def test_dense_line_falls() -> None:
         assert list(errors) == sorted(errors, reverse=True)
 
 
-def rows_of(question: Iterable[Row], case: str) -> list[dict[str, Any]]:
+def rows_of(question: Iterable[Measurement], case: str) -> list[dict[str, Any]]:
     origin = {"benchmark": "exact", "case": case, "date": "2026-12-01", "commit": "abc"}
     return [{**row.fields, **origin} for row in question]
 
@@ -290,6 +300,26 @@ def test_two_stage_presets_meet_their_targets(way: str, preset: str) -> None:
     found = with_levels(plan, WHOLE, questions.WAYS[way], parameters)
     assert is_just_in_time(plan) and cost_on_flux(plan, WHOLE.num_tokens) <= TARGETS[preset].cost
     assert max(shares_of_limit(TARGETS[preset], found, WHOLE, BETA)) <= 1.0
+
+
+@pytest.mark.parametrize("preset", TARGETS)
+def test_presets_of_the_product_meet_their_targets(preset: str) -> None:
+    """What people get by name: their stages, their levels, and the solver's rule at the end of pooled steps."""
+    config = PRODUCT[preset]
+    plan = questions.product_plan(config)
+    found = with_levels(plan, WHOLE, Way(BETA, "dpmpp_2m_across"), (config.alpha, config.beta))
+    assert found.levels == noise_levels(config)
+    assert is_just_in_time(plan) and cost_on_flux(plan, WHOLE.num_tokens) <= TARGETS[preset].cost
+    assert max(shares_of_limit(TARGETS[preset], found, WHOLE, BETA)) <= 1.0
+    assert min(level - after for level, after in pairwise(found.levels)) >= LEAST_GAP
+
+
+def test_levels_that_bfloat16_does_not_tell_apart_are_left_out() -> None:
+    assert told_apart(11, 0.86, 0.363) == beta_levels(11, 0.86, 0.363)
+    with pytest.raises(ConfigError, match="levels must lie"):
+        told_apart(11, 0.52, 0.149)
+    found = search_levels(pooled((2, 2), (2, 1)), Study((16, 16), (2.0,)), Way(TOLD_APART))
+    assert min(level - after for level, after in pairwise(found.levels)) >= LEAST_GAP
 
 
 def test_a_limit_is_the_least_of_a_targets_limits() -> None:

@@ -212,7 +212,8 @@ def test_resolve_takes_a_preset_or_a_config_with_overrides() -> None:
     ("name", "nearest"), [("7X", "7x"), ("4", "4x"), ("7x-papers", "7x-paper"), ("dens", "dense")]
 )
 def test_resolve_names_the_nearest_preset(name: Any, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f'4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense.*did you mean "{nearest}'):
+    names = "4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense"
+    with pytest.raises(ConfigError, match=f'{names}.*did you mean "{nearest}'):
         resolve(name)
 
 

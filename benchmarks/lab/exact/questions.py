@@ -8,9 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import POOLED_PLANS
+from jitaccel.method.presets import PRESETS as PRODUCT
 
-from ...registry import Row
-from .levels import BETA, LOG_RATIO, native_levels
+from ...registry import Measurement
+from .levels import BETA, LOG_RATIO, TOLD_APART, native_levels
 from .linear import Distances, Solver
 from .mixture import SCORES, Mixture, by_truth
 from .plan import Plan, Stage, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
@@ -38,6 +40,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "Beta levels": Way(BETA, "dpmpp_2m"),
         "Beta levels, across": Way(BETA, "dpmpp_2m_across"),
         "log-ratio levels, across": Way(LOG_RATIO, "dpmpp_2m_across"),
+        "Beta levels told apart, across": Way(TOLD_APART, "dpmpp_2m_across"),
     }
 )
 SOLVERS: Mapping[Solver, str] = MappingProxyType(
@@ -46,7 +49,7 @@ SOLVERS: Mapping[Solver, str] = MappingProxyType(
 _MOST, _COSTS = (4, 10, 10), (3.0, 12.5)  # steps pooled by 4, pooled by 2, dense; dense steps of FLUX.1-dev
 
 
-def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> Iterator[Row]:
+def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> Iterator[Measurement]:
     """Yields dense steps: Euler's on the model's own levels, 2M on those, and 2M with levels searched."""
     for steps in (7, 28, 50):
         yield _row(study, dense(steps), native_levels(steps), "native", "euler")
@@ -59,7 +62,7 @@ def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> It
             yield _found_row(study, found, {"relative_mse_levels_alone": _by_spectrum(study, line[steps])})
 
 
-def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterator[Row]:
+def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterator[Measurement]:
     """Yields the front of plans of which half of the steps are pooled, then the best for each target that some can pay.
 
     `limit_share` is the error over the least limit of the target, against dense steps on the same family of levels.
@@ -88,7 +91,29 @@ def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterato
             yield _found_row(study, best, extra, f"{preset}, factors to {factor}: ")
 
 
-# The two-stage plan of each preset, and its levels as searched by `plans`; for comparison the dense steps of its cost.
+def product_plan(config: JiTConfig) -> Plan:
+    """Returns the stages of a pooled configuration of the product."""
+    starts = (0, *config.stage_ends(int(config.steps)))
+    return Plan(
+        tuple(Stage(steps=b - a, factor=config.pooling_of(k)) for k, (a, b) in enumerate(pairwise(starts)))
+    )
+
+
+def product_presets() -> Iterator[Measurement]:
+    """Yields the product's own pooled presets against their targets, and every plan of `preset="auto"`."""
+    line, names = dense_line(FLUX), {config: name for name, config in PRODUCT.items()}
+    for config in POOLED_PLANS.values():
+        way, parameters = WAYS["Beta levels told apart, across"], (config.alpha, config.beta)
+        found = with_levels(product_plan(config), FLUX, way, parameters)
+        ratios = ratios_to_dense(found.errors, cost_on_flux(found.plan, FLUX.num_tokens), line)
+        extra: dict[str, Any] = {"ratio_to_dense": _by_spectrum(FLUX, ratios)}
+        if (preset := names.get(config)) is not None:
+            shares = shares_of_limit(TARGETS[preset], found, FLUX)
+            extra |= {"target": preset, "limit_share": _by_spectrum(FLUX, shares)}
+        yield _found_row(FLUX, found, extra)
+
+
+# Two-stage plans that `plans` found, and their levels, which are not told apart in bfloat16.
 PRESETS: Mapping[str, Mapping[str, tuple[Plan, tuple[float, float]]]] = MappingProxyType(
     {
         "Beta levels": {
@@ -110,7 +135,7 @@ PRESETS: Mapping[str, Mapping[str, tuple[Plan, tuple[float, float]]]] = MappingP
 )
 
 
-def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Row]:
+def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Measurement]:
     """Yields plans on levels that were searched at 128x128 latents for 2.0 and 2.6, at other sizes and spectra."""
     for side in sides:
         study = Study((side, side), (1.4, 2.0, 2.3, 2.6, 3.0))
@@ -127,7 +152,7 @@ def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Row]:
             yield _row(study, dense(steps), native_levels(steps), "native", "euler")
 
 
-def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) -> Iterator[Row]:
+def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) -> Iterator[Measurement]:
     """Yields the presets' plans where the network that sees averages knows another spectrum than the dense one."""
     for offset in offsets:
         study = Study(FLUX.shape, FLUX.exponents, offset)
@@ -140,7 +165,7 @@ def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) ->
                 yield _row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
 
 
-def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Row]:
+def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Measurement]:
     """Yields the front of plans that are good, on average, where the half size is off by -0.15, 0 or 0.15.
 
     `relative_mse` is with the best half size, `relative_mse_off` with the others. Plans have one pooled step at least.
@@ -159,7 +184,7 @@ def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] 
         yield _row(study, each.plan, each.levels, BETA.name, solver, extra, each.parameters)
 
 
-def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> Iterator[Row]:
+def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> Iterator[Measurement]:
     """Yields what activation by importance is worth where detail lies in places, on two plans.
 
     `more_than_random` is the mean over pictures of the squared error beyond that of random activation, divided by the
@@ -193,10 +218,10 @@ def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> It
                 "standard_error": float(f"{more.std() / count**0.5:.3g}"),
             }
             shown = f"error {found.mean() / end.square().mean():.4f}, {100 * more.mean():+.1f} %"
-            yield Row(line=f"{plan}, activated by {name}: {shown}", fields=fields)
+            yield Measurement(line=f"{plan}, activated by {name}: {shown}", fields=fields)
 
 
-def video(study: Study = VIDEO) -> Iterator[Row]:
+def video(study: Study = VIDEO) -> Iterator[Measurement]:
     """Yields dense and pooled steps on 13x30x52 tokens, pooled within frames.
 
     A frame of a field in three dimensions with power k^-(p + 1) has k^-p.
@@ -208,7 +233,7 @@ def video(study: Study = VIDEO) -> Iterator[Row]:
             yield _found_row(study, search_levels(pooled((cheap, 2), (whole, 1)), study, Way(BETA, solver)))
 
 
-def earlier_rows() -> Iterator[Row]:
+def earlier_rows() -> Iterator[Measurement]:
     """Yields rows that a sampled program had before, for comparison."""
     small = Study((32, 32), (1.4, 2.0))
     for plan in (dense(6), dense(7), pooled((4, 2), (5, 1))):
@@ -238,7 +263,7 @@ _VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
 )
 
 
-def subset_variants() -> Iterator[Row]:
+def subset_variants() -> Iterator[Measurement]:
     """Yields the paper's 7x and its variants, at 32x32 latents on the paper's levels; activation is random."""
     levels = BETA.levels(_PAPER.steps, *_PAPER_LEVELS)
     for name, (variant, solver) in _VARIANTS.items():
@@ -249,7 +274,7 @@ def subset_variants() -> Iterator[Row]:
         yield _row(small, dense(steps), BETA.levels(steps, *_PAPER_LEVELS), BETA.name, "euler", {}, _PAPER_LEVELS)
 
 
-def subset_or_pooled() -> Iterator[Row]:
+def subset_or_pooled() -> Iterator[Measurement]:
     """Yields plans of equal cost by tokens, with subset steps and with pooled ones, levels searched for each."""
     study = SubsetStudy((32, 32), (2.0, 2.6))
     for solver in ("dpmpp_2m", "dpmpp_2m_across"):
@@ -261,7 +286,9 @@ def subset_or_pooled() -> Iterator[Row]:
             yield _found_row(study, refined(with_levels(by_subset, study, way, by_area.parameters), study))
 
 
-def _found_row(study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = "") -> Row:
+def _found_row(
+    study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = ""
+) -> Measurement:
     family, solver = found.way.family.name, found.way.solver
     return _row(study, found.plan, found.levels, family, solver, extra, found.parameters, name)
 
@@ -275,7 +302,7 @@ def _row(
     extra: Mapping[str, Any] = MappingProxyType({}),
     parameters: Sequence[float] = (),
     name: str = "",
-) -> Row:
+) -> Measurement:
     distances = study.distances(plan, levels, solver)
     return row_of(
         study, plan, distances, solver, {"levels": family, "level_parameters": list(parameters), **extra}, name
@@ -289,7 +316,7 @@ def row_of(
     solver: Solver,
     extra: Mapping[str, Any],
     name: str = "",
-) -> Row:
+) -> Measurement:
     """Returns the row of a run. extra: at least its `levels` and `level_parameters`."""
     errors = _by_spectrum(study, [each.relative_mse for each in distances])
     fields = {
@@ -307,7 +334,8 @@ def row_of(
         **extra,
     }
     shown = ", ".join(f"{value:.5f} at {spectrum}" for spectrum, value in errors.items())
-    return Row(line=f"{fields['method']}: {fields['cost_dense_steps']:.2f} dense steps, error {shown}", fields=fields)
+    line = f"{fields['method']}: {fields['cost_dense_steps']:.2f} dense steps, error {shown}"
+    return Measurement(line=line, fields=fields)
 
 
 def _by_spectrum(study: Study, values: Sequence[float]) -> dict[str, float]:
