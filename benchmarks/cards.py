@@ -17,6 +17,7 @@ from .lab.report import BENCHMARK, cell, tables
 from .pipelines import FLUX_DEV
 
 Fields = Mapping[str, Any]
+_PRODUCT = "presets of the product"  # a question of the exact laboratory
 _DENSE_STEPS, _TOKENS, _TEXT_TOKENS = 50, 64 * 64, 512  # of FLUX.1-dev at 1024x1024
 
 
@@ -29,25 +30,56 @@ def presets(rows: Sequence[Fields]) -> str:
     """A card for each sparse preset: what it does, what it costs, how good it is, and the control of its cost."""
     found = {row["method"]: row for row in rows if row["benchmark"] == BENCHMARK}
     names = [name for name, config in PRESETS.items() if config.num_stages > 1]
-    return "\n".join(_card(name, PRESETS[name], found) for name in names)
+    exact = {row["target"]: row for row in rows if row.get("case") == _PRODUCT and "target" in row}
+    return "\n".join(_card(name, PRESETS[name], found, exact.get(name)) for name in names)
 
 
 def stages(config: JiTConfig) -> list[str]:
-    """Returns the steps of each stage and the share of tokens that they run on."""
+    """Returns the steps of each stage and what they run on: a share of the tokens, or a smaller picture."""
     ends = config.stage_ends(int(config.steps))
     lengths = (end - start for start, end in pairwise((0, *ends)))
-    return [f"{n} of {density:.0%}" for n, density in zip(lengths, config.densities, strict=True)]
+    return [f"{n} {_shown(config, stage)}" for stage, n in enumerate(lengths)]
 
 
-def _card(name: str, config: JiTConfig, found: Mapping[str, Fields]) -> str:
+def _shown(config: JiTConfig, stage: int) -> str:
+    factor, density = config.pooling_of(stage), config.densities[stage]
+    if factor > 1:
+        return f"of a picture {factor} times smaller (pooled)"
+    return "dense" if density == 1.0 else f"of {density:.0%} of the tokens"
+
+
+def _method_of(config: JiTConfig) -> str:
+    """Returns what a configuration does between the stages, in sentences."""
+    is_subset = any(
+        density < 1.0 and config.pooling_of(stage) == 1 for stage, density in enumerate(config.densities)
+    )
+    if not is_subset:
+        return f"Nothing is moved or drawn where they change. {_SOLVED[config.solver]}"
+    lifted, moved = _LIFTED[config.lifter], _MOVED[config.micro_flow]
+    return f"Lifts the {lifted}; new tokens are moved {moved}. {_SOLVED[config.solver]}"
+
+
+def _exact(row: Fields | None) -> list[str]:
+    """Returns what the exact laboratory says of a preset."""
+    if row is None:
+        return []
+    keys = ("relative_mse", "ratio_to_dense")
+    errors, ratios = (" / ".join(f"{each:.2g}" for each in row[key].values()) for key in keys)
+    return [
+        f"Exact laboratory (64x64 tokens, spectra 2.0 / 2.6): error {errors}, which is {ratios} times that of dense "
+        f"steps of its cost with levels searched as carefully ([exact-lab.md](exact-lab.md)).\n"
+    ]
+
+
+def _card(name: str, config: JiTConfig, found: Mapping[str, Fields], exact: Fields | None) -> str:
     flux = equivalent_dense_steps(config, _TOKENS, _TEXT_TOKENS, functools.partial(flux_flops, FLUX_DEV))
     lines = [
         f"### `{name}`\n",
-        f"{config.steps} steps: {', '.join(stages(config))} of the tokens. Lifts the {_LIFTED[config.lifter]}; "
-        f"new tokens are moved {_MOVED[config.micro_flow]}. {_SOLVED[config.solver]}\n",
+        f"{config.steps} steps: {', then '.join(stages(config))}. {_method_of(config)}\n",
         f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
         f"{_DENSE_STEPS / flux:.2f}x against {_DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
         "\n",
+        *_exact(exact),
     ]
     row = found.get(name)
     known = {} if row is None else settings_as_now(row["config"])

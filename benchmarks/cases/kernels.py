@@ -24,6 +24,7 @@ CHANNELS = (64, 128)
 DENSITIES = (0.32, 0.60)
 _RELEASED_MATRIX_GIB = 6  # the released code's distances, N x M floats, are not formed beyond this
 _LEVELS = (0.8, 0.7)
+_PATCH = 2  # latents along a token's side
 _STEPS_PER_PLAN = 4
 
 
@@ -43,6 +44,8 @@ class KernelInputs:
     tokens: Tensor
     levels: Tensor
     out: Tensor  # scratch, for operators that write
+    pooled: Tensor  # the picture of half the size, and a network's velocity of it
+    pooled_values: Tensor
 
     @property
     def plan(self) -> tuple[Any, ...]:
@@ -60,11 +63,12 @@ def make_inputs(
     anchors = order[:count].sort().values[None].to(options.device)
     fields = [torch.randn(1, n, channels, generator=generator) for n in (count, *(num_tokens,) * 3)]
     values, state, velocity, noise = (field.to(options.device, dtype) for field in fields)
-    importance = ops.importance(velocity, grid)
+    importance = ops.importance(velocity, grid, stack=True)
+    pooled = ops.pool(state, grid, _PATCH, 2, _LEVELS[0])
     return KernelInputs(
         grid=grid,
         anchors=anchors,
-        nearest=ops.nearest_anchor(anchors, grid),
+        nearest=ops.nearest_anchor(anchors, grid, stack=True),
         weights=blur_weights(density).to(options.device, torch.float32),
         values=values,
         state=state,
@@ -74,6 +78,8 @@ def make_inputs(
         tokens=ops.activate(importance, anchors, num_tokens // 4),
         levels=torch.tensor(_LEVELS, device=options.device),
         out=torch.zeros_like(state),
+        pooled=pooled,
+        pooled_values=torch.randn(pooled.shape, generator=generator).to(options.device, dtype),
     )
 
 
@@ -141,35 +147,43 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def _micro_flow(x: KernelInputs) -> tuple[Any, ...]:
-    return x.out, x.state, x.velocity, x.noise, x.tokens, *x.plan, x.levels, 1 / 3
+    return x.out, x.state, x.velocity, x.noise, x.tokens, *x.plan, x.levels, 1 / 3, True
+
+
+def _pool(x: KernelInputs) -> tuple[Any, ...]:
+    return x.state, x.grid, _PATCH, 2, x.levels[0]
+
+
+def _lift_pooled(x: KernelInputs) -> tuple[Any, ...]:
+    return x.pooled_values, x.pooled, *_pool(x)
 
 
 KERNELS = (
     Kernel(
         name="nearest_anchor",
-        run=lambda x: ops.nearest_anchor(x.anchors, x.grid),
+        run=lambda x: ops.nearest_anchor(x.anchors, x.grid, stack=True),
         reference=None,
         released=released_nearest,
         bytes_moved=lambda x: _bytes(x.anchors, x.nearest),
     ),
     Kernel(
         name="lift",
-        run=lambda x: ops.lift(x.values, *x.plan),
-        reference=lambda x: reference.lift(x.values, *x.plan),
+        run=lambda x: ops.lift(x.values, *x.plan, stack=True),
+        reference=lambda x: reference.lift(x.values, *x.plan, stack=True),
         released=released_lift,
         bytes_moved=lambda x: _bytes(x.values, x.state, x.nearest, x.anchors),
         lifts=True,
     ),
     Kernel(
         name="importance",
-        run=lambda x: ops.importance(x.velocity, x.grid),
-        reference=lambda x: reference.importance(x.velocity, x.grid),
+        run=lambda x: ops.importance(x.velocity, x.grid, stack=True),
+        reference=lambda x: reference.importance(x.velocity, x.grid, stack=True),
         released=released_importance,
         bytes_moved=lambda x: _bytes(x.velocity, x.importance),
     ),
     Kernel(
         name="importance + activate",
-        run=lambda x: ops.activate(ops.importance(x.velocity, x.grid), x.anchors, x.tokens.shape[1]),
+        run=lambda x: ops.activate(ops.importance(x.velocity, x.grid, stack=True), x.anchors, x.tokens.shape[1]),
         reference=None,
         released=lambda x: released_activate(x, released_importance(x).float()),
         bytes_moved=lambda x: _bytes(x.velocity, x.importance, x.importance, x.anchors, x.tokens),
@@ -187,6 +201,20 @@ KERNELS = (
         reference=lambda x: reference.micro_flow_into(*_micro_flow(x)),
         released=None,
         bytes_moved=lambda x: 2 * _bytes(x.values) + 3 * x.tokens.numel() * x.state.shape[2] * x.state.element_size(),
+    ),
+    Kernel(
+        name="pool",
+        run=lambda x: ops.pool(*_pool(x)),
+        reference=lambda x: reference.pool(*_pool(x)),
+        released=None,
+        bytes_moved=lambda x: _bytes(x.state, x.pooled),
+    ),
+    Kernel(
+        name="lift_pooled",
+        run=lambda x: ops.lift_pooled(*_lift_pooled(x)),
+        reference=lambda x: reference.lift_pooled(*_lift_pooled(x)),
+        released=None,
+        bytes_moved=lambda x: _bytes(x.state, x.state, x.pooled, x.pooled_values),
     ),
 )
 

@@ -36,7 +36,7 @@ def test_example_runs_and_is_the_plain_toy_at_density_one(example: dict[str, Any
         expected = model(tokens, ids, level)
         with jitaccel.apply(model, dense, noise_levels=(0.5, 0.2, 0.0)):
             assert torch.equal(model(tokens, ids, level), expected)
-    counts = jitaccel.PRESETS["few-steps"].token_counts(256)
+    counts = jitaccel.PRESETS["7x"].token_counts(256)
     assert [anchors.shape for anchors in example["handle"].stats().anchors] == [(2, count) for count in counts]
 
 

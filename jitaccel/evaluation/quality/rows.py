@@ -64,7 +64,9 @@ def settings_as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    return {field.name: field.default for field in fields(JiTConfig) if field.default is not MISSING}
+    """Returns the defaults as JSON has them: lists in place of tuples."""
+    found = {field.name: field.default for field in fields(JiTConfig) if field.default is not MISSING}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def by_method(rows: Rows, methods: Sequence[str], *, asker: str) -> dict[str, Rows]:

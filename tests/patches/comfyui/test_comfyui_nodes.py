@@ -47,7 +47,7 @@ def test_sigmas_node_gives_the_presets_levels() -> None:
     node = NODE_CLASS_MAPPINGS["JiTSigmas"]
     make = getattr(node(), node.FUNCTION)
     offered, settings = node.INPUT_TYPES()["required"]["preset"]
-    assert offered == ["4x", "7x", "10x", "4x-paper", "7x-paper"] and settings["default"] == "7x"
+    assert offered == ["4x", "7x", "10x", "few-steps", "4x-paper", "7x-paper"] and settings["default"] == "7x"
     for preset in offered:
         expected = torch.tensor(jitaccel.noise_levels(jitaccel.PRESETS[preset]))
         assert torch.equal(make(preset=preset, steps=0, denoise=1.0)[0], expected)

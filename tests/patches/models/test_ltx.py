@@ -49,7 +49,7 @@ def test_density_one_is_the_unpatched_pipeline_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, SCALE])
-@pytest.mark.parametrize("config", [PRESETS["7x"], PRESETS["7x-paper"], SHORT], ids=["7x", "7x-paper", "short"])
+@pytest.mark.parametrize("config", [PRESETS["few-steps"], SHORT], ids=["few-steps", "short"])
 def test_sparse_generation_is_the_methods(config: JiTConfig, scale: float) -> None:
     pipe = pipeline()
     expected = by_hand(pipe, config, scale)

@@ -89,7 +89,7 @@ def test_branch_of_skip_layer_guidance_has_the_same_anchors() -> None:
 
 
 def test_image_of_a_batch_is_the_one_made_alone(pipe: Any) -> None:
-    with jitaccel.apply(pipe, SHORT if "Img2Img" not in type(pipe).__name__ else "7x") as handle:
+    with jitaccel.apply(pipe, SHORT if "Img2Img" not in type(pipe).__name__ else "few-steps") as handle:
         together = generate(pipe, 7, batch=2)
         assert handle.stats().batch == 2
         for image in range(2):
@@ -110,7 +110,7 @@ def test_image_of_a_batch_is_the_one_made_alone(pipe: Any) -> None:
 
 def test_generation_may_start_among_the_levels() -> None:
     pipe = pipeline(PIPELINES[1])
-    with jitaccel.apply(pipe, "7x") as handle:
+    with jitaccel.apply(pipe, "few-steps") as handle:
         assert generate(pipe, 7, strength=0.8).isfinite().all()
     steps = handle.stats().steps
     assert len(steps) < 7 and steps[0].noise_level < 1.0 and steps[0].tokens < steps[-1].tokens == 140
