@@ -199,40 +199,41 @@ class Run:
             raise RuntimeError(f"Run.enter: a step must be left before stage {self.stage + 1} starts, got none")
         self.check_finite()
         self.stage += 1
-        old, num_tokens = self.plan, num_tokens_of(self.grid)
+        old = self.plan
         if isinstance(old, PooledPlan):
-            # Every token has its own noise and a velocity at the right level: none is moved.
-            if self.factor == 1:
-                anchors = self._first_anchors(state, self._num_placed(state))
-                self._plan(merge_anchors(anchors, self._activated(left, anchors)))
-            else:
-                self._plan_pooled(state)
+            # Every token has noise of its own and a velocity at the right level: none is moved.
+            self._plan_after_pooled(left, state)
             return state
-        anchors = old.anchors
-        if self.factor == 1:
-            tokens = self._activated(left, anchors)
-            self._plan(merge_anchors(anchors, tokens))
-        else:
-            tokens = activate(_no_scores(left), anchors, num_tokens - anchors.shape[1])
+        tokens = self._activated(left, old.anchors)
+        if self.factor > 1:
             self._plan_pooled(state)
+        else:
+            self._plan(merge_anchors(old.anchors, tokens))
         if self.config.move_weight == 0.0:
             return state
         return self._parts.move(self, step, state, left, tokens, old)
 
-    def _num_placed(self, state: Tensor) -> int:
-        """Returns how many anchors of the stage after a pooled one are placed regularly; the others are activated."""
+    def _plan_after_pooled(self, left: Left, state: Tensor) -> None:
+        """Makes the plan of a stage before which every token was shown: of its anchors the most important are chosen
+        beside the regular ones."""
+        if self.factor > 1:
+            self._plan_pooled(state)
+            return
         regular = lattice(self.grid)
-        placed = regular if self._forced is None else (regular | self._forced.cpu()).sum(dim=1).max()
-        return min(self._counts[self.stage], int(placed.sum()))
+        if self._forced is not None:
+            regular = (regular | self._forced.cpu()).sum(dim=1).max()
+        anchors = self._first_anchors(state, min(self._counts[self.stage], int(regular.sum())))
+        self._plan(merge_anchors(anchors, self._activated(left, anchors)))
 
     def _activated(self, left: Left, anchors: Tensor) -> Tensor:
-        """Returns the tokens that a stage activates beside `anchors` (B, M), (B, count).
+        """Returns the tokens that a stage activates beside `anchors` (B, M), (B, count); all of them where it pools.
 
         Where it is all or none, nothing has to rank them.
         """
-        count = self._counts[self.stage] - anchors.shape[1]
         inactive = num_tokens_of(self.grid) - anchors.shape[1]
-        scores = self._parts.scores(self, left) if 0 < count < inactive else _no_scores(left)
+        count = inactive if self.factor > 1 else self._counts[self.stage] - anchors.shape[1]
+        is_choice = 0 < count < inactive
+        scores = self._parts.scores(self, left) if is_choice else torch.zeros_like(left.velocity[..., 0]).float()
         return activate(scores, anchors, count)
 
     def target_noise(self, state: Tensor) -> Tensor:
@@ -287,10 +288,6 @@ class Run:
                     f"Run: the velocity must be finite, got NaN or infinity at step {index}; "
                     f"float16 overflows in some FLUX models, load it in bfloat16"
                 )
-
-
-def _no_scores(left: Left) -> Tensor:
-    return torch.zeros(left.velocity.shape[:2], device=left.velocity.device)
 
 
 def image_generators(state: Tensor) -> list[torch.Generator]:

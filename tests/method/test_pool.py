@@ -194,7 +194,7 @@ def test_a_configuration_with_pooling_goes_through_its_dict_and_pools_nothing_by
         ({"pooling": (3, 1)}, "pooling must be a tuple of 1, 2, 4"),
         ({"pooling": 2}, "pooling must be a tuple of 1, 2, 4"),
         ({"pooling": (2.0, 1)}, "pooling must be a tuple of 1, 2, 4"),
-        ({"densities": (0.3, 1.0)}, "must have density 0.25"),
+        ({"densities": (0.3, 1.0), "pooling": (2, 1)}, "must have density 0.25"),
         ({"pooling": (2, 2)}, "must have density 0.25"),
     ],
 )

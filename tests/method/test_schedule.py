@@ -80,12 +80,10 @@ def test_stage_of_level_agrees_with_stage_of_step(name: str) -> None:
     steps = len(levels) - 1
     by_step = [config.stage_of_step(step, steps) for step in range(steps)]
     assert starts == tuple(levels[by_step.index(stage)] for stage in range(config.num_stages))
-    # Where a stage begins within bfloat16's rounding of the level before it, as 4x's second does, it may begin there.
+    # No stage of a preset begins within bfloat16's rounding of the level before it.
     for level, stage in zip(levels[:-1], by_step, strict=True):
-        may_be_early = any(level <= start * (1.0 + LEVEL_TOLERANCE) for start in starts[stage + 1 :])
-        assert may_be_early == (name == "4x" and level == 1.0)
-        allowed = {stage, stage + 1} if may_be_early else {stage}
-        assert {stage_of_level(level, starts), stage_of_level(_through_bfloat16(level), starts)} <= allowed
+        assert all(level > start * (1.0 + LEVEL_TOLERANCE) for start in starts[stage + 1 :])
+        assert {stage_of_level(level, starts), stage_of_level(_through_bfloat16(level), starts)} == {stage}
 
 
 @pytest.mark.parametrize("steps", [4, 7, 11, 18, 28])
