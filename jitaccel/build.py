@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 KINDS = {"cpu": ".cpp", "cuda": ".cu"}
-_HEADERS = {"cpu": ("*.h",), "cuda": ("*.h", "*.cuh")}
+_HEADERS = {"cpu": ("*.h", "*.map"), "cuda": ("*.h", "*.cuh", "*.map")}
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable ABI is used
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 _PACKAGE = Path(__file__).resolve().parent
@@ -114,20 +114,21 @@ def compile_command(kind: str, sanitize: bool = False) -> list[str]:
         if sanitize:
             flags += ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         flags += shlex.split(os.environ.get("JITACCEL_CXXFLAGS", ""))
-        return [*find_compiler(), *flags, *options, *files, *libraries, *_link_options(("torch_cpu",), "-Wl,")]
+        return [*find_compiler(), *flags, *options, *files, *libraries, *_link_options("torch_cpu")]
     nvcc = find_nvcc()
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-cudart", "static"]
     flags += ["--threads", "0", "-DUSE_CUDA", *architecture_options(nvcc)]
     flags += shlex.split(os.environ.get("JITACCEL_NVCCFLAGS", ""))
-    return [nvcc, *flags, *options, *files, *libraries, *_link_options(("torch", "torch_cpu"), "-Xlinker ")]
+    return [nvcc, *flags, *options, *files, *libraries, *_link_options("torch", "torch_cpu", escape="\\")]
 
 
-def _link_options(names: Sequence[str], prefix: str) -> list[str]:
+def _link_options(*names: str, escape: str = "") -> list[str]:
+    """Of both compilers: -Xlinker takes one option of the linker's, in which nvcc wants spaces escaped."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
-    # Kept though nothing refers to them: they are what loads torch where Python has not.
-    keep = f"{prefix}--no-as-needed".split()
-    return [*keep, *(f"-l{name}" for name in names)]
+    # The libraries are kept though nothing refers to them: they are what loads torch where Python has not.
+    exports = str(source_folder() / "exports.map").replace(" ", f"{escape} ")
+    return ["-Xlinker", "--no-as-needed", *(f"-l{name}" for name in names), "-Xlinker", f"--version-script={exports}"]
 
 
 def _compile(command: Sequence[str], out: Path) -> None:

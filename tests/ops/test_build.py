@@ -144,6 +144,45 @@ def test_library_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     assert "_C_cpu.so cannot be loaded" in done.stderr and done.returncode == 0
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.skipif(sys.platform != "linux", reason="version scripts are Linux's")
+def test_libraries_export_nothing() -> None:
+    assert ops.compiled(), ops.missing()
+    for library in ops.compiled().values():
+        symbols = [
+            subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
+            for which in ("--defined-only", "--undefined-only")
+        ]
+        assert symbols[0] == "" and "aoti_torch" in symbols[1]
+
+
+# Compilers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++-11", "clang++-14"])
+def test_older_compilers_build_operators_that_work(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    clear(monkeypatch)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("JITACCEL_CXXFLAGS", "-O1")  # the versions of a function are what differs, at any level
+    assert build.build("cpu", tmp_path / "_C_cpu.so")
+    assert "['cpu']" in python(USE, JITACCEL_LIBRARIES=str(tmp_path)).stdout
+    chosen = ["-k", "test_pool or importance or lift", TESTS, "tests/ops/test_pool.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen],
+        cwd=ROOT,
+        env={**os.environ, "JITACCEL_LIBRARIES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "passed" in done.stdout, (done.stdout + done.stderr)[-6000:]
+
+
 # CUDA
 
 
