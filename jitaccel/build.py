@@ -4,7 +4,7 @@ Two plain shared libraries on LibTorch's stable ABI, `_C_cpu.so` and `_C_cuda.so
 every torch from 2.10 on, and CUDA compiles beside a torch without it. Standard library only, and torch is needed for
 its headers alone: it is looked for, never imported.
 
-    JITACCEL_CPU, JITACCEL_CUDA   auto (default: build where the tools are), 1 (must build), 0 (skip)
+    JITACCEL_CPU, JITACCEL_CUDA   auto (default: build where that works, say where not), 1 (must build), 0 (skip)
     TORCH_CUDA_ARCH_LIST          as in PyTorch, such as "9.0" or "8.0;9.0+PTX"; default: all that nvcc can make
     CXX, CUDA_HOME                the compilers
     JITACCEL_CXXFLAGS, JITACCEL_NVCCFLAGS   more options
@@ -36,6 +36,10 @@ _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")  # psabi: vectors are passed to n
 
 class MissingToolError(RuntimeError):
     """Something that a build needs is not there (as opposed to: the compiler failed)."""
+
+
+class CompilerError(RuntimeError):
+    """The compiler failed, or could not be run."""
 
 
 def source_folder() -> Path:
@@ -80,8 +84,12 @@ def staleness(kind: str, library: Path) -> str | None:
     return f"{library.name} was built from other sources"
 
 
-def build(kind: str, out: Path, sanitize: bool = False) -> bool:
-    """Returns whether the library was built. Honours the switches: a missing tool skips, a failing compiler raises."""
+def build(kind: str, out: Path, sanitize: bool = False, required: bool = False) -> bool:
+    """Returns whether the library was built.
+
+    Where it is asked for, by its switch or `required`, all that keeps it from being built is an error; else a warning,
+    since plain torch stands in for it.
+    """
     switch = f"JITACCEL_{kind.upper()}"
     mode = os.environ.get(switch, "auto")
     if mode not in ("auto", "0", "1"):
@@ -90,14 +98,25 @@ def build(kind: str, out: Path, sanitize: bool = False) -> bool:
         _say(f"{kind} operators skipped ({switch}=0)")
         return False
     try:
-        command = compile_command(kind, sanitize)
-    except MissingToolError as error:
-        if mode == "1":
-            raise RuntimeError(f"build: {switch}=1, but {error}") from error
-        _say(f"WARNING: {kind} operators not built: {error}")
+        if mode == "auto" and (reason := unsupported_reason(kind, sys.platform)) is not None:
+            raise MissingToolError(reason)
+        _compile(compile_command(kind, sanitize), out)
+    except (MissingToolError, CompilerError) as error:
+        if mode == "1" or required:
+            asked = f"{switch}=1" if mode == "1" else f"the {kind} library is asked for"
+            raise RuntimeError(f"build: {asked}, but {error}") from error
+        _say(f"WARNING: {kind} operators not built, plain torch runs in their place: {error}")
         return False
-    _compile(command, out)
     return True
+
+
+def unsupported_reason(kind: str, platform: str) -> str | None:
+    """Returns why a library cannot work on a platform (as `sys.platform` names it), None where it can."""
+    if platform == "win32":
+        return "they are written for g++ and clang++, not for Windows"
+    if platform == "darwin" and kind == "cuda":
+        return "there is no CUDA on macOS"
+    return None
 
 
 def compile_command(kind: str, sanitize: bool = False) -> list[str]:
@@ -141,10 +160,10 @@ def _compile(command: Sequence[str], out: Path) -> None:
             [*command, "-o", str(unfinished)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
         if done.returncode:
-            raise RuntimeError(f"build: the compiler failed:\n{shlex.join(command)}\n{done.stdout[-8000:]}")
+            raise CompilerError(f"the compiler failed:\n{shlex.join(command)}\n{done.stdout[-8000:]}")
         unfinished.replace(out)
     except OSError as error:
-        raise RuntimeError(f"build: {command[0]} cannot be run: {error}; check CXX and CUDA_HOME") from error
+        raise CompilerError(f"{command[0]} cannot be run: {error}; check CXX and CUDA_HOME") from error
     finally:
         unfinished.unlink(missing_ok=True)
     if done.stdout.strip():
@@ -223,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jitaccel.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda; both by default")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda: must be built; default: both, if possible")
     parser.add_argument("--out", type=Path, help="where to; JITACCEL_LIBRARIES makes jitaccel load from there")
     parser.add_argument("--if-stale", action="store_true", help="leave alone what was built from these sources")
     parser.add_argument("--sanitize", action="store_true", help="cpu: with address and undefined-behaviour sanitizers")
@@ -234,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind in options.kinds or KINDS:
             out = library_path(kind, options.out)
             if not options.if_stale or staleness(kind, out) is not None:
-                build(kind, out, options.sanitize)
+                build(kind, out, options.sanitize, required=bool(options.kinds))
     except RuntimeError as error:
         parser.exit(1, f"jitaccel: {error}\n")
 

@@ -68,7 +68,7 @@ def test_missing_compiler_skips_with_a_reason_or_fails_where_it_must_not(
     clear(monkeypatch)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not build.build(kind, tmp_path / "x.so")
-    assert f"WARNING: {kind} operators not built: " in capsys.readouterr().err
+    assert f"WARNING: {kind} operators not built, plain torch runs" in capsys.readouterr().err
     monkeypatch.setenv(f"JITACCEL_{kind.upper()}", "1")
     with pytest.raises(RuntimeError, match=f"=1, but {tool}"):
         build.build(kind, tmp_path / "x.so")
@@ -87,23 +87,56 @@ def test_torch_is_found_without_importing_it_and_an_old_one_refused(
 
 
 @needs_compiler
-def test_failing_compiler_is_an_error_with_its_output_and_keeps_the_old_library(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_failing_compiler_is_a_warning_or_an_error_where_asked_for_and_keeps_the_old_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clear(monkeypatch)
     out = tmp_path / "_C_cpu.so"
     out.write_bytes(b"old")
     monkeypatch.setenv("JITACCEL_CXXFLAGS", "-fno-such-option")
-    with pytest.raises(RuntimeError, match="fno-such-option"):
+    assert not build.build("cpu", out)
+    warning = capsys.readouterr().err
+    assert "WARNING: cpu operators not built, plain torch runs" in warning and "fno-such-option" in warning
+    with pytest.raises(RuntimeError, match="the cpu library is asked for, but the compiler failed"):
+        build.build("cpu", out, required=True)
+    monkeypatch.setenv("JITACCEL_CPU", "1")
+    with pytest.raises(RuntimeError, match="JITACCEL_CPU=1, but the compiler failed"):
         build.build("cpu", out)
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_compiler_that_cannot_be_run_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiler_that_cannot_be_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clear(monkeypatch)
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     with pytest.raises(RuntimeError, match=r"none cannot be run: .*; check CXX"):
-        build.build("cpu", tmp_path / "_C_cpu.so")
+        build.build("cpu", tmp_path / "_C_cpu.so", required=True)
+
+
+def test_library_named_on_the_command_line_must_be_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clear(monkeypatch)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    build.main(["--out", str(tmp_path)])
+    assert "WARNING: cuda operators not built" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        build.main(["cpu", "--out", str(tmp_path)])
+    assert "the cpu library is asked for, but no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("platform", "skipped"), [("linux", []), ("darwin", ["cuda"]), ("win32", ["cpu", "cuda"])])
+def test_auto_tries_only_what_can_work(platform: str, skipped: list[str]) -> None:
+    assert [kind for kind in build.KINDS if build.unsupported_reason(kind, platform) is not None] == skipped
+
+
+def test_auto_on_windows_calls_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clear(monkeypatch)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("a compiler was called"))
+    assert not build.build("cpu", tmp_path / "_C_cpu.so")
+    assert "not for Windows" in capsys.readouterr().err
 
 
 def test_unknown_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +202,7 @@ def test_older_compilers_build_operators_that_work(
     clear(monkeypatch)
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("JITACCEL_CXXFLAGS", "-O1")  # the versions of a function are what differs, at any level
-    assert build.build("cpu", tmp_path / "_C_cpu.so")
+    assert build.build("cpu", tmp_path / "_C_cpu.so", required=True)
     assert "['cpu']" in python(USE, JITACCEL_LIBRARIES=str(tmp_path)).stdout
     chosen = ["-k", "test_pool or importance or lift", TESTS, "tests/ops/test_pool.py"]
     done = subprocess.run(
@@ -222,7 +255,7 @@ def test_sanitizers_find_nothing_in_what_the_operators_tests_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clear(monkeypatch)
-    assert build.build("cpu", tmp_path / "_C_cpu.so", sanitize=True)
+    assert build.build("cpu", tmp_path / "_C_cpu.so", sanitize=True, required=True)
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
