@@ -84,6 +84,21 @@ def staleness(kind: str, library: Path) -> str | None:
     return f"{library.name} was built from other sources"
 
 
+def cuda_mismatch(library: Path, torch_cuda: str) -> str | None:
+    """Returns why a CUDA library may not be used by a torch of a CUDA version, such as "12.8"; None where it may.
+
+    The library holds the runtime of the CUDA that it was linked with, which wants a driver of that major at least. A
+    torch of a smaller one runs on older drivers, where every call would fail.
+    """
+    mark = re.search(rb"jitaccel-cuda-major:(\d+);", library.read_bytes())
+    if mark is None or int(mark[1]) <= int(torch_cuda.partition(".")[0]):
+        return None
+    return (
+        f"{library.name} was linked with CUDA {int(mark[1])} and torch is built for CUDA {torch_cuda}: "
+        f"compile it with that CUDA (CUDA_HOME), or take a torch for CUDA {int(mark[1])}"
+    )
+
+
 def build(kind: str, out: Path, sanitize: bool = False, required: bool = False) -> bool:
     """Returns whether the library was built.
 

@@ -246,6 +246,34 @@ def test_cuda_library_loads_beside_a_cuda_torch() -> None:
     assert "cuda" in ops.compiled(), ops.missing()
 
 
+@pytest.mark.parametrize(
+    ("linked", "torch_cuda", "fits"),
+    [("13", "13.0", True), ("12", "13.0", True), ("13", "12.8", False), (None, "12.8", True)],
+)
+def test_cuda_library_is_not_used_by_a_torch_of_a_smaller_cuda(
+    linked: str | None, torch_cuda: str, fits: bool, tmp_path: Path
+) -> None:
+    library = tmp_path / "_C_cuda.so"
+    library.write_bytes(b"\0jitaccel-cuda-major:%s;\0" % linked.encode() if linked else b"\0")
+    reason = build.cuda_mismatch(library, torch_cuda)
+    assert reason is None if fits else reason and f"CUDA {linked} and torch is built for CUDA {torch_cuda}" in reason
+
+
+def test_cuda_library_of_a_larger_cuda_is_told_and_not_loaded(tmp_path: Path) -> None:
+    marks = f"jitaccel-sources:{build.source_hash('cuda')} jitaccel-cuda-major:99;"
+    (tmp_path / "_C_cuda.so").write_text(marks)  # loading it would fail with another reason
+    code = f"import torch; torch.version.cuda = '12.8'\n{USE}\nprint(ops.missing()['cuda'])"
+    done = python(code, JITACCEL_LIBRARIES=str(tmp_path))
+    assert "linked with CUDA 99 and torch is built for CUDA 12.8" in done.stdout.splitlines()[-1], done.stderr
+
+
+@needs_nvcc
+def test_cuda_library_says_what_it_was_linked_with() -> None:
+    said = subprocess.run([build.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    major = re.search(r"release (\d+)", said)
+    assert major and f"jitaccel-cuda-major:{major[1]};".encode() in build.library_path("cuda").read_bytes()
+
+
 # Sanitizers
 
 
