@@ -137,13 +137,13 @@ class _Hook(SharedHook):
     # A graph around the hook would be broken at each of its decisions.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original, caller = self.fn_ref.original_forward, calling_pipeline()
+        original, caller = self.original_of(module), calling_pipeline()
         route = self.route_of(caller)
         if route is None:
             return original(*args, **kwargs)
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
-        arguments = named_arguments(module, tuple(model.name for model in MODELS), args, kwargs)
+        arguments = named_arguments(module, tuple(model.name for model in MODELS), original, args, kwargs)
         return answered(
             route,
             functools.partial(_sparse, module, original, route, arguments, caller),

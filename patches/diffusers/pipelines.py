@@ -110,14 +110,14 @@ class _Hook(SharedHook):
     # A graph around the hook would be broken at each of its decisions, and take minutes to make.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self.fn_ref.original_forward
+        original = self.original_of(module)
         caller = calling_pipeline()
         route = self.route_of(caller)
         if route is None:
             return original(*args, **kwargs)
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
-        arguments = named_arguments(module, MODELS, args, kwargs)
+        arguments = named_arguments(module, MODELS, original, args, kwargs)
         return answered(
             route,
             functools.partial(self._sparse, module, original, route, arguments),
