@@ -5,6 +5,7 @@ The pipeline encodes prompts, draws noise and decodes as it always does; only it
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import logging
@@ -35,6 +36,7 @@ from .hook import hook_of
 from .pipelines import check_text_to_image
 
 _log = logging.getLogger(__name__)
+_OF_THE_CALLER = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)  # who wants all of it to end
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +132,21 @@ def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: C
     """Returns what `work` returns; where it fails, its request has its outcome."""
     try:
         return work()
-    except Exception as error:  # the other requests go on
-        outcomes[index] = Outcome(request, error)
+    except _OF_THE_CALLER:
+        raise
+    except BaseException as error:  # the other requests go on
+        outcomes[index] = Outcome(request, _as_exception(error))
         return None
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """Returns an error that `except Exception` catches: what panics in Rust (tokenizers) is none."""
+    if isinstance(error, Exception):
+        return error
+    what = f"{type(error).__name__}: {error}"
+    wrapped = RuntimeError(f"generate_batch: the request must be one that can be run, got {what}; change its prompt")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -> None:
@@ -225,10 +239,12 @@ def _forward_each(
     """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
     try:
         return dict(zip(jobs, forward([*jobs.values()]), strict=True))
-    except Exception as error:
+    except _OF_THE_CALLER:
+        raise
+    except BaseException as error:
         if len(jobs) == 1:
             index, job = next(iter(jobs.items()))
-            outcomes[index] = Outcome(job.request, error)
+            outcomes[index] = Outcome(job.request, _as_exception(error))
             return {}
         what = f"{type(error).__name__}: {error}"
         _log.warning("jitaccel: the forward of %d requests failed (%s); trying each alone", len(jobs), what)
