@@ -16,6 +16,17 @@ import torch
 from torch import Tensor
 
 HOOK_REGISTRY = "_diffusers_hook"
+_CACHES = frozenset(  # modules of diffusers.hooks whose hooks answer from an earlier call
+    {
+        "faster_cache",
+        "first_block_cache",
+        "mag_cache",
+        "pyramid_attention_broadcast",
+        "sea_cache",
+        "taylorseer_cache",
+        "text_kv_cache",
+    }
+)
 SCHEDULER_PLACE = ("_step_index", "_begin_index")
 
 
@@ -36,6 +47,22 @@ def put_hook_registry(module: Any, registry: Any) -> Any:
     diffusers 0.33.
     """
     return vars(module).setdefault(HOOK_REGISTRY, registry)
+
+
+def caches_in(model: Any) -> tuple[str, ...]:
+    """Returns the names of every cache hook of diffusers in a model, whether `enable_cache` or a function put it there.
+
+    `is_cache_enabled` knows only of the first. A class derived from a cache's is one. Costs: a cache in a renamed
+    module would answer for other tokens than those asked for. Since diffusers 0.33.
+    """
+    registries = [registry for module in model.modules() if (registry := hook_registry(module)) is not None]
+    hooks = [(name, hook) for registry in registries for name, hook in registry.hooks.items()]
+    return tuple(dict.fromkeys(name for name, hook in hooks if _is_cache(type(hook))))
+
+
+def _is_cache(kind: type) -> bool:
+    modules = [base.__module__ for base in kind.__mro__]
+    return any(name.startswith("diffusers.hooks.") and name.rpartition(".")[2] in _CACHES for name in modules)
 
 
 def accelerate_hook(module: Any) -> Any:
