@@ -74,7 +74,7 @@ class Job:
 
     def level(self) -> Tensor:
         """Returns the stage's level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
-        timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32)
+        timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32, device="cpu")
         return timestep.to(self.state.dtype).to(self.state.device) / 1000
 
     def advance(self, branches: Sequence[Tensor]) -> bool:
@@ -175,7 +175,7 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
     prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
     model = pipeline.transformer
-    generator = torch.Generator().manual_seed(request.seed)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
     channels, dtype = model.config.in_channels // 4, prompts[0].text.dtype
     state, ids = pipeline.prepare_latents(1, channels, request.height, request.width, dtype, device, generator, None)
     unit = 2 * pipeline.vae_scale_factor
@@ -183,7 +183,9 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     grid = (request.height // unit, request.width // unit)
     cost, text_tokens = functools.partial(flux_flops, model.config), len(prompts[0].text)
     generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens, patch=FLUX.patch)
-    guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
+    guidance = None
+    if model.config.guidance_embeds:
+        guidance = torch.full([1], request.guidance_scale, dtype=torch.float32, device=device)
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
