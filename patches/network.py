@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
+from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Generation, Network
 from jitaccel.generation.stats import Cost
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.steps import Step
+
+from .diffusers_private import caches_in
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +95,22 @@ def answered(route: NetworkRoute, compute: Callable[[], Result], original: Calla
             return original()
         route.abandon()
         raise
+
+
+def cache_problem(transformer: Any) -> str | None:
+    """Returns which cache a transformer of diffusers has, and how to remove it; None without one.
+
+    A cache answers with what it kept of other tokens, or of another stage.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        return "a cache enabled on the transformer (transformer.disable_cache() removes it)"
+    if names := caches_in(uncompiled(transformer)):
+        found = ", ".join(repr(name) for name in names)
+        return (
+            f"cache hooks {found} in the transformer (diffusers.hooks.HookRegistry.check_if_exists_or_initialize("
+            f"transformer).remove_hook(name) removes each)"
+        )
+    return None
 
 
 def refuse_controlnet(options: Execution) -> None:

@@ -24,7 +24,7 @@ from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
 from ..models import MODELS as CUT
 from ..models.refused import remark_on
-from ..network import ModelCall, answered, refuse_controlnet
+from ..network import ModelCall, answered, cache_problem, refuse_controlnet
 from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
@@ -110,14 +110,14 @@ class _Hook(SharedHook):
     # A graph around the hook would be broken at each of its decisions, and take minutes to make.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self.fn_ref.original_forward
+        original = self.original_of(module)
         caller = calling_pipeline()
         route = self.route_of(caller)
         if route is None:
             return original(*args, **kwargs)
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
-        arguments = named_arguments(module, MODELS, args, kwargs)
+        arguments = named_arguments(module, MODELS, original, args, kwargs)
         return answered(
             route,
             functools.partial(self._sparse, module, original, route, arguments),
@@ -191,8 +191,8 @@ def _scheduler_problems(pipeline: Any) -> list[str]:
 def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[str]:
     if not is_instance_of(transformer, "diffusers", *models):
         return [f"transformer must be a {' or '.join(models)}, got {type(transformer).__name__}"]
-    if getattr(transformer, "is_cache_enabled", False):
-        return ["transformer must have no cache enabled, got one: call transformer.disable_cache() first"]
+    if (problem := cache_problem(transformer)) is not None:
+        return [f"transformer must have no cache, got {problem}"]
     return []
 
 

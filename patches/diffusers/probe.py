@@ -77,7 +77,7 @@ def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execu
     split = Split(arguments["hidden_states"], num_tokens, model.config.out_channels or model.config.in_channels)
 
     def sparse(count: int) -> Callable[[], Tensor]:
-        anchors = first_anchors(grid, count, torch.Generator().manual_seed(0))[None].to(device)
+        anchors = first_anchors(grid, count, torch.Generator("cpu").manual_seed(0))[None].to(device)
         run = Run(_SPARSE, grid, _STEP, split.state, anchors=anchors)
 
         def step() -> Tensor:
@@ -100,26 +100,26 @@ def _arguments(model: Any, grid: tuple[int, int], text_tokens: int, device: torc
     """Returns the arguments of one call for one image, as the pipelines give them: noise, for zeros run faster."""
     kind, settings, num_tokens = kind_of(model), model.config, grid[0] * grid[1]
     assert kind is not None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, model.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, model.dtype)
 
     axes = len(settings.axes_dims_rope)
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    image_ids = torch.zeros(num_tokens, axes)
+    rows, columns = torch.meshgrid(*(torch.arange(side, device="cpu") for side in grid), indexing="ij")
+    image_ids = torch.zeros(num_tokens, axes, dtype=torch.float32, device="cpu")
     image_ids[:, 1], image_ids[:, 2] = rows.flatten(), columns.flatten()
     given: dict[str, Any] = {
         "hidden_states": noise(1, num_tokens, settings.in_channels),
         "encoder_hidden_states": noise(1, text_tokens, settings.joint_attention_dim),
         "timestep": torch.full((1,), _STEP.noise_level, device=device, dtype=model.dtype),
         "img_ids": image_ids.to(device),
-        "txt_ids": torch.zeros(text_tokens, axes, device=device),
+        "txt_ids": torch.zeros(text_tokens, axes, dtype=torch.float32, device=device),
     }
     if "pooled_projections" in kind.per_image:
         given["pooled_projections"] = noise(1, settings.pooled_projection_dim)
     if "guidance" in kind.per_image and settings.get("guidance_embeds", True):
-        given["guidance"] = torch.full((1,), 3.5, device=device)
+        given["guidance"] = torch.full((1,), 3.5, dtype=torch.float32, device=device)
     for name in kind.masks:
         given[name] = torch.ones(1, text_tokens + num_tokens, dtype=torch.bool, device=device)
     return given
