@@ -27,6 +27,7 @@ _CACHES = frozenset(  # modules of diffusers.hooks whose hooks answer from an ea
         "text_kv_cache",
     }
 )
+SPLITTING_HOOK = "cp_input---"
 SCHEDULER_PLACE = ("_step_index", "_begin_index")
 
 
@@ -113,6 +114,37 @@ def has_context_parallelism(processor: Any) -> bool:
 def is_parallel(model: Any) -> bool:
     """Returns whether `enable_parallelism` was called on a model. Costs as `has_context_parallelism`."""
     return getattr(model, "_parallel_config", None) is not None
+
+
+def context_parallelism(model: Any) -> Any:
+    """Returns the ContextParallelConfig that `enable_parallelism` gave a model, or None.
+
+    Costs: under another name, numbers of anchors would not be rounded, and diffusers would refuse them. Since diffusers
+    0.36.
+    """
+    return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+
+
+def divided_group(settings: Any) -> tuple[Any, int]:
+    """Returns the process group over which a ContextParallelConfig divides tokens, ring and Ulysses together, its size.
+
+    Costs: raises AttributeError without the name; the public `mesh` is None where diffusers made it. Since diffusers
+    0.36.
+    """
+    mesh = settings._flattened_mesh
+    return mesh.get_group(), mesh.size()
+
+
+def is_divided_around(module: Any, hook: Any) -> bool:
+    """Returns whether context parallelism divides the inputs of a module before this hook of its sees them.
+
+    Hooks that are registered later run outside. Costs: under another name, ranks that are patched in the wrong order
+    would see parts as the whole. Since diffusers 0.36.
+    """
+    registry = hook_registry(module)
+    names = [] if registry is None else list(registry.hooks)
+    own = next((place for place, name in enumerate(names) if registry.hooks[name] is hook), len(names))
+    return any(name.startswith(SPLITTING_HOOK) for name in names[own:])
 
 
 def offloads_whole_models(pipeline: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
+from jitaccel.generation.ranks import ALONE, Ranks
 from jitaccel.generation.route import Generation, Network
 from jitaccel.generation.stats import Cost
 from jitaccel.method.config import JiTConfig
@@ -33,7 +34,7 @@ class ModelCall:
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
     that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
     latents along a token's side. branches: how many branches of guidance come as images of one batch; `evaluate`
-    returns all of them, one after the other, (branches * B, M, D).
+    returns all of them, one after the other, (branches * B, M, D). ranks: who divides the tokens of each forward.
     """
 
     state: Tensor
@@ -44,6 +45,7 @@ class ModelCall:
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
     branches: int = 1
+    ranks: Ranks = ALONE
     patch: int
     evaluate: Network
 
@@ -59,6 +61,7 @@ class ModelCall:
             forced=self.mask,
             multiple=self.multiple,
             patch=self.patch,
+            ranks=self.ranks,
         )
 
 

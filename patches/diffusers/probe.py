@@ -22,6 +22,7 @@ from jitaccel.speed.cost import Probe
 from ..diffusers_private import accelerate_hook, execution_device, offloads_whole_models
 from ..flux.calls import FluxCalls
 from ..flux.kinds import kind_of, token_multiple
+from ..ranks import ranks_of
 from ..split import Split
 from .hook import hook_of
 from .pipelines import check_pipeline, check_transformer
@@ -71,6 +72,11 @@ def probe_transformer(
 def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execution, device: torch.device) -> Probe:
     kind, hook, num_tokens = kind_of(model), hook_of(model), grid[0] * grid[1]
     assert kind is not None
+    if ranks_of(model).size > 1:
+        raise ConfigError(
+            "auto_config: transformer must not be divided among ranks, whose times differ, got context parallelism; "
+            "give every rank the same preset"
+        )
     original = model if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
     calls = FluxCalls(model, _SPARSE, dataclasses.replace(execution, compile=None))
     arguments = _arguments(model, grid, text_tokens, device)
