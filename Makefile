@@ -18,7 +18,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## create .venv with pinned tools and this package, editable
-	@$(RUN) -m jitaccel.build cpu --if-stale
+	@$(RUN) -m jitaccel.build cpu --if-stale || echo "make: plain torch runs in place of the CPU operators" >&2
 
 operators: setup ## compile csrc/ where that is not done, for CUDA too where there is an nvcc
 	$(RUN) -m jitaccel.build --if-stale

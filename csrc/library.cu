@@ -1,5 +1,10 @@
-// The mark by which a library that was built from other sources is told; the schemas are library.cpp's.
+// The marks by which Python tells, without loading it, what this library was built from and with; the schemas are
+// library.cpp's.
+
+#define JITACCEL_TEXT_OF(x) #x
+#define JITACCEL_TEXT(x) JITACCEL_TEXT_OF(x)
 
 namespace jitaccel {
 __attribute__((used)) extern const char cuda_source_mark[] = "jitaccel-sources:" JITACCEL_SOURCES;
-}
+__attribute__((used)) extern const char cuda_major_mark[] = "jitaccel-cuda-major:" JITACCEL_TEXT(__CUDACC_VER_MAJOR__) ";";
+}  // namespace jitaccel

@@ -9,9 +9,14 @@
 #include <cstring>
 
 // ifunc resolvers run before the sanitizers are ready, and other compilers and systems lack them: one version there.
+// GCC knows the levels of x86-64 by name from 12 on; before, processors of those levels stand for them.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
+#if __GNUC__ >= 12
 #define JITACCEL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define JITACCEL_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#endif
 #else
 #define JITACCEL_CLONES
 #endif

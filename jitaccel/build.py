@@ -4,7 +4,7 @@ Two plain shared libraries on LibTorch's stable ABI, `_C_cpu.so` and `_C_cuda.so
 every torch from 2.10 on, and CUDA compiles beside a torch without it. Standard library only, and torch is needed for
 its headers alone: it is looked for, never imported.
 
-    JITACCEL_CPU, JITACCEL_CUDA   auto (default: build where the tools are), 1 (must build), 0 (skip)
+    JITACCEL_CPU, JITACCEL_CUDA   auto (default: build where that works, say where not), 1 (must build), 0 (skip)
     TORCH_CUDA_ARCH_LIST          as in PyTorch, such as "9.0" or "8.0;9.0+PTX"; default: all that nvcc can make
     CXX, CUDA_HOME                the compilers
     JITACCEL_CXXFLAGS, JITACCEL_NVCCFLAGS   more options
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 KINDS = {"cpu": ".cpp", "cuda": ".cu"}
-_HEADERS = {"cpu": ("*.h",), "cuda": ("*.h", "*.cuh")}
+_HEADERS = {"cpu": ("*.h", "*.map"), "cuda": ("*.h", "*.cuh", "*.map")}
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable ABI is used
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 _PACKAGE = Path(__file__).resolve().parent
@@ -36,6 +36,10 @@ _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")  # psabi: vectors are passed to n
 
 class MissingToolError(RuntimeError):
     """Something that a build needs is not there (as opposed to: the compiler failed)."""
+
+
+class CompilerError(RuntimeError):
+    """The compiler failed, or could not be run."""
 
 
 def source_folder() -> Path:
@@ -80,8 +84,27 @@ def staleness(kind: str, library: Path) -> str | None:
     return f"{library.name} was built from other sources"
 
 
-def build(kind: str, out: Path, sanitize: bool = False) -> bool:
-    """Returns whether the library was built. Honours the switches: a missing tool skips, a failing compiler raises."""
+def cuda_mismatch(library: Path, torch_cuda: str) -> str | None:
+    """Returns why a CUDA library may not be used by a torch of a CUDA version, such as "12.8"; None where it may.
+
+    The library holds the runtime of the CUDA that it was linked with, which wants a driver of that major at least. A
+    torch of a smaller one runs on older drivers, where every call would fail.
+    """
+    mark = re.search(rb"jitaccel-cuda-major:(\d+);", library.read_bytes())
+    if mark is None or int(mark[1]) <= int(torch_cuda.partition(".")[0]):
+        return None
+    return (
+        f"{library.name} was linked with CUDA {int(mark[1])} and torch is built for CUDA {torch_cuda}: "
+        f"compile it with that CUDA (CUDA_HOME), or take a torch for CUDA {int(mark[1])}"
+    )
+
+
+def build(kind: str, out: Path, sanitize: bool = False, required: bool = False) -> bool:
+    """Returns whether the library was built.
+
+    Where it is asked for, by its switch or `required`, all that keeps it from being built is an error; else a warning,
+    since plain torch stands in for it.
+    """
     switch = f"JITACCEL_{kind.upper()}"
     mode = os.environ.get(switch, "auto")
     if mode not in ("auto", "0", "1"):
@@ -90,14 +113,25 @@ def build(kind: str, out: Path, sanitize: bool = False) -> bool:
         _say(f"{kind} operators skipped ({switch}=0)")
         return False
     try:
-        command = compile_command(kind, sanitize)
-    except MissingToolError as error:
-        if mode == "1":
-            raise RuntimeError(f"build: {switch}=1, but {error}") from error
-        _say(f"WARNING: {kind} operators not built: {error}")
+        if mode == "auto" and (reason := unsupported_reason(kind, sys.platform)) is not None:
+            raise MissingToolError(reason)
+        _compile(compile_command(kind, sanitize), out)
+    except (MissingToolError, CompilerError) as error:
+        if mode == "1" or required:
+            asked = f"{switch}=1" if mode == "1" else f"the {kind} library is asked for"
+            raise RuntimeError(f"build: {asked}, but {error}") from error
+        _say(f"WARNING: {kind} operators not built, plain torch runs in their place: {error}")
         return False
-    _compile(command, out)
     return True
+
+
+def unsupported_reason(kind: str, platform: str) -> str | None:
+    """Returns why a library cannot work on a platform (as `sys.platform` names it), None where it can."""
+    if platform == "win32":
+        return "they are written for g++ and clang++, not for Windows"
+    if platform == "darwin" and kind == "cuda":
+        return "there is no CUDA on macOS"
+    return None
 
 
 def compile_command(kind: str, sanitize: bool = False) -> list[str]:
@@ -114,20 +148,21 @@ def compile_command(kind: str, sanitize: bool = False) -> list[str]:
         if sanitize:
             flags += ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         flags += shlex.split(os.environ.get("JITACCEL_CXXFLAGS", ""))
-        return [*find_compiler(), *flags, *options, *files, *libraries, *_link_options(("torch_cpu",), "-Wl,")]
+        return [*find_compiler(), *flags, *options, *files, *libraries, *_link_options("torch_cpu")]
     nvcc = find_nvcc()
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-cudart", "static"]
     flags += ["--threads", "0", "-DUSE_CUDA", *architecture_options(nvcc)]
     flags += shlex.split(os.environ.get("JITACCEL_NVCCFLAGS", ""))
-    return [nvcc, *flags, *options, *files, *libraries, *_link_options(("torch", "torch_cpu"), "-Xlinker ")]
+    return [nvcc, *flags, *options, *files, *libraries, *_link_options("torch", "torch_cpu", escape="\\")]
 
 
-def _link_options(names: Sequence[str], prefix: str) -> list[str]:
+def _link_options(*names: str, escape: str = "") -> list[str]:
+    """Of both compilers: -Xlinker takes one option of the linker's, in which nvcc wants spaces escaped."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
-    # Kept though nothing refers to them: they are what loads torch where Python has not.
-    keep = f"{prefix}--no-as-needed".split()
-    return [*keep, *(f"-l{name}" for name in names)]
+    # The libraries are kept though nothing refers to them: they are what loads torch where Python has not.
+    exports = str(source_folder() / "exports.map").replace(" ", f"{escape} ")
+    return ["-Xlinker", "--no-as-needed", *(f"-l{name}" for name in names), "-Xlinker", f"--version-script={exports}"]
 
 
 def _compile(command: Sequence[str], out: Path) -> None:
@@ -140,10 +175,10 @@ def _compile(command: Sequence[str], out: Path) -> None:
             [*command, "-o", str(unfinished)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
         if done.returncode:
-            raise RuntimeError(f"build: the compiler failed:\n{shlex.join(command)}\n{done.stdout[-8000:]}")
+            raise CompilerError(f"the compiler failed:\n{shlex.join(command)}\n{done.stdout[-8000:]}")
         unfinished.replace(out)
     except OSError as error:
-        raise RuntimeError(f"build: {command[0]} cannot be run: {error}; check CXX and CUDA_HOME") from error
+        raise CompilerError(f"{command[0]} cannot be run: {error}; check CXX and CUDA_HOME") from error
     finally:
         unfinished.unlink(missing_ok=True)
     if done.stdout.strip():
@@ -222,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jitaccel.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda; both by default")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda: must be built; default: both, if possible")
     parser.add_argument("--out", type=Path, help="where to; JITACCEL_LIBRARIES makes jitaccel load from there")
     parser.add_argument("--if-stale", action="store_true", help="leave alone what was built from these sources")
     parser.add_argument("--sanitize", action="store_true", help="cpu: with address and undefined-behaviour sanitizers")
@@ -233,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind in options.kinds or KINDS:
             out = library_path(kind, options.out)
             if not options.if_stale or staleness(kind, out) is not None:
-                build(kind, out, options.sanitize)
+                build(kind, out, options.sanitize, required=bool(options.kinds))
     except RuntimeError as error:
         parser.exit(1, f"jitaccel: {error}\n")
 

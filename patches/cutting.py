@@ -307,6 +307,12 @@ class Cut:
     @contextmanager
     def at(self, places: Places | None) -> Iterator[None]:
         """Cuts what runs inside to the anchors of `places`; None cuts nothing."""
+        model = self._model()
+        if model is not None and is_parallel(model):
+            raise UnsupportedModelError(
+                f"jitaccel: {type(model).__name__} must not be split over devices (context parallel), got "
+                f"enable_parallelism after apply; load the pipeline without it"
+            )
         self.install()
         before, self._now.places = self._now.places, places
         try:

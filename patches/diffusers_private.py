@@ -7,13 +7,27 @@ nothing of diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 HOOK_REGISTRY = "_diffusers_hook"
+_CACHES = frozenset(  # modules of diffusers.hooks whose hooks answer from an earlier call
+    {
+        "faster_cache",
+        "first_block_cache",
+        "mag_cache",
+        "pyramid_attention_broadcast",
+        "sea_cache",
+        "taylorseer_cache",
+        "text_kv_cache",
+    }
+)
+SPLITTING_HOOK = "cp_input---"
 SCHEDULER_PLACE = ("_step_index", "_begin_index")
 
 
@@ -36,6 +50,22 @@ def put_hook_registry(module: Any, registry: Any) -> Any:
     return vars(module).setdefault(HOOK_REGISTRY, registry)
 
 
+def caches_in(model: Any) -> tuple[str, ...]:
+    """Returns the names of every cache hook of diffusers in a model, whether `enable_cache` or a function put it there.
+
+    `is_cache_enabled` knows only of the first. A class derived from a cache's is one. Costs: a cache in a renamed
+    module would answer for other tokens than those asked for. Since diffusers 0.33.
+    """
+    registries = [registry for module in model.modules() if (registry := hook_registry(module)) is not None]
+    hooks = [(name, hook) for registry in registries for name, hook in registry.hooks.items()]
+    return tuple(dict.fromkeys(name for name, hook in hooks if _is_cache(type(hook))))
+
+
+def _is_cache(kind: type) -> bool:
+    modules = [base.__module__ for base in kind.__mro__]
+    return any(name.startswith("diffusers.hooks.") and name.rpartition(".")[2] in _CACHES for name in modules)
+
+
 def accelerate_hook(module: Any) -> Any:
     """Returns the hook by which accelerate brings a module's weights in and out, or None.
 
@@ -43,6 +73,24 @@ def accelerate_hook(module: Any) -> Any:
     weights where they wait. In every version of diffusers with offloading, 0.17 and before.
     """
     return getattr(module, "_hf_hook", None)
+
+
+def forward_beneath_hooks(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what hooks of diffusers and accelerate around a module's `forward` call in the end.
+
+    Neither package tells; `__wrapped__` would also lead past what a user wrapped. Costs: hooks of another make would be
+    taken for a replaced forward, and the model run indexed. Diffusers since 0.33, accelerate since 0.12.
+    """
+    while isinstance(forward, functools.partial):
+        made_in = getattr(forward.func, "__globals__", {}).get("__name__")
+        if made_in == "diffusers.hooks.hooks":
+            reference = inspect.getclosurevars(forward.func).nonlocals["function_reference"]
+            forward = reference.original_forward or reference.forward
+        elif made_in == "accelerate.hooks":
+            forward = module._old_forward
+        else:
+            break
+    return forward
 
 
 def attention_backend(processor: Any) -> Any:
@@ -66,6 +114,37 @@ def has_context_parallelism(processor: Any) -> bool:
 def is_parallel(model: Any) -> bool:
     """Returns whether `enable_parallelism` was called on a model. Costs as `has_context_parallelism`."""
     return getattr(model, "_parallel_config", None) is not None
+
+
+def context_parallelism(model: Any) -> Any:
+    """Returns the ContextParallelConfig that `enable_parallelism` gave a model, or None.
+
+    Costs: under another name, numbers of anchors would not be rounded, and diffusers would refuse them. Since diffusers
+    0.36.
+    """
+    return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+
+
+def divided_group(settings: Any) -> tuple[Any, int]:
+    """Returns the process group over which a ContextParallelConfig divides tokens, ring and Ulysses together, its size.
+
+    Costs: raises AttributeError without the name; the public `mesh` is None where diffusers made it. Since diffusers
+    0.36.
+    """
+    mesh = settings._flattened_mesh
+    return mesh.get_group(), mesh.size()
+
+
+def is_divided_around(module: Any, hook: Any) -> bool:
+    """Returns whether context parallelism divides the inputs of a module before this hook of its sees them.
+
+    Hooks that are registered later run outside. Costs: under another name, ranks that are patched in the wrong order
+    would see parts as the whole. Since diffusers 0.36.
+    """
+    registry = hook_registry(module)
+    names = [] if registry is None else list(registry.hooks)
+    own = next((place for place, name in enumerate(names) if registry.hooks[name] is hook), len(names))
+    return any(name.startswith(SPLITTING_HOOK) for name in names[own:])
 
 
 def offloads_whole_models(pipeline: Any) -> bool:

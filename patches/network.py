@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
+from jitaccel.execution.private import uncompiled
+from jitaccel.generation.ranks import ALONE, Ranks
 from jitaccel.generation.route import Generation, Network
 from jitaccel.generation.stats import Cost
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.steps import Step
+
+from .diffusers_private import caches_in
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ class ModelCall:
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
     that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
     latents along a token's side. branches: how many branches of guidance come as images of one batch; `evaluate`
-    returns all of them, one after the other, (branches * B, M, D).
+    returns all of them, one after the other, (branches * B, M, D). ranks: who divides the tokens of each forward.
     """
 
     state: Tensor
@@ -41,6 +45,7 @@ class ModelCall:
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
     branches: int = 1
+    ranks: Ranks = ALONE
     patch: int
     evaluate: Network
 
@@ -56,6 +61,7 @@ class ModelCall:
             forced=self.mask,
             multiple=self.multiple,
             patch=self.patch,
+            ranks=self.ranks,
         )
 
 
@@ -92,6 +98,22 @@ def answered(route: NetworkRoute, compute: Callable[[], Result], original: Calla
             return original()
         route.abandon()
         raise
+
+
+def cache_problem(transformer: Any) -> str | None:
+    """Returns which cache a transformer of diffusers has, and how to remove it; None without one.
+
+    A cache answers with what it kept of other tokens, or of another stage.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        return "a cache enabled on the transformer (transformer.disable_cache() removes it)"
+    if names := caches_in(uncompiled(transformer)):
+        found = ", ".join(repr(name) for name in names)
+        return (
+            f"cache hooks {found} in the transformer (diffusers.hooks.HookRegistry.check_if_exists_or_initialize("
+            f"transformer).remove_hook(name) removes each)"
+        )
+    return None
 
 
 def refuse_controlnet(options: Execution) -> None:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one section after another. Looks only: it loads no model and compiles nothing."""
+    """Prints one section after another. It loads no model, compiles nothing, and runs one operator on each device."""
     for title, section in SECTIONS:
         print(title)
         for line in section():
@@ -55,7 +55,9 @@ def devices() -> Iterator[str]:
 
 
 def operators() -> Iterator[str]:
-    """Yields which operators are compiled, and what stands in where they are not."""
+    """Yields which operators are compiled, what stands in where they are not, and whether they run on each device."""
+    import torch
+
     from .. import ops
 
     for device, path in ops.compiled().items():
@@ -63,6 +65,21 @@ def operators() -> Iterator[str]:
     for device, reason in ops.missing().items():
         yield f"{device:14}plain torch: {reason}"
     yield f"{'operators':14}{', '.join(ops.SCHEMAS)}"
+    for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        yield f"{'on ' + name:14}{trial(name)}"
+
+
+def trial(device: str) -> str:
+    """Returns what came of one operator on a device: a library may load and still not run there."""
+    import torch
+
+    from .. import ops
+
+    try:
+        nearest = ops.nearest_anchor(torch.tensor([[0, 3]], device=device), (2, 2)).tolist()
+    except RuntimeError as error:
+        return f"nearest_anchor fails: {str(error).strip().splitlines()[0]}"
+    return "nearest_anchor runs" if nearest == [[0, 0, 0, 1]] else f"nearest_anchor is wrong: {nearest}"
 
 
 def attention() -> Iterator[str]:

@@ -31,7 +31,7 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
-        segments = torch.repeat_interleave(torch.tensor([*lengths], dtype=torch.int64))
+        segments = torch.repeat_interleave(torch.tensor([*lengths], dtype=torch.int64, device="cpu"))
         return cls(tuple(lengths), len(set(lengths)) == 1, segments.to(device))
 
     def beside(self, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -124,5 +124,5 @@ class PackedLayout:
 
 
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    parts = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    parts = [torch.arange(a, a + length, device="cpu") for a, length in zip(starts, lengths, strict=False)]
     return torch.cat(parts)

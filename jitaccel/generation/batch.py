@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,13 +14,21 @@ from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
+_MAX_TEXT = 512  # T5 tokens, of FluxPipeline
+_WHOLE = {  # fields that are whole numbers, with the least and the greatest
+    "height": (1, 2**31 - 1),
+    "width": (1, 2**31 - 1),
+    "seed": (0, 2**64 - 1),
+    "max_sequence_length": (1, _MAX_TEXT),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One picture to make. Every request of a batch may differ from the others in every field.
 
-    height, width: pixels. seed: of the noise; the same seed gives the picture that the pipeline makes with
+    prompt: one text; a batch of several is several requests. height, width: pixels. seed: of the noise, from 0 to
+    2^64 - 1; the same seed gives the picture that the pipeline makes with
     `torch.Generator().manual_seed(seed)`. preset: a name of `PRESETS` or a JiTConfig. steps: overrides its
     number. negative_prompt, true_cfg_scale: true CFG, where a prompt is given and the scale is above 1.
     guidance_scale: of models with embedded guidance. max_sequence_length: T5 tokens of the prompt.
@@ -40,6 +50,33 @@ class Request:
         """Whether an unguided branch runs beside the guided one."""
         return self.negative_prompt is not None and self.true_cfg_scale > 1
 
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the fields, but for what `config` and the size of a pipeline's tokens say."""
+        found = []
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            if value is None and name == "negative_prompt":
+                continue
+            if not isinstance(value, str):
+                found.append(f"{name} must be one text, got {value!r}; make a request of each")
+            elif not _is_unicode(value):
+                found.append(f"{name} must be text that UTF-8 can hold, got {value!r}; remove lone surrogates")
+        for name, (least, most) in _WHOLE.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                found.append(
+                    f"{name} must be a whole number from {least} to {most}, got {value!r}; "
+                    f"leave it out for {type(self).__dataclass_fields__[name].default}"
+                )
+        for name in ("guidance_scale", "true_cfg_scale"):
+            value = getattr(self, name)
+            if not _is_scale(value):
+                found.append(
+                    f"{name} must be a finite number, 0 or above, got {value!r}; "
+                    f"leave it out for {type(self).__dataclass_fields__[name].default}"
+                )
+        return found
+
     def config(self) -> JiTConfig:
         """Returns what runs. Raises ConfigError for an unknown preset or a number of steps that skips a stage."""
         config = resolve(self.preset, **({} if self.steps is None else {"steps": self.steps}))
@@ -48,6 +85,23 @@ class Request:
                 "Request: steps must be a number where the preset leaves it to the caller, got None; give steps="
             )
         return config
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_scale(value: object) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value) and float(value) >= 0.0
+    except OverflowError:  # a whole number beyond a float
+        return False
 
 
 @dataclass(frozen=True)
@@ -102,14 +156,23 @@ def generate_batch(
 
 def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:
     """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
+    if not isinstance(requests, Iterable):
+        raise ConfigError(
+            f"generate_batch: requests must be a list of jitaccel.Request, got {type(requests).__name__}; "
+            f"put it in a list"
+        )
     checked, problems = [], []
     for index, request in enumerate(requests):
+        where = f"generate_batch: requests[{index}]:"
+        if not isinstance(request, Request):
+            problems.append(f"{where} must be a jitaccel.Request, got {type(request).__name__}; build one")
+            continue
+        found = request.problems()
         try:
-            if not isinstance(request, Request):
-                raise ConfigError(f"must be a jitaccel.Request, got {type(request).__name__}; build one")
             checked.append((request, request.config()))
         except ConfigError as error:
-            problems.append(f"generate_batch: requests[{index}]: {error}")
+            found.append(str(error))
+        problems += [f"{where} {problem}" for problem in found]
     if problems:
         raise ConfigError("\n".join(problems))
     return checked

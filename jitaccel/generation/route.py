@@ -18,6 +18,7 @@ from torch import Tensor
 from ..method.config import JiTConfig
 from ..method.run import Run
 from ..method.steps import Step
+from .ranks import ALONE, Ranks, begun_alike, eight_bytes
 from .stats import Cost, Recorder, Stats, summarize
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Generation:
         forced: (B, N) bool, tokens that are anchors from the first stage on, or None.
         multiple: What numbers of anchors are rounded up to.
         patch: Latents along a token's side, which pooled stages average.
+        ranks: Who divides the tokens of each forward; they have begun alike when this is made.
     """
 
     def __init__(
@@ -81,12 +83,26 @@ class Generation:
         forced: Callable[[], Tensor | None] = lambda: None,
         multiple: int = 1,
         patch: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recorder = Recorder(
-            cost=cost, batch=state.shape[0], grid=grid, text_tokens=text_tokens, device=state.device
+            cost=cost,
+            batch=state.shape[0],
+            grid=grid,
+            text_tokens=text_tokens,
+            device=state.device,
+            ranks=ranks.size,
         )
+
+        def begin() -> Run:
+            return Run(config, grid, step, state, forced=forced(), multiple=multiple, patch=patch)
+
+        def number(run: Run) -> int:
+            seeds = [generator.initial_seed() for generator in run.generators]
+            return eight_bytes(seeds, config, grid, step, run.num_active, text_tokens, state.dtype)
+
         with self.recorder.outside(step.index):
-            self.run = Run(config, grid, step, state, forced=forced(), multiple=multiple, patch=patch)
+            self.run = begun_alike(ranks, state.device, begin, number)
 
     def enter(self, step: Step, state: Tensor) -> Tensor:
         """Returns the state (B, N, D) from which `step` starts: the given one, or a moved copy where a stage begins."""

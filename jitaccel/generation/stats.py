@@ -41,6 +41,8 @@ class StepStats:
 class Stats:
     """The last generation. `flops` count every image of the batch; `dense_step_flops` is one dense step of it.
 
+    `ranks`: how many processes divide the tokens of each forward; everything else is of all of them together.
+
     `execution`: "packed" or "indexed". `attention`: the backend of packed execution, None for the model's own.
     `compiled`: what compilation did since `apply`, None without it.
     `anchors`: of each stage that ran, (B, M) raster indices, on the device that computed.
@@ -54,6 +56,7 @@ class Stats:
     attention: str | None = None
     compiled: CompileStats | None = None
     batch: int = 0
+    ranks: int = 1
     grid: tuple[int, ...] = (0, 0)
     text_tokens: int = 0
     dense_step_flops: int = 0
@@ -64,6 +67,11 @@ class Stats:
     def token_steps(self) -> int:
         """Image tokens through the network, summed over the steps, of one image and one branch."""
         return sum(step.tokens for step in self.steps)
+
+    @property
+    def rank_tokens(self) -> tuple[int, ...]:
+        """Image tokens of each step that one rank has, the most where they differ; all of them without ranks."""
+        return tuple(-(-step.tokens // self.ranks) for step in self.steps)
 
     @property
     def flops(self) -> int:
@@ -113,6 +121,9 @@ class Stats:
             f"{self.flops / 1e9:.1f} GFLOP = {self.dense_steps:.2f} dense steps, "
             f"network {self.network_s:.3f} s, method {self.outside_s:.3f} s"
         )
+        if self.ranks > 1:
+            each = ", ".join(map(str, dict.fromkeys(self.rank_tokens)))
+            lines.append(f"{self.ranks} ranks: image tokens a rank {each}, by stage")
         lines.append(" step stage     shown   level    next  tokens  calls  network_ms  method_ms")
         for s in self.steps:
             lines.append(
@@ -138,6 +149,7 @@ class Recorder:
     grid: tuple[int, ...]
     text_tokens: int
     device: torch.device
+    ranks: int = 1
     _entries: dict[int, _Entry] = field(default_factory=dict)
     _anchors: dict[int, Tensor] = field(default_factory=dict)
     _watch: Stopwatch = field(init=False)
@@ -207,6 +219,7 @@ def summarize(
     return replace(
         ran,
         batch=recorder.batch,
+        ranks=recorder.ranks,
         grid=recorder.grid,
         text_tokens=recorder.text_tokens,
         dense_step_flops=recorder.batch * recorder.cost(num_tokens_of(recorder.grid), recorder.text_tokens),

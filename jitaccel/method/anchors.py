@@ -34,7 +34,7 @@ def first_anchors(
             f"take it from JiTConfig.token_counts"
         )
     regular = lattice(grid)
-    always = torch.zeros(num_tokens, dtype=torch.bool) if forced is None else forced.cpu()
+    always = torch.zeros(num_tokens, dtype=torch.bool, device="cpu") if forced is None else forced.cpu()
     count -= int(always.sum())
     if count < 0:
         raise ValueError(f"first_anchors: forced must be at most count tokens, got {-count} more; raise the count")
@@ -59,7 +59,7 @@ def _dropped(
     frame_size = num_tokens_of(grid[-2:])
     needed = ~always.view(frames, frame_size).any(dim=1)
     # Of each frame that needs one, the token that is drawn first.
-    first = torch.zeros(len(order), dtype=torch.bool)
+    first = torch.zeros(len(order), dtype=torch.bool, device="cpu")
     for frame in needed.nonzero().squeeze(1).tolist():
         first[(order // frame_size == frame).nonzero()[0]] = True
     kept = torch.cat([order[first], order[~first]])
@@ -73,7 +73,7 @@ def _dropped(
 
 def _draw(population: int, count: int, generator: torch.Generator | None, *, shuffle: bool = False) -> Tensor:
     if count == population and not shuffle:
-        return torch.arange(population)
+        return torch.arange(population, device="cpu")
     if generator is None:
         raise ValueError(
             "first_anchors: generator must be given where anchors are drawn at random, got None; "

@@ -55,6 +55,8 @@ class JiTConfig:
         pooling: How each stage shows the picture to the network: 1, its tokens as they are; 2 or 4, the picture so many
             times smaller along both sides, each latent the mean of a block, at its own noise level (a variant of ours,
             `jitaccel.method.pool`). A stage that pools by f has density 1 / f^2. Empty: no stage pools.
+        multiple: What numbers of tokens that enter the network are rounded up to, for who divides them among ranks in a
+            way that cannot be read off the model; with what can be read, the least common multiple of both.
 
     Raises:
         ConfigError: With every problem found, one a line.
@@ -75,6 +77,7 @@ class JiTConfig:
     importance_window: int = 3
     blur_scale: float = 0.4
     pooling: tuple[int, ...] = ()
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -98,7 +101,8 @@ class JiTConfig:
             raise ConfigError("\n".join(problems))
         for name, kind in (("alpha", float), ("beta", float), ("blur_scale", float), ("relax_steps", int)):
             object.__setattr__(self, name, kind(getattr(self, name)))
-        object.__setattr__(self, "importance_window", int(self.importance_window))
+        for name in ("importance_window", "multiple"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def _normalise(self, name: str, problems: list[str]) -> tuple[float, ...] | None:
         """Stores the field as a tuple of floats and returns it, or notes the problem and returns None."""
@@ -189,6 +193,11 @@ class JiTConfig:
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
                 f"the released code's is 3"
             )
+        if not _is_whole(self.multiple) or self.multiple < 1:
+            problems.append(
+                f"JiTConfig: multiple must be a whole number above 0, got {self.multiple!r}; "
+                f"give the number of ranks that divide the tokens, or 1"
+            )
         window = self.importance_window
         if not _is_whole(window) or window < 1 or window % 2 == 0:
             problems.append(
@@ -257,7 +266,8 @@ class JiTConfig:
         harmless. Rounds as `stage_ends` does.
 
         num_tokens: tokens of the grid. num_forced: of them, those that are anchors in every stage; the densities then
-        are shares of the others. multiple: what counts are rounded up to, the grid's at most.
+        are shares of the others. multiple: what counts are rounded up to, the grid's at most, beside the field of that
+        name: to the least common multiple of both.
         Raises ConfigError where a stage would get no token.
         """
         if not _is_whole(num_tokens) or num_tokens < 1:
@@ -271,7 +281,8 @@ class JiTConfig:
                 f"token_counts: num_tokens must give every stage a token, got {num_tokens} tokens at "
                 f"density {self.densities[0]}; use {math.ceil(1 / self.densities[0])} tokens or more"
             )
-        return tuple(min(-(-count // multiple) * multiple, num_tokens) for count in counts)
+        unit = math.lcm(self.multiple, multiple)
+        return tuple(min(-(-count // unit) * unit, num_tokens) for count in counts)
 
     def stage_tokens(self, grid: Sequence[int], num_forced: int = 0, multiple: int = 1) -> tuple[int, ...]:
         """Returns the number of tokens that each stage gives the network on a grid; pooled stages exactly.
@@ -288,15 +299,33 @@ class JiTConfig:
         )
 
     def _pooled_tokens(self, grid: Sequence[int], factor: int, multiple: int) -> int:
-        *frames, rows, columns = grid
-        count = math.prod(frames) * -(-rows // factor) * -(-columns // factor)
-        if count % multiple:
+        count, unit = _pooled_count(grid, factor), math.lcm(self.multiple, multiple)
+        if count % unit:
+            sizes = " or ".join("x".join(map(str, size)) for size in self.sizes_near(grid, multiple))
             raise ConfigError(
-                f"stage_tokens: a picture pooled by {factor} must have a multiple of {multiple} tokens, which its "
+                f"stage_tokens: a picture pooled by {factor} must have a multiple of {unit} tokens, which its "
                 f"model divides among ranks or pads to, got {count} of {'x'.join(map(str, grid))}; choose another "
-                f"size, or a configuration without pooling"
+                f"size, in tokens for example {sizes}, or a configuration without pooling"
             )
         return count
+
+    def sizes_near(self, grid: Sequence[int], multiple: int = 1) -> tuple[tuple[int, ...], ...]:
+        """Returns the grids nearest to `grid`, one side changed, whose stages can all have a multiple of tokens.
+
+        Those next to it in either side, smaller and larger, where there are such; `grid` itself is none of them.
+
+        grid: (h, w) or (t, h, w). multiple: as in `token_counts`.
+        """
+        unit = math.lcm(self.multiple, multiple)
+        factors = {self.pooling_of(stage) for stage in range(self.num_stages)}
+        reach = range(1, unit * max(factors) + 1)  # a side that is a multiple of both always serves
+        found = []
+        for axis in (-2, -1):
+            for sign in (-1, 1):
+                sizes = (_with_side(grid, axis, grid[axis] + sign * change) for change in reach)
+                fits = (s for s in sizes if s[axis] > 0 and all(_pooled_count(s, f) % unit == 0 for f in factors))
+                found += [size for size in [next(fits, None)] if size is not None]
+        return tuple(found)
 
     def replace(self, **overrides: Any) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError.
@@ -324,6 +353,17 @@ class JiTConfig:
 
 def _whole_part(fraction: float, count: int) -> int:
     return int(fraction * count + 1e-9)
+
+
+def _pooled_count(grid: Sequence[int], factor: int) -> int:
+    *frames, rows, columns = grid
+    return math.prod(frames) * -(-rows // factor) * -(-columns // factor)
+
+
+def _with_side(grid: Sequence[int], axis: int, side: int) -> tuple[int, ...]:
+    sides = list(grid)
+    sides[axis] = side
+    return tuple(sides)
 
 
 def _has_empty_stage(ends: tuple[int, ...]) -> bool:

@@ -29,7 +29,7 @@ def num_frames(grid: Sequence[int]) -> int:
 
 def lattice(grid: Sequence[int]) -> Tensor:
     """Returns the regular places of the first anchors, (N,) bool: in each frame even rows, even columns, the border."""
-    regular = torch.zeros(*grid, dtype=torch.bool)
+    regular = torch.zeros(*grid, dtype=torch.bool, device="cpu")
     regular[..., ::2, ::2] = True
     regular[..., [0, -1], :] = True
     regular[..., :, [0, -1]] = True

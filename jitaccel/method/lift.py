@@ -79,7 +79,7 @@ def blur_weights(density: float, blur_scale: float = 0.4) -> Tensor:
     """
     sigma = min(max(blur_scale / math.sqrt(density), 1.0), 10.0)
     radius = math.ceil(3.0 * sigma)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
     weights = torch.exp(-0.5 * (offsets / sigma).square())
     return weights / weights.sum()
 

@@ -241,7 +241,7 @@ class Run:
         or drawn from `generators` when it is first asked for."""
         if self._noise is None:
             shape = state.shape[1:]
-            drawn = [torch.randn(shape, generator=generator) for generator in self.generators]
+            drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
             self._noise = torch.stack(drawn).to(state.device)
         return self._noise
 
@@ -294,7 +294,7 @@ def image_generators(state: Tensor) -> list[torch.Generator]:
     """Returns one CPU generator for each image, seeded by the bits of its state (B, ...)."""
     generators = []
     for seed in state_seeds(state):
-        generators.append(torch.Generator().manual_seed(seed))
+        generators.append(torch.Generator("cpu").manual_seed(seed))
     return generators
 
 

@@ -140,7 +140,7 @@ class Multistep:
         computed = now if before.anchors is None else before.anchors
         if before.step.stage == step.stage or computed is None:
             return weight
-        each = torch.zeros(like.shape[:2], device=like.device)
+        each = torch.zeros(like.shape[:2], dtype=torch.float32, device=like.device)
         return each.scatter_(1, computed, weight)[..., None]
 
 

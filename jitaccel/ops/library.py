@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import KINDS, library_path, staleness
+from ..build import KINDS, cuda_mismatch, library_path, staleness
 from . import reference, schema
 
 _COMPILED: dict[str, Path] = {}
@@ -33,13 +33,17 @@ def missing() -> dict[str, str]:
 
 
 def _load(kind: str) -> None:
-    if kind == "cuda" and torch.version.cuda is None:  # a property of the build: asking the driver would wake it
+    torch_cuda = torch.version.cuda
+    if kind == "cuda" and torch_cuda is None:  # a property of the build: asking the driver would wake it
         _MISSING[kind] = _NO_CUDA
         return
     folder = os.environ.get("JITACCEL_LIBRARIES")
     path = library_path(kind, Path(folder) if folder else None)
     if (stale := staleness(kind, path)) is not None:
         _MISSING[kind] = stale
+        return
+    if kind == "cuda" and torch_cuda and (mismatch := cuda_mismatch(path, torch_cuda)) is not None:
+        _MISSING[kind] = mismatch
         return
     try:
         torch.ops.load_library(str(path))

@@ -71,9 +71,9 @@ class JiTSigmas:
         count = steps or config.steps
         assert isinstance(count, int)
         if denoise <= 0.0:
-            return (torch.zeros(0),)
+            return (torch.zeros(0, dtype=torch.float32, device="cpu"),)
         levels = jitaccel.noise_levels(config, int(count / denoise))
-        return (torch.tensor(levels[-(count + 1) :], dtype=torch.float32),)
+        return (torch.tensor(levels[-(count + 1) :], dtype=torch.float32, device="cpu"),)
 
 
 NODE_CLASS_MAPPINGS = {"JiTApply": JiTApply, "JiTSigmas": JiTSigmas}

@@ -5,6 +5,7 @@ The pipeline encodes prompts, draws noise and decodes as it always does; only it
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import logging
@@ -35,6 +36,7 @@ from .hook import hook_of
 from .pipelines import check_text_to_image
 
 _log = logging.getLogger(__name__)
+_OF_THE_CALLER = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)  # who wants all of it to end
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class Job:
 
     def level(self) -> Tensor:
         """Returns the stage's level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
-        timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32)
+        timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32, device="cpu")
         return timestep.to(self.state.dtype).to(self.state.device) / 1000
 
     def advance(self, branches: Sequence[Tensor]) -> bool:
@@ -130,9 +132,21 @@ def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: C
     """Returns what `work` returns; where it fails, its request has its outcome."""
     try:
         return work()
-    except Exception as error:  # the other requests go on
-        outcomes[index] = Outcome(request, error)
+    except _OF_THE_CALLER:
+        raise
+    except BaseException as error:  # the other requests go on
+        outcomes[index] = Outcome(request, _as_exception(error))
         return None
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """Returns an error that `except Exception` catches: what panics in Rust (tokenizers) is none."""
+    if isinstance(error, Exception):
+        return error
+    what = f"{type(error).__name__}: {error}"
+    wrapped = RuntimeError(f"generate_batch: the request must be one that can be run, got {what}; change its prompt")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -> None:
@@ -161,7 +175,7 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
     prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
     model = pipeline.transformer
-    generator = torch.Generator().manual_seed(request.seed)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
     channels, dtype = model.config.in_channels // 4, prompts[0].text.dtype
     state, ids = pipeline.prepare_latents(1, channels, request.height, request.width, dtype, device, generator, None)
     unit = 2 * pipeline.vae_scale_factor
@@ -169,7 +183,9 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     grid = (request.height // unit, request.width // unit)
     cost, text_tokens = functools.partial(flux_flops, model.config), len(prompts[0].text)
     generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens, patch=FLUX.patch)
-    guidance = torch.full([1], request.guidance_scale, device=device) if model.config.guidance_embeds else None
+    guidance = None
+    if model.config.guidance_embeds:
+        guidance = torch.full([1], request.guidance_scale, dtype=torch.float32, device=device)
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
@@ -225,10 +241,12 @@ def _forward_each(
     """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
     try:
         return dict(zip(jobs, forward([*jobs.values()]), strict=True))
-    except Exception as error:
+    except _OF_THE_CALLER:
+        raise
+    except BaseException as error:
         if len(jobs) == 1:
             index, job = next(iter(jobs.items()))
-            outcomes[index] = Outcome(job.request, error)
+            outcomes[index] = Outcome(job.request, _as_exception(error))
             return {}
         what = f"{type(error).__name__}: {error}"
         _log.warning("jitaccel: the forward of %d requests failed (%s); trying each alone", len(jobs), what)

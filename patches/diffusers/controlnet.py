@@ -62,11 +62,11 @@ class _ControlNetHook(SharedHook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self.fn_ref.original_forward
+        original = self.original_of(module)
         route = self.route_of(calling_pipeline())
         if route is None:
             return original(*args, **kwargs)
-        arguments = named_arguments(module, (CONTROLNET.model,), args, kwargs)
+        arguments = named_arguments(module, (CONTROLNET.model,), original, args, kwargs)
         return answered(
             route,
             functools.partial(_at_anchors, original, route, arguments),

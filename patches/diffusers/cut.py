@@ -20,7 +20,7 @@ from ..loops.velocity import VelocityRoute
 from ..models import MODELS, model_of, model_of_pipeline
 from ..models.calls import CutCalls
 from ..models.model import Model
-from ..network import answered
+from ..network import answered, cache_problem
 from .caller import calling_pipeline
 from .hook import SharedHook, install, named_arguments
 from .latents import LatentsRoute
@@ -126,8 +126,8 @@ def _model_problems(transformer: Any, model: Model) -> list[str]:
     problems = problems_of(uncompiled(transformer), model.adapter)
     if (reason := model.problem(uncompiled(transformer).config)) is not None:
         problems.append(reason)
-    if getattr(transformer, "is_cache_enabled", False):
-        problems.append("transformer must have no cache enabled, got one: call transformer.disable_cache() first")
+    if (problem := cache_problem(transformer)) is not None:
+        problems.append(f"transformer must have no cache, got {problem}")
     return problems
 
 
@@ -137,13 +137,13 @@ class _Hook(SharedHook):
     # A graph around the hook would be broken at each of its decisions.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original, caller = self.fn_ref.original_forward, calling_pipeline()
+        original, caller = self.original_of(module), calling_pipeline()
         route = self.route_of(caller)
         if route is None:
             return original(*args, **kwargs)
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
-        arguments = named_arguments(module, tuple(model.name for model in MODELS), args, kwargs)
+        arguments = named_arguments(module, tuple(model.name for model in MODELS), original, args, kwargs)
         return answered(
             route,
             functools.partial(_sparse, module, original, route, arguments, caller),

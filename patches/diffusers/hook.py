@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 
+from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.handle import Handle, refuse_copy
 
-from ..diffusers_private import HOOK_REGISTRY, hook_registry, put_hook_registry
+from ..diffusers_private import HOOK_REGISTRY, forward_beneath_hooks, hook_registry, put_hook_registry
 from ..loops.velocity import VelocityRoute
 from .caller import calling_pipeline
 from .scheduler import SchedulerRoute
@@ -29,6 +32,7 @@ class SharedHook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.handles: dict[Any, Handle] = {}
         self.before: dict[str, Any] = {}
+        self.class_forward: Any = None  # of the module's class, when the hook was put on
 
     @property
     def routes(self) -> tuple[Any, ...]:
@@ -39,6 +43,24 @@ class SharedHook(ModelHook):  # type: ignore[misc]
         """Returns the route that a call made inside `caller` (a pipeline, or None) belongs to; None for a dense one."""
         route = next((route for route in self.routes if route.accepts(caller)), None)
         return None if route is None or route.is_dense else route
+
+    def original_of(self, module: Any) -> Callable[..., Any]:
+        """Returns the forward that the hook stands around; the class's of now, where that was replaced since.
+
+        Raises:
+            UnsupportedModelError: Where other hooks stand between, which call the one that was replaced.
+        """
+        original: Callable[..., Any] = self.fn_ref.original_forward
+        own = type(module).forward
+        beneath = forward_beneath_hooks(module, original)
+        if own is self.class_forward or getattr(beneath, "__func__", None) is not self.class_forward:
+            return original
+        if beneath is original:
+            return types.MethodType(own, module)
+        raise UnsupportedModelError(
+            f"jitaccel: {type(module).__name__}.forward must be replaced before apply where the model has hooks "
+            f"(offloading), got one that was replaced since; remove() the handle, and apply again"
+        )
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise refuse_copy()
@@ -74,6 +96,7 @@ def _register(module: Any, hook: SharedHook) -> None:
         # graph, so the wrapper gets a registry in its own attributes.
         registry = put_hook_registry(module, HookRegistry(module))
         forward = module.forward
+        hook.class_forward = type(module).forward
         registry.register_hook(hook, _NAME)
         functools.update_wrapper(module.forward, forward)  # diffusers before 0.40 hides the signature
     except BaseException:
@@ -107,17 +130,25 @@ def _uninstall(of: weakref.ref[Any], by: weakref.ref[Any], route: weakref.ref[An
 
 
 def named_arguments(
-    module: Any, bases: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any,
+    bases: tuple[str, ...],
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the arguments of a call by name.
 
-    bases: names of diffusers' classes, from one of which the module's derives; its own forward may take more.
+    bases: names of diffusers' classes, from one of which the module's derives. original: the forward that the model
+    has, which may take more.
     """
     model: Any = type(uncompiled(module))
     signature = _signature_of(model, bases)
     further = {name: value for name, value in kwargs.items() if name not in signature.parameters}
     if further:
-        inspect.signature(model.forward).bind(module, *args, **kwargs)  # what its own does not take is an error
+        # What its own does not take is an error; a compiled model's takes anything.
+        inspect.signature(original if module is uncompiled(module) else uncompiled(module).forward).bind(
+            *args, **kwargs
+        )
     known = {name: value for name, value in kwargs.items() if name not in further}
     arguments = dict(signature.bind(module, *args, **known).arguments)
     del arguments["self"]

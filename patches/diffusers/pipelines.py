@@ -24,7 +24,8 @@ from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
 from ..models import MODELS as CUT
 from ..models.refused import remark_on
-from ..network import ModelCall, answered, refuse_controlnet
+from ..network import ModelCall, answered, cache_problem, refuse_controlnet
+from ..ranks import check_divided, check_order, rank_problems, ranks_multiple, ranks_of
 from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
@@ -110,14 +111,14 @@ class _Hook(SharedHook):
     # A graph around the hook would be broken at each of its decisions, and take minutes to make.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self.fn_ref.original_forward
+        original = self.original_of(module)
         caller = calling_pipeline()
         route = self.route_of(caller)
         if route is None:
             return original(*args, **kwargs)
         if _is_compiled_around(module, caller):
             route.calls.note_compiled_around()
-        arguments = named_arguments(module, MODELS, args, kwargs)
+        arguments = named_arguments(module, MODELS, original, args, kwargs)
         return answered(
             route,
             functools.partial(self._sparse, module, original, route, arguments),
@@ -125,6 +126,7 @@ class _Hook(SharedHook):
         )
 
     def _sparse(self, module: Any, original: Callable[..., Any], route: Any, arguments: dict[str, Any]) -> Any:
+        check_order(module, self)
         split = self._split(module, route, arguments)
         velocity = split.whole(route.forward(_model_call(module, self, original, route, arguments, split)))
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
@@ -191,9 +193,10 @@ def _scheduler_problems(pipeline: Any) -> list[str]:
 def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[str]:
     if not is_instance_of(transformer, "diffusers", *models):
         return [f"transformer must be a {' or '.join(models)}, got {type(transformer).__name__}"]
-    if getattr(transformer, "is_cache_enabled", False):
-        return ["transformer must have no cache enabled, got one: call transformer.disable_cache() first"]
-    return []
+    if (problem := cache_problem(transformer)) is not None:
+        return [f"transformer must have no cache, got {problem}"]
+    kind = kind_of(transformer)
+    return rank_problems(transformer, is_known=kind is not None and kind.divides)
 
 
 def explain(target: Any, problems: list[str]) -> str:
@@ -223,15 +226,24 @@ def _model_call(
     assert kind is not None
     refuse_arguments(module, kind, arguments)
     state = split.state
+    text_tokens = arguments["encoder_hidden_states"].shape[1]
+
+    def grid() -> tuple[int, ...]:
+        return grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1])
+
+    check_divided(
+        ranks_multiple(module), route.config, grid, split.num_tokens, text_tokens, split.num_references
+    )
     cost, references = functools.partial(kind.cost, module.config), split.num_references  # and no tensor is kept
     return ModelCall(
         state=state,
-        text_tokens=arguments["encoder_hidden_states"].shape[1],
+        text_tokens=text_tokens,
         cost=lambda image_tokens, text_tokens: cost(image_tokens + references, text_tokens),
-        grid=lambda: grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1]),
+        grid=grid,
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: _mask(split, route),
         multiple=token_multiple(module),
+        ranks=ranks_of(module),
         patch=kind.patch,
         evaluate=functools.partial(route.calls.evaluate, module, hook, original, arguments, split),
     )

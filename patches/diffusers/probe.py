@@ -22,6 +22,7 @@ from jitaccel.speed.cost import Probe
 from ..diffusers_private import accelerate_hook, execution_device, offloads_whole_models
 from ..flux.calls import FluxCalls
 from ..flux.kinds import kind_of, token_multiple
+from ..ranks import ranks_of
 from ..split import Split
 from .hook import hook_of
 from .pipelines import check_pipeline, check_transformer
@@ -71,13 +72,18 @@ def probe_transformer(
 def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execution, device: torch.device) -> Probe:
     kind, hook, num_tokens = kind_of(model), hook_of(model), grid[0] * grid[1]
     assert kind is not None
+    if ranks_of(model).size > 1:
+        raise ConfigError(
+            "auto_config: transformer must not be divided among ranks, whose times differ, got context parallelism; "
+            "give every rank the same preset"
+        )
     original = model if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
     calls = FluxCalls(model, _SPARSE, dataclasses.replace(execution, compile=None))
     arguments = _arguments(model, grid, text_tokens, device)
     split = Split(arguments["hidden_states"], num_tokens, model.config.out_channels or model.config.in_channels)
 
     def sparse(count: int) -> Callable[[], Tensor]:
-        anchors = first_anchors(grid, count, torch.Generator().manual_seed(0))[None].to(device)
+        anchors = first_anchors(grid, count, torch.Generator("cpu").manual_seed(0))[None].to(device)
         run = Run(_SPARSE, grid, _STEP, split.state, anchors=anchors)
 
         def step() -> Tensor:
@@ -100,26 +106,26 @@ def _arguments(model: Any, grid: tuple[int, int], text_tokens: int, device: torc
     """Returns the arguments of one call for one image, as the pipelines give them: noise, for zeros run faster."""
     kind, settings, num_tokens = kind_of(model), model.config, grid[0] * grid[1]
     assert kind is not None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, model.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, model.dtype)
 
     axes = len(settings.axes_dims_rope)
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    image_ids = torch.zeros(num_tokens, axes)
+    rows, columns = torch.meshgrid(*(torch.arange(side, device="cpu") for side in grid), indexing="ij")
+    image_ids = torch.zeros(num_tokens, axes, dtype=torch.float32, device="cpu")
     image_ids[:, 1], image_ids[:, 2] = rows.flatten(), columns.flatten()
     given: dict[str, Any] = {
         "hidden_states": noise(1, num_tokens, settings.in_channels),
         "encoder_hidden_states": noise(1, text_tokens, settings.joint_attention_dim),
         "timestep": torch.full((1,), _STEP.noise_level, device=device, dtype=model.dtype),
         "img_ids": image_ids.to(device),
-        "txt_ids": torch.zeros(text_tokens, axes, device=device),
+        "txt_ids": torch.zeros(text_tokens, axes, dtype=torch.float32, device=device),
     }
     if "pooled_projections" in kind.per_image:
         given["pooled_projections"] = noise(1, settings.pooled_projection_dim)
     if "guidance" in kind.per_image and settings.get("guidance_embeds", True):
-        given["guidance"] = torch.full((1,), 3.5, device=device)
+        given["guidance"] = torch.full((1,), 3.5, dtype=torch.float32, device=device)
     for name in kind.masks:
         given[name] = torch.ones(1, text_tokens + num_tokens, dtype=torch.bool, device=device)
     return given

@@ -8,6 +8,8 @@ from typing import Any
 from jitaccel.errors import UnsupportedModelError
 
 from ..flux.kinds import Kind
+from ..network import cache_problem
+from ..ranks import ranks_of
 from .caller import calling_guider, calling_pipeline
 
 
@@ -16,8 +18,13 @@ def refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> N
     found = {reason for name, reason in kind.refused.items() if arguments.get(name) is not None}
     extra = arguments.get("joint_attention_kwargs") or {}
     found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
-    if getattr(module, "is_cache_enabled", False):
-        found.add("a cache enabled on the transformer")
+    if (problem := cache_problem(module)) is not None:
+        found.add(problem)
+    if ranks_of(module).size > 1:
+        divided = (*kind.residuals, *kind.masks)
+        found |= {f"{name} beside context parallelism" for name in divided if arguments.get(name) is not None}
+        if "ip_adapter_image_embeds" in extra:
+            found.add("an IP-Adapter beside context parallelism")
     if (problem := guider_problem(calling_pipeline())) is not None:
         found.add(problem)
     if found:

@@ -61,7 +61,7 @@ class FluxStage(nn.Module):
         device = layout.order.device
         rows, columns = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
         self._image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
-        self._text_ids = torch.zeros(sum(layout.text.lengths), 3, device=device)
+        self._text_ids = torch.zeros(sum(layout.text.lengths), 3, dtype=torch.float32, device=device)
 
     def forward(
         self,
@@ -164,15 +164,16 @@ def export(
 
 def _arguments(model: Any, grid: tuple[int, int], batch: int, text_tokens: int) -> dict[str, Tensor]:
     """Returns the arguments of one call of a stage that pools, by name, in order, to trace it with."""
-    settings, generator = model.config, torch.Generator().manual_seed(0)
+    settings, generator = model.config, torch.Generator("cpu").manual_seed(0)
     shapes = (
         (batch, grid[0] * grid[1], settings.in_channels),
         (batch, text_tokens, settings.joint_attention_dim),
         (batch, settings.pooled_projection_dim),
     )
-    state, text, pooled = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for shape in shapes)
-    guidance = torch.full((batch,), 3.5, device=model.device)
-    levels = torch.tensor([0.9, 0.8], device=model.device)
+    drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
+    state, text, pooled = (x.to(model.device, model.dtype) for x in drawn)
+    guidance = torch.full((batch,), 3.5, dtype=torch.float32, device=model.device)
+    levels = torch.tensor([0.9, 0.8], dtype=torch.float32, device=model.device)
     return {"state": state, "text": text, "pooled": pooled, "guidance": guidance, "levels": levels}
 
 
@@ -180,7 +181,7 @@ def _with_anchors(
     arguments: dict[str, Tensor], config: JiTConfig, grid: tuple[int, int], count: int
 ) -> dict[str, Tensor]:
     """Returns the arguments of one call of a stage that does not pool: anchors and their lift after the state."""
-    state, generator = arguments["state"], torch.Generator().manual_seed(0)
+    state, generator = arguments["state"], torch.Generator("cpu").manual_seed(0)
     anchors = torch.stack([first_anchors(grid, count, generator)] * len(state)).to(state.device)
     plan = make_lift_plan(anchors, grid, config.blur_scale)
     lift = {"anchors": anchors, "nearest": plan.nearest, "blur": plan.weights}
@@ -279,6 +280,7 @@ class _StandIn(nn.Module):
     def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:
         batch, plan = state.shape[0], run.plan
         guidance = arguments.get("guidance")
+        no_guidance = torch.zeros(1, dtype=torch.float32, device=state.device)
         lift = (plan.anchors, plan.nearest, plan.weights) if isinstance(plan, LiftPlan) else ()
         velocity, _ = self._exported.run(
             run.stage,
@@ -286,9 +288,9 @@ class _StandIn(nn.Module):
             *lift,
             _each(arguments["encoder_hidden_states"], batch),
             _each(arguments["pooled_projections"], batch),
-            _each(torch.zeros(1, device=state.device) if guidance is None else guidance.float(), batch),
+            _each(no_guidance if guidance is None else guidance.float(), batch),
             # The scheduler takes the step, so there is no next level; the timestep of the call may be rounded.
-            torch.full((2,), run.noise_level, device=state.device),
+            torch.full((2,), run.noise_level, dtype=torch.float32, device=state.device),
         )
         return Answer(run.gather(velocity), velocity)
 

@@ -22,4 +22,4 @@ def generate_once(pipeline: Any, height: int, width: int, batch: int, call: Mapp
     known = inspect.signature(type(pipeline).__call__).parameters
     count = "num_videos_per_prompt" if "num_videos_per_prompt" in known else "num_images_per_prompt"
     settings = {"prompt": "", count: batch, "output_type": "latent", **call}
-    pipeline(height=height, width=width, generator=torch.Generator().manual_seed(0), **settings)
+    pipeline(height=height, width=width, generator=torch.Generator("cpu").manual_seed(0), **settings)

@@ -30,7 +30,7 @@ def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
     ends = ids[:, 1].nonzero()
     width = int(ends[0]) if len(ends) else len(ids)
     height = len(ids) // max(width, 1)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(side, device="cpu") for side in (height, width)), indexing="ij")
     raster = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(ids.dtype)
     is_raster = torch.equal(ids[:, :3], raster) and not ids[:, 3:].any()
     if len(ids) != num_tokens or not is_raster:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from jitaccel.execution.private import uncompiled
 from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.patches.ranks import ranks_multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +20,8 @@ class Kind:
     tokens: what is given of every image token beside the state, (B, S, C). residuals: lists of what is added to them,
     (B, S, width). refused: arguments that cannot be accelerated, and
     what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
-    cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it. patch:
-    latents along a token's side.
+    cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it. divides:
+    whether it was tried with tokens divided among ranks. patch: latents along a token's side.
     """
 
     model: str
@@ -31,6 +33,7 @@ class Kind:
     refused: Mapping[str, str] = field(default_factory=dict)
     attention_arguments: tuple[str, ...] = ("scale", "ip_adapter_image_embeds")
     packs: bool = False
+    divides: bool = False
     patch: int = 2
 
 
@@ -39,6 +42,7 @@ FLUX = Kind(
     cost=flux_flops,
     per_image=("encoder_hidden_states", "pooled_projections", "timestep", "guidance"),
     packs=True,
+    divides=True,
 )
 KINDS = (
     FLUX,
@@ -98,9 +102,9 @@ _NUNCHAKU_TOKENS = 256  # its kernels pad a sequence to a multiple of this
 
 
 def token_multiple(model: Any) -> int:
-    """Returns what numbers of anchors are rounded up to: nunchaku's models compute the padding anyway."""
+    """Returns what numbers of anchors are rounded up to: ranks divide them, nunchaku's models compute the padding."""
     is_nunchaku = any(kind.__name__.startswith("Nunchaku") for kind in type(model).__mro__)
-    return _NUNCHAKU_TOKENS if is_nunchaku else 1
+    return math.lcm(_NUNCHAKU_TOKENS if is_nunchaku else 1, ranks_multiple(model))
 
 
 def kind_of(model: Any) -> Kind | None:

@@ -8,7 +8,6 @@ model itself) are run beside it.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,13 @@ from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
 
-from ..diffusers_private import accelerate_hook, attention_backend, has_context_parallelism, hook_registry
+from ..diffusers_private import (
+    accelerate_hook,
+    attention_backend,
+    forward_beneath_hooks,
+    has_context_parallelism,
+    hook_registry,
+)
 from ..split import beside
 
 if TYPE_CHECKING:
@@ -360,7 +365,7 @@ def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
     if is_compile_wrapper(model):
         return ["the transformer is compiled as a whole"]
     reasons = []
-    if inspect.unwrap(type(model).forward).__module__ != FluxTransformerBlock.__module__:
+    if not _is_diffusers_own(type(model).forward):
         reasons.append(f"{type(model).__name__} has a forward that is not diffusers'")
     for name, module in model.named_modules():
         if module is model:
@@ -375,13 +380,33 @@ def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def _is_diffusers_own(function: Any) -> bool:
+    """Returns whether a method is diffusers' own: it, and what it wraps. `wraps` copies a name, and no globals."""
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("diffusers."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _has_own_forward(module: nn.Module, outermost: Any = None) -> bool:
+    """Returns whether the hooks of a module, or those inside the forward `outermost`, end in its class's forward."""
+    forward = forward_beneath_hooks(module, module.forward if outermost is None else outermost)
+    is_bound = getattr(forward, "__self__", None) is module
+    return is_bound and getattr(forward, "__func__", None) is type(module).forward
+
+
 def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
     kind = type(module).__name__
     reasons = []
+    if not _is_diffusers_own(type(module).forward):
+        reasons.append(f"{kind} has a forward that is not diffusers'")
     if isinstance(module, FluxAttention):
         processor = module.processor
         if type(processor) is not FluxAttnProcessor:
             reasons.append(f"an attention processor is a {type(processor).__name__}")
+        elif not _is_diffusers_own(type(processor).__call__):
+            reasons.append(f"{type(processor).__name__} has a __call__ that is not diffusers'")
         elif (backend := attention_backend(processor)) is not None:
             reasons.append(f"set_attention_backend chose {backend!s}")
         elif has_context_parallelism(processor):
@@ -403,7 +428,6 @@ def _reasons_of_hooks(name: str, module: nn.Module, own: Any) -> list[str]:
     reasons = [
         f"{name} has a {type(hook).__name__}" for hook in registered if callable(getattr(hook, "new_forward", None))
     ]
-    is_hooked = bool(_registered(module)) or accelerate_hook(module) is not None
-    if "forward" in vars(module) and not is_hooked:
+    if not _has_own_forward(module, None if own is None else own.fn_ref.original_forward):
         reasons.append(f"forward of {name} is replaced")
     return reasons

@@ -155,6 +155,7 @@ class VelocityRoute:
                 return generation
         return None
 
+    @torch.no_grad()
     def _nearest(self, known: list[LoopGeneration], state: Tensor, level: float) -> list[tuple[int, str]]:
         """Returns which of the generations the state may belong to, the most likely first, and as what.
 

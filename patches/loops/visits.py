@@ -24,6 +24,7 @@ from ..network import ModelCall
 class _Visit:
     """One step as the loop made it. `level`, `seen`: what it gave, the state in a copy, since loops write in place.
 
+    Copies keep the state's gradient, which a loop may ask for: what the next steps make of them depends on it.
     `entered`: the state that the network saw. `calls`, `returned`: how many branches, and the sum of what they got.
     """
 
@@ -41,8 +42,8 @@ class _Visit:
         """
         end = self.step.next_level if level == self.level else level
         if self.returned is None:
-            return self.seen.float()
-        return self.seen.float() + (end - self.step.noise_level) * self.returned / self.calls
+            return self.seen.detach().float()
+        return self.seen.detach().float() + (end - self.step.noise_level) * self.returned / self.calls
 
 
 class LoopGeneration:
@@ -57,7 +58,7 @@ class LoopGeneration:
         self._owed: Tensor | None = None  # what the state still lacks of its last move
         self._before: _Visit | None = None
         self._now = self._visit(call, step, level)
-        self.first = self._now.seen
+        self.first = self._now.seen.detach()
         self.last_called = 0
 
     @property
@@ -111,8 +112,9 @@ class LoopGeneration:
         may_be_last: whether the loop may end with this step, so that what it returns must be finite.
         """
         now = self._now
-        answer = self.generation.evaluate(now.step, now.entered, call.evaluate)
-        velocity = self.generation.leave(now.step, now.entered, answer)
+        entered = now.entered if now.calls == 0 else _with_gradient_of(now, call.state)
+        answer = self.generation.evaluate(now.step, entered, call.evaluate)
+        velocity = self.generation.leave(now.step, entered, answer)
         with self.generation.recorder.outside(now.step.index):
             if may_be_last:
                 self._run.check_finite()
@@ -124,7 +126,7 @@ class LoopGeneration:
         return velocity
 
     def _visit(self, call: ModelCall, step: Step, level: float) -> _Visit:
-        seen = call.state.detach().clone()
+        seen = call.state.clone()
         return _Visit(step=step, level=level, seen=seen, entered=seen)
 
     def _settle(self, state: Tensor, step: Step) -> None:
@@ -147,6 +149,14 @@ class LoopGeneration:
             self._owed = None if abs(rest) < 1e-6 else self._owed * rest
 
 
+def _with_gradient_of(visit: _Visit, state: Tensor) -> Tensor:
+    """Returns the state that the network sees in a further branch, whose gradient is that of the branch's `state`."""
+    if not (torch.is_grad_enabled() and (state.requires_grad or visit.entered.requires_grad)):
+        return visit.entered
+    # What was added to the state, and what else it depends on, is the same in every branch.
+    return visit.entered + (state - state.detach()) - (visit.seen - visit.seen.detach())
+
+
 def _step_made(visit: _Visit, state: Tensor, rounded: float) -> float:
     """Returns the length of the unguided step from `visit` to `state` (B, N, D); `rounded`: the one its levels tell.
 
@@ -158,7 +168,7 @@ def _step_made(visit: _Visit, state: Tensor, rounded: float) -> float:
         return rounded
     norm, eps = torch.linalg.vector_norm, torch.finfo(state.dtype).eps
     state = state.detach().float()
-    moved, bound = state - visit.seen.float(), 0.5 * eps * norm(state)
+    moved, bound = state - visit.seen.detach().float(), 0.5 * eps * norm(state)
     fitted = float((moved * visit.returned).sum() / visit.returned.square().sum())
     lengths = (rounded, fitted) if abs(fitted - rounded) <= 2.0 * eps * visit.level else (rounded,)
     return next((made for made in lengths if norm(moved - made * visit.returned) <= bound), rounded)

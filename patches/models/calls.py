@@ -24,7 +24,7 @@ from jitaccel.method.run import Run
 
 from ..cutting import Cut, Places, places_of
 from ..layout import Layout
-from ..network import ModelCall, refuse_controlnet
+from ..network import ModelCall, cache_problem, refuse_controlnet
 from ..split import Branches
 from .flops import OperationCounter, shapes_of
 from .model import Model
@@ -213,8 +213,8 @@ class CutCalls:
 
     def _refuse(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
-        if getattr(module, "is_cache_enabled", False):
-            found.append("a cache enabled on the transformer")
+        if (problem := cache_problem(module)) is not None:
+            found.append(problem)
         if found:
             raise UnsupportedModelError(
                 f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "

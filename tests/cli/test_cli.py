@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from jitaccel.cli import main
+from jitaccel import ops
+from jitaccel.cli import doctor, main
 from jitaccel.cli.demo import table
 from jitaccel.evaluation.pictures import grid_picture, show_active
 from jitaccel.evaluation.quality.metrics import psnr_db
@@ -189,8 +191,24 @@ def test_doctor_says_what_is_there_and_why_the_rest_is_not_usable(command: Comma
     lines = {line.strip()[:13].strip(): line for line in out.splitlines()}
     assert lines["sdpa"].endswith("usable")
     assert all(name in lines for name in ("flash_attn_3", "flash_attn", "torch_varlen", "xformers"))
+    assert lines["on cpu"].endswith("nearest_anchor runs")
     if importlib.util.find_spec("flash_attn") is None:
         assert "flash-attn is not installed" in lines["flash_attn"]
+
+
+@pytest.mark.parametrize(
+    ("result", "line"), [(RuntimeError("no kernel image\nmore"), "fails: no kernel image"), ([[0]], "is wrong: [[0]]")]
+)
+def test_doctor_tells_a_device_on_which_an_operator_does_not_run(
+    result: Any, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nearest_anchor(*arguments: Any) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return torch.tensor(result)
+
+    monkeypatch.setattr(ops, "nearest_anchor", nearest_anchor)
+    assert doctor.trial("cpu") == f"nearest_anchor {line}"
 
 
 def test_demo_prints_the_table_and_writes_both_pictures(
@@ -262,7 +280,6 @@ def test_psnr_of_equal_pictures_is_infinite() -> None:
 
 
 def test_export_writes_stages_that_run_without_the_transformer(command: Command, model: Path, tmp_path: Path) -> None:
-    import torch
     from diffusers import FluxPipeline
 
     import jitaccel

@@ -19,7 +19,7 @@ NAMES = {
         r"\btorch(\.\w+)*\._(?!_)|_orig_mod|_compiled_call_impl|\._forward_(pre_)?hooks|\._modules|__tensor_flatten__"
     ),
     "patches/diffusers_private.py": (
-        r"\b(_diffusers_hook|_hf_hook|_attention_backend|_parallel_config|_all_hooks|_execution_device|"
+        r"\b(_diffusers_hook|_hf_hook|_attention_backend|_parallel_config|_flattened_mesh|_all_hooks|_execution_device|"
         r"_(un)?pack_latents|_step_index|_begin_index|_resolve_dtype)\b"
     ),
 }

@@ -211,6 +211,85 @@ def test_bad_requests_are_all_named_before_any_is_run(pipe: Any) -> None:
     assert not any("requests[0]" in line for line in lines)
 
 
+BAD_FIELDS: list[tuple[str, Any]] = [
+    *(("prompt", value) for value in (None, 3, ["a", "b"], b"a", "\ud800")),
+    *(("negative_prompt", value) for value in (3, ["a"], "\udfff")),
+    *(("height", value) for value in (48.0, "48", True, 0, -48, 2**63, None)),
+    *(("width", value) for value in (48.0, float("nan"), 10**30)),
+    *(("seed", value) for value in (-1, 2**64, 1.5, "1", None, True, [1])),
+    *(("guidance_scale", value) for value in (float("nan"), float("inf"), -1.0, "3", None, 10**400, True)),
+    *(("true_cfg_scale", value) for value in (float("nan"), -float("inf"), -0.5, None, 10**400)),
+    *(("max_sequence_length", value) for value in (0, -1, 513, 2.0, None, True)),
+    *(("steps", value) for value in (0, 2**63, 4.5, "4", float("nan"))),
+    *(("preset", value) for value in (None, 7, ["7x"], {"7x": 1})),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_FIELDS, ids=[f"{name}={value!r:.12}" for name, value in BAD_FIELDS])
+def test_bad_field_is_named_with_its_request_before_any_is_run(pipe: Any, name: str, value: Any) -> None:
+    settings = {"prompt": "a", "height": 48, "width": 48, "preset": SHORT, name: value}
+    with counted(pipe.transformer) as seen, pytest.raises(ConfigError) as raised:
+        generate_batch(pipe, [request(), Request(**settings)])
+    assert seen == []
+    assert all(line.startswith("generate_batch: requests[1]:") for line in str(raised.value).splitlines())
+    assert f"{name} must be" in str(raised.value)
+
+
+def test_greatest_seed_is_the_pipelines_own(pipe: Any) -> None:
+    outcome = generate_batch(pipe, [request(seed=2**64 - 1)], output_type="latent")[0]
+    assert relative_error(outcome.image, through_pipeline(pipe, request(seed=2**64 - 1))) < 1e-5
+
+
+def test_what_is_no_list_of_requests_is_refused(pipe: Any) -> None:
+    for given in (None, 3, request()):
+        with pytest.raises(ConfigError, match="requests must be a list of"):
+            generate_batch(pipe, given)  # type: ignore[arg-type]
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
+
+
+@pytest.mark.parametrize("place", ["encode_prompt", "forward"])
+def test_panic_of_one_request_is_its_outcome(pipe: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    asked = [request(seed=1), request("blue", seed=2), request(seed=3)]
+    expected = [through_pipeline(pipe, each) for each in asked]
+    if place == "encode_prompt":
+        encode = pipe.encode_prompt
+
+        def broken(**call: Any) -> Any:
+            if call["prompt"] == "blue":
+                raise Panic("no entry found for key")
+            return encode(**call)
+
+        monkeypatch.setattr(pipe, "encode_prompt", broken)
+    else:
+        from jitaccel.patches.diffusers import batch
+
+        run = batch._Packed.__call__
+
+        def panic(self: Any, jobs: Any) -> Any:
+            if any(job.request is asked[1] for job in jobs):
+                raise Panic("no entry found for key")
+            return run(self, jobs)
+
+        monkeypatch.setattr(batch._Packed, "__call__", panic)
+    outcomes = generate_batch(pipe, asked, output_type="latent")
+    assert "Panic: no entry found for key" in str(outcomes[1].error) and isinstance(outcomes[1].error, Exception)
+    for k in (0, 2):
+        assert relative_error(outcomes[k].image, expected[k]) < 1e-5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_ends_the_program_ends_the_batch(pipe: Any, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def broken(**_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(pipe, "encode_prompt", broken)
+    with pytest.raises(error):
+        generate_batch(pipe, [request()])
+
+
 def test_bad_sizes_are_all_named_before_any_is_run(pipe: Any) -> None:
     bad = Request(prompt="a", height=50, width=48, preset=SHORT)
     few = Request(prompt="a", height=4, width=4, preset=SHORT)

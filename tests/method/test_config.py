@@ -105,6 +105,8 @@ def test_presets_are_read_only() -> None:
         ("relax_steps", 1.5, "whole number"),
         ("importance_window", 4, "odd"),
         ("importance_window", -3, "odd"),
+        ("multiple", 0, "above 0"),
+        ("multiple", 1.5, "whole number"),
     ],
 )
 def test_config_refuses_a_bad_field_by_name(field: str, value: object, says: str) -> None:
@@ -115,6 +117,18 @@ def test_config_refuses_a_bad_field_by_name(field: str, value: object, says: str
     assert lines[0].startswith("JiTConfig: ")
     assert field in lines[0]
     assert ", got " in lines[0] and "; " in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "counts"),
+    [(1, 1, (358, 634, 1024)), (2, 1, (358, 634, 1024)), (4, 1, (360, 636, 1024)), (4, 6, (360, 636, 1024))],
+)
+def test_numbers_of_tokens_are_multiples_of_what_is_set_and_of_what_is_given(
+    own: int, given: int, counts: tuple[int, ...]
+) -> None:
+    config = JiTConfig(densities=(0.35, 0.62, 1.0), boundaries=(0.4, 0.6, 1.0), steps=10, multiple=own)
+    assert config.token_counts(1024, multiple=given) == config.stage_tokens((32, 32), multiple=given) == counts
+    assert JiTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_config_reports_every_problem_at_once() -> None:

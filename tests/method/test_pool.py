@@ -212,6 +212,21 @@ def test_tokens_of_pooled_stages_are_those_of_the_smaller_picture() -> None:
         config.stage_tokens((64, 64), multiple=3)
 
 
+@pytest.mark.parametrize(("own", "given"), [(1, 2), (2, 1), (1, 3), (2, 3), (8, 1)])
+def test_size_that_ranks_cannot_divide_is_refused_with_sizes_that_work(own: int, given: int) -> None:
+    """A side of 17 pools to 9 by 2, to 5 by 4."""
+    config = POOLED.replace(
+        densities=(0.0625, 0.25, 1.0), boundaries=(0.2, 0.5, 1.0), pooling=(4, 2, 1), steps=8, multiple=own
+    )
+    with pytest.raises(ConfigError, match=f"must have a multiple of {own * given} tokens") as raised:
+        config.stage_tokens((17, 29), multiple=given)
+    sizes = config.sizes_near((17, 29), given)
+    assert len(sizes) >= 2 and all("x".join(map(str, size)) in str(raised.value) for size in sizes)
+    for size in sizes:
+        assert all(count % (own * given) == 0 for count in config.stage_tokens(size, multiple=given))
+        assert [a == b for a, b in zip(size, (17, 29), strict=True)].count(True) == 1
+
+
 def test_extrapolation_goes_across_the_end_of_a_pooled_stage() -> None:
     config = POOLED.replace(steps=6)
     clock = KnownLevels(config, noise_levels(config))

@@ -213,7 +213,7 @@ def test_pipeline_with_another_transformer_is_refused() -> None:
 def test_cache_enabled_before_is_refused(target: Any) -> None:
     transformer = getattr(target, "transformer", target)
     transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    with refused(UnsupportedModelError, "no cache enabled", "disable_cache()"):
+    with refused(UnsupportedModelError, "must have no cache", "disable_cache()"):
         jitaccel.apply(target)
     transformer.disable_cache()
     jitaccel.apply(target).remove()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
-from diffusers.hooks import HookRegistry
+from diffusers import ContextParallelConfig, FluxPipeline, ParallelConfig
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.context_parallel import apply_context_parallel
 from torch import nn
 
 import jitaccel
@@ -73,6 +75,34 @@ def test_splitting_over_devices_is_told_of_the_model(pipe: Any) -> None:
     pipe.transformer._parallel_config = object()
     assert private.is_parallel(pipe.transformer) is True
     assert private.is_parallel(nn.Linear(1, 1)) is False
+
+
+def test_context_parallelism_of_a_model_and_its_group_are_found(pipe: Any) -> None:
+    """Two processes find them in earnest (test_ranks.py); here what diffusers fills and reads is what we read."""
+    assert private.context_parallelism(pipe.transformer) is None
+    assert private.context_parallelism(nn.Linear(1, 1)) is None
+    settings = ContextParallelConfig(ulysses_degree=2)
+    pipe.transformer._parallel_config = ParallelConfig(context_parallel_config=settings)
+    assert private.context_parallelism(pipe.transformer) is settings
+    settings._flattened_mesh = SimpleNamespace(get_group=lambda: "group", size=lambda: 2)
+    assert private.divided_group(settings) == ("group", 2)
+
+
+@pytest.mark.parametrize("is_outside", [True, False])
+def test_order_of_hooks_that_divide_tokens_is_told(pipe: Any, is_outside: bool) -> None:
+    model, ours = pipe.transformer, ModelHook()
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+
+    def divide() -> None:
+        apply_context_parallel(model, ContextParallelConfig(ulysses_degree=2), model._cp_plan)
+
+    if not is_outside:
+        divide()
+    registry.register_hook(ours, "jitaccel")
+    assert private.is_divided_around(model, ours) is False
+    if is_outside:
+        divide()
+    assert private.is_divided_around(model, ours) is is_outside
 
 
 def test_offloading_of_whole_models_is_told(owned: Any) -> None:

@@ -24,9 +24,10 @@ EXACT = PRESETS["7x-paper"].replace(micro_flow="exact")
 
 
 class Loop:
-    """Somebody's sampler: the network, the texts, and an Euler step."""
+    """Somebody's sampler: the network, the texts, and an Euler step. has_gradients: whether it tracks them."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.has_gradients = False
         self.pipe = tiny.pipeline()
         encode = self.pipe.encode_prompt
         texts = [encode(text, None, max_sequence_length=tiny.TEXT_TOKENS) for text in ("a red circle", "blue square")]
@@ -41,7 +42,7 @@ class Loop:
         if text == "both":
             embeds, pooled = (torch.cat([self.texts[1][part], self.texts[0][part]]) for part in (0, 1))
         batch = state.shape[0]
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.has_gradients):
             velocity: Tensor = self.model(
                 hidden_states=state,
                 encoder_hidden_states=embeds.expand(batch, -1, -1),

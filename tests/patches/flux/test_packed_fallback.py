@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -39,7 +43,7 @@ def forward_hook(pipe: Any) -> None:
 
 def replaced_forward(pipe: Any) -> None:
     block = pipe.transformer.transformer_blocks[0]
-    block.forward = block.forward
+    block.forward = functools.partial(block.forward)
 
 
 def compiled_block(pipe: Any) -> None:
@@ -96,6 +100,154 @@ def test_strict_makes_a_fallback_an_error(pipe: Any, case: str) -> None:
         with pytest.raises(UnsupportedModelError, match=f"{reason}.*use strict=False"):
             jitaccel.apply(pipe, SHORT, strict=True)
     assert "_diffusers_hook" not in vars(pipe.transformer) or not pipe.transformer._diffusers_hook.hooks
+
+
+# Forwards that others replaced
+
+
+def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a forward, taking a further argument as PuLID's does, whose velocity is twice the given one's."""
+
+    @functools.wraps(forward)  # whose name and module then look like diffusers'
+    def mine(*args: Any, identity: Any = None, **kwargs: Any) -> Any:
+        return (2 * forward(*args, **kwargs)[0],)
+
+    vars(mine)["__signature__"] = inspect.Signature(
+        [
+            *inspect.signature(forward).parameters.values(),
+            inspect.Parameter("identity", inspect.Parameter.KEYWORD_ONLY, default=None),
+        ]
+    )
+    return mine
+
+
+def on_instance(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.transformer.forward = doubled(pipe.transformer.forward)
+
+
+def as_method(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pipe.transformer
+    model.forward = types.MethodType(doubled(type(model).forward), model)
+
+
+def on_class(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(pipe.transformer)
+    monkeypatch.setattr(kind, "forward", doubled(kind.forward))
+
+
+def beneath_offloading(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_instance(pipe, monkeypatch)
+    accelerate.hooks.add_hook_to_module(pipe.transformer, accelerate.hooks.ModelHook())
+
+
+def over_offloading(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate.hooks.add_hook_to_module(pipe.transformer, accelerate.hooks.ModelHook())
+    on_instance(pipe, monkeypatch)
+
+
+def beneath_another_hook(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_instance(pipe, monkeypatch)
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    registry.register_hook(diffusers.hooks.ModelHook(), "mine")
+
+
+REPLACED = [on_instance, as_method, on_class, beneath_offloading, over_offloading, beneath_another_hook]
+
+
+@pytest.mark.parametrize("execution", ["auto", "packed", "indexed"])
+@pytest.mark.parametrize("replace", REPLACED)
+def test_forward_replaced_before_apply_is_called(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, replace: Callable[..., None], execution: Any
+) -> None:
+    with jitaccel.apply(pipe, SHORT, execution="indexed"):
+        plain = generate(pipe)
+    for parameter in pipe.transformer.proj_out.parameters():  # what twice the velocity comes to, by weights
+        parameter.data.mul_(2)
+    with jitaccel.apply(pipe, SHORT, execution="indexed"):
+        expected = generate(pipe)
+    for parameter in pipe.transformer.proj_out.parameters():
+        parameter.data.div_(2)
+    replace(pipe, monkeypatch)
+    with jitaccel.apply(pipe, SHORT, execution=execution) as handle:
+        assert torch.equal(generate(pipe), expected)
+        assert handle.stats().execution == "indexed"
+    assert relative_error(plain, expected) > 1e-2
+
+
+@pytest.mark.parametrize("execution", ["auto", "indexed"])
+def test_forward_of_the_class_replaced_after_apply_is_called(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, execution: Any
+) -> None:
+    with monkeypatch.context() as replaced:
+        on_class(pipe, replaced)
+        with jitaccel.apply(pipe, SHORT, execution="indexed"):
+            expected = generate(pipe)
+    with jitaccel.apply(pipe, SHORT, execution=execution):
+        on_class(pipe, monkeypatch)
+        assert torch.equal(generate(pipe), expected)
+
+
+def test_forward_of_the_class_replaced_behind_hooks_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate.hooks.add_hook_to_module(pipe.transformer, accelerate.hooks.ModelHook())
+    with jitaccel.apply(pipe, SHORT):
+        on_class(pipe, monkeypatch)
+        with pytest.raises(UnsupportedModelError, match="forward must be replaced before apply"):
+            generate(pipe)
+
+
+@pytest.mark.parametrize("execution", ["auto", "indexed"])
+def test_forward_that_hides_the_patch_is_an_error(pipe: Any, execution: Any) -> None:
+    with jitaccel.apply(pipe, SHORT, execution=execution):
+        pipe.transformer.forward = types.MethodType(type(pipe.transformer).forward, pipe.transformer)
+        with pytest.raises(RuntimeError, match="its forward restored"):
+            generate(pipe)
+
+
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_replaced_method_of_a_block_or_processor_runs_indexed(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, name: str, when: str
+) -> None:
+    kind: Any = type(pipe.transformer.single_transformer_blocks[0]) if name == "forward" else FluxAttnProcessor
+    original = getattr(kind, name)
+
+    @functools.wraps(original)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    if when == "before":
+        monkeypatch.setattr(kind, name, mine)
+    with jitaccel.apply(pipe, SHORT) as handle:
+        monkeypatch.setattr(kind, name, mine)
+        generate(pipe)
+        notes = handle.stats().notes
+    assert any(f"{kind.__name__} has a {name} that is not diffusers'" in note for note in notes)
+
+
+def test_further_arguments_of_a_replaced_forward_reach_it(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = pipe.transformer, []
+    inner = model.forward
+
+    def mine(*args: Any, identity: Any = None, **kwargs: Any) -> Any:
+        seen.append(identity)
+        return inner(*args, **kwargs)
+
+    model.forward = mine
+    state = tiny.start()
+    arguments = {
+        "hidden_states": state,
+        "timestep": torch.ones(1),
+        "guidance": torch.ones(1),
+        "encoder_hidden_states": torch.zeros(1, 2, WIDTH),
+        "pooled_projections": torch.zeros(1, WIDTH),
+        "txt_ids": torch.zeros(2, 3),
+        "img_ids": pipe._prepare_latent_image_ids(1, *tiny.GRID, state.device, state.dtype),
+    }
+    with torch.no_grad(), jitaccel.apply(model, SHORT):
+        model(**arguments, identity="a face")
+        assert seen == ["a face"]
+        with pytest.raises(TypeError, match="unknown"):
+            model(**arguments, unknown=1)
 
 
 def test_gradient_checkpointing_runs_indexed() -> None:

@@ -1,0 +1,92 @@
+"""Context parallelism of diffusers: what ranks need of a picture, and what is refused before any of them waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jitaccel.errors import ConfigError
+from jitaccel.generation.ranks import ALONE, Ranks
+from jitaccel.method.config import JiTConfig
+
+from .diffusers_private import context_parallelism, divided_group, is_divided_around
+
+
+def ranks_of(model: Any) -> Ranks:
+    """Returns the ranks that divide the tokens of a model of diffusers."""
+    settings = context_parallelism(model)
+    if settings is None:
+        return ALONE
+    group, size = divided_group(settings)
+    return Ranks(size, group)
+
+
+def ranks_multiple(model: Any) -> int:
+    """Returns what numbers of tokens must be a multiple of, so that a model's ranks can divide them."""
+    settings = context_parallelism(model)
+    return 1 if settings is None or _takes_anything(settings) else ranks_of(model).size
+
+
+def rank_problems(model: Any, *, is_known: bool) -> list[str]:
+    """Returns why a model's ranks cannot run it; nothing where they can. `is_known`: whether its kind was tried."""
+    settings = context_parallelism(model)
+    if settings is None:
+        return []
+    if not is_known:
+        return [
+            "transformer must not be split over devices (context parallel), got a parallel configuration, which is "
+            "known to be right for FluxTransformer2DModel alone"
+        ]
+    heads, degree = model.config.num_attention_heads, settings.ulysses_degree
+    if heads % degree == 0 or _takes_anything(settings):
+        return []
+    return [
+        f"transformer must have heads that ulysses_degree divides, got {heads} heads and {degree} ranks; use "
+        f"ulysses_anything=True, or ring_degree"
+    ]
+
+
+def check_order(model: Any, hook: Any) -> None:
+    """Raises ConfigError on every rank, before any waits, where tokens are divided around our hook on a model."""
+    if is_divided_around(model, hook):
+        raise ConfigError(
+            "jitaccel: apply must be called after enable_parallelism, got a transformer whose tokens are divided "
+            "among ranks before the patch sees them; call jitaccel.apply again now"
+        )
+
+
+def check_divided(
+    ranks_multiple: int,
+    config: JiTConfig,
+    grid: Callable[[], tuple[int, ...]],
+    num_tokens: int,
+    text_tokens: int,
+    references: int,
+) -> None:
+    """Raises ConfigError, with every reason, for a call whose tokens the ranks cannot divide.
+
+    ranks_multiple: how many ranks there are. grid: of the picture; asked only for the message.
+    """
+    problems = []
+    if num_tokens % ranks_multiple:
+        sizes = " or ".join("x".join(map(str, size)) for size in config.sizes_near(grid(), ranks_multiple))
+        problems.append(
+            f"jitaccel: the picture must have a multiple of {ranks_multiple} tokens, one part for each rank, got "
+            f"{num_tokens} of {'x'.join(map(str, grid()))}; choose another size, in tokens for example {sizes}"
+        )
+    for what, count, advice in (
+        ("prompts", text_tokens, "set max_sequence_length"),
+        ("references", references, "give references of another size"),
+    ):
+        if count % ranks_multiple:
+            problems.append(
+                f"jitaccel: {what} must have a multiple of {ranks_multiple} tokens, one part for each rank, got "
+                f"{count}; {advice}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _takes_anything(settings: Any) -> bool:
+    """Whether ranks may have parts of different size. Both settings are younger than context parallelism."""
+    return bool(getattr(settings, "ulysses_anything", False) or getattr(settings, "ring_anything", False))
