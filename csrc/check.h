@@ -54,6 +54,7 @@ struct Grid {
   int64_t lines() const { return frames * height; }  // rows of tokens
 };
 
+constexpr int64_t kMaxWindow = 1023;  // wider than pictures are, and its cube fits in 32 bits
 constexpr int64_t kMostTokens = int64_t{1} << 40;  // far beyond memory, and no product of it with channels overflows
 
 inline Grid make_grid(const char* op, const std::vector<int64_t>& sizes, bool stack) {
@@ -149,7 +150,8 @@ inline void check_velocity(const char* op, const Tensor& velocity, const Grid& g
   if (velocity.dim() != 3 || !is_value_type(velocity) || velocity.size(1) != grid.size())
     fail(op, "velocity", text("be float32, float16 or bfloat16 (B, ", grid.size(), ", D)"), kind(velocity),
          "lift it to every token first");
-  if (window < 1 || window % 2 == 0) fail(op, "window", "be odd and above 0", text(window), "the paper's is 3");
+  if (window < 1 || window > kMaxWindow || window % 2 == 0)
+    fail(op, "window", text("be odd and in 1..", kMaxWindow), text(window), "the paper's is 3");
 }
 
 // Returns the number of inactive tokens of each image.

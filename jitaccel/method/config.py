@@ -23,6 +23,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
+MAX_WINDOW = 1023  # the operators' own limit
+_MAX_TOKENS = 2**40  # the operators' own limit
 _MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
 
 
@@ -199,9 +201,10 @@ class JiTConfig:
                 f"give the number of ranks that divide the tokens, or 1"
             )
         window = self.importance_window
-        if not _is_whole(window) or window < 1 or window % 2 == 0:
+        if not _is_whole(window) or not 1 <= window <= MAX_WINDOW or window % 2 == 0:
             problems.append(
-                f"JiTConfig: importance_window must be an odd whole number above 0, got {window!r}; the paper's is 3"
+                f"JiTConfig: importance_window must be an odd whole number in 1..{MAX_WINDOW}, got {window!r}; "
+                f"the paper's is 3"
             )
         return problems
 
@@ -242,11 +245,7 @@ class JiTConfig:
 
         Raises ConfigError where a stage would get no step, naming the next step count that works.
         """
-        if not _is_step_count(steps):
-            raise ConfigError(
-                f"stage_ends: steps must be a whole number from 1 to {_MAX_STEPS}, got {steps!r}; "
-                f"pass the number of steps of the sampler"
-            )
+        check_steps("stage_ends", steps)
         problems = self._empty_stage_problems(steps, "stage_ends")
         if problems:
             raise ConfigError("\n".join(problems))
@@ -270,9 +269,10 @@ class JiTConfig:
         name: to the least common multiple of both.
         Raises ConfigError where a stage would get no token.
         """
-        if not _is_whole(num_tokens) or num_tokens < 1:
+        if not _is_whole(num_tokens) or not 1 <= num_tokens <= _MAX_TOKENS:
             raise ConfigError(
-                f"token_counts: num_tokens must be a whole number above 0, got {num_tokens!r}; pass grid_h * grid_w"
+                f"token_counts: num_tokens must be a whole number from 1 to 2^40, got {num_tokens!r}; "
+                f"pass grid_h * grid_w"
             )
         others = num_tokens - num_forced
         counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
@@ -344,6 +344,10 @@ class JiTConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "JiTConfig":
         """Returns the configuration that `to_dict` wrote; fields with a default may be missing."""
+        if not isinstance(fields, Mapping):
+            raise ConfigError(
+                f"from_dict: fields must be a mapping as to_dict returns it, got {type(fields).__name__}; parse JSON first"
+            )
         check_fields("from_dict", fields)
         missing = [name for name in ("densities", "boundaries", "steps") if name not in fields]
         if missing:
@@ -374,12 +378,26 @@ def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_steps(function: str, value: object) -> None:
+    """Raises ConfigError, in the name of `function`, for what is no number of steps that a sampler takes."""
+    if not _is_step_count(value):
+        raise ConfigError(
+            f"{function}: steps must be a whole number from 1 to {_MAX_STEPS}, got {value!r}; "
+            f"pass the number of steps of the sampler"
+        )
+
+
 def _is_step_count(value: object) -> TypeGuard[int]:
     return _is_whole(value) and 1 <= value <= _MAX_STEPS
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond a float
+        return False
 
 
 def _stage_problems(name: str, shares: tuple[float, ...], remedy: str) -> list[str]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..errors import ConfigError
-from .config import JiTConfig
+from .config import JiTConfig, check_steps
 
 # bfloat16 is off by up to 2**-8 of a value, and diffusers' pipelines round twice: the timestep, 1000 times
 # the level, and then its quotient by 1000.
@@ -72,11 +72,12 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
             )
         return config.schedule
     count = config.steps if steps is None else steps
-    if isinstance(count, str):
+    if count == "caller":
         raise ConfigError(
             'noise_levels: steps must be given where config.steps is "caller", got None; '
             "pass the sampler's number of steps"
         )
+    check_steps("noise_levels", count)
     if config.schedule == "log_snr":
         return log_snr_levels(count, *config.log_snr)
     return beta_levels(count, config.alpha, config.beta)

@@ -47,6 +47,10 @@ def pooled_grid(grid: Sequence[int], factor: int) -> tuple[int, ...]:
     return (*frames, -(-rows // factor), -(-columns // factor))
 
 
+MAX_WINDOW = 1023
+"""Of a window's side, in tokens: wider than pictures are, and its cube fits in 32 bits."""
+
+
 def num_stacked(grid: Sequence[int], stack: bool) -> int:
     """Returns how many leading axes of `grid` only stack frames: 1 for a stack of (t, h, w), else 0."""
     return len(grid) - 2 if stack else 0
@@ -122,9 +126,9 @@ def check_velocity(operator: str, velocity: Tensor, grid: Sequence[int]) -> None
 
 
 def check_window(operator: str, window: int) -> None:
-    """Raises ValueError unless `window` is odd and above 0."""
-    if not (window >= 1 and window % 2 == 1):
-        _refuse(operator, "window", "be odd and above 0", window, "the paper's is 3")
+    """Raises ValueError unless `window` is odd, above 0 and at most MAX_WINDOW."""
+    if not (1 <= window <= MAX_WINDOW and window % 2 == 1):
+        _refuse(operator, "window", f"be odd and in 1..{MAX_WINDOW}", window, "the paper's is 3")
 
 
 def check_levels(operator: str, levels: Tensor, device: torch.device) -> None:

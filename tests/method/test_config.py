@@ -107,6 +107,12 @@ def test_presets_are_read_only() -> None:
         ("importance_window", -3, "odd"),
         ("multiple", 0, "above 0"),
         ("multiple", 1.5, "whole number"),
+        ("importance_window", 1025, "1..1023"),
+        ("importance_window", 2**63 + 1, "1..1023"),
+        ("alpha", 10**400, "above 0"),
+        ("densities", (10**400, 1.0), "finite numbers"),
+        ("schedule", (1.0, 10**400, 0.0), "finite numbers"),
+        ("log_snr", (-(10**400), 3.0), "finite numbers"),
     ],
 )
 def test_config_refuses_a_bad_field_by_name(field: str, value: object, says: str) -> None:

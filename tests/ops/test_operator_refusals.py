@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jitaccel import ops
+from jitaccel.method.config import MAX_WINDOW
 from jitaccel.ops import schema
 from tests.support.operator_checks import NAMES, strided
 from tests.support.operators import ARGUMENTS, WRITTEN, Fields, compiled, fields
@@ -102,8 +103,8 @@ def test_activate_refuses_more_tokens_than_are_inactive(count: int) -> None:
             function(f.importance, f.anchors, count)
 
 
-@pytest.mark.parametrize("window", [0, 2, -3])
-def test_importance_refuses_a_window_without_a_middle(window: int) -> None:
+@pytest.mark.parametrize("window", [0, 2, -3, 1025, 2**21 + 1, 3037000501, 2**63 - 1])
+def test_importance_refuses_a_window_without_a_middle_or_beyond_the_limit(window: int) -> None:
     f = fields()
     for function in (ops.importance, compiled("importance")):
         with pytest.raises((RuntimeError, ValueError), match=f"importance: window must be odd.*got {window};"):
@@ -116,3 +117,17 @@ def test_micro_flow_refuses_a_weight_that_is_no_share(weight: float) -> None:
     for function in (ops.micro_flow_into, compiled("micro_flow_into")):
         with pytest.raises((RuntimeError, ValueError), match=r"micro_flow_into: weight must be in \[0, 1\]"):
             function(*arguments, weight)
+
+
+def test_greatest_window_is_the_configurations_and_is_right() -> None:
+    """A window over the whole grid: zeros beyond the border count in its size."""
+    f = fields()
+    window = schema.MAX_WINDOW
+    assert window == MAX_WINDOW
+    exact = f.velocity.double()
+    share = 1.0 / window ** len(f.grid)
+    mean, square = exact.sum(dim=1) * share, exact.square().sum(dim=1) * share
+    expected = (square - mean.square()).mean(dim=1)
+    for function in (ops.importance, compiled("importance")):
+        found = function(f.velocity, f.grid, window)
+        assert torch.allclose(found.double(), expected[:, None].expand_as(found), rtol=1e-4)
