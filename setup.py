@@ -9,6 +9,8 @@ The operators are two shared libraries without any Python in them (jitaccel/buil
 """
 
 import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -40,21 +42,33 @@ class BuildOperators(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """Tags the wheel for a platform and any Python 3."""
+    """Tags the wheel for any Python 3, and for a platform where it holds a library."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        platform = super().get_tag()[2] if any(Path(self.bdist_dir, "jitaccel").glob("_C_*.so")) else "any"
+        return "py3", "none", platform
 
 
+def path_is_enough(arguments: Sequence[str]) -> bool:
+    """Whether an editable install may be the checkout on the path: all is inside jitaccel/ already, through links.
+
+    Else it would be a finder, which comes after the path: to a script beside the clone, the clone's folder of the same
+    name is the package then, and an empty one.
+    """
+    inside = (Path(name.replace(".", "/")) for name in FOLDERS if name != "jitaccel.csrc")
+    return "editable_wheel" in arguments and all(folder.is_dir() for folder in inside)
+
+
+editable = path_is_enough(sys.argv)
 links = [pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
 packages = find_packages(include=["jitaccel", "jitaccel.*"], exclude=links)
 for name, folder in FOLDERS.items():
-    if Path(folder).is_dir():
+    if Path(folder).is_dir() and not editable:
         packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder, exclude=NOT_INSTALLED))]
 
 setup(
     packages=packages,
-    package_dir=FOLDERS,
+    package_dir={"": "."} if editable else FOLDERS,
     package_data={"jitaccel": ["py.typed"], "jitaccel.assets": ["**/*"], "jitaccel.csrc": ["*"]},
     exclude_package_data={"jitaccel.assets": ["**/*.pyc"]},
     # Optional: an install without a compiler is complete, it runs on plain torch and says so.

@@ -105,8 +105,11 @@ def test_wheel_holds_every_file_once(wheel: zipfile.ZipFile, has_library: bool) 
     assert sorted(names) == sorted(expected)
 
 
-def test_wheel_serves_every_python(wheel: zipfile.ZipFile) -> None:
+def test_wheel_serves_every_python_and_every_platform_without_a_library(
+    wheel: zipfile.ZipFile, has_library: bool
+) -> None:
     assert "-py3-none-" in str(wheel.filename)
+    assert str(wheel.filename).endswith("-any.whl") != has_library
 
 
 def test_wheel_runs_from_where_it_is_installed(wheel: zipfile.ZipFile, has_library: bool, tmp_path: Path) -> None:
@@ -125,3 +128,29 @@ def test_wheel_runs_from_where_it_is_installed(wheel: zipfile.ZipFile, has_libra
     patches, model, result = done.stdout.splitlines()
     assert Path(patches).is_relative_to(target) and Path(model).is_relative_to(target)
     assert result == f"{['cpu'] if has_library else []} [[0, 0, 1, 0]]"
+
+
+def test_editable_install_is_found_from_a_script_beside_the_clone(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    clone = tmp_path / "jitaccel"  # the folder's name is the package's
+    clone.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("jitaccel", "patches", "assets", "csrc", "benchmarks"):
+        shutil.copytree(ROOT / name, clone / name, symlinks=True)
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [*pip, "--target", str(site), "--editable", str(clone)],
+        env={**os.environ, "JITACCEL_CPU": "0", "JITACCEL_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = tmp_path / "script.py"
+    script.write_text(f"import site\nsite.addsitedir({str(site)!r})\nimport jitaccel\nprint(jitaccel.__file__)\n")
+    run = [sys.executable, "-S", str(script)]  # without the packages of the environment, which may hold a jitaccel
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == clone / "jitaccel" / "__init__.py"
