@@ -11,9 +11,10 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from jitaccel import ConfigError
+from jitaccel import ConfigError, UnsupportedModelError
 from jitaccel.generation.ranks import ALONE, begun_alike, eight_bytes
 from jitaccel.patches import ranks as of_models
+from jitaccel.patches.cutting import Adapter, Cut, rows
 from jitaccel.patches.flux.kinds import token_multiple
 from tests.support import ranks, tiny
 
@@ -193,3 +194,13 @@ def test_only_hooks_that_divide_tokens_outside_ours_are_the_wrong_order() -> Non
     registry.register_hook(ModelHook(), "cp_input---proj")
     with pytest.raises(ConfigError, match=r"call jitaccel.apply again now"):
         of_models.check_order(module, ours)
+
+
+def test_model_that_is_cut_refuses_ranks_that_come_after_the_patch() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    cut = Cut(model, Adapter(outputs={"0": rows()}))
+    with cut.at(None):
+        pass
+    model._parallel_config = _parallel(2)._parallel_config
+    with pytest.raises(UnsupportedModelError, match="enable_parallelism after apply"), cut.at(None):
+        pass
