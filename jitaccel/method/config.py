@@ -317,7 +317,8 @@ class JiTConfig:
         """Returns the configuration that `to_dict` wrote; fields with a default may be missing."""
         if not isinstance(fields, Mapping):
             raise ConfigError(
-                f"from_dict: fields must be a mapping as to_dict returns it, got {type(fields).__name__}; parse JSON first"
+                f"from_dict: fields must be a mapping as to_dict returns it, got {type(fields).__name__}; "
+                f"parse JSON first"
             )
         check_fields("from_dict", fields)
         missing = [name for name in ("densities", "boundaries", "steps") if name not in fields]
