@@ -190,7 +190,12 @@ def _compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(float(level) for level in levels)
+    try:
+        values = () if isinstance(levels, (str, bytes)) else tuple(float(level) for level in levels)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"apply: noise_levels must be numbers, got {levels!r} ({error}); give sigmas from a level in (0, 1] to 0.0"
+        ) from error
     falls = all(after < before for before, after in pairwise(values))
     if len(values) < 2 or not falls or not 0.0 < values[0] <= 1.0 or values[-1] != 0.0:
         raise ConfigError(

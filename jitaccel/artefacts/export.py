@@ -95,11 +95,12 @@ def export(
             f"{suggestion(format, get_args(Format))}"
         )
     check_fields("export", overrides, arguments_of(export))
-    config, folder = resolve(preset, **overrides), Path(folder)
+    config, folder = resolve(preset, **overrides), _path("export", folder)
+    _check_export(size, attention, options)
     if folder.exists():
         raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")
     for name, value in (("batch_size", batch_size), ("text_tokens", text_tokens)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"export: {name} must be a whole number above 0, got {value!r}; give that of later calls")
     patch = patches.find(target)
     if patch.export is None:
@@ -112,12 +113,34 @@ def export(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {})
-        partial.chmod(0o755)
+        partial.chmod(_mode_of_folders(partial))
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial)
         raise
     return folder
+
+
+def _path(function: str, folder: Any) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise ConfigError(
+            f"{function}: folder must be a path, got {folder!r}; give its name, for example 'flux-7x'"
+        ) from None
+
+
+def _check_export(size: Any, attention: Any, options: Any) -> None:
+    """Raises ConfigError for settings of another type than they must be."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ConfigError(f"export: size must be (height, width) in pixels, got {size!r}; give (1024, 1024), say")
+    if attention not in get_args(Attention):
+        raise ConfigError(
+            f"export: attention must be one of {', '.join(get_args(Attention))}, got {attention!r}; "
+            f"{suggestion(attention, get_args(Attention))}"
+        )
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"export: options must be a mapping of Inductor's options, got {options!r}; leave it out")
 
 
 def _write(
@@ -219,6 +242,15 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
+def _mode_of_folders(folder: Path) -> int:
+    """Returns the mode that a new folder inside `folder` gets here, as the umask says; mkdtemp's is for one user."""
+    example = folder / ".mode"
+    example.mkdir()
+    mode = example.stat().st_mode & 0o777
+    example.rmdir()
+    return mode
+
+
 class Exported:
     """Loaded stages. `manifest`: what they were made for. `device`: where they run."""
 
@@ -268,9 +300,14 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
     Raises ArtefactError for files that are missing, truncated or altered, and where torch, device or processor are not
     those that the stages were made for.
     """
-    folder = Path(folder)
+    folder = _path("load_exported", folder)
     manifest = Manifest.read(folder)
-    where = torch.device(manifest.device if device is None else device)
+    try:
+        where = torch.device(manifest.device if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"load_exported: device must be a device of torch, got {device!r} ({error}); leave it out"
+        ) from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ArtefactError("load_exported: device must be here, got stages for cuda and no CUDA device; use another")
     if where.type == "cuda" and where.index is None:

@@ -100,10 +100,10 @@ class Manifest:
         if not path.is_file():
             raise ArtefactError(f"load_exported: folder must hold {JSON}, got {folder} without it; export anew")
         try:
-            content = json.loads(path.read_text())
+            content = dict(json.loads(path.read_text()).items())
             digest = content.pop("sha256")
             version = content.pop("version")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
             raise ArtefactError(f"load_exported: {path} must be a manifest, got something else; export anew") from error
         if version != VERSION:
             raise ArtefactError(
@@ -111,14 +111,27 @@ class Manifest:
             )
         if digest != _digest({"version": version, **content}):
             raise ArtefactError(f"load_exported: {path} must be as it was written, got an altered one; export anew")
-        for name in ("levels", "tokens", "grid", "operators"):
-            content[name] = tuple(content[name])
-        content["inputs"] = tuple(
-            tuple(Input(each["name"], tuple(each["shape"]), each["dtype"]) for each in stage)
-            for stage in content["inputs"]
-        )
-        content["config"] = JiTConfig.from_dict(content["config"])
-        return cls(**{field.name: content[field.name] for field in fields(cls)})
+        try:
+            for name in ("levels", "tokens", "grid", "operators"):
+                content[name] = tuple(content[name])
+            content["inputs"] = tuple(
+                tuple(Input(each["name"], tuple(each["shape"]), each["dtype"]) for each in stage)
+                for stage in content["inputs"]
+            )
+            content["config"] = JiTConfig.from_dict(content["config"])
+            manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
+            named, expected = set(manifest.files), {WEIGHTS, TENSORS, *manifest.stage_files}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtefactError(
+                f"load_exported: {path} must hold every field of a manifest, got {type(error).__name__}: {error}; "
+                f"export anew"
+            ) from error
+        if named != expected:
+            raise ArtefactError(
+                f"load_exported: files of {path} must be {', '.join(sorted(expected))}, got "
+                f"{', '.join(sorted(map(str, named))) or 'none'}; export anew"
+            )
+        return manifest
 
     def check_files(self, folder: Path) -> None:
         """Raises ArtefactError for the first file that is missing or is not the one that was written."""
@@ -213,7 +226,10 @@ def _solver_gains(config: JiTConfig, levels: Sequence[float]) -> list[float]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file of tensors on any device."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors keeps it from other users
+    example = path.with_name(f".{path.name}.mode")  # safetensors' mode is for one user; the umask says whose it is
+    example.touch()
+    path.chmod(example.stat().st_mode & 0o777)
+    example.unlink()
 
 
 def file_digest(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -170,7 +170,7 @@ class Handle:
             raise ConfigError(
                 f"Handle.warmup: what was patched must be a pipeline, got {self._kind}; run your own loop once instead"
             )
-        todo = [(height, width, batch) for height, width in sizes for batch in batch_sizes]
+        todo = [(*size, batch) for size in _checked_sizes(sizes) for batch in _checked_batches(batch_sizes)]
         if progress:
             from tqdm import tqdm
 
@@ -224,6 +224,33 @@ class Handle:
         changes = ", ".join(self._changes) if self._changes else "removed"
         auto = "" if self.choice is None else f"; auto: {self.choice}"
         return f"<jitaccel.Handle of {self._kind}: {changes}{auto}>"
+
+
+def _checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns sizes as pairs. Raises ConfigError for what is no list of pairs: one size alone, say."""
+    pairs = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, (str, bytes)) else None
+    if pairs is None or not all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side) for side in pair) for pair in pairs
+    ):
+        raise ConfigError(
+            f"Handle.warmup: sizes must be a list of (height, width) in pixels, got {sizes!r}; "
+            f"give for example [(1024, 1024)]"
+        )
+    return [(height, width) for height, width in pairs]
+
+
+def _checked_batches(batch_sizes: Sequence[int]) -> list[int]:
+    batches = list(batch_sizes) if isinstance(batch_sizes, Iterable) else None
+    if batches is None or not all(_is_count(batch) for batch in batches):
+        raise ConfigError(
+            f"Handle.warmup: batch_sizes must be a list of whole numbers above 0, got {batch_sizes!r}; "
+            f"give for example (1, 2)"
+        )
+    return batches
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _put_back(owner: weakref.ref[Any], name: str, ours: weakref.ref[Any]) -> None:

@@ -20,7 +20,7 @@ from jitaccel.method.config import JiTConfig
 from .. import is_instance_of
 from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
-from ..flux.kinds import MODELS, PIPELINES, kind_of, token_multiple
+from ..flux.kinds import MODELS, PIPELINES, channels_of, kind_of, token_multiple
 from ..loops.velocity import VelocityRoute
 from ..models import MODELS as CUT
 from ..models.refused import remark_on
@@ -144,7 +144,7 @@ class _Hook(SharedHook):
         if count is None:
             count = self._ids.num_generated(ids)
         self._totals[route] = ids.shape[-2]
-        return Split(hidden, count, module.config.out_channels or module.config.in_channels)
+        return Split(hidden, count, channels_of(module))
 
 
 def check_pipeline(pipeline: Any) -> None:
@@ -234,7 +234,8 @@ def _model_call(
     check_divided(
         ranks_multiple(module), route.config, grid, split.num_tokens, text_tokens, split.num_references
     )
-    cost, references = functools.partial(kind.cost, module.config), split.num_references  # and no tensor is kept
+    settings = {**module.config, "out_channels": split.channels}
+    cost, references = functools.partial(kind.cost, settings), split.num_references  # and no tensor is kept
     return ModelCall(
         state=state,
         text_tokens=text_tokens,

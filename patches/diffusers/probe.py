@@ -21,7 +21,7 @@ from jitaccel.speed.cost import Probe
 
 from ..diffusers_private import accelerate_hook, execution_device, offloads_whole_models
 from ..flux.calls import FluxCalls
-from ..flux.kinds import kind_of, token_multiple
+from ..flux.kinds import channels_of, kind_of, token_multiple
 from ..ranks import ranks_of
 from ..split import Split
 from .hook import hook_of
@@ -80,7 +80,7 @@ def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execu
     original = model if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
     calls = FluxCalls(model, _SPARSE, dataclasses.replace(execution, compile=None))
     arguments = _arguments(model, grid, text_tokens, device)
-    split = Split(arguments["hidden_states"], num_tokens, model.config.out_channels or model.config.in_channels)
+    split = Split(arguments["hidden_states"], num_tokens, channels_of(model))
 
     def sparse(count: int) -> Callable[[], Tensor]:
         anchors = first_anchors(grid, count, torch.Generator("cpu").manual_seed(0))[None].to(device)

@@ -101,6 +101,15 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
 _NUNCHAKU_TOKENS = 256  # its kernels pad a sequence to a multiple of this
 
 
+def channels_of(model: Any) -> int:
+    """Returns the channels of what a model returns, of a token.
+
+    A Control LoRA doubles `config.in_channels` on loading, which says nothing of them any more where
+    `config.out_channels` is null.
+    """
+    return int(model.out_channels)
+
+
 def token_multiple(model: Any) -> int:
     """Returns what numbers of anchors are rounded up to: ranks divide them, nunchaku's models compute the padding."""
     is_nunchaku = any(kind.__name__.startswith("Nunchaku") for kind in type(model).__mro__)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -269,6 +271,84 @@ def test_manifest_with_another_number_is_refused(folder: Path) -> None:
         jitaccel.load_exported(folder)
 
 
+def _signed(folder: Path, content: Any) -> None:
+    """Writes a manifest whose own checksum is right."""
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": digest}))
+
+
+@pytest.mark.parametrize("name", ["stage1.pt", "weights.safetensors", "manifest.safetensors"])
+def test_signed_manifest_that_names_fewer_files_is_refused(folder: Path, name: str) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    _signed(folder, content)
+    jitaccel.load_exported(folder)
+    del content["files"][name]
+    _signed(folder, content)
+    with pytest.raises(ArtefactError, match=r"files of .* must be .*stage0\.pt.*; export anew"):
+        jitaccel.load_exported(folder)
+
+
+def test_signed_manifest_that_names_another_file_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"]["../elsewhere"] = "0" * 64
+    _signed(folder, content)
+    with pytest.raises(ArtefactError, match="elsewhere"):
+        jitaccel.load_exported(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("files", []), ("files", None), ("inputs", 3), ("tokens", None), ("config", []), ("config", {}),
+        ("format", "onnx"), ("format", ["aoti"]), ("levels", 1),
+    ],
+)  # fmt: skip
+def test_signed_manifest_with_a_field_of_another_kind_is_refused(folder: Path, name: str, value: Any) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    _signed(folder, {**content, name: value})
+    with pytest.raises(ArtefactError, match=r"manifest\.json"):
+        jitaccel.load_exported(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "[" * 100_000, '{"a":' * 100_000, "3", "null", '"text"', "", "\ud800"],
+    ids=["list", "deep lists", "deep mappings", "number", "null", "text", "empty", "no UTF-8"],
+)  # fmt: skip
+def test_what_is_no_manifest_is_refused(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(ArtefactError, match="must be a manifest, got something else"):
+        jitaccel.load_exported(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [((None,), "folder must be a path"), ((3,), "folder must be a path")],
+)
+def test_bad_folder_is_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        jitaccel.load_exported(*arguments)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", 3.5, ["cpu"]])
+def test_bad_device_is_refused(exported: Path, device: Any) -> None:
+    with pytest.raises(ConfigError, match="device must be a device of torch"):
+        jitaccel.load_exported(exported, device=device)
+
+
+@pytest.mark.parametrize(("mask", "of_files", "of_folder"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755)])
+def test_modes_follow_the_umask(pipe: Any, tmp_path: Path, mask: int, of_files: int, of_folder: int) -> None:
+    before = os.umask(mask)
+    try:
+        folder = export(pipe, tmp_path / "x", TWO_STAGES)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == of_folder
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert set(modes) == {"manifest.json", *Manifest.read(folder).files}
+    assert set(modes.values()) == {of_files}, modes
+
+
 def test_nothing_is_unpickled_by_python(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("unpickled")
@@ -298,6 +378,15 @@ def test_manifest_reads_what_it_wrote(exported: Path) -> None:
         ({"text_tokens": 1.5}, "text_tokens must be a whole number"),
         ({"steps": "caller"}, "steps must be a number"),
         ({"attention": "flash"}, "attention must be one of"),
+        ({"attention": None}, "attention must be one of"),
+        ({"format": ["aoti"]}, "format must be one of"),
+        ({"size": 48}, r"size must be \(height, width\)"),
+        ({"size": None}, r"size must be \(height, width\)"),
+        ({"size": (48, "48")}, "multiples of 4 pixels"),
+        ({"size": (48.0, 48)}, "multiples of 4 pixels"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"batch_size": None}, "batch_size must be a whole number"),
+        ({"options": "max_autotune"}, "options must be a mapping"),
     ],
 )
 def test_bad_settings_are_refused_and_leave_nothing(
