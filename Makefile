@@ -11,7 +11,7 @@ OVERLAYS := $(VENV)/overlays
 DIFFUSERS_TESTS := $(addprefix tests/patches/,test_codebases.py test_diffusers_private.py flux diffusers)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup operators lint test test-lowest demo bench clean distclean
+.PHONY: help setup operators lint test test-lowest wheel demo bench clean distclean
 
 help: ## list the targets
 	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
@@ -44,6 +44,9 @@ $(OVERLAYS)/%: requirements/%.txt $(INSTALLED)
 	rm -rf $@
 	$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $@ --requirement $<
 	@touch $@
+
+wheel: setup ## sdist and wheel in dist/, checked, installed and run; python -m release.wheel $(ARGS)
+	$(RUN) -m release.wheel $(ARGS)
 
 demo: setup ## the embedded pipeline with and without acceleration; jitaccel demo $(ARGS)
 	$(RUN) -m jitaccel demo $(ARGS)
