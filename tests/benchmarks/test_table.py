@@ -179,8 +179,9 @@ def test_check_names_the_tables_that_are_not_up_to_date(tmp_path: Path, capsys: 
 def test_docs_show_the_committed_rows() -> None:
     pages = [README, *(README.parent / "docs").glob("*.md")]
     texts = {page: page.read_text() for page in pages}
-    assert all(any(f"<!-- table: {name} -->" in text for text in texts.values()) for name in TABLES)
     rows = read_results(RESULTS)
+    measured = {row["benchmark"] for row in rows} & {*TABLES}
+    assert all(any(f"<!-- table: {name} -->" in text for text in texts.values()) for name in measured | {"presets"})
     for page, text in texts.items():
         if "<!-- table: " in text:
             assert filled(text, rows) == text, f"run python -m benchmarks.table {page}"
