@@ -278,6 +278,8 @@ def _line(f: dict[str, Any]) -> str:
 def _released_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> float | None:
     released = kernel.released
     matrix_gib = x.state.shape[1] * x.anchors.shape[1] * 4 / 2**30
+    if len(x.grid) > 2:  # ours keeps to each frame, which is not what it computes
+        return None
     if released is None or ((kernel.lifts or kernel.name == "nearest_anchor") and matrix_gib > _RELEASED_MATRIX_GIB):
         return None
     return percentiles(_seconds(lambda: released(x), options, in_graph=False))[0]

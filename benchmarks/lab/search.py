@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,8 +65,9 @@ def thinned(found: Sequence[JiTConfig], most: int) -> list[JiTConfig]:
 
 
 def on_levels(config: JiTConfig) -> dict[str, JiTConfig]:
-    """Returns a configuration on levels of several Beta distributions, and on those of the model's scheduler."""
-    found = {f"alpha {a:g}, beta {b:g}": config.replace(alpha=a, beta=b) for a in ALPHAS for b in BETAS}
+    """Returns a configuration on its own and other Beta levels, and on those of the model's scheduler."""
+    pairs = dict.fromkeys([(config.alpha, config.beta), *itertools.product(ALPHAS, BETAS)])
+    found = {f"alpha {a:g}, beta {b:g}": config.replace(alpha=a, beta=b) for a, b in pairs}
     return {**found, "native": config.replace(schedule=native_levels(int(config.steps)))}
 
 

@@ -146,8 +146,8 @@ def test_provenance_names_device_versions_and_commit(monkeypatch: pytest.MonkeyP
     assert provenance.commit() == "0123456789ab"
 
 
-@pytest.mark.parametrize("grid", [(10, 12), (3, 8, 9)])
-def test_released_operations_compute_what_the_operators_do(grid: tuple[int, ...]) -> None:
+def test_released_operations_compute_what_the_operators_do() -> None:
+    grid = (10, 12)
     options = Options(device=torch.device("cpu"), repeat=1, seed=0)
     x = kernels.make_inputs(grid, 16, 0.4, torch.float32, options)
     places = torch.stack(torch.unravel_index(torch.arange(x.state.shape[1]), grid), dim=-1)

@@ -182,12 +182,15 @@ def test_candidates_are_thinned_evenly() -> None:
     assert search.thinned(found, 9) == search.thinned(found, 20) == found
 
 
-def test_levels_searched_hold_the_preset_s_own_and_the_scheduler_s() -> None:
-    found = search.on_levels(PRESETS["7x"])
-    levels = {name: noise_levels(config) for name, config in found.items()}
-    assert levels["alpha 1.4, beta 0.425"] == noise_levels(PRESETS["7x"])
-    assert len(set(levels.values())) == len(found) == 13
-    assert all(config.replace(schedule="beta", alpha=1.4, beta=0.425) == PRESETS["7x"] for config in found.values())
+@pytest.mark.parametrize(("name", "count"), [("few-steps", 13), ("7x", 14)])
+def test_levels_searched_hold_the_preset_s_own_and_the_scheduler_s(name: str, count: int) -> None:
+    preset = PRESETS[name]
+    found = search.on_levels(preset)
+    levels = {each: noise_levels(config) for each, config in found.items()}
+    assert levels[f"alpha {preset.alpha:g}, beta {preset.beta:g}"] == noise_levels(preset)
+    assert len(set(levels.values())) == len(found) == count
+    own = {"schedule": "beta", "alpha": preset.alpha, "beta": preset.beta}
+    assert all(config.replace(**own) == preset for config in found.values())
 
 
 def test_a_search_for_nothing_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,12 +222,16 @@ def test_lab_is_taken_up_and_writes_records_with_paired_differences(
 
 
 def test_picture_shows_each_method_once_and_the_reference_first(tmp_path: Path) -> None:
-    names = [record["method"] for record in picture.shown(read_results(RESULTS))]
-    assert names[0] == "dense:50" and len(set(names)) == len(names) and set(PRESETS) - {"dense"} <= {*names}
-    assert picture.main([str(tmp_path / "quality.png")]) == 0
+    rows = [row for row in read_results(RESULTS) if row["benchmark"] == "quality summary"]
+    lines = [json.dumps({**row, "benchmark": "lab", "case": "controls"}) for row in rows]
+    (tmp_path / "lab-2026-11-29.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    names = [record["method"] for record in picture.shown(read_results(tmp_path))]
+    assert names[0] == "dense:50" and len(set(names)) == len(names) and set(PRESETS) - {"dense", "4x-paper"} <= {*names}
+    assert picture.main([str(tmp_path / "quality.png"), "--results", str(tmp_path)]) == 0
     assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit):
-        picture.main([str(tmp_path / "none.png"), "--results", str(tmp_path)])
+        picture.main([str(tmp_path / "none.png"), "--results", str(tmp_path / "none")])
 
 
 def test_every_question_names_its_first_variant_s_rivals() -> None:
