@@ -180,7 +180,7 @@ def _demo_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> A
 
 
 def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> Any:
-    from ..evaluation.pictures import grid_picture, show_active
+    from ..evaluation.pictures import grid_picture, show_stage
     from ..method.grid import num_tokens_of
 
     sparse = next(result for result in results if result.method.name == _TOKENS_OF)
@@ -193,7 +193,7 @@ def _token_sheet(results: list[_Result], prompts: Sequence[tuple[str, Any]]) -> 
         when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}-{steps[-1]}"
         labels.append(f"{_TOKENS_OF}, {when}: {anchors.shape[1]} of {total} tokens")
     rows = [
-        [show_active(picture, anchors[index].cpu().numpy(), stats.grid) for anchors in stats.anchors]
+        [show_stage(picture, stats, stage, index) for stage in range(len(stats.anchors))]
         for index, picture in enumerate(first.pictures[:_SHOWN_TOKENS])
     ]
     return grid_picture(rows, labels, [text for text, _ in prompts])
