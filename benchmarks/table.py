@@ -1,4 +1,4 @@
-"""Makes the docs' tables from the committed rows: `python -m benchmarks.table [--check] [README.md]`.
+"""Makes the tables of the docs from the committed rows: `python -m benchmarks.table [--check] [docs/measured.md]`.
 
 What stands between `<!-- table: NAME -->` and `<!-- /table -->` is replaced. A number comes from the newest row of its
 kind, and its line ends in the date and commit of that row. Only rows of one commit and torch are divided by each other.
