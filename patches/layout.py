@@ -94,8 +94,7 @@ class PatchLayout:
 
     def put_generated(self, latents: Tensor, given: Tensor) -> Tensor:
         """Returns `latents` with the further channels that a model is given."""
-        further = given[:, latents.shape[1] :]
-        return torch.cat([latents, further], dim=1) if further.shape[1] else latents
+        return _followed(latents, given[:, latents.shape[1] :])
 
     def smaller(
         self,
@@ -107,10 +106,8 @@ class PatchLayout:
     ) -> Tensor:
         """Returns the latents of a smaller picture or video, with the further channels of it."""
         latents = unpatchify(tokens, grid, self.patch)
-        further = given[:, latents.shape[1] :]
-        if not further.shape[1]:
-            return latents
-        return torch.cat([latents, unpatchify(pool(patchify(further, self.patch)), grid, self.patch)], dim=1)
+        further = patchify(given[:, latents.shape[1] :], self.patch)
+        return _followed(latents, unpatchify(pool(further), grid, self.patch)) if further.shape[2] else latents
 
 
 @dataclass(frozen=True)
@@ -138,8 +135,7 @@ class TokenLayout:
 
     def put_generated(self, latents: Tensor, given: Tensor) -> Tensor:
         """Returns `latents` (B, N, D) with the references that a model is given."""
-        further = given[:, latents.shape[1] :]
-        return torch.cat([latents, further], dim=1) if further.shape[1] else latents
+        return _followed(latents, given[:, latents.shape[1] :])
 
     def smaller(
         self,
@@ -150,8 +146,12 @@ class TokenLayout:
         pool: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Returns the tokens of a smaller picture with the references that a model is given."""
-        further = given[:, num_tokens:]
-        return torch.cat([tokens, further], dim=1) if further.shape[1] else tokens
+        return _followed(tokens, given[:, num_tokens:])
+
+
+def _followed(first: Tensor, further: Tensor) -> Tensor:
+    """Returns both along axis 1; `first` itself where there is nothing further."""
+    return torch.cat([first, further], dim=1) if further.shape[1] else first
 
 
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
