@@ -30,8 +30,10 @@ from jitaccel.method.steps import KnownLevels, Step
 
 from ..diffusers_private import execution_device, unpack_latents
 from ..flux.flops import flux_flops
+from ..flux.hooks import model_hooks
 from ..flux.kinds import FLUX
-from ..flux.packed import Conditions, Pack, make_pack, model_hooks, reasons_unpackable, run_packed
+from ..flux.packed import Conditions, Pack, make_pack, run_packed
+from ..flux.unpackable import reasons_unpackable
 from .hook import hook_of
 from .pipelines import check_text_to_image
 

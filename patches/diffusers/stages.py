@@ -26,7 +26,8 @@ from jitaccel.patches.flux.flops import flux_flops
 
 from ..flux.arguments import grid_of_ids
 from ..flux.kinds import FLUX
-from ..flux.packed import Conditions, Pack, reasons_unpackable, run_packed
+from ..flux.packed import Conditions, Pack, run_packed
+from ..flux.unpackable import reasons_unpackable
 from ..network import ModelCall, answered
 from .batch import levels_of
 from .hook import hook_of

@@ -22,6 +22,7 @@ from jitaccel.method.run import Run
 
 from ..split import Split
 from .arguments import shown_timestep
+from .hooks import model_hooks
 from .indexed import run_indexed
 from .kinds import kind_of
 from .packed import (
@@ -30,10 +31,9 @@ from .packed import (
     Shown,
     compiler_of,
     make_pack,
-    model_hooks,
-    reasons_unpackable,
     run_stage,
 )
+from .unpackable import reasons_unpackable
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import CompileStats

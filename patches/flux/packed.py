@@ -8,39 +8,24 @@ model itself) are run beside it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttention,
-    FluxAttnProcessor,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from jitaccel.execution.attention.backend import Attend
 from jitaccel.execution.attention.choice import Backend, varlen_attention
 from jitaccel.execution.options import Execution
 from jitaccel.execution.packing import PackedLayout, Segments
-from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
 
-from ..diffusers_private import (
-    accelerate_hook,
-    attention_backend,
-    forward_beneath_hooks,
-    has_context_parallelism,
-    hook_registry,
-)
 from ..split import beside
+from .hooks import block_hooks
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler
@@ -50,8 +35,6 @@ StageFunction = Callable[
     tuple[Tensor, Tensor | None],
 ]
 
-_REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run here; their hooks are run beside
-_BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
 _HALF_RANGE = 65504  # FLUX overflows float16; the model's own blocks clip
 
 
@@ -131,11 +114,11 @@ def packed_forward(
     condition = model.time_text_embed(*numbers, given.pooled)
     text = model.context_embedder(given.text)
     for block in model.transformer_blocks:
-        with _block_hooks(block) if pack.hooked else nullcontext():
+        with block_hooks(block) if pack.hooked else nullcontext():
             text, image = double(block, text, image, condition, pack, attend)
     documents = layout.join(text, image)
     for block in model.single_transformer_blocks:
-        with _block_hooks(block) if pack.hooked else nullcontext():
+        with block_hooks(block) if pack.hooked else nullcontext():
             documents = single(block, documents, condition, pack, attend)
     out = model.norm_out
     scale, shift = out.linear(out.silu(condition).to(documents.dtype)).chunk(2, dim=1)
@@ -316,118 +299,3 @@ def _add_gated(x: Tensor, update: Tensor, gate: Tensor, segments: Segments) -> T
 
 def _clip_half(x: Tensor) -> Tensor:
     return x.clip(-_HALF_RANGE, _HALF_RANGE) if x.dtype == torch.float16 else x
-
-
-@contextmanager
-def model_hooks(model: nn.Module, own: Any, lora_scale: float | None) -> Iterator[None]:
-    """Runs what the model's own forward would have run around it: offloading hooks inside `own`, and the LoRA scale."""
-    inside = []
-    for hook in _registered(model):
-        if hook is own:
-            break
-        inside.append(hook)
-    with _hooks(model, inside):
-        if lora_scale is None:
-            yield
-            return
-        scale_lora_layers(model, lora_scale)
-        try:
-            yield
-        finally:
-            unscale_lora_layers(model, lora_scale)
-
-
-def _block_hooks(block: nn.Module) -> AbstractContextManager[None]:
-    return _hooks(block, _registered(block))
-
-
-@contextmanager
-def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
-    """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
-    outermost = accelerate_hook(module)
-    hooks = [*([] if outermost is None else [outermost]), *registered]
-    for hook in reversed(hooks):
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.post_forward(module, None)
-
-
-def _registered(module: nn.Module) -> list[Any]:
-    registry = hook_registry(module)
-    return [] if registry is None else [*registry.hooks.values()]
-
-
-def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
-    """Returns why a packed forward would not be this model's own; nothing where it would. `own`: jitaccel's hook."""
-    if is_compile_wrapper(model):
-        return ["the transformer is compiled as a whole"]
-    reasons = []
-    if not _is_diffusers_own(type(model).forward):
-        reasons.append(f"{type(model).__name__} has a forward that is not diffusers'")
-    for name, module in model.named_modules():
-        if module is model:
-            reasons += _reasons_of_hooks("the transformer", module, own)
-        elif isinstance(module, _REPLACED + _BYPASSED):
-            reasons += _reasons_of_module(name, module)
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        if type(block) not in _REPLACED:
-            reasons.append(f"a block is a {type(block).__name__}")
-    if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
-        reasons.append("gradient checkpointing is on")
-    return list(dict.fromkeys(reasons))
-
-
-def _is_diffusers_own(function: Any) -> bool:
-    """Returns whether a method is diffusers' own: it, and what it wraps. `wraps` copies a name, and no globals."""
-    while function is not None:
-        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("diffusers."):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
-
-
-def _has_own_forward(module: nn.Module, outermost: Any = None) -> bool:
-    """Returns whether the hooks of a module, or those inside the forward `outermost`, end in its class's forward."""
-    forward = forward_beneath_hooks(module, module.forward if outermost is None else outermost)
-    is_bound = getattr(forward, "__self__", None) is module
-    return is_bound and getattr(forward, "__func__", None) is type(module).forward
-
-
-def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
-    kind = type(module).__name__
-    reasons = []
-    if not _is_diffusers_own(type(module).forward):
-        reasons.append(f"{kind} has a forward that is not diffusers'")
-    if isinstance(module, FluxAttention):
-        processor = module.processor
-        if type(processor) is not FluxAttnProcessor:
-            reasons.append(f"an attention processor is a {type(processor).__name__}")
-        elif not _is_diffusers_own(type(processor).__call__):
-            reasons.append(f"{type(processor).__name__} has a __call__ that is not diffusers'")
-        elif (backend := attention_backend(processor)) is not None:
-            reasons.append(f"set_attention_backend chose {backend!s}")
-        elif has_context_parallelism(processor):
-            reasons.append("context parallelism is on")
-    if is_compiled_in_place(module):
-        reasons.append(f"a {kind} is compiled")
-    if has_forward_hooks(module):
-        reasons.append(f"{name} has forward hooks")
-    if isinstance(module, _BYPASSED):
-        if "forward" in vars(module):
-            reasons.append(f"forward of {name} is replaced")
-        return reasons
-    return reasons + _reasons_of_hooks(name, module, None)
-
-
-def _reasons_of_hooks(name: str, module: nn.Module, own: Any) -> list[str]:
-    """Returns what stands around a forward that is run here instead, and cannot be run beside it."""
-    registered = [hook for hook in _registered(module) if hook is not own]
-    reasons = [
-        f"{name} has a {type(hook).__name__}" for hook in registered if callable(getattr(hook, "new_forward", None))
-    ]
-    if not _has_own_forward(module, None if own is None else own.fn_ref.original_forward):
-        reasons.append(f"forward of {name} is replaced")
-    return reasons

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import ConfigError, UnsupportedModelError
-from jitaccel.patches.flux.packed import reasons_unpackable
+from jitaccel.patches.flux.unpackable import reasons_unpackable
 from tests.support import tiny
 from tests.support.tiny import DENSE, SHORT, WIDTH, counted, generate, relative_error
 

@@ -1,0 +1,56 @@
+"""Hooks around modules whose forward is not called: packed execution runs them beside what it runs itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import nn
+
+from ..diffusers_private import accelerate_hook, hook_registry
+
+
+@contextmanager
+def model_hooks(model: nn.Module, own: Any, lora_scale: float | None) -> Iterator[None]:
+    """Runs what the model's own forward would have run around it: offloading hooks inside `own`, and the LoRA scale."""
+    inside = []
+    for hook in registered_hooks(model):
+        if hook is own:
+            break
+        inside.append(hook)
+    with _hooks(model, inside):
+        if lora_scale is None:
+            yield
+            return
+        scale_lora_layers(model, lora_scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(model, lora_scale)
+
+
+def block_hooks(block: nn.Module) -> AbstractContextManager[None]:
+    """Runs the hooks on a block around what runs in its place."""
+    return _hooks(block, registered_hooks(block))
+
+
+@contextmanager
+def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
+    """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
+    outermost = accelerate_hook(module)
+    hooks = [*([] if outermost is None else [outermost]), *registered]
+    for hook in reversed(hooks):
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
+
+
+def registered_hooks(module: nn.Module) -> list[Any]:
+    """Returns the hooks of diffusers on a module itself, the innermost first."""
+    registry = hook_registry(module)
+    return [] if registry is None else [*registry.hooks.values()]
