@@ -249,6 +249,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
+    "overview": cards.overview_table,
     "packing": packing,
     "presets": cards.presets,
     "record": record,

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, suggestion
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, arguments_of, check_fields
-from .method.presets import resolve
+from .method.config import JiTConfig, Overrides, arguments_of, check_fields
+from .method.presets import PRESETS, PresetName, resolve
 from .speed.target import Auto
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def apply(
     target: Any,
-    preset: str | JiTConfig | Auto = "7x",
+    preset: PresetName | Literal["auto"] | str | JiTConfig | Auto = "7x",
     *,
     noise_levels: Sequence[float] | None = None,
     execution: Mode = "auto",
@@ -39,7 +39,7 @@ def apply(
     target_ms: float | None = None,
     size: tuple[int, int] | None = None,
     text_tokens: int | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Handle:
     """Returns a handle to `target`, a pipeline or transformer, that from now on computes sparse anchor tokens.
 
@@ -81,7 +81,7 @@ def apply(
     check_fields("apply", overrides, arguments_of(apply))
     keywords = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     auto = _wanted_speed(preset, keywords, overrides, noise_levels)
-    named = "dense" if isinstance(preset, Auto) or auto is not None else preset
+    named = "dense" if isinstance(preset, Auto) or auto is not None else _checked_preset(preset)
     config = resolve(named, **{**_defaults(target, preset), **overrides})
     levels = None if noise_levels is None else _checked_levels(noise_levels)
     how = Execution(
@@ -108,6 +108,17 @@ def apply(
     handle.choice = choice
     registry.put_in_place(handle)
     return handle
+
+
+def _checked_preset(preset: str | JiTConfig) -> str | JiTConfig:
+    """Returns a preset. Raises ConfigError for a name that is none, with the name most like it, "auto" among them."""
+    if isinstance(preset, JiTConfig) or (isinstance(preset, str) and preset in PRESETS):
+        return preset
+    names = (*PRESETS, "auto")
+    raise ConfigError(
+        f"apply: preset must be one of {', '.join(names)}, a JiTConfig or an Auto, got {preset!r}; "
+        f"{suggestion(preset, names)}"
+    )
 
 
 def _check_is_object(target: Any) -> None:
