@@ -78,16 +78,26 @@ def export(
 ) -> Path:
     """Writes one artefact for each stage of a preset, the weights and a manifest into a new folder, and returns it.
 
-    target: a diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales. size: (height,
-        width) in pixels. format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each);
-        "torchscript" traces it, for runtimes that still load that. batch_size, text_tokens: of every later call; both
-        branches of true CFG are calls of their own. attention: "sdpa" runs anywhere torch does. options: of inductor.
-    progress: called with the number of stages that are written and the number of all, before the first and after each.
-    overrides: fields of JiTConfig.
-
     What is exported serves this size, batch, dtype, device type, processor and torch only.
 
-    Raises ConfigError for bad settings and a folder that exists, UnsupportedModelError for what cannot be exported.
+    Args:
+        target: A diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales.
+        folder: Must not exist.
+        preset: Name of a preset, or a JiTConfig.
+        size: (height, width) in pixels.
+        format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each); "torchscript" traces
+            it, for runtimes that still load that.
+        batch_size: Images of every later call; both branches of true CFG are calls of their own.
+        text_tokens: Length of the prompts of every later call, padding counted.
+        attention: "sdpa" runs anywhere torch does.
+        options: Of Inductor.
+        progress: Called with the number of stages written so far and the number of all, before the first and after
+            each.
+        **overrides: Fields of JiTConfig.
+
+    Raises:
+        ConfigError: For bad settings and a folder that exists.
+        UnsupportedModelError: For a pipeline that cannot be exported.
     """
     from .. import patches
 
@@ -301,10 +311,13 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
 
     Stages are native programs: load only folders that you would run a program from. Nothing is unpickled by Python.
 
-    device: None for the kind that they were made for.
+    Args:
+        folder: That `export` wrote.
+        device: None for the kind that they were made for.
 
-    Raises ArtefactError for files that are missing, truncated or altered, and where torch, device or processor are not
-    those that the stages were made for.
+    Raises:
+        ArtefactError: For files that are missing, truncated or altered, and where torch, device or processor are not
+            those that the stages were made for.
     """
     folder = _path("load_exported", folder)
     manifest = Manifest.read(folder)

@@ -130,19 +130,23 @@ def auto_config(
     A few steps of `target` are timed, on its own device and dtype, at four densities, as `apply` would run them:
     about five dense steps' time, four times over. What a speed leaves room for is spent on steps first.
 
-    target: what `apply` takes; FLUX.1, FLUX.2 and Chroma of diffusers, text to image, or their transformers.
-    target_speedup: against 50 dense steps of the untouched model, above 1. target_ms: milliseconds for the denoising
-        loop of one image, one branch: true CFG takes twice that, a batch as many times more; text encoding and
-        decoding are not in it, nor are a ControlNet or reference pictures. Give one of both.
-    size: (height, width) of the pictures in pixels; without it the pipeline's default. A bare transformer needs it, and
-        is taken to make 16 x 16 pixels of a token.
-    text_tokens: length of prompts with padding; without it what the pipeline pads to by default, or 512.
-    execution, attention: as `apply` gets them. Compilation is not measured: its gain comes on top.
-    clock: returns seconds, for tests. progress: called with the number of forwards that have run and the number
-        expected, as they run. overrides: fields of JiTConfig beside densities, boundaries and steps.
+    Args:
+        target: What `apply` takes; FLUX.1, FLUX.2 and Chroma of diffusers, text to image, or their transformers.
+        target_speedup: Against 50 dense steps of the untouched model, above 1. Give this or `target_ms`.
+        target_ms: Milliseconds for the denoising loop of one image, one branch: true CFG takes twice that, a batch as
+            many times more; text encoding and decoding are not in it, nor are a ControlNet or reference pictures.
+        size: (height, width) of the pictures in pixels; without it the pipeline's default. A bare transformer needs it,
+            and is taken to make 16 x 16 pixels of a token.
+        text_tokens: Length of prompts with padding; without it what the pipeline pads to by default, or 512.
+        execution: As in `apply`. Compilation is not measured: its gain comes on top.
+        attention: As in `apply`.
+        clock: Returns seconds, for tests.
+        progress: Called with the number of forwards that have run and the number expected, as they run.
+        **overrides: Fields of JiTConfig other than densities, boundaries, steps and pooling.
 
-    Raises ConfigError for a target that is out of reach, naming the fastest that is not; UnsupportedModelError for
-    what is not measured.
+    Raises:
+        ConfigError: For a target that is out of reach, naming the fastest that is not.
+        UnsupportedModelError: For a model that cannot be measured.
     """
     check_fields("auto_config", overrides, arguments_of(auto_config))
     check_target(target_speedup, target_ms, overrides)
