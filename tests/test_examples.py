@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -126,3 +127,20 @@ def test_video_of_wan(run: Any, tmp_path: Path) -> None:
 def test_every_example_is_run_here() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
     assert scripts == {name for name in scripts if f'"{name}"' in Path(__file__).read_text()}
+
+
+def test_comfyui_workflow_uses_the_nodes_as_they_are() -> None:
+    from jitaccel.patches.comfyui.nodes import NODE_CLASS_MAPPINGS
+
+    nodes = json.loads((EXAMPLES / "comfyui" / "flux_7x.json").read_text())
+    links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert len(links) == 14 and all(nodes[source] and output == 0 for source, output in links)
+    own = {node["class_type"]: node["inputs"] for node in nodes.values() if node["class_type"] in NODE_CLASS_MAPPINGS}
+    assert own.keys() == NODE_CLASS_MAPPINGS.keys()
+    for name, given in own.items():
+        wanted = NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"]
+        assert given.keys() == wanted.keys()
+        for field, (kind, *_) in wanted.items():
+            assert not isinstance(kind, list) or given[field] in kind
+    (sampler,) = (node["inputs"] for node in nodes.values() if node["class_type"] == "KSamplerSelect")
+    assert sampler == {"sampler_name": "euler"} and own["JiTApply"]["preset"] == own["JiTSigmas"]["preset"]
