@@ -77,7 +77,7 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
         elif not _is_diffusers_own(type(processor).__call__):
             reasons.append(f"{type(processor).__name__} has a __call__ that is not diffusers'")
         elif (backend := attention_backend(processor)) is not None:
-            reasons.append(f"set_attention_backend chose {backend!s}")
+            reasons.append(f"diffusers' attention backend is {backend!r}")
         elif has_context_parallelism(processor):
             reasons.append("context parallelism is on")
     if is_compiled_in_place(module):
