@@ -204,7 +204,7 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once)
+    return Installation(route=route, install=put, check_idle=route.check_idle, generate=generate_once)
 
 
 class _Calls:
