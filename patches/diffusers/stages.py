@@ -213,7 +213,7 @@ def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once)
+    return Installation(route=route, install=put, check_idle=route.check_idle, generate=generate_once)
 
 
 class _Calls:
