@@ -22,6 +22,7 @@ from ..models.calls import CutCalls
 from ..models.model import Model
 from ..network import answered, cache_problem
 from .caller import calling_pipeline
+from .decoding import decode_tokens
 from .hook import SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
@@ -76,7 +77,12 @@ def prepare_pipeline(
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 

@@ -29,6 +29,7 @@ from ..ranks import check_divided, check_order, rank_problems, ranks_multiple, r
 from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
+from .decoding import decode_tokens
 from .hook import SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
 from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
@@ -63,7 +64,12 @@ def prepare_pipeline(
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 

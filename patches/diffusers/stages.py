@@ -30,6 +30,7 @@ from ..flux.packed import Conditions, Pack, run_packed
 from ..flux.unpackable import reasons_unpackable
 from ..network import ModelCall, answered
 from .batch import levels_of
+from .decoding import decode_tokens
 from .hook import hook_of
 from .pipelines import check_text_to_image
 from .scheduler import SchedulerRoute, scheduler_handle
@@ -204,7 +205,7 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once)
+    return Installation(route=route, install=put, generate=generate_once, decode=decode_tokens)
 
 
 class _Calls:
