@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
+from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
 
@@ -54,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     config = _config(arguments)
     _check_out(arguments.out, arguments.overwrite)
+    _check_report(arguments)
     guidance = _guidance(arguments)
 
     import torch
@@ -74,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"auto: {choice}")
         config = choice.config
     handle = None if config is None else jitaccel.apply(pipe, config)
+    if handle is not None and arguments.report is not None:
+        handle.record()
     call = {"height": size[0], "width": size[1], **guidance}
     steps = arguments.steps if config is None else config.steps
     if steps is not None:
@@ -85,6 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)
     print(f"{arguments.out}: {picture.width}x{picture.height}, preset {arguments.preset}, {seconds:.2f} s")
+    if handle is not None and arguments.report is not None:
+        report = handle.report(arguments.report, prompt=arguments.prompt)
+        print(f"{report}: {report.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if arguments.stats:
         print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
     return 0
@@ -146,6 +154,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
     existing = next((folder for folder in out.absolute().parents if folder.exists()), None)
     if existing is None or not existing.is_dir():
         raise CommandError(f"--out must lie in a folder, got {str(out)!r} below the file {existing}")
+
+
+def _check_report(arguments: argparse.Namespace) -> None:
+    if arguments.report is None:
+        return
+    if arguments.preset == _UNTOUCHED:
+        raise CommandError(f"--report must come with a preset, got --preset {_UNTOUCHED}; --preset dense runs the same")
+    check_report(arguments.report, arguments.overwrite, "--report")
 
 
 def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a report needs of a generation: the state and the clean estimate of one image at each step. Kept when asked for."""
+"""What a report needs of a generation: state and clean estimate of one image at each step, kept when asked for."""
 
 from __future__ import annotations
 
