@@ -49,8 +49,8 @@ def costs_of(stats: Stats, steps: Sequence[StepStats]) -> list[float]:
 def _step_of(step: StepStats) -> dict[str, Any]:
     return {
         "stage": step.stage,
-        "level": round(step.noise_level, 4),
-        "next": round(step.next_level, 4),
+        "level": round(step.noise_level, 6),
+        "next": round(step.next_level, 6),
         "tokens": step.tokens,
         "ms": round(1000.0 * (step.network_s + step.outside_s), 2),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ _KEYS = {
     "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, " ": 32, "t": 84, "c": 67, "Tab": 9,
 }  # fmt: skip
 _PATIENCE_S = 60.0
+_PIPES = (3, 4)
 
 
 class Page:
@@ -114,10 +116,10 @@ class Page:
 
     def drag(self, selector: str, start: float, end: float) -> None:
         """Drags along an element, between shares of its width."""
-        self.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        x, y, width, height = self.evaluate(
-            f"(b => [b.x, b.y, b.width, b.height])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
-        )
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
+        box = f"(b => [b.x, b.y, b.width, b.height])({element}.getBoundingClientRect())"
+        x, y, width, height = self.evaluate(box)
         first, last = ((x + share * width, y + 0.5 * height) for share in (start, end))
         for kind, (x, y) in (("mousePressed", first), ("mouseMoved", last), ("mouseReleased", last)):
             self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
@@ -137,10 +139,17 @@ def browser_page(folder: Path) -> Iterator[Page]:
     to_child, to = os.pipe()
     back, from_child = os.pipe()
     profile = f"--user-data-dir={folder}"
-    # Chromium reads its commands from descriptor 3 and answers on 4.
+
+    def place_pipes() -> None:
+        """Chromium reads its commands from descriptor 3 and answers on 4; copies first, in case the pipes are those."""
+        copies = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (to_child, from_child)]
+        for copy, place in zip(copies, _PIPES, strict=True):
+            os.dup2(copy, place)
+
     started = subprocess.Popen(
-        ["/bin/sh", "-c", f'exec "$@" 3<&{to_child} 4>&{from_child}', "sh", program, *_FLAGS, profile],
-        pass_fds=(to_child, from_child),
+        [program, *_FLAGS, profile],
+        preexec_fn=place_pipes,
+        pass_fds=_PIPES,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -161,7 +161,7 @@
       context.lineTo(width, y);
     }
     context.strokeStyle = "rgb(255 255 255 / .35)";
-    context.lineWidth = 1;
+    context.lineWidth = Math.max(1, width / (context.canvas.clientWidth || width)); // one pixel of the screen
     context.stroke();
   }
 
