@@ -11,11 +11,10 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
 from ..method.checks import is_finite_number
 from ..method.config import JiTConfig, arguments_of, check_fields
-from ..method.presets import POOLED_PLANS, few_steps
+from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
 from .cost import Costs, Seconds, loop_seconds, measure
 from .target import target_problems
 
-DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # of JiTConfig, which the choice is about
 
 # The best first: the first that is affordable is taken, so that a larger budget never buys a worse plan. Where ten

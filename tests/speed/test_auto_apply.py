@@ -13,8 +13,7 @@ import torch
 import jitaccel
 from jitaccel import ConfigError
 from jitaccel.cli import main
-from jitaccel.method.presets import PRESETS
-from jitaccel.speed.auto import DENSE_STEPS
+from jitaccel.method.presets import DENSE_STEPS, PRESETS
 from jitaccel.speed.cost import loop_seconds
 from tests.support import pipelines, tiny
 from tests.support.timing import AUTO, Clock
