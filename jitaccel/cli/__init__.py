@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate
+from . import bench, demo, doctor, eval, export, generate, view
 from .outputs import UNWRITABLE
 
 _COMMANDS = {
     "generate": generate,
     "demo": demo,
+    "view": view,
     "eval": eval,
     "export": export,
     "bench": bench,

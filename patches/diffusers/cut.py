@@ -23,6 +23,7 @@ from ..models.calls import CutCalls
 from ..models.model import Model
 from ..network import answered, cache_problem
 from .caller import calling_pipeline
+from .decoding import decode_tokens
 from .hook import Route, SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
@@ -83,6 +84,7 @@ def prepare_pipeline(
         check_idle=route.check_idle,
         replaces=replaces,
         generate=generate_once,
+        decode=decode_tokens,
     )
 
 

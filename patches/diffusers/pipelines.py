@@ -30,6 +30,7 @@ from ..ranks import check_divided, check_order, rank_problems, ranks_multiple, r
 from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
+from .decoding import decode_tokens
 from .hook import Route, SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
 from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
@@ -70,6 +71,7 @@ def prepare_pipeline(
         check_idle=route.check_idle,
         replaces=replaces,
         generate=generate_once,
+        decode=decode_tokens,
     )
 
 

@@ -160,6 +160,11 @@ class SchedulerRoute(Generic[Calls]):
         """Forgets the generation whose call failed."""
         self.reset()
 
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
+
     def stats(self) -> Stats:
         """Returns what the last generation did."""
         return self._history.stats()

@@ -97,6 +97,11 @@ class VelocityRoute(Generic[Calls]):
         """Returns None: a loop prepares no mask that could be seen here."""
         return None
 
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
+
     def stats(self) -> Stats:
         """Returns what the generation that was called last did; `generations` counts all that were begun."""
         self._history.notes = self._notes()
