@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate
+from . import bench, demo, doctor, eval, export, generate, serve
 
 _COMMANDS = {
     "generate": generate,
     "demo": demo,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }
