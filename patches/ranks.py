@@ -16,7 +16,6 @@ DIVIDED = (
     "Flux2Transformer2DModel",
     "WanTransformer3DModel",
     "QwenImageTransformer2DModel",
-    "LTXVideoTransformer3DModel",
 )
 """Transformers whose tokens ranks may divide; the others have no plan in diffusers, or were not tried."""
 _LATE = (

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+import time
+from contextlib import suppress
 from typing import Any
 
 from ..errors import CommandError
@@ -47,14 +50,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     ray.init(address=arguments.address, include_dashboard=False, _node_ip_address=_own_address(arguments))
     try:
-        serve.start(http_options=HTTPOptions(host=arguments.host, port=arguments.port))
+        with suppress(TimeoutError):  # it waits a minute for its HTTP process, which takes longer on a busy machine
+            serve.start(http_options=HTTPOptions(host=arguments.host, port=arguments.port))
         serve.run(application(serving), name=NAME, route_prefix="/")
+        wait_for_port(arguments.host, arguments.port)
         print(f"http://{arguments.host}:{arguments.port}/generate and /health; Ctrl-C ends it", flush=True)
         wait_for_the_end()
     finally:
         serve.shutdown()
         ray.shutdown()
     return 0
+
+
+def wait_for_port(host: str, port: int, seconds: float = 120.0) -> None:
+    """Waits until a port takes connections. Raises CommandError where it takes none in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+            return
+        time.sleep(0.2)
+    raise CommandError(f"--port must be free and take connections, got none on {host}:{port} within {seconds:g} s")
 
 
 def wait_for_the_end() -> None:

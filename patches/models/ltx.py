@@ -22,8 +22,8 @@ LTX = Model(
     name="LTXVideoTransformer3DModel",
     pipelines=("LTXPipeline",),
     adapter=Adapter(
-        outputs={"rope": rows(1), "proj_out": put},
-        arguments={"hidden_states": rows(1), "timestep": each_token},  # before ranks divide the tokens
+        outputs={"proj_in": rows(1), "rope": rows(1), "proj_out": put},
+        arguments={"timestep": each_token},
     ),
     layout=lambda config: TokenLayout(side=1),
     grid=_grid,
@@ -31,8 +31,6 @@ LTX = Model(
     frames="time",
     branches="batch",
     resized=lambda arguments, grid: dict(zip(_SIDES, grid, strict=True)),
-    divides=True,
-    divides_text=True,
     refused={"video_coords": "positions of its own for every token (video_coords)"},
 )
 MODELS = (LTX,)

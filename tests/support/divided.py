@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from tests.support.engines import guidance
+
 TEXT = 8  # which two ranks can divide
 POOLED = {"densities": (0.25, 0.615, 1.0), "boundaries": (0.4, 0.7, 1.0), "steps": 5, "pooling": (2, 1, 1)}
 
@@ -44,19 +46,6 @@ def _qwen(batch: int, **call: Any) -> tuple[Any, Callable[[Any], Tensor]]:
     return qwen.qwen_pipeline(), lambda pipe: qwen.generate(pipe, batch=batch, **text, **call)
 
 
-def _ltx(batch: int) -> tuple[Any, Callable[[Any], Tensor]]:
-    from tests.support import ltx
-
-    mask = torch.ones(batch, TEXT)
-    text = {
-        "prompt_embeds": _noise(1, batch, TEXT, 16),
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": _noise(2, batch, TEXT, 16),
-        "negative_prompt_attention_mask": mask,
-    }
-    return ltx.pipeline(), lambda pipe: ltx.generate(pipe, batch=batch, **text)
-
-
 def _flux2(batch: int) -> tuple[Any, Callable[[Any], Tensor]]:
     from tests.support import pipelines, tiny
 
@@ -80,7 +69,6 @@ MAKERS: Mapping[str, Callable[[int], tuple[Any, Callable[[Any], Tensor]]]] = {
     "wan": _wan,
     "wan with a frame": _wan_frame,
     "qwen": _qwen,
-    "ltx": _ltx,
     "flux2": _flux2,
 }
 CASES = {
@@ -101,7 +89,7 @@ def _config(stage: str) -> Any:
 
 def modes_of(case: str) -> tuple[str, ...]:
     """Returns the ways in which a case is divided: the ring wants attention without a mask."""
-    return ("ulysses",) if CASES[case][0] in ("ltx", "qwen") else ("ulysses", "ring")
+    return ("ulysses",) if CASES[case][0] == "qwen" else ("ulysses", "ring")
 
 
 def models(rank: int) -> Any:
@@ -152,16 +140,15 @@ def model_refusals(rank: int) -> Any:
         return error_of(lambda: generate(pipe))
 
     found["prompt, qwen"] = odd(qwen.qwen_pipeline(), qwen.generate)
-    found["prompt, ltx"] = odd(ltx.pipeline(), ltx.generate)
+    masked = ltx.pipeline()
+    found["untested, ltx"] = error_of(lambda: jitaccel.apply(divided(masked, "ulysses"), config))
     small = {"num_frames": 9, "height": 80, "width": 80}
     found["size, wan"] = odd(video.wan_pipeline(), lambda pipe: video.generate(pipe, **small))
     found["noise, wan"] = odd(video.wan_pipeline(), lambda pipe: video.generate(pipe, seed=rank))
-    plan = video.wan_pipeline().transformer._cp_plan
     without = video.vace_pipeline()
     found["no plan, vace"] = error_of(lambda: divided(without, "ulysses"))
     found["untested, vace"] = error_of(lambda: jitaccel.apply(without, config))
-    assert plan
     return found
 
 
-SUITES: Mapping[str, Callable[[int], Any]] = {"models": models, "model_refusals": model_refusals}
+SUITES: Mapping[str, Callable[[int], Any]] = {"models": models, "model_refusals": model_refusals, "guidance": guidance}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -206,6 +207,11 @@ class Registry:
     ) -> None:
         self.found[model_arch] = (module_name, class_name)
 
+    def made(self, model_arch: str, od_config: Any) -> Any:
+        """Returns the pipeline of an architecture, as the engine makes it."""
+        module, name = self.found[model_arch]
+        return getattr(importlib.import_module(module), name)(od_config=od_config)
+
 
 def get_flux_post_process_func(od_config: Any) -> Any:
     return lambda x: x
@@ -234,6 +240,46 @@ def put_module(monkeypatch: pytest.MonkeyPatch, name: str, content: dict[str, An
         module = sys.modules.get(whole) or ModuleType(whole)
         monkeypatch.setitem(sys.modules, whole, module)
     vars(sys.modules[name]).update(content)
+
+
+def request_of(batch: int = 1, scale: float = 1.0, seed: int = 0) -> SimpleNamespace:
+    """Returns a request of embedded prompts to vLLM-Omni's own FLUX.1."""
+    from tests.support import tiny
+
+    generator = torch.Generator().manual_seed(5)
+    text = [torch.randn(batch, tiny.TEXT_TOKENS, tiny.WIDTH, generator=generator) for _ in range(2)]
+    pooled = [torch.randn(batch, tiny.WIDTH, generator=generator) for _ in range(2)]
+    return SimpleNamespace(
+        prompt_embeds=text[0],
+        negative_prompt_embeds=text[1],
+        pooled_prompt_embeds=pooled[0],
+        negative_pooled_prompt_embeds=pooled[1],
+        latents=torch.cat([tiny.start(seed + image) for image in range(batch)]),
+        ids=tiny.ids(),
+        guidance_scale=3.5,
+        true_cfg_scale=scale,
+    )
+
+
+GUIDED = {"one": 1, "batch of two": 2}
+
+
+def guidance(rank: int) -> Any:
+    """A suite of `ranks`: vLLM-Omni's own FLUX.1 with a branch of guidance on each of two ranks."""
+    from jitaccel.patches.serving.vllm_omni import register
+    from tests.support import tiny
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JITACCEL_CONFIG", '{"preset": "7x-paper", "steps": 9}')
+        engine = install(patch)
+        register()
+        for name, batch in GUIDED.items():
+            pipe = engine.registry.made("FluxPipeline", SimpleNamespace(pipe=tiny.pipeline()))
+            with tiny.counted(pipe.transformer) as seen:
+                made = pipe.forward(request_of(batch, 2.0))
+            found[name] = {"made": made, "seen": seen}
+    return found
 
 
 PAIRS: tuple[tuple[str, str, Callable[..., Any]], ...] = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import UnsupportedModelError
-from tests.support import engines, tiny
+from tests.support import engines, ranks, tiny
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUPS = ("sglang.multimodal_gen.plugins", "vllm_omni.general_plugins")
@@ -123,23 +123,6 @@ def test_vllm_omni_diffusers_backend_is_patched_when_it_has_loaded(
         assert tiny.relative_error(made, expected(seed)) < 1e-6
 
 
-def request_of(batch: int = 1, scale: float = 1.0, seed: int = 0) -> SimpleNamespace:
-    """Returns a request of embedded prompts to vLLM-Omni's own FLUX.1."""
-    generator = torch.Generator().manual_seed(5)
-    text = [torch.randn(batch, tiny.TEXT_TOKENS, tiny.WIDTH, generator=generator) for _ in range(2)]
-    pooled = [torch.randn(batch, tiny.WIDTH, generator=generator) for _ in range(2)]
-    return SimpleNamespace(
-        prompt_embeds=text[0],
-        negative_prompt_embeds=text[1],
-        pooled_prompt_embeds=pooled[0],
-        negative_pooled_prompt_embeds=pooled[1],
-        latents=torch.cat([tiny.start(seed + image) for image in range(batch)]),
-        ids=tiny.ids(),
-        guidance_scale=3.5,
-        true_cfg_scale=scale,
-    )
-
-
 def through_diffusers(request: SimpleNamespace, config: Any) -> Tensor:
     pipe = tiny.pipeline()
     with jitaccel.apply(pipe, config, execution="indexed"):
@@ -154,10 +137,9 @@ def through_diffusers(request: SimpleNamespace, config: Any) -> Tensor:
 
 def engine_pipeline(engine: SimpleNamespace, **od_config: Any) -> Any:
     register("vllm_omni")
-    module, name = engine.registry.found["FluxPipeline"]
-    kind = getattr(importlib.import_module(module), name)
-    assert issubclass(kind, engines.FluxPipeline)
-    return kind(od_config=SimpleNamespace(pipe=tiny.pipeline(), **od_config))
+    pipe = engine.registry.made("FluxPipeline", SimpleNamespace(pipe=tiny.pipeline(), **od_config))
+    assert isinstance(pipe, engines.FluxPipeline)
+    return pipe
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, "7x", "few-steps", '{"preset": "4x-paper", "schedule": "native"}'])
@@ -170,7 +152,7 @@ def test_vllm_omni_flux_makes_the_picture_of_diffusers(
     from jitaccel.patches.serving.settings import asked
 
     given = {name: value for name, value in asked({"JITACCEL_CONFIG": settings}).items() if name != "execution"}
-    request = request_of(batch, scale)
+    request = engines.request_of(batch, scale)
     config = resolve(given.pop("preset"), **given)
     pipe = engine_pipeline(engine)
     with torch.inference_mode(), tiny.counted(pipe.transformer) as seen:
@@ -179,19 +161,33 @@ def test_vllm_omni_flux_makes_the_picture_of_diffusers(
     assert min(seen) < tiny.NUM_TOKENS
 
 
+@pytest.mark.slow
+def test_vllm_omni_ranks_with_a_branch_each_make_the_picture_of_one(tmp_path: Path) -> None:
+    ended = ranks.start("guidance", tmp_path)
+    assert [each.code for each in ended] == [0, 0], "\n".join(each.output[-3000:] for each in ended)
+    first, second = (each.found for each in ended)
+    for name, batch in engines.GUIDED.items():
+        expected = through_diffusers(engines.request_of(batch, 2.0), CONFIG)
+        assert torch.equal(first[name]["made"], second[name]["made"])
+        assert tiny.relative_error(first[name]["made"], expected) < 1e-5
+        assert first[name]["seen"] == second[name]["seen"]  # a branch each, of the same tokens
+        assert batch > 1 or len(first[name]["seen"]) == CONFIG.steps
+
+
 def test_vllm_omni_flux_forgets_a_request_that_failed(engine: SimpleNamespace) -> None:
     pipe = engine_pipeline(engine)
     broken = pipe.transformer.x_embedder.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        pipe.forward(request_of())
+        pipe.forward(engines.request_of())
     broken.remove()
-    assert tiny.relative_error(pipe.forward(request_of()), through_diffusers(request_of(), CONFIG)) < 1e-5
+    expected = through_diffusers(engines.request_of(), CONFIG)
+    assert tiny.relative_error(pipe.forward(engines.request_of()), expected) < 1e-5
 
 
 def test_vllm_omni_flux_stops_where_it_is_interrupted(engine: SimpleNamespace) -> None:
     pipe = engine_pipeline(engine)
     pipe._interrupt = True
-    assert torch.equal(pipe.forward(request_of()), request_of().latents)
+    assert torch.equal(pipe.forward(engines.request_of()), engines.request_of().latents)
 
 
 def test_vllm_omni_flux_refuses_what_would_be_wrong(engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
