@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate, view
+from . import bench, demo, doctor, eval, export, generate, serve, view
 from .outputs import UNWRITABLE
 
 _COMMANDS = {
@@ -18,6 +18,7 @@ _COMMANDS = {
     "view": view,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }
