@@ -253,6 +253,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "overview": cards.overview_table,
     "packing": packing,
     "presets": cards.presets,
+    "quality": cards.quality,
     "record": record,
     "refused": models_table.refused,
 }

@@ -87,7 +87,9 @@ def _hub_errors(model: str) -> Iterator[None]:
         ) from error
 
 
-def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto", offload: str = "none") -> Any:
+def load_pipeline(
+    model: str | None, dtype: str = "auto", device: str = "auto", offload: str = "none", *, pickle: bool = False
+) -> Any:
     """Returns the diffusers pipeline in a folder or of a hub id, on its device; None: the embedded one.
 
     Args:
@@ -96,6 +98,7 @@ def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto", 
         device: Name of a torch device; "auto" is CUDA if present.
         offload: One of OFFLOADS: "none" puts the whole pipeline on the device, "model" one component at a time,
             "sequential" one layer at a time.
+        pickle: Whether weights may be other files than safetensors; loading those runs code that they hold.
 
     Raises:
         CommandError: For missing packages, folders and devices, and for a hub model that cannot be read.
@@ -118,11 +121,15 @@ def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto", 
     is_cuda = torch_device.type == "cuda"
     name = dtype if dtype != "auto" else "bfloat16" if is_cuda else "float32"
     try:
+        settings = {dtype_argument(): getattr(torch, name), "use_safetensors": None if pickle else True}
         with _hub_errors(source):
-            pipe = DiffusionPipeline.from_pretrained(source, **{dtype_argument(): getattr(torch, name)})
+            pipe = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}") from error
+        advice = "" if pickle else "; --pickle loads weights that are no safetensors, too"
+        raise CommandError(
+            f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}{advice}"
+        ) from error
     if offload == "model":
         pipe.enable_model_cpu_offload(device=torch_device)
         return pipe

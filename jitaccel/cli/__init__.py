@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate, messages, presets
+from . import bench, demo, doctor, eval, export, generate, messages, presets, serve, view
+from .outputs import UNWRITABLE
 
 _COMMANDS = {
     "generate": generate,
     "presets": presets,
     "demo": demo,
+    "view": view,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }
@@ -36,15 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(arguments.command, str(error))
     except _OF_LIBRARY as error:
         return _refuse(arguments.command, messages.as_options(str(error), vars(arguments)))
+    except KeyboardInterrupt:
+        return 130
     except (MemoryError, RuntimeError) as error:
         if not messages.is_out_of_memory(error):
             raise
         return _refuse(arguments.command, messages.out_of_memory(error, vars(arguments)))
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # `jitaccel doctor | head`: nobody reads on, and the interpreter must not say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = error.filename or "a file"
+        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
 
 
 def _refuse(command: str, reason: str) -> int:

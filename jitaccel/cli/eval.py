@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS
 from . import options
+from .limits import check_numbers, check_size
+from .outputs import check_folder
 
 if TYPE_CHECKING:
     from ..evaluation.prompts import Prompt
@@ -90,7 +92,7 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     from PIL import Image
 
     from ..evaluation.eval_pictures import known_qualities, write_pictures
-    from ..evaluation.eval_table import table
+    from ..evaluation.eval_table import paired, table
     from ..evaluation.quality.summary import summary
 
     def picture_of(method: str, prompt: int) -> Image.Image:
@@ -102,6 +104,8 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     text = table(rows, records, scorers, 0 if data is None else len(data))
     (study.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (study.folder / "table.md").write_text(text)
+    pairs = paired(rows, names, scorers)
+    records = [{**record, "paired": pairs.get(record["method"], {})} for record in records]
     written = write_pictures(rows, records, study.folder, picture_of, known=known)
     print(text, end="")
     print(f"wrote table.md, results.jsonl, {', '.join(path.name for path in written)} and pictures into {study.folder}")
@@ -110,17 +114,18 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
 def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
     """Returns the size asked for, (height, width). Raises CommandError for what cannot be, with every reason."""
     reasons = []
-    for name, least in (("--batch-size", 1), ("--max-sequence-length", 1), ("--seed", 0)):
-        value = getattr(arguments, name[2:].replace("-", "_"))
-        if value is not None and value < least:
-            reasons.append(f"{name} must be at least {least}, got {value}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        reasons.append(f"--out must be a folder, got the file {arguments.out}")
-    size = None if arguments.size is None else options.parse_size(arguments.size)
-    if size is not None and min(size) < 1:
-        reasons.append(f"--size must be above 0 on both sides, got {arguments.size!r}")
+    checks: list[tuple[Callable[[Any], None], Any]] = [(check_numbers, arguments), (check_folder, arguments.out)]
+    for check, given in checks:
+        try:
+            check(given)
+        except CommandError as error:
+            reasons.append(str(error))
     if reasons:
         raise CommandError("\n".join(reasons))
+    if arguments.size is None:
+        return None
+    size = options.parse_size(arguments.size)
+    check_size(size)
     return size
 
 
@@ -131,6 +136,7 @@ def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device
     is_known = arguments.model is None or judge_folder(arguments.model) is not None
     return Setting(
         model=arguments.model,
+        pickle=arguments.pickle,
         device=device,
         dtype=dtype_of(arguments.dtype, device),
         size=size,

@@ -9,6 +9,8 @@ from pathlib import Path
 from ..errors import CommandError
 from ..method.presets import PRESETS, resolve
 from . import options
+from .limits import check_numbers
+from .outputs import check_file
 from .progress import bar
 
 
@@ -26,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the folder and says what it holds."""
     config = resolve(options.checked_preset(arguments.preset))
-    _check_numbers(arguments)
+    check_numbers(arguments)
+    _check_out(arguments.out)
     text_tokens = options.length_of(arguments)
 
     import jitaccel
@@ -52,9 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises CommandError for what can be told before a model is loaded."""
-    if arguments.out.exists():
-        raise CommandError(f"--out must not exist, got {str(arguments.out)!r}; give another name, or remove it")
-    if arguments.batch_size < 1:
-        raise CommandError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+def _check_out(out: Path) -> None:
+    """Raises CommandError for a folder that cannot be made, before a model is loaded."""
+    check_file(out)
+    if out.exists():
+        raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or remove it")

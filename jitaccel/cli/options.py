@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CommandError, suggestion
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS
+from .arguments import add_pickle
 
 if TYPE_CHECKING:
     from ..loading import PictureSizes
@@ -26,6 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, offload: bool) -> None
 
     parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    add_pickle(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA if present")
     if offload:
         parser.add_argument(
@@ -53,29 +55,27 @@ def add_length_option(parser: argparse.ArgumentParser) -> None:
 
 
 def length_of(arguments: argparse.Namespace) -> int:
-    """Returns the length of prompts. Raises CommandError for one that no prompt can have."""
+    """Returns the length of prompts, which `limits.check_numbers` has checked."""
     from ..loading import EMBEDDED_TEXT_TOKENS
 
     length: int | None = arguments.max_sequence_length
     if length is None:
         return EMBEDDED_TEXT_TOKENS if arguments.model is None else MOST_TEXT_TOKENS
-    if not 1 <= length <= MOST_TEXT_TOKENS:
-        raise CommandError(f"--max-sequence-length must be in 1..{MOST_TEXT_TOKENS}, got {length}")
     return length
 
 
-def checked_preset(name: str, *others: str) -> str:
+def checked_preset(name: str, *others: str, option: str = "--preset") -> str:
     """Returns the name of a preset or one of `others`. Raises CommandError, with the name most like it, for another."""
     allowed = (*PRESETS, *others)
     if name not in allowed:
         listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-        raise CommandError(f"--preset must be {listed}, got {name!r}; {suggestion(name, allowed)}")
+        raise CommandError(f"{option} must be {listed}, got {name!r}; {suggestion(name, allowed)}")
     return name
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Returns (height, width) in pixels of "1024x768", or of "1024" for a square. Raises CommandError for others."""
-    match = re.fullmatch(r"(-?\d{1,9})(?:[x×](-?\d{1,9}))?", text.strip().lower())
+    match = re.fullmatch(r"(-?[0-9]{1,9})(?:[x×](-?[0-9]{1,9}))?", text.strip().lower())
     if match is None:
         raise CommandError(f"--size must be HxW in pixels, got {text!r}; for example 1024x1024")
     return int(match[1]), int(match[2] or match[1])
@@ -147,4 +147,4 @@ def load(arguments: argparse.Namespace) -> Any:
             f"--dtype bfloat16 takes half the memory",
             file=sys.stderr,
         )
-    return load_pipeline(arguments.model, arguments.dtype, arguments.device, offload)
+    return load_pipeline(arguments.model, arguments.dtype, arguments.device, offload, pickle=arguments.pickle)

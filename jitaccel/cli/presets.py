@@ -17,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table, made of the presets themselves."""
     from ..loading import PictureSizes
+    from ..method.presets import DENSE_STEPS
     from ..patches.flux.flops import FLUX_DEV_TEXT_TOKENS, flux_dev_flops
-    from ..speed.overview import DENSE_STEPS, FEWER_STEPS, overview
+    from ..speed.overview import FEWER_STEPS, overview
 
     height, width = options.parse_size(arguments.size)
     options.check_size((height, width), PictureSizes(unit=_UNIT, side=1024))

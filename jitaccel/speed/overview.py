@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..method.config import JiTConfig
-from ..method.presets import PRESETS
+from ..method.presets import DENSE_STEPS, PRESETS
 
-DENSE_STEPS, FEWER_STEPS = 50, 28  # what people run FLUX.1-dev with: the model card's number, and a common smaller one
+FEWER_STEPS = 28  # with which FLUX.1-dev is often run, where it is not run with DENSE_STEPS
 _POOLED = {2: "half the size", 4: "a quarter of the size"}
 
 
