@@ -26,6 +26,9 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("exact", "subsets", "the paper's 7x and its variants"),
     ("exact", "subsets", "activation where detail lies in places"),
     ("exact", "subsets", "subset or pooled steps"),
+    ("exact", "subsets", "presets with subset stages, 64x64 tokens"),
+    ("exact", "subsets", "the paper's 7x and its variants, 64x64 tokens"),
+    ("exact", "subsets", "subset or pooled steps, 64x64 tokens"),
     ("kernels", "32", "operators on a grid of 32x32"),
     ("kernels", "64", "operators on a grid of 64x64"),
     ("kernels", "128", "operators on a grid of 128x128"),
@@ -86,5 +89,6 @@ CASES: tuple[tuple[str, str, str], ...] = (
 OF_CHECKOUT: tuple[tuple[str, str, str], ...] = (
     ("codebases", "small", "embedded model, 32x32 tokens"),
     ("codebases", "large", "random transformer of width 768 and 3 blocks, 64x64 tokens"),
+    ("serving", "small", "200 requests, 8 at a time, two replicas of a tiny random FLUX.1"),
 )
 """Those that are there in a checkout alone, where they run as `python -m benchmarks`."""

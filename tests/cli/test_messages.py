@@ -55,7 +55,7 @@ def test_running_out_of_memory_is_one_line_with_remedies(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(loading, "load_pipeline", fail)
