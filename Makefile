@@ -11,7 +11,7 @@ OVERLAYS := $(VENV)/overlays
 DIFFUSERS_TESTS := $(addprefix tests/patches/,test_codebases.py test_diffusers_private.py flux diffusers)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup operators lint test test-lowest wheel demo bench clean distclean
+.PHONY: help setup operators lint docs test test-lowest wheel demo bench clean distclean
 
 help: ## list the targets
 	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
@@ -23,9 +23,12 @@ setup: $(INSTALLED) ## create .venv with pinned tools and this package, editable
 operators: setup ## compile csrc/ where that is not done, for CUDA too where there is an nvcc
 	$(RUN) -m jitaccel.build --if-stale
 
-lint: setup ## ruff and mypy
+lint: setup docs ## ruff, mypy, and the site's links
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+docs: setup ## the site, in build/site; fails on a link or a name that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 # A process a core, of one thread each: threads of several processes on one core wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile

@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from jitaccel.errors import CommandError
 from jitaccel.loading import pick_device
 
 from .compare import ratio_to, read_rows
+from .listing import OF_CHECKOUT
 from .registry import Case, Options, find_cases
 
 
@@ -40,19 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     bench.add_arguments(parser)
-    return run(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    return bench.list_cases(OF_CHECKOUT) if arguments.list else run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 0, 1 where a time is above what --fail-above allows, 2 where there is nothing to run or compare with."""
     cases = find_cases()
-    if arguments.list:
-        for case in cases:
-            print(f"{case.group:10} {case.size:8} {case.name}")
-        return 0
     chosen = [c for c in cases if arguments.group in (None, c.group) and arguments.size in (None, c.size)]
     chosen = [c for c in chosen if arguments.group is not None or not c.is_long]
-    chosen = [c for c in chosen if arguments.only is None or arguments.only in c.name]
+    only = arguments.only or ""
+    chosen = [c for c in chosen if c.part_of(only) is not None]
     if not chosen:
         known = ", ".join(sorted({f"{case.group} --size {case.size}" for case in cases}))
         asked = " ".join(str(part) for part in (arguments.group, arguments.size, arguments.only) if part)
@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.within is not None and time.monotonic() - started > arguments.within:
             left += 1
         else:
-            ratios += _run(case, options, arguments.json, earlier)
+            part = replace(options, only=case.part_of(only) or "")
+            ratios += _run(case, part, arguments.json, earlier)
     if left:
         print(f"\n{left} cases were not begun within {arguments.within:g} s; --resume goes on with them")
     if arguments.compare is not None:

@@ -220,14 +220,14 @@ KERNELS = (
 
 
 def measure(size: str, options: Options) -> Iterator[Measurement]:
-    """Yields a row for each operator, width and density."""
+    """Yields a row for each operator whose name holds `options.only`, each width and density."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     bandwidth = copy_bandwidth(options)
     for channels in CHANNELS:
         for density in DENSITIES:
             x = make_inputs(GRIDS[size], channels, density, dtype, options)
             plan_s = percentiles(_seconds(lambda x=x: KERNELS[0].run(x), options))[0]
-            for kernel in KERNELS:
+            for kernel in (kernel for kernel in KERNELS if options.only in kernel.name):
                 yield _row(kernel, x, density, plan_s / _STEPS_PER_PLAN if kernel.lifts else 0.0, bandwidth, options)
 
 
@@ -348,6 +348,7 @@ CASES = tuple(
         name=f"operators on a grid of {'x'.join(map(str, grid))}",
         run=functools.partial(measure, size),
         why_not=lambda options: None,
+        parts=tuple(kernel.name for kernel in KERNELS),
     )
     for size, grid in GRIDS.items()
 )
