@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate, view
+from . import app, bench, demo, doctor, eval, export, generate, view
 
 _COMMANDS = {
     "generate": generate,
     "demo": demo,
     "view": view,
+    "app": app,
     "eval": eval,
     "export": export,
     "bench": bench,
