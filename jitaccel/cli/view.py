@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import CommandError
 from ..method.presets import PRESETS, resolve
+from .outputs import check_file
 
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 _SUFFIXES = (".html", ".htm")
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     presets = _presets(arguments.presets)
     size = None if arguments.size is None else _size(arguments.size)
     check_report(arguments.out, arguments.overwrite, "--out")
+    check_file(arguments.out)
     length = arguments.max_sequence_length
     if length is not None and not 1 <= length <= _MOST_TEXT_TOKENS:
         raise CommandError(f"--max-sequence-length must be in 1..{_MOST_TEXT_TOKENS}, got {length}")

@@ -82,6 +82,7 @@ class Installation:
         route: What calls will run through.
         install: Makes the changes to a target through a handle, which undoes them. It must not hold the target.
         release: Lets go of what was built (compiled graphs); called when the changes are undone.
+        check_idle: Raises where the changes must not be undone now, since another thread depends on them.
         replaces: Handles to remove first, besides the one of the same target.
         generate: Makes pictures of an empty prompt, (target, height, width, batch, further arguments), for a warm-up;
             None where only a loop of somebody's own makes any.
@@ -92,6 +93,7 @@ class Installation:
     route: Route
     install: Callable[[Any, Handle], None]
     release: Callable[[], None] = _release_nothing
+    check_idle: Callable[[], None] = _release_nothing
     replaces: tuple[Handle, ...] = ()
     generate: Callable[[Any, int, int, int, Mapping[str, Any]], object] | None = None
     decode: Callable[[Any, Tensor, tuple[int, ...], int], Tensor] | None = None
@@ -300,9 +302,12 @@ class Handle:
     def remove(self) -> None:
         """Takes every change back, the last first.
 
+        Raises RuntimeError, and undoes nothing, while another thread makes a picture with what is patched.
+
         An undo that fails does not keep the others from being done; its error is raised at the end. What has failed or
         was interrupted is done again by the next call.
         """
+        self._installation.check_idle()
         self._changes.clear()
         failed: list[Callable[[], None]] = []
         error: Exception | None = None

@@ -22,6 +22,7 @@ from ..models import MODELS, model_of, model_of_pipeline
 from ..models.calls import CutCalls
 from ..models.model import Model
 from ..network import answered, cache_problem
+from ..ranks import rank_problems
 from .caller import calling_pipeline
 from .decoding import decode_tokens
 from .hook import Route, SharedHook, install, named_arguments
@@ -81,6 +82,7 @@ def prepare_pipeline(
         route=route,
         install=put,
         release=calls.release,
+        check_idle=route.check_idle,
         replaces=replaces,
         generate=generate_once,
         decode=decode_tokens,
@@ -131,6 +133,7 @@ def _model_problems(transformer: nn.Module, model: Model) -> list[str]:
     if found is not model:
         return [f"transformer must be a {model.name}, got {type(transformer).__name__}"]
     problems = problems_of(uncompiled(transformer), model.adapter)
+    problems += rank_problems(uncompiled(transformer), is_known=model.divides)
     if (reason := model.problem(uncompiled(transformer).config)) is not None:
         problems.append(reason)
     if (problem := cache_problem(transformer)) is not None:
@@ -170,6 +173,7 @@ def _sparse(
     if route.calls.model.branches == "batch" and isinstance(route, LatentsRoute):
         branches = route.branches_of(arguments["hidden_states"].shape[0])
     given = route.calls.given(module, arguments, branches)
+    route.calls.check_divided(module, given, route.config)
     output = given.output(route.forward(route.calls.call(module, original, given)))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
 

@@ -18,7 +18,7 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
 from .. import is_instance_of
-from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
+from ..flux.arguments import SeenIds, check_guidance, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.kinds import MODELS, PIPELINES, channels_of, kind_of, token_multiple
 from ..foreign import Arguments, Forward, Pipeline, settings_of
@@ -68,6 +68,7 @@ def prepare_pipeline(
         route=route,
         install=put,
         release=calls.release,
+        check_idle=route.check_idle,
         replaces=replaces,
         generate=generate_once,
         decode=decode_tokens,
@@ -238,6 +239,7 @@ def _model_call(
     text_tokens = arguments["encoder_hidden_states"].shape[1]
 
     def grid() -> tuple[int, ...]:
+        check_guidance(arguments.get("guidance"))
         return grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1])
 
     check_divided(

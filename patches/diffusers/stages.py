@@ -214,7 +214,9 @@ def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once, decode=decode_tokens)
+    return Installation(
+        route=route, install=put, check_idle=route.check_idle, generate=generate_once, decode=decode_tokens
+    )
 
 
 class _Calls:

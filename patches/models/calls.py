@@ -17,6 +17,7 @@ from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer
 from jitaccel.generation.stats import Cost
+from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
@@ -26,6 +27,7 @@ from ..cutting import Cut, Places, places_of
 from ..foreign import Arguments, Forward
 from ..layout import Layout
 from ..network import ModelCall, cache_problem, refuse_controlnet
+from ..ranks import check_divided, ranks_multiple, ranks_of
 from ..split import Branches
 from .flops import OperationCounter, shapes_of
 from .model import Model
@@ -204,6 +206,7 @@ class CutCalls:
             UnsupportedModelError: For arguments that cannot be accelerated.
             ValueError: For latents that are no whole tokens.
         """
+        self._cuts[module].check()
         self._refuse(module, arguments)
         config = uncompiled(module).config
         layout, grid = self.model.layout(config), self.model.grid(config, arguments)
@@ -224,6 +227,7 @@ class CutCalls:
     def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
         model, arguments = self.model, given.arguments
+        network = uncompiled(module)
         return ModelCall(
             state=given.tokens,
             text_tokens=model.num_text(arguments),
@@ -231,9 +235,24 @@ class CutCalls:
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
+            multiple=ranks_multiple(network),
+            ranks=ranks_of(network),
             branches=given.branches,
             patch=given.layout.side,
             evaluate=functools.partial(self._evaluate, module, original, given),
+        )
+
+    def check_divided(self, module: nn.Module, given: Given, config: JiTConfig) -> None:
+        """Raises ConfigError, with every reason, for a call whose tokens the ranks of a transformer cannot divide."""
+        hidden, text = given.arguments["hidden_states"], self.model.num_text(given.arguments)
+        references = hidden.shape[1] - given.num_tokens if hidden.ndim == 3 else 0
+        check_divided(
+            ranks_multiple(uncompiled(module)),
+            config,
+            lambda: given.grid,
+            given.num_tokens,
+            text if self.model.divides_text else 0,
+            references,
         )
 
     def _cost(self, module: nn.Module, given: Given) -> Cost:
