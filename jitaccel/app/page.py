@@ -1,4 +1,4 @@
-"""The app: a Gradio page around `Studio`. Run as a file, it is a Space."""
+"""The app: a Gradio page around `Studio`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,3 @@ def build(studio: Studio) -> gr.Blocks:
             event(generate, inputs, outputs, concurrency_limit=1, concurrency_id="pipeline", api_name="generate")
     page.queue(default_concurrency_limit=1)
     return page
-
-
-if __name__ == "__main__":
-    build(Studio.open()).launch()
