@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sheet(dense: Any, fast: Any) -> Image.Image:
-    """Returns the picture of two `Made`: the dense one, and the one whose steps are shown."""
+    """Returns the picture of two `MadePicture`: the dense one, and the one whose steps are shown."""
     steps = len(fast.playback.moments)
     labels = (
         f"{len(dense.playback.moments)} dense steps",

@@ -13,9 +13,9 @@ from typing import Any
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 from ..view import write_report
-from .making import Made, Wanted, make_each, steps_of
+from .making import MadePicture, Wanted, make_each, steps_of
 
-Progress = Callable[[float, str], object]
+ShareDone = Callable[[float, str], object]
 """(share done, in words)."""
 
 _TEXT_TOKENS = 512
@@ -24,7 +24,7 @@ _REPORT_BYTES = 3_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class Showing:
     """What the page shows of the presets finished so far.
 
     Attributes:
@@ -66,8 +66,8 @@ class Studio:
         return "{0}x{0}".format(picture_side(self.pipe))
 
     def generate(
-        self, prompt: str, presets: Sequence[str], seed: float, size: str, progress: Progress
-    ) -> Iterator[Shown]:
+        self, prompt: str, presets: Sequence[str], seed: float, size: str, progress: ShareDone
+    ) -> Iterator[Showing]:
         """Yields what to show after each preset; the last time with the report.
 
         Args:
@@ -81,7 +81,7 @@ class Studio:
             CommandError: For what cannot be made.
         """
         wanted = self._wanted(prompt, presets, seed, size)
-        total, done, made = sum(map(steps_of, presets)), 0, list[Made]()
+        total, done, made = sum(map(steps_of, presets)), 0, list[MadePicture]()
 
         def count(preset: str, step: int, steps: int) -> None:
             words = f"{preset}: step {step} of {steps}" if step < steps else f"{preset}: pictures of the report"
@@ -93,11 +93,11 @@ class Studio:
             made.append(each)
             files.append((self._saved(each), self._caption(each)))
             if len(made) < len(presets):
-                yield Shown(pictures=tuple(files), report=None, frame="", code=self.code(each.preset, wanted))
+                yield Showing(pictures=tuple(files), report=None, frame="", code=self.code(each.preset, wanted))
         report = write_report(
             Path(self._folder.name) / "report.html", [each.playback for each in made], limit=_REPORT_BYTES
         )
-        yield Shown(
+        yield Showing(
             pictures=tuple(files),
             report=str(report),
             frame=framed(report.read_text(encoding="utf-8")),
@@ -121,12 +121,12 @@ class Studio:
         length = EMBEDDED_TEXT_TOKENS if self.model is None else _TEXT_TOKENS
         return Wanted(prompt=prompt.strip(), height=height, width=width, seed=int(seed), text_tokens=length)
 
-    def _saved(self, made: Made) -> str:
+    def _saved(self, made: MadePicture) -> str:
         path = Path(self._folder.name) / f"{made.preset}.png"
         made.image.save(path)
         return str(path)
 
-    def _caption(self, made: Made) -> str:
+    def _caption(self, made: MadePicture) -> str:
         stats = made.playback.stats
         cost = f"cost {stats.dense_steps:.1f} dense steps"
         return f"{made.preset}: {len(stats.steps)} steps, {cost}, {made.seconds:.1f} s"
