@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,12 +173,3 @@ def _shrunk(frames: Tensor, longest: int) -> Tensor:
 def _to_bytes(frames: Tensor) -> FrameBytes:
     """Returns frames in [0, 1] as uint8; NaN, which a broken generation has, is black."""
     return (frames.nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
-
-
-def frames_of(playbacks: Iterable[Playback]) -> Iterator[FrameBytes]:
-    """Yields every picture of playbacks, the finished ones too."""
-    for playback in playbacks:
-        for moment in playback.moments:
-            yield moment.noisy
-            yield moment.clean
-        yield playback.final
