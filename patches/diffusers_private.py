@@ -93,13 +93,20 @@ def forward_beneath_hooks(module: Any, forward: Callable[..., Any]) -> Callable[
     return forward
 
 
-def attention_backend(processor: Any) -> Any:
-    """Returns the backend that `set_attention_backend` chose for an attention processor; None: diffusers' default.
+def attention_backend(processor: Any) -> str | None:
+    """Returns the backend that an attention processor was given or that is active for all; None: torch's own choice.
 
-    Costs: raises AttributeError for a processor without the name, since attention of another kind than the one that
-    was chosen would be a silent change. Since diffusers 0.35.
+    `set_attention_backend` makes its choice active for every model of the process, as the context manager
+    `attention_backend` and the environment variable DIFFUSERS_ATTN_BACKEND do. Costs: raises AttributeError without the
+    names, since attention of another kind than the one that was chosen would be a silent change. Since diffusers 0.35.
     """
-    return processor._attention_backend
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    chosen = processor._attention_backend
+    if chosen is None:
+        chosen, _ = _AttentionBackendRegistry.get_active_backend()
+    name = AttentionBackendName(chosen)
+    return None if name is AttentionBackendName.NATIVE else str(name.value)
 
 
 def has_context_parallelism(processor: Any) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..method.checks import is_finite_number
 from ..method.config import JiTConfig
 from ..method.presets import resolve
 
@@ -75,7 +74,7 @@ class Request:
                 )
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)
-            if not _is_scale(value):
+            if not is_finite_number(value) or value < 0.0:
                 found.append(
                     f"{name} must be a finite number, 0 or above, got {value!r}; "
                     f"leave it out for {type(self).__dataclass_fields__[name].default}"
@@ -98,15 +97,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_scale(value: object) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value) and float(value) >= 0.0
-    except OverflowError:  # a whole number beyond a float
-        return False
 
 
 @dataclass(frozen=True)

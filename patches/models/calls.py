@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
 from ..cutting import Cut, Places, places_of
+from ..foreign import Arguments, Forward
 from ..layout import Layout
 from ..network import ModelCall, cache_problem, refuse_controlnet
 from ..ranks import check_divided, ranks_multiple, ranks_of
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
-OwnForward = Callable[..., Any]
 """A transformer's own forward."""
 _Stage = tuple[LiftPlan | PooledPlan, dict[int, list[Places]]]
 """The plan of a stage, and the places of its forwards by the number of branches in one batch."""
@@ -59,7 +59,7 @@ class Given:
 
     model: Model
     layout: Layout
-    arguments: Mapping[str, Any]
+    arguments: Arguments
     grid: tuple[int, ...]
     latents: Tensor
     tokens: Tensor
@@ -194,7 +194,7 @@ class CutCalls:
         if self._compiler is not None:
             self._compiler.release()
 
-    def given(self, module: nn.Module, arguments: Mapping[str, Any], branches: int = 1) -> Given:
+    def given(self, module: nn.Module, arguments: Arguments, branches: int = 1) -> Given:
         """Returns what a call of a transformer holds.
 
         Args:
@@ -214,7 +214,7 @@ class CutCalls:
         tokens = layout.to_tokens(latents[: len(latents) // branches])
         return Given(self.model, layout, arguments, grid, latents, tokens, branches)
 
-    def _refuse(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    def _refuse(self, module: nn.Module, arguments: Arguments) -> None:
         found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
         if (problem := cache_problem(module)) is not None:
             found.append(problem)
@@ -224,7 +224,7 @@ class CutCalls:
                 f"remove() the handle for this call"
             )
 
-    def call(self, module: nn.Module, original: OwnForward, given: Given) -> ModelCall:
+    def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
         model, arguments = self.model, given.arguments
         network = uncompiled(module)
@@ -263,7 +263,7 @@ class CutCalls:
         batch = given.latents.shape[0]
         return lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch
 
-    def _evaluate(self, module: nn.Module, original: OwnForward, given: Given, run: Run, state: Tensor) -> Answer:
+    def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
         cut = self._cuts[module]
         if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut
@@ -309,7 +309,7 @@ class CutCalls:
         return [places_of(own[None], num_tokens, are_shared=True) for own in anchors]
 
     def _forward(
-        self, module: nn.Module, original: OwnForward, arguments: dict[str, Any], places: Places | None
+        self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
     ) -> Tensor:
         """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch."""
         if self._compiler is None:
@@ -327,12 +327,12 @@ def _row(value: Any, image: int) -> Any:
     return value[at : at + 1]
 
 
-def _output_of(original: OwnForward, arguments: dict[str, Any]) -> Tensor:
+def _output_of(original: Forward, arguments: dict[str, Any]) -> Tensor:
     output: Tensor = original(**arguments)[0]
     return output
 
 
-def _signature(arguments: Mapping[str, Any]) -> Hashable:
+def _signature(arguments: Arguments) -> Hashable:
     return repr(sorted(shapes_of(arguments).items()))
 
 
