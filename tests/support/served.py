@@ -27,6 +27,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 is little on two busy cores
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",  # 15 by default, which starves replicas where others work
     "OMP_NUM_THREADS": "1",
 }
 
@@ -97,7 +98,7 @@ def served(*arguments: str) -> Iterator[Server]:
         _wait_until_ready(process, folder / "server.log", time.monotonic() + READY_S)
         yield Server(f"http://127.0.0.1:{port}", process.pid)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(60.0)
         if process.poll() is None:
