@@ -24,6 +24,7 @@ from ..models.model import Model
 from ..network import answered, cache_problem
 from ..ranks import rank_problems
 from .caller import calling_pipeline
+from .decoding import decode_tokens
 from .hook import Route, SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
@@ -78,7 +79,13 @@ def prepare_pipeline(
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        check_idle=route.check_idle,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 

@@ -52,6 +52,12 @@ def probe_pipeline(
         )
     scale = pipeline.vae_scale_factor
     side = pipeline.default_sample_size * scale
+    made_for = getattr(getattr(pipeline.vae, "config", None), "sample_size", side)
+    if size is None and made_for != side:
+        raise ConfigError(
+            f"auto_config: size must be given for this {type(pipeline).__name__}, whose calls without one make {side} "
+            f"pixels a side and whose autoencoder was made for {made_for}, got None; give (height, width) in pixels"
+        )
     grid = _grid((side, side) if size is None else size, 2 * scale)
     text_tokens = text_tokens or _default_text_tokens(pipeline)
     return dataclasses.replace(

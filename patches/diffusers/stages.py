@@ -31,6 +31,7 @@ from ..flux.unpackable import reasons_unpackable
 from ..foreign import Arguments
 from ..network import ModelCall, answered
 from .batch import levels_of
+from .decoding import decode_tokens
 from .hook import hook_of
 from .pipelines import check_text_to_image
 from .scheduler import SchedulerRoute, scheduler_handle
@@ -213,7 +214,9 @@ def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once)
+    return Installation(
+        route=route, install=put, check_idle=route.check_idle, generate=generate_once, decode=decode_tokens
+    )
 
 
 class _Calls:

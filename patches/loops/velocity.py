@@ -97,6 +97,11 @@ class VelocityRoute(Generic[Calls]):
         """Returns None: a loop prepares no mask that could be seen here."""
         return None
 
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
+
     def stats(self) -> Stats:
         """Returns what the generation that was called last did; `generations` counts all that were begun."""
         self._history.notes = self._notes()
@@ -167,6 +172,11 @@ class VelocityRoute(Generic[Calls]):
         """
         options: list[tuple[int, str, Tensor]] = []
         for place, generation in enumerate(known):
+            if generation.is_given_up:
+                # One that began later from the same noise brings nearly the same states, and comes first.
+                if generation.may_go_to(level):
+                    options.append((place, "next", 2.0 * _distance(state, generation.expected(level)) + 1e-6))
+                continue
             if level == generation.level:
                 options.append((place, "branch", _differs(state, generation.seen)))
                 if generation.step.index > 0:
@@ -193,6 +203,9 @@ class VelocityRoute(Generic[Calls]):
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
         self._make_room()
+        for before in self._generations:
+            if before.is_begun_by(call.state, level):
+                before.is_given_up = True
         generation = LoopGeneration(self.config, call, step, level)
         self._generations.append(generation)
         self._history.begin(generation.generation)
