@@ -39,7 +39,7 @@ def has_ray() -> bool:
 
 @dataclass(frozen=True)
 class Answered:
-    """An HTTP answer."""
+    """An HTTP answer; names of headers are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -71,9 +71,13 @@ class Server:
 def _answer(request: urllib.request.Request) -> Answered:
     try:
         with urllib.request.urlopen(request, timeout=120.0) as answer:
-            return Answered(answer.status, dict(answer.headers), answer.read())
+            return Answered(answer.status, _lower(answer.headers), answer.read())
     except urllib.error.HTTPError as error:
-        return Answered(error.code, dict(error.headers), error.read())
+        return Answered(error.code, _lower(error.headers), error.read())
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 @contextmanager
