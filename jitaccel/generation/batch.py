@@ -13,7 +13,7 @@ from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
-OnStep = Callable[[int, int, int], None]
+OnBatchStep = Callable[[int, int, int], None]
 """Called after each step of each request: (index of the request, steps done, steps in all)."""
 OnOutcome = Callable[[int, "Outcome"], None]
 """Called as soon as a request has its outcome: (index of the request, outcome)."""
@@ -131,7 +131,7 @@ def generate_batch(
     attention: Attention = "auto",
     strict: bool = False,
     output_type: OutputType = "pil",
-    on_step: OnStep | None = None,
+    on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns one outcome for each request, in their order; all share each forward of the network.

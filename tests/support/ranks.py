@@ -214,7 +214,7 @@ def refusals(rank: int) -> Any:
     found["size"] = error_of(lambda: made(grid=(11, 11)))
     found["prompt"] = error_of(lambda: made(**_prompts(1, tokens=7)))
     found["heads"] = error_of(lambda: made(pipe=_three_heads()))
-    found["auto"] = error_of(lambda: jitaccel.apply(divided(tiny.pipeline(), "ulysses"), jitaccel.Auto(speedup=2.0)))
+    found["auto"] = error_of(lambda: jitaccel.apply(divided(tiny.pipeline(), "ulysses"), jitaccel.Auto(speedup=2.0, size=(48, 48))))
     found["residuals"] = error_of(_with_residuals)
     found["picture, at the end"] = made()
     plain = tiny.pipeline()
