@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import ConfigError, NonFiniteVelocityError
 from ..tokens import gather_tokens, scatter_tokens
-from .anchors import activate, first_anchors, merge_anchors
+from .anchors import first_anchors, merge_anchors
 from .config import JiTConfig
 from .grid import lattice, name_of, num_tokens_of
 from .importance import importance
@@ -23,11 +24,12 @@ from .steps import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """What the last step left for the next stage: its state, full velocity and level (`_p` in the method)."""
+    """What the last step left for the next stage: state, full velocity, level (`_p` in the method), and its index."""
 
     state: Tensor
     velocity: Tensor
     noise_level: float
+    index: int
 
 
 def importance_of(run: Run, left: Left) -> Tensor:
@@ -37,7 +39,7 @@ def importance_of(run: Run, left: Left) -> Tensor:
 
 def lifted(run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
     """Returns the velocity at every token, (B, N, D), as the stage and `JiTConfig.lifter` say."""
-    return run.plan.lift(values, state, step.noise_level, run.config.lifter)
+    return run.plan.lift(values, state, step.noise_level, run.config.lifter, run.shown_of(state))
 
 
 def moved(run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
@@ -114,11 +116,14 @@ class Run:
         self._left: Left | None = None
         self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
+        self._shown: tuple[Tensor, Tensor] | None = None  # a state of the step entered last, and what was shown of it
+        self._has_shared_anchors: bool | None
         self.plan: LiftPlan | PooledPlan
         if self.factor > 1:
             self._plan_pooled(state)
         else:
-            self._plan(self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors)
+            own = self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors
+            self._plan(own, is_checked=anchors is None)
 
     def _first_anchors(self, state: Tensor, count: int) -> Tensor:
         """Returns `count` anchors for each image, (B, count), before anything is known of the picture."""
@@ -126,14 +131,22 @@ class Run:
         drawn = [first_anchors(self.grid, count, g, m) for g, m in zip(self.generators, masks, strict=True)]
         return torch.stack(drawn).to(state.device)
 
-    def _plan(self, anchors: Tensor) -> None:
+    def _plan(self, anchors: Tensor, is_checked: bool = True) -> None:
         """Makes all that depends on the anchors alone, once a stage."""
-        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale)
-        self.has_shared_anchors = bool((anchors == anchors[:1]).all())
+        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale, is_checked)
+        self._has_shared_anchors = None
 
     def _plan_pooled(self, state: Tensor) -> None:
         self.plan = make_pooled_plan(state.shape[0], self.grid, self.factor, self._patch, state.device)
-        self.has_shared_anchors = True
+        self._has_shared_anchors = True
+
+    @property
+    def has_shared_anchors(self) -> bool:
+        """Whether all images have the same anchors. Waits for the device once a stage where there are several."""
+        if self._has_shared_anchors is None:
+            first, *others = self.anchors
+            self._has_shared_anchors = not others or bool((self.anchors == first).all())
+        return self._has_shared_anchors
 
     @property
     def factor(self) -> int:
@@ -165,7 +178,13 @@ class Run:
 
     def show(self, state: Tensor) -> Tensor:
         """Returns what the network sees of a state (B, N, D) of the step entered last, (B, M, D)."""
-        return self.plan.show(state, self.noise_level)
+        shown = self.plan.show(state, self.noise_level)
+        self._shown = (state, shown)
+        return shown
+
+    def shown_of(self, state: Tensor) -> Tensor | None:
+        """Returns what `show` gave for this state, the same object, in the step entered last; None where it has not."""
+        return self._shown[1] if self._shown is not None and self._shown[0] is state else None
 
     def show_beside(self, x: Tensor) -> Tensor:
         """Returns what the network sees of latents beside the state, (B, N, C): a mask, another picture; (B, M, C)."""
@@ -188,7 +207,7 @@ class Run:
 
         Importance-guided activation and the deterministic micro-flow (arXiv:2603.10744). `state` is not written.
         """
-        self.noise_level = step.noise_level
+        self.noise_level, self._shown = step.noise_level, None
         while self.stage < step.stage:
             state = self._start_stage(step, state)
         return state
@@ -232,9 +251,11 @@ class Run:
         """
         inactive = num_tokens_of(self.grid) - anchors.shape[1]
         count = inactive if self.factor > 1 else self._counts[self.stage] - anchors.shape[1]
-        is_choice = 0 < count < inactive
-        scores = self._parts.scores(self, left) if is_choice else torch.zeros_like(left.velocity[..., 0]).float()
-        return activate(scores, anchors, count)
+        if not 0 < count < inactive:
+            return ops.activate(torch.zeros_like(left.velocity[..., 0]).float(), anchors, count)
+        scores = self._parts.scores(self, left)
+        self._finite.append((left.index, torch.isfinite(scores).all()))  # looked at with the next velocities
+        return ops.activate(scores, anchors, count)
 
     def target_noise(self, state: Tensor) -> Tensor:
         """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
@@ -258,9 +279,11 @@ class Run:
 
         Returns the velocity whose Euler step is the solver's: the same one, but with `dpmpp_2m`.
         """
+        self._shown = None
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
-            self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
+            kept = (state.clone(), velocity.clone())
+            self._left = Left(state=kept[0], velocity=kept[1], noise_level=step.noise_level, index=step.index)
         has_every_token = self.is_dense or self.factor > 1
         return self._solver.correct(step, state, velocity, None if has_every_token else self.anchors)
 
