@@ -10,8 +10,9 @@ TORCH_CUDA_ARCH_LIST=${ARCH:-9.0} "$python" -m jitaccel.build cpu cuda --if-stal
 for package in diffusers torchao; do
     version=$("$python" -c "import importlib.metadata as m; print('==' + m.version('$package'))" 2>/dev/null || true)
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "${WHEEL_PYTHON:-3.12}" \
-        --implementation cp --abi "cp${WHEEL_PYTHON_ABI:-312}" --abi abi3 --abi none --platform manylinux_2_28_x86_64 \
-        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any --dest .gpu/wheels \
+        --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+        --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --dest .gpu/wheels \
+        --constraint requirements/quantised.txt \
         "$package$version" || echo "gpu_prepare: no wheel of $package$version, the steps that need it will say so" >&2
 done
 du --summarize --human-readable .gpu

@@ -404,36 +404,3 @@ def test_run_reproduces_the_released_trajectory(name: str, golden_model: Any) ->
     assert len(states) == len(recorded["steps"])
     for actual, released in zip(states, recorded["steps"], strict=True):
         assert float((actual[0] - released).abs().max() / released.abs().max()) < 1e-4
-
-
-class Waits(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a GPU: values that become Python numbers, and shapes that hang on values."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += any(function.__name__.startswith(name) for name in self.NAMES)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("config", [SEVEN, PRESETS["4x"]], ids=["subset", "pooled"])
-def test_start_of_a_stage_waits_for_the_device_once_and_steps_never_do(
-    config: JiTConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    levels, state = noise_levels(config), noise(batch=2)
-    clock = KnownLevels(config, levels)
-    run = Run(config, GRID, clock.step(0), state)
-    lists = []
-    monkeypatch.setattr(Tensor, "tolist", lambda x, plain=Tensor.tolist: lists.append(1) or plain(x))
-    for i in range(clock.num_steps):
-        before, stage = len(lists), run.stage
-        with Waits() as waits:
-            state = run.enter(clock.step(i), state)
-            velocity = run.leave(clock.step(i), state, run.show(state))
-        assert waits.count + len(lists) - before == (1 if run.stage > stage else 0), i
-        state = state + (levels[i + 1] - levels[i]) * velocity
-    assert run.stage > 0
