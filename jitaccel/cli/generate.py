@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
+from .arguments import add_pickle
+from .limits import check_numbers
+from .outputs import check_file, save_picture
+from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
@@ -45,15 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
     parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    add_pickle(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the picture and says what it cost."""
-    _check_numbers(arguments)
+    check_numbers(arguments)
     config = _config(arguments)
     _check_out(arguments.out, arguments.overwrite)
+    _check_report(arguments)
     guidance = _guidance(arguments)
 
     import torch
@@ -62,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
-    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
+    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device, pickle=arguments.pickle)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
     side = picture_side(pipe)
@@ -74,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"auto: {choice}")
         config = choice.config
     handle = None if config is None else jitaccel.apply(pipe, config)
+    if handle is not None and arguments.report is not None:
+        handle.record()
     call = {"height": size[0], "width": size[1], **guidance}
     steps = arguments.steps if config is None else config.steps
     if steps is not None:
@@ -82,9 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     picture = pipe(arguments.prompt, generator=generator, max_sequence_length=text_tokens, **call).images[0]
     seconds = time.perf_counter() - start
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.out)
+    save_picture(picture, arguments.out)
     print(f"{arguments.out}: {picture.width}x{picture.height}, preset {arguments.preset}, {seconds:.2f} s")
+    if handle is not None and arguments.report is not None:
+        report = handle.report(arguments.report, prompt=arguments.prompt)
+        print(f"{report}: {report.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if arguments.stats:
         print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
     return 0
@@ -126,26 +138,23 @@ def _check_target(arguments: argparse.Namespace) -> None:
     check_target(arguments.target_speedup, arguments.target_ms, {})
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    if arguments.steps is not None and arguments.steps < 1:
-        raise CommandError(f"--steps must be at least 1, got {arguments.steps}")
-    if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
-        raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
-    if not 0 <= arguments.seed < 2**63:
-        raise CommandError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
-
-
 def _check_out(out: Path, overwrite: bool) -> None:
     """Raises CommandError for a file that could not be written, before any compute."""
     if out.suffix.lower() not in _SUFFIXES:
         raise CommandError(f"--out must end in one of {', '.join(_SUFFIXES)}, got {str(out)!r}")
+    check_file(out)
     if out.is_dir():
         raise CommandError(f"--out must be a file, got the folder {str(out)!r}")
     if out.exists() and not overwrite:
         raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or --overwrite")
-    existing = next((folder for folder in out.absolute().parents if folder.exists()), None)
-    if existing is None or not existing.is_dir():
-        raise CommandError(f"--out must lie in a folder, got {str(out)!r} below the file {existing}")
+
+
+def _check_report(arguments: argparse.Namespace) -> None:
+    if arguments.report is None:
+        return
+    if arguments.preset == _UNTOUCHED:
+        raise CommandError(f"--report must come with a preset, got --preset {_UNTOUCHED}; --preset dense runs the same")
+    check_report(arguments.report, arguments.overwrite, "--report")
 
 
 def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,8 +162,10 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.guidance is not None:
         call["guidance_scale"] = arguments.guidance
     if arguments.true_cfg is not None:
-        if arguments.true_cfg <= 1.0:
-            raise CommandError(f"--true-cfg must be above 1, got {arguments.true_cfg}; 1 is the same as leaving it out")
+        if not 1.0 < arguments.true_cfg < math.inf:
+            raise CommandError(
+                f"--true-cfg must be above 1 and finite, got {arguments.true_cfg}; 1 is the same as leaving it out"
+            )
         call["true_cfg_scale"] = arguments.true_cfg
         call["negative_prompt"] = arguments.negative_prompt or ""
     elif arguments.negative_prompt is not None:
