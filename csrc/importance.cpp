@@ -2,7 +2,8 @@
 //
 //   I[b, n] = mean_c( sum_W v^2 / S - (sum_W v / S)^2 ),  W the window around n, S its full size, zeros beyond the border
 //
-// Window in portable.h says in which form. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D in (neighbours come from cache), N out.
+// Window in portable.h says in which form. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D in
+// (neighbours come from cache), N out.
 
 #include "rows.h"
 

@@ -9,8 +9,8 @@
 //
 // Three launches: clean estimates at the anchors (clean.cu says why they have their own), a mark for each chosen token,
 // and the lift (lift_tile.cuh has its shape), whose blocks leave at once where no token of their segment is marked, and
-// finish at marked ones alone. The estimates are taken before the state is written, so `previous` may be the state itself. A mark rather than a search in `tokens`: whatever their
-// order, each is found by one load.
+// finish at marked ones alone. The estimates are taken before the state is written, so `previous` may be the state
+// itself. A mark rather than a search in `tokens`: whatever their order, each is found by one load.
 
 #include "lift_tile.cuh"
 

@@ -39,7 +39,7 @@ struct Pooling {
   int64_t num_small() const { return int64_t{1} * frames * small_rows * small_columns; }
 };
 
-// What an average over factor x factor latents of a state at level s is multiplied by; 0 leaves the mean.
+// What a sum over factor x factor latents of a state at level s is multiplied by; at level 0 that gives the mean.
 JITACCEL_HOST_DEVICE float pooled_scale(float s, float factor) {
   return 1.0f / (factor * factor * (1.0f - s + s / factor));
 }
