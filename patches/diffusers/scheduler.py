@@ -96,8 +96,8 @@ class SchedulerRoute:
         """Raises RuntimeError where another thread is making a picture: half of it is sparse."""
         if self._levels is not None and is_called_elsewhere(self._pipeline(), self._thread):
             raise RuntimeError(
-                "Handle.remove: the pipeline must not be making a picture in another thread, got one under way; wait for "
-                "that thread, or call remove() in its callback_on_step_end"
+                "Handle.remove: the pipeline must not be making a picture in another thread, got one under way; wait "
+                "for that thread, or call remove() in its callback_on_step_end"
             )
 
     def _check_thread(self, pipeline: Any) -> None:
