@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import logging
 import multiprocessing
 import sys
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.campaigns.campaign import Case, Result, run, seed_of_today
+from tests.campaigns import sanitizers
+from tests.campaigns.campaign import Result, run, seed_of_today
+from tests.campaigns.runner import SHARES, case_of, process
 
-SHARES = {
-    "operations": 0.22, "faults": 0.30, "arguments": 0.20, "exports": 0.06, "operators": 0.06, "threads": 0.10,
-    "kills": 0.06,
-}  # fmt: skip
-"""Of the time, by campaign."""
+_SANITIZED = 0.05  # of the time, after all others
 OUT = Path("benchmarks") / "results"
-
-
-def case_of(name: str) -> Case:
-    """Returns the cases of a campaign."""
-    import importlib
-
-    case: Case = importlib.import_module(f"tests.campaigns.{name}").case
-    return case
-
-
-def campaign(name: str, seed: int, seconds: float, start: int = 0, stride: int = 1) -> Result:
-    """Returns what came of a campaign that begins no case after so many seconds."""
-    end = time.monotonic() + seconds
-    return run(name, case_of(name), seed, itertools.count(start, stride), lambda: time.monotonic() >= end)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -66,17 +46,6 @@ def _merged(parts: Sequence[Result]) -> Result:
     return merged
 
 
-def _process(given: tuple[dict[str, float], int, int, int]) -> list[Result]:
-    """Runs all campaigns in one process, every `stride`-th case of each."""
-    seconds, seed, start, stride = given
-    import torch
-
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    return [campaign(name, seed, each, start, stride) for name, each in seconds.items()]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 where something survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
@@ -99,9 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = sum(SHARES[name] for name in names)
     seconds = {name: 60.0 * options.minutes * SHARES[name] / whole for name in names}
     jobs = [(seconds, options.seed, start, options.processes) for start in range(options.processes)]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        parts = pool.map(_process, jobs)
+    if options.processes == 1:
+        parts = [process(jobs[0])]
+    else:
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            parts = pool.map(process, jobs)
     results = [_merged(each) for each in zip(*parts, strict=True)]
+    if options.only is None and (found := sanitizers.run(options.seed, options.minutes * _SANITIZED)) is not None:
+        results.append(found)
     print(table(results))
     for result in results:
         for survivor in result.survivors:

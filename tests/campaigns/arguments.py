@@ -39,7 +39,8 @@ def _weird(rng: random.Random) -> Any:
         [
             None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**400, -(10**30), 0.0, -0.5, 1e300, float("nan"),
             float("inf"), -float("inf"), 1j, "", "7x", "7X", "auto", "\ud800", "a\0b", "x" * 10_000, b"7x", [], {}, (),
-            set(), [None], [[1]], (1,), (1, 2, 3), [1.0, 0.5], [float("nan"), 0.0], {"a": 1}, {1: 2}, range(3), object(),
+            set(), [None], [[1]], (1,), (1, 2, 3), [1.0, 0.5], [float("nan"), 0.0], {"a": 1}, {1: 2}, range(3),
+            object(),
             _Odd(), _Odd, len, torch.zeros(2), torch.tensor(float("nan")), slice(3), iter([1]), Path("/nowhere"),
         ]
     )  # fmt: skip
@@ -215,7 +216,8 @@ _COMMANDS: dict[str, dict[str, str]] = {
     "bench": {"--repeat": "1", "--seed": "0", "--within": "", "--fail-above": "", "--list": ""},
 }  # fmt: skip
 _WORDS = (
-    "", " ", "0", "-1", "1e9", "nan", "inf", "-inf", "9" * 25, "9" * 5000, "1.5", "abc", "x", "0x10", "1x", "x1", "1x2x3",
+    "", " ", "0", "-1", "1e9", "nan", "inf", "-inf", "9" * 25, "9" * 5000, "1.5", "abc", "x", "0x10", "1x", "x1",
+    "1x2x3",
     "²", "٣", "7x", "auto", "none", "cuda:99", "cpu:1", "/nowhere/at/all", "/proc/self/x", "a" * 300, ".", "..",
     "\ud800", "dense:0", "dense:99999999999999999999", ",", ",,", "dense:2,dense:2", "--", "-",
 )  # fmt: skip

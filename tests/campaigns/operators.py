@@ -1,4 +1,4 @@
-"""Operators at odd shapes and absurd numbers: what the plain-torch reference gives, or an error that names the operator."""
+"""Operators at odd shapes and absurd numbers: as the plain-torch reference, or an error that names the operator."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from tests.campaigns.__main__ import SHARES, campaign, table
+from tests.campaigns.__main__ import table
 from tests.campaigns.campaign import Counts, Result, Survivor, run, seed_of_today
+from tests.campaigns.runner import SHARES, campaign
 
 SECONDS = 40.0  # of all campaigns; one case may be longer than its share
 

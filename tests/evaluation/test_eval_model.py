@@ -235,8 +235,8 @@ def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.Capt
     for changes, words in (
         (["--size", "64x"], "--size must be N or HxW"),
         (["--size", "0"], "--size must be N or HxW"),
-        (["--batch", "0", "--seed", "-1"], "--batch must be at least 1, got 0; --seed must be at least 0"),
-        (["--max-sequence-length", "0"], "--max-sequence-length must be at least 1"),
+        (["--batch", "0", "--seed", "-1"], "--batch must be in 1..1024, got 0; --seed must be in 0..2**63 - 1, got -1"),
+        (["--max-sequence-length", "0"], "--max-sequence-length must be in 1..512, got 0"),
         (["--size", "60x64"], "--size must be of multiples of 8 pixels"),
         (["--model", "nowhere"], "--model must be an existing folder or a hub id"),
     ):

@@ -1,6 +1,7 @@
 """What holds of every patch: one handle a target, applied and removed in any order, whole or not at all.
 
-Every registered patch is in `tests/support/patched.py`, that of the tutorial included; `test_no_patch_is_left_out` sees to it.
+Every registered patch is in `tests/support/patched.py`, that of the tutorial included;
+`test_no_patch_is_left_out` sees to it.
 """
 
 from __future__ import annotations
