@@ -37,6 +37,7 @@ from ..execution.options import Attention
 from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
+from ..limits import MOST_BATCH, MOST_TEXT_TOKENS
 from ..method.config import JiTConfig, arguments_of, check_fields
 from ..method.grid import num_tokens_of
 from ..method.presets import resolve
@@ -99,9 +100,11 @@ def export(
     _check_export(size, attention, options)
     if folder.exists():
         raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")
-    for name, value in (("batch_size", batch_size), ("text_tokens", text_tokens)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"export: {name} must be a whole number above 0, got {value!r}; give that of later calls")
+    for name, value, most in (("batch_size", batch_size, MOST_BATCH), ("text_tokens", text_tokens, MOST_TEXT_TOKENS)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(
+                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give that of later calls"
+            )
     if format == "aoti":
         check_compiler_paths()
     patch = patches.find(target)

@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping
 
 from ..errors import CommandError
+from ..limits import MOST_BATCH, MOST_SIDE, MOST_STEPS
 
-MOST_STEPS = 10_000
 MOST_PROMPTS = 10_000  # of the drawn world, which has not endlessly many
 MOST_SEED = 2**63 - 1
 _WHOLE: Mapping[str, tuple[int, int]] = {
-    "batch": (1, 1024),
-    "batch_size": (1, 1024),
-    "height": (1, 16384),
+    "batch": (1, MOST_BATCH),
+    "batch_size": (1, MOST_BATCH),
+    "height": (1, MOST_SIDE),
     "max_sequence_length": (1, 512),  # that FLUX.1 takes
     "prompts": (1, MOST_PROMPTS),
     "seed": (0, MOST_SEED),
     "steps": (1, MOST_STEPS),
     "text_tokens": (1, 512),
-    "width": (1, 16384),
+    "width": (1, MOST_SIDE),
 }
 
 

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..limits import MOST_SIDE
 from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
 _MAX_TEXT = 512  # T5 tokens, of FluxPipeline
 _WHOLE = {  # fields that are whole numbers, with the least and the greatest
-    "height": (1, 2**31 - 1),
-    "width": (1, 2**31 - 1),
+    "height": (1, MOST_SIDE),
+    "width": (1, MOST_SIDE),
     "seed": (0, 2**64 - 1),
     "max_sequence_length": (1, _MAX_TEXT),
 }

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 from ..errors import ConfigError, suggestion
+from ..limits import MOST_SHARED
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -195,9 +196,9 @@ class JiTConfig:
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
                 f"the released code's is 3"
             )
-        if not _is_whole(self.multiple) or self.multiple < 1:
+        if not _is_whole(self.multiple) or not 1 <= self.multiple <= MOST_SHARED:
             problems.append(
-                f"JiTConfig: multiple must be a whole number above 0, got {self.multiple!r}; "
+                f"JiTConfig: multiple must be a whole number in 1..{MOST_SHARED}, got {self.multiple!r}; "
                 f"give the number of ranks that divide the tokens, or 1"
             )
         window = self.importance_window

@@ -21,6 +21,7 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
 from jitaccel.generation.route import Answer, Executor, Generation, History
 from jitaccel.generation.stats import Stats
+from jitaccel.limits import MOST_STEPS
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
@@ -33,7 +34,6 @@ from ..split import Branches
 from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
 _log = logging.getLogger(__name__)
-MOST_STEPS = 10_000
 _SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import resource
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 SEED = "JITACCEL_CAMPAIGN_SEED"
+_MOST_BYTES = 4 << 30  # that a case may take; absurd sizes must not take the machine's memory from others
 _HANGS_AFTER_S = 120  # one case; on a busy machine the slowest takes a few seconds
 
 
@@ -60,7 +63,7 @@ def run(name: str, case: Case, seed: int, numbers: Iterator[int], until: Callabl
             break
         result.cases += 1
         try:
-            with _no_longer_than(_HANGS_AFTER_S):
+            with _no_longer_than(_HANGS_AFTER_S), _no_larger_by(_MOST_BYTES):
                 case(random.Random(f"{seed}/{name}/{number}"), result.counts)
         except (Exception, _Hangs) as error:
             again = f"python -m tests.campaigns --only {name} --seed {seed} --case {number}"
@@ -82,3 +85,17 @@ def _no_longer_than(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _no_larger_by(size: int) -> Iterator[None]:
+    """Bounds the process's memory, but under AddressSanitizer, whose shadow alone is larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if "asan" not in os.environ.get("LD_PRELOAD", "") and statm.exists():
+        now = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
