@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate
+from . import bench, demo, doctor, eval, export, generate, serve, view
 from .outputs import UNWRITABLE
 
 _COMMANDS = {
     "generate": generate,
     "demo": demo,
+    "view": view,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }

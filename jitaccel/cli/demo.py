@@ -77,6 +77,7 @@ def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
     from ..evaluation.comparison import Method, compared_methods, generate, warm_up
     from ..loading import EMBEDDED_TEXT_TOKENS, picture_side
     from ..method.presets import PRESETS
+    from ..patches import cost_of
 
     pipe.set_progress_bar_config(disable=True)
     side = picture_side(pipe)
@@ -84,7 +85,7 @@ def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
     call = {"height": side, "width": side, "max_sequence_length": EMBEDDED_TEXT_TOKENS, "output_type": "np"}
     paper = PRESETS[_TOKENS_OF]
     methods = (
-        *compared_methods(pipe.transformer.config, num_tokens, EMBEDDED_TEXT_TOKENS),
+        *compared_methods(cost_of(pipe), num_tokens, EMBEDDED_TEXT_TOKENS),
         Method(name=_TOKENS_OF, steps=int(paper.steps), config=paper),
     )
     results = [_Result(method=method, generations=[]) for method in methods]

@@ -96,7 +96,7 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     from PIL import Image
 
     from ..evaluation.eval_pictures import known_qualities, write_pictures
-    from ..evaluation.eval_table import table
+    from ..evaluation.eval_table import paired, table
     from ..evaluation.quality.summary import summary
 
     def picture_of(method: str, prompt: int) -> Image.Image:
@@ -108,6 +108,8 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     text = table(rows, records, scorers, 0 if data is None else len(data))
     (study.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (study.folder / "table.md").write_text(text)
+    pairs = paired(rows, names, scorers)
+    records = [{**record, "paired": pairs.get(record["method"], {})} for record in records]
     written = write_pictures(rows, records, study.folder, picture_of, known=known)
     print(text, end="")
     print(f"wrote table.md, results.jsonl, {', '.join(path.name for path in written)} and pictures into {study.folder}")

@@ -15,6 +15,7 @@ from ..method.presets import PRESETS, resolve
 from .arguments import add_pickle
 from .limits import check_numbers
 from .outputs import check_file, save_picture
+from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
     add_pickle(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
 
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_numbers(arguments)
     config = _config(arguments)
     _check_out(arguments.out, arguments.overwrite)
+    _check_report(arguments)
     guidance = _guidance(arguments)
 
     import torch
@@ -79,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"auto: {choice}")
         config = choice.config
     handle = None if config is None else jitaccel.apply(pipe, config)
+    if handle is not None and arguments.report is not None:
+        handle.record()
     call = {"height": size[0], "width": size[1], **guidance}
     steps = arguments.steps if config is None else config.steps
     if steps is not None:
@@ -89,6 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     save_picture(picture, arguments.out)
     print(f"{arguments.out}: {picture.width}x{picture.height}, preset {arguments.preset}, {seconds:.2f} s")
+    if handle is not None and arguments.report is not None:
+        report = handle.report(arguments.report, prompt=arguments.prompt)
+        print(f"{report}: {report.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if arguments.stats:
         print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
     return 0
@@ -139,6 +147,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise CommandError(f"--out must be a file, got the folder {str(out)!r}")
     if out.exists() and not overwrite:
         raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or --overwrite")
+
+
+def _check_report(arguments: argparse.Namespace) -> None:
+    if arguments.report is None:
+        return
+    if arguments.preset == _UNTOUCHED:
+        raise CommandError(f"--report must come with a preset, got --preset {_UNTOUCHED}; --preset dense runs the same")
+    check_report(arguments.report, arguments.overwrite, "--report")
 
 
 def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:

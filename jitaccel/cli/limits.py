@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from ..errors import CommandError
-from ..limits import MOST_BATCH, MOST_SIDE, MOST_STEPS
+from ..limits import MOST_BATCH, MOST_SIDE
+from ..method.checks import MAX_STEPS
 
 MOST_PROMPTS = 10_000  # of the drawn world, which has not endlessly many
 MOST_SEED = 2**63 - 1
@@ -17,7 +18,7 @@ _WHOLE: Mapping[str, tuple[int, int]] = {
     "max_sequence_length": (1, 512),  # that FLUX.1 takes
     "prompts": (1, MOST_PROMPTS),
     "seed": (0, MOST_SEED),
-    "steps": (1, MOST_STEPS),
+    "steps": (1, MAX_STEPS),
     "text_tokens": (1, 512),
     "width": (1, MOST_SIDE),
 }

@@ -77,6 +77,11 @@ class ComfyRoute:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise refuse_copy()
 
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
+
     def stats(self) -> Stats:
         """Returns what the last sampling did."""
         return self._history.stats()

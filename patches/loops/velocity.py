@@ -8,7 +8,7 @@ what the loop got last is known (`visits.LoopGeneration`).
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
 from ..network import ModelCall
 from .visits import LoopGeneration
 
+Calls = TypeVar("Calls", bound=Executor)
+"""What runs the network of a route."""
+
 _log = logging.getLogger(__name__)
 _MAX_IN_TURN = 64  # generations under way
 _FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn has long come back by then
@@ -30,7 +33,7 @@ _FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn
 _UNRELATED = 0.8
 
 
-class VelocityRoute:
+class VelocityRoute(Generic[Calls]):
     """The generations of one network.
 
     levels: of the loop, the final 0 included, or None. may_be_dense: whether calls that cannot be accelerated correctly
@@ -45,7 +48,7 @@ class VelocityRoute:
         config: JiTConfig,
         levels: tuple[float, ...] | None,
         codebase: str,
-        calls: Executor,
+        calls: Calls,
         may_be_dense: bool = False,
     ) -> None:
         self.config = config
@@ -86,13 +89,18 @@ class VelocityRoute:
         self._generations = [g for g in self._generations if g is not self._current]
         self._current = None
 
-    def accepts(self, caller: Any) -> bool:
+    def accepts(self, caller: object) -> bool:
         """Returns True: whoever calls this network is answered."""
         return True
 
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
         """Returns None: a loop prepares no mask that could be seen here."""
         return None
+
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
 
     def stats(self) -> Stats:
         """Returns what the generation that was called last did; `generations` counts all that were begun."""

@@ -60,6 +60,8 @@ class Model:
         refused: Arguments that cannot be accelerated, and what they are.
         cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
             copy without data (`flops.py`), which a model that looks at values does not allow.
+        divides: Whether it was tried with tokens divided among ranks.
+        divides_text: Whether ranks divide the text too.
         problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
     """
 
@@ -80,6 +82,8 @@ class Model:
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
+    divides: bool = False
+    divides_text: bool = False
     problem: Callable[[Config], str | None] = no_problem
 
     def timestep_like(self, timestep: Tensor, level: float) -> Tensor:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import jitaccel
 from jitaccel import ConfigError
-from jitaccel.method.presets import PRESETS
+from jitaccel.method.presets import DENSE_STEPS, PRESETS
 from jitaccel.patches.flux.flops import flux_flops
-from jitaccel.speed.auto import DENSE_STEPS, FAMILY, choose, decide, fastest
+from jitaccel.speed.auto import FAMILY, choose, decide, fastest
 from jitaccel.speed.control import schedule_flops
 from jitaccel.speed.cost import loop_seconds, seconds_of_flops
 from tests.support.timing import CURVES, FLUX_DEV, NUM_TOKENS, costs
@@ -160,7 +160,7 @@ def test_limit_that_an_error_names_can_be_asked_for(curve: str, target: str) -> 
         ({"target_ms": 1.0, "densities": (1.0,)}, "densities must be left out"),
         ({"target_ms": 1.0, "step": 9}, 'did you mean "steps"'),
         ({"target_ms": 1e9, "noise_levels": (1.0, 0.0)}, "noise_levels must be left out"),
-        ({"target_ms": 1e9, "size": (48, 47)}, "size must be (height, width) in multiples of 4 pixels, 16384 at most, got (48, 47)"),
+        ({"target_ms": 1e9, "size": (48, 47)}, "of 4 pixels, 16384 at most, got (48, 47)"),
         ({"target_ms": 1e9, "size": 48}, "size must be (height, width)"),
         ({"target_ms": 1e9, "text_tokens": 0}, "text_tokens must be a whole number in 1..4096, got 0"),
     ],
