@@ -128,11 +128,16 @@ def export(
 
 def _path(function: str, folder: Any) -> Path:
     try:
-        return Path(folder)
-    except TypeError:
+        path = Path(folder)
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except (TypeError, ValueError, OSError) as error:  # no path, a null character, a name that is too long
         raise ConfigError(
-            f"{function}: folder must be a path, got {folder!r}; give its name, for example 'flux-7x'"
+            f"{function}: folder must be a path, got {folder!r:.200} ({error!s:.200}); "
+            f"give its name, for example 'flux-7x'"
         ) from None
+    return path
 
 
 def _check_export(size: Any, attention: Any, options: Any) -> None:
@@ -319,7 +324,7 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
     manifest = Manifest.read(folder)
     try:
         where = torch.device(manifest.device if device is None else device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"load_exported: device must be a device of torch, got {device!r} ({error}); leave it out"
         ) from error

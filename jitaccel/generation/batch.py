@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,13 +157,15 @@ def generate_batch(
 
 def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:
     """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
-    if not isinstance(requests, Iterable):
+    try:
+        given = [*requests]
+    except TypeError:
         raise ConfigError(
             f"generate_batch: requests must be a list of jitaccel.Request, got {type(requests).__name__}; "
             f"put it in a list"
-        )
+        ) from None
     checked, problems = [], []
-    for index, request in enumerate(requests):
+    for index, request in enumerate(given):
         where = f"generate_batch: requests[{index}]:"
         if not isinstance(request, Request):
             problems.append(f"{where} must be a jitaccel.Request, got {type(request).__name__}; build one")

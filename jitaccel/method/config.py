@@ -274,6 +274,16 @@ class JiTConfig:
                 f"token_counts: num_tokens must be a whole number from 1 to 2^40, got {num_tokens!r}; "
                 f"pass grid_h * grid_w"
             )
+        if not is_whole(num_forced) or not 0 <= num_forced <= num_tokens:
+            raise ConfigError(
+                f"token_counts: num_forced must be a whole number in 0..{num_tokens}, the tokens, got {num_forced!r}; "
+                f"count those under the mask"
+            )
+        if not is_whole(multiple) or not 1 <= multiple <= MOST_SHARED:
+            raise ConfigError(
+                f"token_counts: multiple must be a whole number in 1..{MOST_SHARED}, got {multiple!r}; leave it "
+                f"out for 1"
+            )
         others = num_tokens - num_forced
         counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
         if counts[0] < 1:

@@ -23,7 +23,7 @@ from tests.support.tiny import SHORT
 
 
 @functools.cache
-def _made(seed: int) -> Path:
+def exported(seed: int) -> Path:
     """Returns an exported folder; the process's end removes it."""
     above = tempfile.TemporaryDirectory(prefix="jitaccel-campaign-")
     _KEPT.append(above)
@@ -66,7 +66,7 @@ def _append(folder: Path, rng: random.Random) -> str:
 
 
 def _foreign(folder: Path, rng: random.Random) -> str:
-    others = _made(1)
+    others = exported(1)
     name = rng.choice(
         [each.name for each in sorted(folder.iterdir()) if each.name.endswith((".pt", "weights.safetensors"))]
     )
@@ -147,7 +147,7 @@ DAMAGE: tuple[Callable[[Path, random.Random], str], ...] = (
 
 def case(rng: random.Random, counts: Counts) -> None:
     """One damage, and one attempt to load."""
-    whole = _made(0)
+    whole = exported(0)
     with tempfile.TemporaryDirectory() as above:
         folder = Path(above) / "stages"
         shutil.copytree(whole, folder)
