@@ -72,7 +72,7 @@ def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | N
             f"apply: compile must be True, False, a mode or a dict of torch.compile's arguments without "
             f"{' and '.join(_FIXED)}, got {value!r}; shapes are static and every stage is one graph"
         )
-    unknown = sorted(set(options) - set(_KNOWN))
+    unknown = sorted(map(str, set(options) - set(_KNOWN)))
     if unknown:
         raise ConfigError(
             f"apply: compile must hold {', '.join(_KNOWN)}, got {', '.join(unknown)}; leave the others out"
