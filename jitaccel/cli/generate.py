@@ -1,4 +1,4 @@
-"""Generate one picture from a prompt, accelerated."""
+"""Generate one picture or video from a prompt, accelerated."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
+from . import outputs
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..loading import DTYPES
 
     parser.add_argument("--prompt", required=True, help="what to show")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write; its folder is made where missing")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    parser.add_argument("--out", type=Path, required=True, help="picture or clip to write, with its folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out and --tokens where they exist")
+    parser.add_argument("--model", help="diffusers folder or hub id; without it the embedded model")
     presets = ", ".join((*PRESETS, _AUTO, _UNTOUCHED))
     parser.add_argument(
         "--preset",
@@ -36,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-ms", type=float, help=f"of --preset {_AUTO}: milliseconds of denoising; --true-cfg takes twice that"
     )
+    outputs.add_arguments(parser)
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
     parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
     parser.add_argument("--width", type=int, help="in pixels; without it the model's own")
-    parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
+    parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline's call; without it its own")
     parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
     parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
-    parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
+    parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it the model's (here: 48)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
@@ -53,40 +54,54 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the picture and says what it cost."""
     _check_numbers(arguments)
     config = _config(arguments)
-    _check_out(arguments.out, arguments.overwrite)
+    outputs.check(arguments)
     guidance = _guidance(arguments)
 
     import torch
 
     import jitaccel
 
-    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, size_unit
 
     pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
+    outputs.check_pipeline(pipe, arguments)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    side = picture_side(pipe)
+    side = outputs.default_side(pipe)
     size = (arguments.height or side, arguments.width or side)
-    _check_sides(*size, 2 * pipe.vae_scale_factor)
-    text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
+    _check_sides(*size, size_unit(pipe))
+    text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else None)
     if arguments.preset == _AUTO:
-        choice = jitaccel.auto_config(pipe, **_target(arguments), size=size, text_tokens=text_tokens)
+        sides = (size[0], size[1]) if size[0] and size[1] else None
+        tokens = text_tokens or _MOST_TEXT_TOKENS
+        choice = jitaccel.auto_config(pipe, **_target(arguments), size=sides, text_tokens=tokens)
         print(f"auto: {choice}")
         config = choice.config
-    handle = None if config is None else jitaccel.apply(pipe, config)
-    call = {"height": size[0], "width": size[1], **guidance}
-    steps = arguments.steps if config is None else config.steps
-    if steps is not None:
-        call["num_inference_steps"] = steps
+    handle = None
+    if config is not None:  # a preset by its name, so that the model's own noise levels stay where it has them
+        overrides = {} if arguments.steps is None else {"steps": arguments.steps}
+        handle = jitaccel.apply(pipe, config if arguments.preset == _AUTO else arguments.preset, **overrides)
+    steps = arguments.steps if handle is None else handle.config.steps
+    call = outputs.call_of(
+        pipe,
+        arguments,
+        {
+            "height": size[0],
+            "width": size[1],
+            "num_inference_steps": steps,
+            "max_sequence_length": text_tokens,
+            **guidance,
+        },
+    )
     generator = torch.Generator().manual_seed(arguments.seed)
     start = time.perf_counter()
-    picture = pipe(arguments.prompt, generator=generator, max_sequence_length=text_tokens, **call).images[0]
+    made = pipe(arguments.prompt, generator=generator, **call)
     seconds = time.perf_counter() - start
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.out)
-    print(f"{arguments.out}: {picture.width}x{picture.height}, preset {arguments.preset}, {seconds:.2f} s")
+    stats = None if handle is None else handle.stats()
+    described = outputs.save(made, arguments, stats)
+    print(f"{arguments.out}: {described}, preset {arguments.preset}, {seconds:.2f} s")
     if arguments.stats:
-        print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
+        print("no statistics: the pipeline ran untouched" if stats is None else stats)
     return 0
 
 
@@ -135,19 +150,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raises CommandError for a file that could not be written, before any compute."""
-    if out.suffix.lower() not in _SUFFIXES:
-        raise CommandError(f"--out must end in one of {', '.join(_SUFFIXES)}, got {str(out)!r}")
-    if out.is_dir():
-        raise CommandError(f"--out must be a file, got the folder {str(out)!r}")
-    if out.exists() and not overwrite:
-        raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or --overwrite")
-    existing = next((folder for folder in out.absolute().parents if folder.exists()), None)
-    if existing is None or not existing.is_dir():
-        raise CommandError(f"--out must lie in a folder, got {str(out)!r} below the file {existing}")
-
-
 def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     call: dict[str, Any] = {}
     if arguments.guidance is not None:
@@ -162,7 +164,7 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     return call
 
 
-def _check_sides(height: int, width: int, unit: int) -> None:
+def _check_sides(height: int | None, width: int | None, unit: int) -> None:
     for name, side in (("--height", height), ("--width", width)):
-        if side < unit or side % unit:
+        if side is not None and (side < unit or side % unit):
             raise CommandError(f"{name} must be a multiple of {unit} pixels for this model, got {side}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
+import jitaccel
 from tests.support.every_model import TEXT, vace_transformer, wan_transformer
 from tests.support.models import noise
 
@@ -86,6 +88,25 @@ def image_pipeline(*, expand_timesteps: bool) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_pipeline(folder: Path) -> None:
+    """Writes a WanPipeline that takes words, with the embedded model's tokenizer."""
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(jitaccel.embedded_model() / "tokenizer_2")
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = UMT5EncoderModel(config)
+    pipe = diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=autoencoder(),
+        scheduler=unipc(),
+        transformer=wan_transformer(in_channels=16, out_channels=16),
+    )
+    pipe.save_pretrained(folder)
 
 
 def image() -> Tensor:
