@@ -251,7 +251,11 @@ class Run:
         Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744), but for what a solver beyond Euler
         adds to it. state: the one the network saw.
         """
-        return self.remember(step, state, self._parts.lift(self, step, state, values))
+        return self.remember(step, state, self.lift(step, state, values))
+
+    def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
+        """Returns the velocity at every token, (B, N, D), of `values` (B, M, D), and keeps nothing of it."""
+        return self._parts.lift(self, step, state, values)
 
     def remember(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
         """Keeps what later steps need of a full velocity: copies, since samplers may write in place.

@@ -28,6 +28,12 @@ def _calling_frame() -> FrameType | None:
     return None
 
 
+def calling_value(name: str) -> Any:
+    """Returns a variable of the innermost pipeline's method on this thread's call stack, or None."""
+    frame = _calling_frame()
+    return None if frame is None else frame.f_locals.get(name)
+
+
 def calling_guider() -> Any:
     """Returns the guider of the modular pipeline on this thread's call stack, or None.
 

@@ -22,11 +22,11 @@ from ..models.calls import CutCalls
 from ..models.model import Model
 from ..network import answered, cache_problem
 from .caller import calling_pipeline
+from .guidance import guidance_problem, mixes_tokens
 from .hook import SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
 from .pipelines import explain, handles_of, refuse_shared_scheduler
-from .refused import guider_problem
 from .warm import generate_once
 
 _NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2 has one for each half of the levels
@@ -49,7 +49,7 @@ def prepare_pipeline(
     model = model_of_pipeline(pipeline)
     assert model is not None
     networks = networks_of(pipeline)
-    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler)]
+    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler, config.solver)]
     if not networks:
         problems.append("pipeline must have a transformer, got none")
     for name, network in networks.items():
@@ -114,7 +114,7 @@ def networks_of(pipeline: Any) -> dict[str, Any]:
 
 
 def _install_cut(calls: CutCalls, model: Model, handle: Handle) -> None:
-    places = ", ".join((*model.adapter.outputs, *model.adapter.blocks))
+    places = ", ".join((*model.adapter.outputs, *model.adapter.blocks, *model.adapter.methods))
     handle.change(f"{model.name} cut at {places}", calls.remove)
     calls.install()
 
@@ -152,23 +152,18 @@ class _Hook(SharedHook):
 
 
 def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Mapping[str, Any], caller: Any) -> Any:
-    if (problem := _guidance_problem(caller)) is not None:
+    model = route.calls.model
+    if (problem := guidance_problem(caller)) is not None:
         raise UnsupportedModelError(
             f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
         )
-    is_batch = route.calls.model.branches == "batch" and isinstance(route, LatentsRoute)
+    arguments = model.words.read(arguments)
+    is_batch = model.branches == "batch" and isinstance(route, LatentsRoute)
     branches = route.branches_of(arguments["hidden_states"].shape[0]) if is_batch else 1
-    given = route.calls.given(module, arguments, branches)
-    output = given.output(route.forward(route.calls.call(module, original, given)))
+    given = route.calls.given(module, arguments, branches, mixes_tokens(caller))
+    output = model.words.returned(given.output(route.forward(route.calls.call(module, original, given))))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
-
-
-def _guidance_problem(caller: Any) -> str | None:
-    """Returns why the guidance of a pipeline is not made token by token: zeros elsewhere would reach the anchors."""
-    if getattr(caller, "guidance_rescale", None):
-        return f"a guided result that is rescaled as a whole (guidance_rescale={caller.guidance_rescale:g})"
-    return guider_problem(caller)
 
 
 def _is_compiled_around(module: Any, caller: Any) -> bool:
