@@ -46,10 +46,10 @@ def apply(
     Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
     it back bit for bit. Applying to the same target again replaces what was applied before.
 
-    target: a diffusers pipeline of FLUX.1, FLUX.2, Chroma, Wan, HunyuanVideo, LTX-Video, Qwen-Image or Stable
-        Diffusion 3 (the scheduler is followed, and the state moved in its `step`), a bare transformer of theirs, or
-        Black Forest Labs' `Flux`, in somebody's own Euler loop (the move rides on the returned velocity), or ComfyUI's
-        `ModelPatcher`. docs/codebases.md lists them.
+    target: a diffusers pipeline of FLUX.1, FLUX.2, Chroma or a model of docs/models.md, such as Wan, HunyuanVideo,
+        LTX-Video, Qwen-Image, Stable Diffusion 3 or Z-Image (the scheduler is followed, and the state moved in its
+        `step`), a bare transformer of theirs, or Black Forest Labs' `Flux`, in somebody's own Euler loop (the move
+        rides on the returned velocity), or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
     preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or a
         speed, `jitaccel.Auto(speedup=8)`: the steps and densities that reach it on this machine, by a few steps that
         are timed here; `handle.choice` says what was picked and why. On video models a preset given by name keeps the

@@ -121,10 +121,17 @@ def test_recorded_stages_are_one_graph_each() -> None:
     assert compiled is not None and compiled.graphs == compiled.captures == 3 and compiled.eager_calls == 0
 
 
-def test_what_mixes_tokens_is_refused() -> None:
+def test_rescaled_guidance_weighs_lifted_branches() -> None:
     pipe = pipeline()
-    with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match=r"guidance_rescale=0\.7"):
-        generate(pipe, guidance_rescale=0.7)
+    plain = generate(pipe, guidance_rescale=0.7)
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(generate(pipe, guidance_rescale=0.7), plain)
+    with jitaccel.apply(pipe, SHORT):
+        assert relative_error(generate(pipe, guidance_rescale=0.7), generate(pipe)) > 1e-3
+
+
+def test_positions_of_its_own_are_refused() -> None:
+    pipe = pipeline()
     given = {**arguments(noise_of(), GRID, 1.0, prompts()[0]), "video_coords": torch.zeros(1, 3, 144)}
     with jitaccel.apply(pipe.transformer, SHORT), pytest.raises(UnsupportedModelError, match="positions of its own"):
         pipe.transformer(**given)
