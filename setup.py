@@ -69,7 +69,12 @@ for name, folder in FOLDERS.items():
 setup(
     packages=packages,
     package_dir={"": "."} if editable else FOLDERS,
-    package_data={"jitaccel": ["py.typed"], "jitaccel.assets": ["**/*"], "jitaccel.csrc": ["*"]},
+    package_data={
+        "jitaccel": ["py.typed"],
+        "jitaccel.view.templates": ["*.j2", "*.css", "*.js"],
+        "jitaccel.assets": ["**/*"],
+        "jitaccel.csrc": ["*"],
+    },
     exclude_package_data={"jitaccel.assets": ["**/*.pyc"]},
     # Optional: an install without a compiler is complete, it runs on plain torch and says so.
     ext_modules=[Extension(f"jitaccel._C_{kind}", [], optional=True) for kind in native.KINDS],

@@ -1,4 +1,4 @@
-"""What the lab's rows say in the docs: the tables of its questions, and a card for each preset."""
+"""What rows of quality say in the docs: the evaluation, the lab's questions, and a card for each preset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from jitaccel.evaluation.quality.rows import settings_as_now
 from jitaccel.method.config import JiTConfig
-from jitaccel.method.presets import PRESETS
+from jitaccel.method.presets import DENSE_STEPS, PRESETS
 from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.control import equivalent_dense_steps
 
@@ -18,7 +18,7 @@ from .pipelines import FLUX_DEV
 
 Fields = Mapping[str, Any]
 _PRODUCT = "presets of the product"  # a question of the exact laboratory
-_DENSE_STEPS, _TOKENS, _TEXT_TOKENS = 50, 64 * 64, 512  # of FLUX.1-dev at 1024x1024
+_TOKENS, _TEXT_TOKENS = 64 * 64, 512  # of FLUX.1-dev at 1024x1024
 
 
 def lab(rows: Sequence[Fields]) -> str:
@@ -29,9 +29,49 @@ def lab(rows: Sequence[Fields]) -> str:
 def presets(rows: Sequence[Fields]) -> str:
     """A card for each sparse preset: what it does, what it costs, how good it is, and the control of its cost."""
     found = {row["method"]: row for row in rows if row["benchmark"] == BENCHMARK}
+    found |= {row["method"]: row for row in _evaluated(rows, _SIDE_PX)}
     names = [name for name, config in PRESETS.items() if config.num_stages > 1]
     exact = {row["target"]: row for row in rows if row.get("case") == _PRODUCT and "target" in row}
     return "\n".join(_card(name, PRESETS[name], found, exact.get(name)) for name in names)
+
+
+def quality(rows: Sequence[Fields]) -> str:
+    """What `jitaccel eval` found on the embedded model: a table for each size of picture, largest first."""
+    sides = sorted({row["pixels"][0] for row in _evaluated(rows)}, reverse=True)
+    return "\n".join(_quality(side, _evaluated(rows, side)) for side in sides)
+
+
+def _evaluated(rows: Sequence[Fields], side: int | None = None) -> list[Fields]:
+    """Returns the rows of the embedded model, of square pictures of a side or of all."""
+    of = [row for row in rows if row["benchmark"] == "quality summary" and row["model"] == "embedded"]
+    return [row for row in of if side in (None, row["pixels"][0])]
+
+
+def _quality(side: int, rows: Sequence[Fields]) -> str:
+    """Returns the table of a size. Raises ValueError for rows of different runs, which are not to be compared."""
+    if len({(row["prompts"], row["weights"]) for row in rows}) > 1:
+        raise ValueError(f"rows of {side} pixels must be of the same prompts and weights; commit those of one run")
+    lines = [["method", "cost in dense steps", *(title for _, title, _, _ in _COLUMNS), "more than", "p"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        cells = [_cell(row["qualities"].get(key), scale, digits) for key, _, scale, digits in _COLUMNS]
+        pairs = row.get("paired", {}).items()
+        more = [f"`{other}` by {cell(each, 100.0, 1)}" for other, each in pairs]
+        chance = [f"{each['p']:.3f}" if each["p"] >= 0.001 else "< 0.001" for _, each in pairs]
+        cost = f"{row['cost_dense_steps']:.2f}"
+        lines.append([f"`{row['method']}`", cost, *cells, ", ".join(more), ", ".join(chance)])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    first, commits = rows[0], ", ".join(dict.fromkeys(row.get("commit", "several commits") for row in rows))
+    origin = f"{first['prompts']} held-out prompts, {first['device']}, {first['dtype']}, {first['date']}, {commits}"
+    size = f"{side}x{side} pixels, {side // 8}x{side // 8} tokens"
+    return f"{size} ({origin}; weights {first['weights'][:12]}):\n\n{table}"
+
+
+def _cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> str:
+    """Returns an estimate with its interval; a Frechet distance alone, whose interval lies beside it."""
+    if estimate is not None and not estimate["low"] <= estimate["value"] <= estimate["high"]:
+        return f"{scale * estimate['value']:.{digits}f}"
+    return cell(estimate, scale, digits)
 
 
 def stages(config: JiTConfig) -> list[str]:
@@ -77,7 +117,7 @@ def _card(name: str, config: JiTConfig, found: Mapping[str, Fields], exact: Fiel
         f"### `{name}`\n",
         f"{config.steps} steps: {', then '.join(stages(config))}. {_method_of(config)}\n",
         f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
-        f"{_DENSE_STEPS / flux:.2f}x against {_DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
+        f"{DENSE_STEPS / flux:.2f}x against {DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
         "\n",
         *_exact(exact),
     ]
@@ -101,6 +141,8 @@ _SHOWN = (
     ("perceptual", "perceptual distance to them", 1.0, 3),
     ("spectrum_db", "detail, dB", 1.0, 2),
 )
+_COLUMNS = (*_SHOWN[:2], ("frechet_to_data", "Frechet to drawings", 1.0, 2), *_SHOWN[2:])
+_SIDE_PX = 256  # the embedded model's main size
 
 
 def _control(row: Fields, found: Mapping[str, Fields]) -> Fields | None:

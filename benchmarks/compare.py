@@ -9,7 +9,7 @@ from typing import Any
 
 TIMES = ("denoise_median_s", "median_s", "median_ms")
 _WHAT = ("benchmark", "case", "method", "operator", "way", "what", "mix", "batch", "grid", "grids", "channels")
-_HOW = ("density", "text_tokens", "steps", "timed_steps", "dtype", "seed", "device", "threads")
+_HOW = ("pixels", "density", "text_tokens", "steps", "timed_steps", "dtype", "seed", "device", "threads")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -251,6 +251,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "lab": cards.lab,
     "packing": packing,
     "presets": cards.presets,
+    "quality": cards.quality,
     "record": record,
 }
 

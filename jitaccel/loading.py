@@ -13,10 +13,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED_TEXT_TOKENS = 48  # the embedded model's captions are shorter; its default of 512 would be mostly padding
 
 
-def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto") -> Any:
+def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto", *, pickle: bool = False) -> Any:
     """Returns the diffusers pipeline in a folder or of a hub id, on its device; None: the embedded one.
 
-    dtype "auto": bfloat16 on CUDA, float32 elsewhere. device "auto": CUDA where there is one.
+    dtype "auto": bfloat16 on CUDA, float32 elsewhere. device "auto": CUDA where there is one. pickle: whether weights
+    may be other files than safetensors; loading those runs code that they hold.
 
     Raises CommandError for missing packages, folders and devices.
     """
@@ -34,10 +35,14 @@ def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto") 
     is_cuda = torch_device.type == "cuda"
     name = dtype if dtype != "auto" else "bfloat16" if is_cuda else "float32"
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **{dtype_argument(): getattr(torch, name)})
+        settings = {dtype_argument(): getattr(torch, name), "use_safetensors": None if pickle else True}
+        pipe = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}") from error
+        advice = "" if pickle else "; --pickle loads weights that are no safetensors, too"
+        raise CommandError(
+            f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}{advice}"
+        ) from error
     return pipe.to(torch_device)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jitaccel.execution.options import Execution
     from jitaccel.generation.batch import Outcome
     from jitaccel.generation.handle import Installation
+    from jitaccel.generation.stats import Cost
     from jitaccel.method.config import JiTConfig
     from jitaccel.speed.cost import Probe
 
@@ -32,7 +33,8 @@ class Patch:
     the kind of output. export: gets pipeline, settings, size, batch, text length and attention, and returns the stages.
     prepare_exported: as prepare, for a pipeline and loaded stages. probe: gets target, size in pixels and length of
     prompts (either may be None) and execution, and returns forwards to time. defaults: gets a target, and returns the
-    fields of JiTConfig that its kind of model has in presets given by name. None where there is none.
+    fields of JiTConfig that its kind of model has in presets given by name. cost: gets a target, and returns the
+    operations of one forward of its network by numbers of tokens. None where there is none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Patch:
     prepare_exported: Callable[..., Installation] | None = None
     probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
     defaults: Callable[[Any], Mapping[str, Any]] | None = None
+    cost: Callable[[Any], Cost] | None = None
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
@@ -100,6 +103,7 @@ PATCHES: tuple[Patch, ...] = (
         export=_lazily(".diffusers.stages", "export"),
         prepare_exported=_lazily(".diffusers.stages", "prepare_exported"),
         probe=_lazily(".diffusers.probe", "probe_pipeline"),
+        cost=_lazily(".flux.kinds", "cost_of_pipeline"),
     ),
     Patch(
         name="diffusers FluxTransformer2DModel, Flux2Transformer2DModel, ChromaTransformer2DModel",
@@ -108,6 +112,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         prepare=_lazily(".diffusers.pipelines", "prepare_transformer"),
         probe=_lazily(".diffusers.probe", "probe_transformer"),
+        cost=_lazily(".flux.kinds", "cost_of"),
     ),
     Patch(
         name="black-forest-labs Flux",
@@ -143,3 +148,18 @@ def find(target: Any) -> Patch:
         f"apply: target must be one of: {supported}; got {kind}; "
         f"pass a pipeline of these, or its network{_lazily('.models.refused', 'remark_on')(target)}"
     )
+
+
+def cost_of(target: Any) -> Cost:
+    """Returns the operations of one forward of a target's network, by numbers of image and text tokens.
+
+    Raises:
+        UnsupportedModelError: Where no patch is for the target, or its patch knows no formula.
+    """
+    patch = find(target)
+    if patch.cost is None:
+        raise UnsupportedModelError(
+            f"jitaccel: operations must be known by a formula, got {type(target).__name__}, whose are counted while it "
+            f"runs; ask handle.stats()"
+        )
+    return patch.cost(target)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
@@ -26,6 +25,7 @@ from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 
 from .flux.arguments import SeenIds, grid_of_ids, one_image, shown_timestep, single_level
 from .flux.params import config_of
+from .foreign import Arguments, Forward
 from .loops.velocity import VelocityRoute
 from .network import IndexedCalls, ModelCall, answered
 from .split import Split
@@ -34,19 +34,21 @@ _PATCH = 2  # latents along a token's side, in `prepare` of its sampling
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
 
 
-def prepare(model: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Installation:
+def prepare(
+    model: nn.Module, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+) -> Installation:
     """Returns what is to be installed on a `Flux`."""
     calls, kind = IndexedCalls("Flux", execution), type(uncompiled(model))
     name = f"{kind.__module__} {kind.__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
 
-    def put(model: Any, handle: Handle) -> None:
+    def put(model: nn.Module, handle: Handle) -> None:
         handle.set_attribute(model, "forward", Patched(_forward_of(model, handle, route)))
 
     return Installation(route=route, install=put)
 
 
-def _forward_of(model: Any, handle: Handle, route: VelocityRoute) -> Callable[..., Tensor]:
+def _forward_of(model: nn.Module, handle: Handle, route: VelocityRoute[IndexedCalls]) -> Forward:
     """Returns what answers calls in place of the model's forward."""
     plain = uncompiled(model)
     original, signature, seen = model.forward, inspect.signature(type(plain).forward), SeenIds()
@@ -72,11 +74,11 @@ def _forward_of(model: Any, handle: Handle, route: VelocityRoute) -> Callable[..
 
 
 def _model_call(
-    model: Any, original: Callable[..., Tensor], arguments: dict[str, Any], seen: SeenIds
+    model: nn.Module, original: Forward, arguments: Arguments, seen: SeenIds
 ) -> tuple[ModelCall, Split]:
-    ids, params = arguments["img_ids"], model.params
-    num_tokens = seen.num_generated(ids)
-    channels = getattr(model, "out_channels", None) or params.in_channels
+    ids, num_tokens = arguments["img_ids"], seen.num_generated(arguments["img_ids"])
+    params: Any = model.params
+    channels = int(getattr(model, "out_channels", None) or params.in_channels)
     split = Split(arguments["img"], num_tokens, channels)
     config = config_of(params, params.in_channels, channels)
     flops = chroma_flops if "approximator_layers" in config else flux_flops
@@ -94,7 +96,7 @@ def _model_call(
 
 
 def _evaluate(
-    original: Callable[..., Tensor], arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+    original: Forward, arguments: Arguments, split: Split, run: Run, state: Tensor
 ) -> Answer:
     """Runs the model on the anchors: their tokens, position ids and residuals."""
     batch = state.shape[0]

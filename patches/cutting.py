@@ -23,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.generation.handle import refuse_copy
 
-from .diffusers_private import is_parallel
+from .diffusers_private import divides_output, is_parallel
+from .ranks import check_still
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,14 +197,11 @@ def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:
     known = dict(model.named_modules())
     missing = [name for name in (*adapter.outputs, *adapter.blocks) if name not in known]
     found = [f"transformer must have a submodule {name!r}, got none in {type(model).__name__}" for name in missing]
-    found += [
+    return found + [
         f"transformer must have a method {name!r}, got none in {type(model).__name__}"
         for name in adapter.methods
         if not callable(getattr(model, name, None))
     ]
-    if is_parallel(model):
-        found.append("transformer must not be split over devices (context parallel), got a parallel configuration")
-    return found
 
 
 class _Now:
@@ -246,6 +244,22 @@ class _Method:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise refuse_copy()
+
+
+class _CutFirst:
+    """Stands before a hook that divides a module's output among ranks: the output is cut, then divided."""
+
+    def __init__(self, reference: Any, hook: _Hook) -> None:
+        self._reference, self._hook, self._divide = reference, hook, reference.post_forward
+        reference.post_forward = self
+
+    def __call__(self, module: nn.Module, output: Any) -> Any:
+        cut = self._hook(module, (), output)
+        return self._divide(module, output if cut is None else cut)
+
+    def remove(self) -> None:
+        if self._reference.post_forward is self:
+            self._reference.post_forward = self._divide
 
 
 class _BlockHook:
@@ -297,7 +311,8 @@ class Cut:
         self._outputs = {name: _Hook(self._now, way) for name, way in adapter.outputs.items()}
         self._blocks = {name: _BlockHook(self._now, ways) for name, ways in adapter.blocks.items()}
         self._methods = {name: _Method(self._now, way, model, name) for name, way in adapter.methods.items()}
-        self._placed: list[tuple[weakref.ref[nn.Module], RemovableHandle]] = []
+        self._was_parallel = is_parallel(model)
+        self._placed: list[tuple[weakref.ref[nn.Module], RemovableHandle | _CutFirst]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -322,7 +337,9 @@ class Cut:
         self.remove()
         vars(model).update(self._methods)
         for module, hook in outputs:
-            self._placed.append((weakref.ref(module), module.register_forward_hook(hook)))
+            reference = divides_output(module)
+            placed = module.register_forward_hook(hook) if reference is None else _CutFirst(reference, hook)
+            self._placed.append((weakref.ref(module), placed))
         for module, before in blocks:
             self._placed.append((weakref.ref(module), module.register_forward_pre_hook(before, with_kwargs=True)))
 
@@ -336,15 +353,16 @@ class Cut:
             self._placed[-1][1].remove()
             self._placed.pop()
 
+    def check(self) -> None:
+        """Raises ConfigError for a model whose tokens were divided among ranks after it was cut."""
+        model = self._model()
+        if model is not None:
+            check_still(model, was_parallel=self._was_parallel)
+
     @contextmanager
     def at(self, places: Places | None) -> Iterator[None]:
         """Cuts what runs inside to the anchors of `places`; None cuts nothing."""
-        model = self._model()
-        if model is not None and is_parallel(model):
-            raise UnsupportedModelError(
-                f"jitaccel: {type(model).__name__} must not be split over devices (context parallel), got "
-                f"enable_parallelism after apply; load the pipeline without it"
-            )
+        self.check()
         self.install()
         before, self._now.places = self._now.places, places
         try:

@@ -93,13 +93,20 @@ def forward_beneath_hooks(module: Any, forward: Callable[..., Any]) -> Callable[
     return forward
 
 
-def attention_backend(processor: Any) -> Any:
-    """Returns the backend that `set_attention_backend` chose for an attention processor; None: diffusers' default.
+def attention_backend(processor: Any) -> str | None:
+    """Returns the backend that an attention processor was given or that is active for all; None: torch's own choice.
 
-    Costs: raises AttributeError for a processor without the name, since attention of another kind than the one that
-    was chosen would be a silent change. Since diffusers 0.35.
+    `set_attention_backend` makes its choice active for every model of the process, as the context manager
+    `attention_backend` and the environment variable DIFFUSERS_ATTN_BACKEND do. Costs: raises AttributeError without the
+    names, since attention of another kind than the one that was chosen would be a silent change. Since diffusers 0.35.
     """
-    return processor._attention_backend
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    chosen = processor._attention_backend
+    if chosen is None:
+        chosen, _ = _AttentionBackendRegistry.get_active_backend()
+    name = AttentionBackendName(chosen)
+    return None if name is AttentionBackendName.NATIVE else str(name.value)
 
 
 def has_context_parallelism(processor: Any) -> bool:
@@ -145,6 +152,17 @@ def is_divided_around(module: Any, hook: Any) -> bool:
     names = [] if registry is None else list(registry.hooks)
     own = next((place for place, name in enumerate(names) if registry.hooks[name] is hook), len(names))
     return any(name.startswith(SPLITTING_HOOK) for name in names[own:])
+
+
+def divides_output(module: Any) -> Any:
+    """Returns the reference to functions of the hook that divides what a module returns among ranks; None without one.
+
+    Its `post_forward` (module, output) is called with what the module's own forward returned. Costs: under another
+    name, a table of positions would be cut after it is divided, and its rows would not be found. Since diffusers 0.36.
+    """
+    registry = hook_registry(module)
+    names = [] if registry is None else [name for name in registry.hooks if name.startswith(SPLITTING_HOOK)]
+    return registry.hooks[names[0]].fn_ref if names else None
 
 
 def offloads_whole_models(pipeline: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,3 +15,12 @@ def pipe() -> Any:
     from tests.support import tiny  # here, because diffusers takes seconds to import and most tests need none of it
 
     return tiny.pipeline()
+
+
+@pytest.fixture(autouse=True)
+def _attention_of_the_process() -> Iterator[None]:
+    """Puts back the attention backend of diffusers, which a test that chooses one chooses for the whole process."""
+    yield
+    if (dispatch := sys.modules.get("diffusers.models.attention_dispatch")) is not None:
+        default = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+        dispatch._AttentionBackendRegistry._active_backend = default

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from jitaccel.evaluation.comparison import Method, TimedCall, generate
-from jitaccel.speed.auto import DENSE_STEPS, Choice, decide, measure_costs
+from jitaccel.method.presets import DENSE_STEPS
+from jitaccel.speed.auto import Choice, decide, measure_costs
 
 from ..pipelines import Subject, embedded_subject
 from ..registry import Case, Measurement, Options, percentiles

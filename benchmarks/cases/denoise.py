@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from jitaccel.api import embedded_model
 from jitaccel.evaluation.comparison import Method, TimedCall, compared_methods, generate, warm_up
+from jitaccel.patches import cost_of
 
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, Subject, embedded_subject, random_subject
 from ..registry import Case, Measurement, Options, percentiles
@@ -51,8 +52,8 @@ class _Measured:
 
 def measure(subject: Subject, options: Options, timed_dense_steps: int | None = None) -> list[_Measured]:
     """Returns every method's generations: a warm-up, then the methods in turns, `options.repeat` times over."""
-    model = subject.pipe.transformer.config
-    methods = compared_methods(model, subject.grid[0] * subject.grid[1], subject.text_tokens)
+    cost, num_tokens = cost_of(subject.pipe), subject.grid[0] * subject.grid[1]
+    methods = compared_methods(cost, num_tokens, subject.text_tokens)
     timed = {m.name: m if m.name != "dense" else _shortened(m, timed_dense_steps) for m in methods}
     results = [_Measured(method=m, generations=[], scale=m.steps / timed[m.name].steps) for m in methods]
     warm_up(subject.pipe, generator=_generator(options), **subject.call)

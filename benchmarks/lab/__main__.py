@@ -34,6 +34,7 @@ from .judging import judged
 from .questions import CONTROLS, QUESTIONS, REFERENCE, Way, dense
 from .report import write
 from .sampler import Bench, Sampled, sample, sample_by_pipeline
+from .sizes import Sizes, sample_sizes
 
 _CHUNK = 32
 
@@ -85,7 +86,7 @@ class Lab:
         bench = Bench.of(self.pipe, prompts, seed=_noise_seed(self.seed, part))
         reference = self._reference(bench, part)
         made = reference if name == REFERENCE else self._sampled(bench, variant)
-        steps = variant.steps if isinstance(variant, Method) else variant.config.steps
+        steps = variant.steps if isinstance(variant, Method | Sizes) else variant.config.steps
         shared = {"method": name, "steps": steps, "config": _settings(variant), **self.origin}
         rows = [*judged(bench, self.judge, made, reference, shared, first=part.start)]
         with append_lines(self.folder / "rows.jsonl") as file:
@@ -93,6 +94,8 @@ class Lab:
         return rows
 
     def _sampled(self, bench: Bench, way: Way) -> Sampled:
+        if isinstance(way, Sizes):
+            return sample_sizes(bench, way, mixed=not self.exact)
         by = sample_by_pipeline if isinstance(way, Method) else sample
         return by(bench, way, mixed=not self.exact)  # type: ignore[arg-type]
 
@@ -102,9 +105,11 @@ class Lab:
         path = self.folder / f"reference-{key}-{part.start}-{part.stop}.npz"
         if path.exists():
             with np.load(path) as kept:
-                return Sampled(kept["pictures"], kept["gflop"], kept["stages"])
+                return Sampled(kept["pictures"], kept["gflop"], kept["stages"], kept["latents"])
         made = sample(bench, dense(50, "native"), mixed=not self.exact)
-        np.savez_compressed(path, pictures=made.pictures, gflop=made.gflop, stages=made.stages)
+        np.savez_compressed(
+            path, pictures=made.pictures, gflop=made.gflop, stages=made.stages, latents=made.latents
+        )
         return made
 
 
@@ -114,7 +119,7 @@ def _noise_seed(seed: int, part: range) -> int:
 
 def _settings(variant: Way) -> Row:
     """Returns what tells a variant from others, as JSON gives it back."""
-    if isinstance(variant, Method):
+    if isinstance(variant, Method | Sizes):
         settings: Row = json.loads(json.dumps(variant.settings))
         return settings
     own = {
@@ -125,6 +130,7 @@ def _settings(variant: Way) -> Row:
     }
     settings = json.loads(json.dumps({**variant.config.to_dict(), **own}))
     return settings
+
 
 def _told(function: Any) -> str:
     arguments = getattr(function, "keywords", {})

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jitaccel.evaluation.quality import metrics
 from jitaccel.evaluation.quality.rows import Row
 from jitaccel.evaluation.scenes.judge import Judge, compare
 
-from .sampler import Bench, Sampled
+from .sampler import GRID, PATCH, Bench, Sampled
+
+_AREA = 4  # tokens along a side of the areas whose means are the layout
 
 
 def judged(
@@ -26,6 +31,7 @@ def judged(
             "ssim": metrics.ssim(picture, other),
             "perceptual": metrics.perceptual_distance(maps[k], of_reference[k]),
             "spectrum_db": metrics.spectrum_error_db(picture, other),
+            **_latent_errors(made, reference, k),
         }  # fmt: skip
         stages = made.stages[k]
         yield {
@@ -40,3 +46,25 @@ def judged(
             "features": [round(float(value), 5) for value in maps[k].mean(axis=(1, 2))],
             "gflop": float(made.gflop[k]),
         }
+
+
+def _latent_errors(made: Sampled, reference: Sampled, k: int) -> Row:
+    """Returns how far the latents of a picture are from the reference's, as shares of the latter's mean square.
+
+    latent_mse: mean squared error. layout_mse: the part of it that lies in the means of areas of 4x4 tokens.
+    """
+    if made.latents is None or reference.latents is None:
+        return {}
+    own, other = made.latents[k], reference.latents[k]
+    power = float((other**2).mean())
+    return {
+        "latent_mse": float(((own - other) ** 2).mean()) / power,
+        "layout_mse": float((_layout(own - other) ** 2).mean()) / power,
+    }
+
+
+def _layout(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the mean of each channel over each area, from tokens (N, D) that hold 2x2 latents of a channel."""
+    height, width = (side // _AREA for side in GRID)
+    areas = tokens.reshape(height, _AREA, width, _AREA, -1, PATCH**2)
+    return np.asarray(areas.mean(axis=(1, 3, 5)))

@@ -38,18 +38,24 @@ class SparseNetwork:
     def __init__(self, transformer: Any, texts: Texts, grid: tuple[int, int], mixed: bool) -> None:
         self.transformer, self.texts, self.grid, self._mixed = transformer, texts, grid, mixed
         rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-        self._ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+        self.ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
         self.flops = 0.0
 
     def __call__(self, state: Tensor, anchors: Tensor, level: float) -> Tensor:
         """Returns the velocity (B, M, D) float32 of the anchors' state (B, M, D). anchors: (B, M) raster indices."""
-        self._count(anchors.shape)
         if bool((anchors == anchors[:1]).all()):
-            return self._forward(state, anchors[0], level, slice(None))
-        parts = [self._forward(state[k : k + 1], row, level, slice(k, k + 1)) for k, row in enumerate(anchors)]
+            return self.at(state, self.ids[anchors[0]], level)
+        self._count(anchors.shape)
+        ids = self.ids[anchors]
+        parts = [self._forward(state[k : k + 1], each, level, slice(k, k + 1)) for k, each in enumerate(ids)]
         return torch.cat(parts)
 
-    def _forward(self, state: Tensor, anchors: Tensor, level: float, images: slice) -> Tensor:
+    def at(self, state: Tensor, ids: Tensor, level: float) -> Tensor:
+        """Returns the velocity (B, M, D) float32 of tokens with position ids (M, 3), the same for all images."""
+        self._count(state.shape[:2])
+        return self._forward(state, ids, level, slice(None))
+
+    def _forward(self, state: Tensor, ids: Tensor, level: float, images: slice) -> Tensor:
         texts = self.texts.part(images)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._mixed):
             velocity: Tensor = self.transformer(
@@ -57,7 +63,7 @@ class SparseNetwork:
                 encoder_hidden_states=texts.words,
                 pooled_projections=texts.pooled,
                 timestep=torch.full((len(state),), level),
-                img_ids=self._ids[anchors],
+                img_ids=ids,
                 txt_ids=torch.zeros(texts.words.shape[1], 3),
                 return_dict=False,
             )[0]

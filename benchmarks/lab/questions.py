@@ -6,13 +6,16 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.methods import parse_methods
 from jitaccel.method.config import JiTConfig
-from jitaccel.method.presets import PRESETS
+from jitaccel.method.presets import PRESETS, pooled_start
+from jitaccel.method.schedule import noise_levels
 
 from . import lifters, variant
+from .sizes import Sizes, on_levels
 from .variant import Variant
 
 # The paper's 7x, written out: the presets of the product may change by what is found here.
@@ -20,12 +23,12 @@ PAPER = JiTConfig(densities=(0.32, 0.60, 1.0), boundaries=(0.4, 0.65, 1.0), step
 CLEAN = PAPER.replace(lifter="clean", micro_flow="none")
 REFERENCE = "dense:50"
 
-Way = Variant | Method
-"""A variant, sampled by the lab, or a method of `jitaccel eval`, by the pipeline."""
+Way = Variant | Sizes | Method
+"""A variant or steps at two sizes, sampled by the lab, or a method of `jitaccel eval`, by the pipeline."""
 
 
 def staged(ends: tuple[int, ...], densities: tuple[float, ...]) -> JiTConfig:
-    """Returns stages that end after so many steps, with all else as in the preset 7x."""
+    """Returns stages that end after so many steps, with all else as in the preset few-steps."""
     boundaries = tuple((end + 1e-6) / ends[-1] for end in ends[:-1])
     return PRESETS["few-steps"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
 
@@ -47,10 +50,20 @@ def native_levels(steps: int, shift: float = 0.63) -> tuple[float, ...]:
     return (*(factor / (factor + (1.0 / level - 1.0)) for level in even), 0.0)
 
 
-def _named(pairs: Mapping[str, JiTConfig | Variant]) -> Mapping[str, Way]:
+def _named(pairs: Mapping[str, JiTConfig | Variant | Sizes]) -> Mapping[str, Way]:
     return MappingProxyType(
-        {name: each if isinstance(each, Variant) else Variant(config=each) for name, each in pairs.items()}
+        {name: Variant(config=each) if isinstance(each, JiTConfig) else each for name, each in pairs.items()}
     )
+
+
+def by_subset(config: JiTConfig) -> JiTConfig:
+    """Returns a pooled configuration with a subset of as many tokens in place of the smaller picture."""
+    return config.replace(pooling=())
+
+
+def on_7x(*factors: int, **others: Any) -> Sizes:
+    """Returns steps on the levels of 7x that pool by `factors`, then dense ones."""
+    return on_levels(noise_levels(PRESETS["7x"]), factors, **others)
 
 
 def _lifters(config: JiTConfig) -> dict[str, JiTConfig | Variant]:
@@ -96,8 +109,56 @@ _BUDGETS: Mapping[str, Mapping[str, Way]] = {
     }),
 }  # fmt: skip
 
+_SEVEN = PRESETS["7x"]
+_POOLED: Mapping[str, Mapping[str, Way]] = {
+    "pooled or subset": _named({
+        "7x": _SEVEN,
+        "7x by subset": by_subset(_SEVEN),
+        "2 pooled, 5 dense": pooled_start(2, 5, _SEVEN.alpha, _SEVEN.beta),
+        "2 at 25 %, 5 dense": by_subset(pooled_start(2, 5, _SEVEN.alpha, _SEVEN.beta)),
+        "10x": PRESETS["10x"],
+        "10x by subset": by_subset(PRESETS["10x"]),
+        "dpm:6": dense(6, solver="dpmpp_2m"),
+        "dpm:4": dense(4, solver="dpmpp_2m"),
+    }),
+    "position ids of pooled steps": _named({
+        "7x": _SEVEN,
+        "7x, strided ids": on_7x(*(2,) * 6, places="strided"),
+        "7x, ids of the middle": on_7x(*(2,) * 6, places="centred"),
+    }),
+    "guidance of pooled steps": _named({
+        "7x": _SEVEN,
+        **{f"7x, guidance {w:+g}": on_7x(*(2,) * 6, guidance=w) for w in (-0.3, 0.3)},
+    }),
+    "correction from a dense step": _named({
+        "1 dense, 5 pooled, 5 dense": on_7x(1, *(2,) * 5),
+        "1 dense, 5 pooled, 5 dense, mean": on_7x(1, *(2,) * 5, correction="mean"),
+        "1 dense, 5 pooled, 5 dense, coarse": on_7x(1, *(2,) * 5, correction="coarse"),
+    }),
+    "which steps are pooled": _named({
+        "11 dense": on_7x(),
+        "1 pooled, 10 dense": on_7x(2),
+        "2 pooled, 9 dense": on_7x(2, 2),
+        "4 pooled, 7 dense": on_7x(2, 2, 2, 2),
+        "7x": _SEVEN,
+        "1 dense, 5 pooled, 5 dense": on_7x(1, *(2,) * 5),
+        "2 dense, 4 pooled, 5 dense": on_7x(1, 1, *(2,) * 4),
+        "every other of 6 pooled": on_7x(1, 2, 1, 2, 1, 2),
+    }),
+    "factor": _named({
+        "7x": _SEVEN,
+        "2 by 4, 4 by 2, 5 dense": on_7x(4, 4, 2, 2, 2, 2),
+        "6 by 4, 5 dense": on_7x(*(4,) * 6),
+    }),
+    "one step pooled": _named({
+        "11 dense": on_7x(),
+        **{f"step {k + 1} pooled": on_7x(*(1,) * k, 2) for k in (0, 2, 4, 5, 7, 9)},
+    }),
+}  # fmt: skip
+
 QUESTIONS: Mapping[str, Mapping[str, Way]] = MappingProxyType({
     **_BUDGETS,
+    **_POOLED,
     "solver": _named({
         "7x-paper": PAPER,
         "7x-paper, dpm": PAPER.replace(solver="dpmpp_2m"),

@@ -22,6 +22,8 @@ _COLUMNS = {
     "psnr_db": ("PSNR, dB", 1.0, 1),
     "spectrum_db": ("detail, dB", 1.0, 2),
     "seam": ("seams", 1.0, 2),
+    "latent_mse": ("latent error", 1.0, 4),
+    "layout_mse": ("of it layout", 1.0, 4),
 }
 _HEAD = ["variant", "cost", *(title for title, _, _ in _COLUMNS.values()), "more", "p"]
 

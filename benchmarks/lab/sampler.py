@@ -15,6 +15,8 @@ from torch import Tensor
 from jitaccel.evaluation.comparison import Method, generate
 from jitaccel.evaluation.pictures import to_bytes
 from jitaccel.evaluation.scenes.captions import Claims
+from jitaccel.method.pool import PooledPlan
+from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
 from jitaccel.patches.diffusers_private import pack_latents, unpack_latents
@@ -24,7 +26,8 @@ from .network import CachedNetwork, SparseNetwork, StaleNetwork, Texts, watching
 from .variant import Variant, start, words_attended
 
 GRID, TEXT_TOKENS, SIDE_PX = (32, 32), 48, 256
-_BATCH = 8
+PATCH = 2  # latents along a token's side
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,31 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """Pictures (P, 256, 256, 3) uint8, what each cost, and in which stage each token was activated, (P, 32, 32)."""
+    """Pictures (P, 256, 256, 3) uint8, what each cost, and in which stage each token was activated, (P, 32, 32).
+
+    latents: (P, N, D) that the pictures were decoded from, where the lab made them itself.
+    """
 
     pictures: NDArray[np.uint8]
     gflop: NDArray[np.float64]
     stages: NDArray[np.int64]
+    latents: NDArray[np.float32] | None = None
 
 
 def sample(bench: Bench, variant: Variant, *, mixed: bool = True) -> Sampled:
     """Returns what the variant makes of every prompt. mixed: matrix products in bfloat16 (autocast)."""
     alone = variant.stale_keys or variant.cache_threshold is not None or variant.scores is words_attended
-    size = 1 if alone else _BATCH
-    pictures, cost, stages = [], [], []
+    size = 1 if alone else BATCH
+    pictures, cost, stages, latents = [], [], [], []
     for first in range(0, len(bench.prompts), size):
         chosen = slice(first, first + size)
         with torch.no_grad():
             state, activated, flops = _denoise(bench, variant, chosen, mixed)
-        pictures.append(_decode(bench.pipe, state))
+        pictures.append(decode(bench.pipe, state))
+        latents.append(state.numpy())
         stages.append(activated.unflatten(1, GRID).numpy())
         cost += [flops / len(state) / 1e9] * len(state)
-    return Sampled(np.concatenate(pictures), np.array(cost), np.concatenate(stages))
+    return Sampled(np.concatenate(pictures), np.array(cost), np.concatenate(stages), np.concatenate(latents))
 
 
 def sample_by_pipeline(bench: Bench, method: Method, *, mixed: bool = True) -> Sampled:
@@ -106,7 +114,7 @@ def _integrate(
     """Returns the last state, and in which stage each token was activated, (B, N)."""
     levels = noise_levels(variant.config)
     clock = KnownLevels(variant.config, levels)
-    run, watched = start(variant, GRID, clock.step(0), state)
+    run, watched = start(variant, GRID, clock.step(0), state, PATCH)
     stage = 0
     activated = torch.full(state.shape[:2], variant.config.num_stages - 1)
     if variant.scores is words_attended:
@@ -125,8 +133,9 @@ def _integrate(
             velocity = network(state, everything, step.noise_level)
             run.remember(step, state, velocity)
         else:
-            velocity = run.leave(step, state, network(run.gather(state), run.anchors, step.noise_level))
+            velocity = run.leave(step, state, network(run.show(state), _places(run), run.shown_level))
         for share in (p.words_share for p in processors if p.words_share is not None):
+            assert not isinstance(run.plan, PooledPlan)
             filled = share.gather(1, run.plan.nearest)
             watched.words = put_tokens_(filled.contiguous(), share, run.anchors)
         state = state + (step.next_level - step.noise_level) * velocity
@@ -134,7 +143,13 @@ def _integrate(
     return state, activated
 
 
-def _decode(pipe: Any, state: Tensor) -> NDArray[np.uint8]:
+def _places(run: Run) -> Tensor:
+    """Returns the tokens of the grid, (B, M), whose position ids the network's tokens have."""
+    return run.plan.positions if isinstance(run.plan, PooledPlan) else run.anchors
+
+
+def decode(pipe: Any, state: Tensor) -> NDArray[np.uint8]:
+    """Returns the pictures (B, 256, 256, 3) of last states (B, N, D)."""
     with torch.no_grad():
         latents = unpack_latents(pipe, state, SIDE_PX, SIDE_PX)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor

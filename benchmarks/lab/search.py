@@ -1,10 +1,10 @@
 """Searches stages under a budget, or levels, on training prompts: `python -m benchmarks.lab.search --budget 6.5`.
 
 Candidates are all numbers of steps, ends of stages and densities of a small grid whose cost lies just below the budget,
-thinned evenly by `--most`, with 7x's lifter, moves and solver; or, with `--levels-of`, a preset on other levels. They
-are halved in rounds: each round doubles the prompts, and the better half goes on, by the mean of two ranks, of the
-attributes shown and of the Frechet distance to 50 dense steps. What wins has yet to be judged on the held-out prompts,
-which this never sees: its prompts are those of another seed.
+thinned evenly by `--most`, with the lifter, moves and solver of few-steps; or, with `--levels-of`, a preset or dense
+steps on other levels, the same ones for each. They are halved in rounds: each round doubles the prompts, and the better
+half goes on, by the mean of two ranks, of the attributes shown and of the Frechet distance to 50 dense steps. What wins
+has yet to be judged on the held-out prompts, which this never sees: its prompts are those of another seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 
+from jitaccel.errors import CommandError
 from jitaccel.evaluation.judging import load_judge
+from jitaccel.evaluation.methods import parse_methods
 from jitaccel.evaluation.quality.rows import Row
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.prompts import held_out
@@ -39,7 +41,7 @@ from .variant import Variant
 
 TRAINING_SEED = 1
 DENSITIES = ((0.32, 1.0), (0.5, 1.0), (0.32, 0.6, 1.0))
-ALPHAS, BETAS = (1.0, 1.4, 2.0), (0.3, 0.425, 0.6, 1.0)
+ALPHAS, BETAS = (0.7, 1.0, 1.4, 2.0), (0.3, 0.425, 0.6)
 
 
 def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, max_steps: int = 24) -> list[JiTConfig]:
@@ -121,7 +123,8 @@ def _part(bench: Bench, part: slice) -> Bench:
 
 
 def _sampled_part(made: Sampled, part: slice) -> Sampled:
-    return Sampled(made.pictures[part], made.gflop[part], made.stages[part])
+    latents = None if made.latents is None else made.latents[part]
+    return Sampled(made.pictures[part], made.gflop[part], made.stages[part], latents)
 
 
 def _searches(
@@ -130,15 +133,18 @@ def _searches(
     for budget in options.budget:
         chosen = thinned(candidates(budget, model), options.most)
         yield {"budget": budget}, {config_name(config): config for config in chosen}
-    for preset in options.levels_of:
-        yield {"levels_of": preset}, on_levels(PRESETS[preset])
+    for method in options.levels_of:
+        (config,) = (found.config for found in parse_methods(method))
+        if config is None or config.steps == "caller" or config.schedule == "native":
+            raise CommandError(f"--levels-of must name presets, beta:N or dpm:N, got {method!r}")
+        yield {"levels_of": method}, on_levels(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Searches, prints the rounds and writes them as JSON lines, in OUT/search.jsonl, after what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, nargs="*", default=[], help="of stages to search for, in dense steps")
-    parser.add_argument("--levels-of", nargs="*", default=[], choices=PRESETS, help="presets to search levels for")
+    parser.add_argument("--levels-of", nargs="*", default=[], help="presets, beta:N or dpm:N to search levels for")
     parser.add_argument("--most", type=int, default=24, help="candidates of a budget")
     parser.add_argument("--prompts", type=int, default=128, help="of the last round")
     parser.add_argument("--start", type=int, default=32, help="prompts of the first round")

@@ -53,10 +53,15 @@ class StageEnd:
     words: Tensor | None
 
 
-def start(variant: Variant, grid: tuple[int, ...], step: Step, state: Tensor) -> tuple[Run, Watched]:
-    """Returns a generation of a variant, and where its sampler notes what it has watched."""
+def start(
+    variant: Variant, grid: tuple[int, ...], step: Step, state: Tensor, patch: int = 1
+) -> tuple[Run, Watched]:
+    """Returns a generation of a variant, and where its sampler notes what it has watched.
+
+    patch: latents along a token's side, which pooled stages average.
+    """
     watched = Watched()
-    return Run(variant.config, grid, step, state, parts=parts_of(variant, watched)), watched
+    return Run(variant.config, grid, step, state, parts=parts_of(variant, watched), patch=patch), watched
 
 
 def parts_of(variant: Variant, watched: Watched) -> Parts:

@@ -102,6 +102,8 @@ def export(
     for name, value in (("batch_size", batch_size), ("text_tokens", text_tokens)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"export: {name} must be a whole number above 0, got {value!r}; give that of later calls")
+    if format == "aoti":
+        check_compiler_paths()
     patch = patches.find(target)
     if patch.export is None:
         raise UnsupportedModelError(
@@ -142,6 +144,16 @@ def _check_export(size: Any, attention: Any, options: Any) -> None:
         )
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"export: options must be a mapping of Inductor's options, got {options!r}; leave it out")
+
+
+def check_compiler_paths() -> None:
+    """Raises ConfigError where Inductor could not call its compiler: it does not quote the path of torch."""
+    where = str(Path(torch.__file__).parent)
+    if any(letter.isspace() for letter in where):
+        raise ConfigError(
+            f'export: torch must lie in a folder without spaces for format="aoti", got {where!r}; make the environment '
+            f'in another folder, or use format="torchscript"'
+        )
 
 
 def _write(

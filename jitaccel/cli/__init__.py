@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate
+from . import bench, demo, doctor, eval, export, generate, serve, view
+from .outputs import UNWRITABLE
 
 _COMMANDS = {
     "generate": generate,
     "demo": demo,
+    "view": view,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }
@@ -33,13 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_COMMANDS[arguments.command].run(arguments))
     except _EXPECTED as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        print(f"jitaccel {arguments.command}: {reason}", file=sys.stderr)
+        _complain(arguments.command, reason)
         return 2
     except KeyboardInterrupt:
         return 130
+    except MemoryError:
+        _complain(arguments.command, "memory must hold what is asked for, got too little; ask for less")
+        return 2
     except BrokenPipeError:  # `jitaccel doctor | head`: nobody reads on, and the interpreter must not say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = error.filename or "a file"
+        _complain(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
+        return 2
+
+
+def _complain(command: str, reason: str) -> None:
+    print(f"jitaccel {command}: {reason}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
 from ..loading import DTYPES, EMBEDDED_TEXT_TOKENS
+from .arguments import add_pickle
+from .limits import check_numbers, check_size
+from .outputs import check_folder
 
 if TYPE_CHECKING:
     from ..evaluation.prompts import Prompt
@@ -47,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    add_pickle(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
     parser.add_argument("--size", metavar="N|HxW", help="of pictures, in pixels; without it the model's own")
     parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
@@ -91,7 +96,7 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     from PIL import Image
 
     from ..evaluation.eval_pictures import known_qualities, write_pictures
-    from ..evaluation.eval_table import table
+    from ..evaluation.eval_table import paired, table
     from ..evaluation.quality.summary import summary
 
     def picture_of(method: str, prompt: int) -> Image.Image:
@@ -103,6 +108,8 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     text = table(rows, records, scorers, 0 if data is None else len(data))
     (study.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (study.folder / "table.md").write_text(text)
+    pairs = paired(rows, names, scorers)
+    records = [{**record, "paired": pairs.get(record["method"], {})} for record in records]
     written = write_pictures(rows, records, study.folder, picture_of, known=known)
     print(text, end="")
     print(f"wrote table.md, results.jsonl, {', '.join(path.name for path in written)} and pictures into {study.folder}")
@@ -111,20 +118,24 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
 def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
     """Returns the size asked for, (height, width). Raises CommandError for what cannot be, with every reason."""
     reasons = []
-    for name, least in (("--batch", 1), ("--max-sequence-length", 1), ("--seed", 0)):
-        value = getattr(arguments, name[2:].replace("-", "_"))
-        if value is not None and value < least:
-            reasons.append(f"{name} must be at least {least}, got {value}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        reasons.append(f"--out must be a folder, got the file {arguments.out}")
+    checks: list[tuple[Callable[[Any], None], Any]] = [(check_numbers, arguments), (check_folder, arguments.out)]
+    for check, given in checks:
+        try:
+            check(given)
+        except CommandError as error:
+            reasons.append(str(error))
     sides = [] if arguments.size is None else arguments.size.lower().split("x")
     if arguments.size is not None and not (
-        len(sides) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in sides)
+        len(sides) in (1, 2) and all(re.fullmatch(r"[0-9]{1,9}", side) and int(side) > 0 for side in sides)
     ):
         reasons.append(f"--size must be N or HxW in pixels, got {arguments.size!r}")
     if reasons:
         raise CommandError("\n".join(reasons))
-    return (int(sides[0]), int(sides[-1])) if sides else None
+    if not sides:
+        return None
+    size = int(sides[0]), int(sides[-1])
+    check_size(size)
+    return size
 
 
 def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device: Any) -> Setting:
@@ -134,6 +145,7 @@ def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device
     is_known = arguments.model is None or judge_folder(arguments.model) is not None
     return Setting(
         model=arguments.model,
+        pickle=arguments.pickle,
         device=device,
         dtype=dtype_of(arguments.dtype, device),
         size=size,

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from ..errors import CommandError
 from ..method.presets import PRESETS, resolve
+from .arguments import add_pickle
+from .limits import check_numbers, check_size
+from .outputs import check_file
 
 _MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="images of every later call")
     parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    add_pickle(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
 
 
@@ -32,13 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the folder and says what it holds."""
     size = None if arguments.size is None else _size(arguments.size)
     config = resolve(arguments.preset)
-    _check_numbers(arguments)
+    check_numbers(arguments)
+    _check_out(arguments.out)
 
     import jitaccel
 
     from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 
-    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
+    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device, pickle=arguments.pickle)
     side = picture_side(pipe)
     text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
     start = time.perf_counter()
@@ -56,18 +61,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises CommandError for what can be told before a model is loaded."""
-    if arguments.out.exists():
-        raise CommandError(f"--out must not exist, got {str(arguments.out)!r}; give another name, or remove it")
-    if arguments.batch_size < 1:
-        raise CommandError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
-        raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
+def _check_out(out: Path) -> None:
+    """Raises CommandError for a folder that cannot be made, before a model is loaded."""
+    check_file(out)
+    if out.exists():
+        raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or remove it")
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
         raise CommandError(f"--size must be HEIGHTxWIDTH in pixels, got {text!r}; for example 1024x1024")
-    return int(match[1]), int(match[2])
+    size = int(match[1]), int(match[2])
+    check_size(size)
+    return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
-from . import outputs
+from . import made
+from .arguments import add_pickle
+from .limits import check_numbers
+from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-ms", type=float, help=f"of --preset {_AUTO}: milliseconds of denoising; --true-cfg takes twice that"
     )
-    outputs.add_arguments(parser)
+    made.add_arguments(parser)
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
     parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
@@ -46,15 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
     parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it the model's (here: 48)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    add_pickle(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the picture and says what it cost."""
-    _check_numbers(arguments)
+    check_numbers(arguments)
     config = _config(arguments)
-    outputs.check(arguments)
+    made.check(arguments)
+    _check_report(arguments)
     guidance = _guidance(arguments)
 
     import torch
@@ -63,11 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, size_unit
 
-    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
-    outputs.check_pipeline(pipe, arguments)
+    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device, pickle=arguments.pickle)
+    made.check_pipeline(pipe, arguments)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    side = outputs.default_side(pipe)
+    side = made.default_side(pipe)
     size = (arguments.height or side, arguments.width or side)
     _check_sides(*size, size_unit(pipe))
     text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else None)
@@ -81,8 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
     if config is not None:  # a preset by its name, so that the model's own noise levels stay where it has them
         overrides = {} if arguments.steps is None else {"steps": arguments.steps}
         handle = jitaccel.apply(pipe, config if arguments.preset == _AUTO else arguments.preset, **overrides)
+        if arguments.report is not None:
+            handle.record()
     steps = arguments.steps if handle is None else handle.config.steps
-    call = outputs.call_of(
+    call = made.call_of(
         pipe,
         arguments,
         {
@@ -95,11 +104,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     generator = torch.Generator().manual_seed(arguments.seed)
     start = time.perf_counter()
-    made = pipe(arguments.prompt, generator=generator, **call)
+    result = pipe(arguments.prompt, generator=generator, **call)
     seconds = time.perf_counter() - start
     stats = None if handle is None else handle.stats()
-    described = outputs.save(made, arguments, stats)
+    described = made.save(result, arguments, stats)
     print(f"{arguments.out}: {described}, preset {arguments.preset}, {seconds:.2f} s")
+    if handle is not None and arguments.report is not None:
+        report = handle.report(arguments.report, prompt=arguments.prompt)
+        print(f"{report}: {report.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if arguments.stats:
         print("no statistics: the pipeline ran untouched" if stats is None else stats)
     return 0
@@ -141,13 +153,12 @@ def _check_target(arguments: argparse.Namespace) -> None:
     check_target(arguments.target_speedup, arguments.target_ms, {})
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    if arguments.steps is not None and arguments.steps < 1:
-        raise CommandError(f"--steps must be at least 1, got {arguments.steps}")
-    if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
-        raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
-    if not 0 <= arguments.seed < 2**63:
-        raise CommandError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
+def _check_report(arguments: argparse.Namespace) -> None:
+    if arguments.report is None:
+        return
+    if arguments.preset == _UNTOUCHED:
+        raise CommandError(f"--report must come with a preset, got --preset {_UNTOUCHED}; --preset dense runs the same")
+    check_report(arguments.report, arguments.overwrite, "--report")
 
 
 def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -155,8 +166,10 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.guidance is not None:
         call["guidance_scale"] = arguments.guidance
     if arguments.true_cfg is not None:
-        if arguments.true_cfg <= 1.0:
-            raise CommandError(f"--true-cfg must be above 1, got {arguments.true_cfg}; 1 is the same as leaving it out")
+        if not 1.0 < arguments.true_cfg < math.inf:
+            raise CommandError(
+                f"--true-cfg must be above 1 and finite, got {arguments.true_cfg}; 1 is the same as leaving it out"
+            )
         call["true_cfg_scale"] = arguments.true_cfg
         call["negative_prompt"] = arguments.negative_prompt or ""
     elif arguments.negative_prompt is not None:

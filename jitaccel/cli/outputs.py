@@ -1,138 +1,103 @@
-"""What `generate` writes: a picture or a clip, and which tokens each stage computed."""
+"""Where commands write: tried before anything is computed; a finished picture that cannot be saved is not lost."""
 
 from __future__ import annotations
 
-import argparse
-import inspect
-from collections.abc import Mapping
+import errno
+import io
+import os
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CommandError
 
-if TYPE_CHECKING:
-    from ..generation.stats import Stats
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
-CLIPS = (".mp4", ".mkv", ".mov", ".webm", ".gif")  # those of evaluation/clips.py, which imports Pillow
-_FPS = 16
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of videos and token pictures."""
-    parser.add_argument("--frames", type=int, help="of a video model: number of frames; without it the pipeline's own")
-    parser.add_argument("--fps", type=float, help=f"of a video model: frames a second of the clip; {_FPS} without it")
-    parser.add_argument(
-        "--tokens",
-        type=Path,
-        help="file to write as well, which shows the tokens that each stage computed: a picture (of a video: some "
-        "frames side by side), or of a video a clip",
-    )
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+_TRIED_BYTES = 1 << 16
+# What says of the place that is written to, and nothing of the program.
+UNWRITABLE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
+)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises CommandError, before anything is loaded, for files that could not be written, and numbers out of range."""
-    for name, path in (("--out", arguments.out), ("--tokens", arguments.tokens)):
-        if path is not None:
-            _check_file(name, path, arguments.overwrite)
-    if arguments.tokens is not None and arguments.preset == "none":
-        raise CommandError("--tokens must come with a preset, got --preset none, which computes every token")
-    if arguments.frames is not None and arguments.frames < 1:
-        raise CommandError(f"--frames must be at least 1, got {arguments.frames}")
-    if arguments.fps is not None and not 1 <= arguments.fps <= 120:
-        raise CommandError(f"--fps must be in 1..120, got {arguments.fps:g}")
+def check_folder(folder: Path) -> None:
+    """Raises CommandError where `--out` or what is above it takes no file, by writing one there for a moment.
+
+    Args:
+        folder: That files are to be written in; it and folders above it may be missing.
+    """
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise CommandError(f"--out must be a folder, got the file {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0" * _TRIED_BYTES)
+            file.flush()
+    except OSError as error:
+        raise CommandError(
+            f"--out must be writable, got {str(folder)!r} ({_reason(error)}); give another folder, or make room"
+        ) from error
 
 
-def _check_file(name: str, path: Path, overwrite: bool) -> None:
-    if path.suffix.lower() not in (*PICTURES, *CLIPS):
-        raise CommandError(f"{name} must end in one of {', '.join((*PICTURES, *CLIPS))}, got {str(path)!r}")
-    if path.is_dir():
-        raise CommandError(f"{name} must be a file, got the folder {str(path)!r}")
-    if path.exists() and not overwrite:
-        raise CommandError(f"{name} must not exist, got {str(path)!r}; give another name, or --overwrite")
-    existing = next((folder for folder in path.absolute().parents if folder.exists()), None)
-    if existing is None or not existing.is_dir():
-        raise CommandError(f"{name} must lie in a folder, got {str(path)!r} below the file {existing}")
-    if path.suffix.lower() in CLIPS:
-        from ..loading import require_diffusers
-
-        require_diffusers()
-        from ..evaluation.clips import require_encoder
-
-        require_encoder(path)
+def check_file(path: Path) -> None:
+    """Raises CommandError where nothing of this name can be written, as `check_folder` does."""
+    _existing(path)
+    check_folder(path.parent)
 
 
-def makes_videos(pipe: Any) -> bool:
-    """Returns whether a pipeline makes videos: its call takes a number of frames."""
-    return "num_frames" in _parameters(pipe)
+def _existing(path: Path) -> Path:
+    """Returns what exists of this path and those above, the nearest. Raises CommandError for names that none has."""
+    try:
+        if "\0" in str(path):
+            raise ValueError("it holds a null character")
+        existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        for part in path.absolute().relative_to(existing).parts:
+            (existing / part).exists()  # raises for a name that is too long, which is asked for only where it stands
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"--out must be a name that a file can have, got {str(path)[:80]!r} ({_reason(error)}); give another"
+        ) from error
+    if existing != path.absolute() and not existing.is_dir():
+        raise CommandError(f"--out must lie in a folder, got {str(path)!r} below the file {existing}")
+    return existing
 
 
-def default_side(pipe: Any) -> int | None:
-    """Returns the side in pixels of a picture model, by its autoencoder; None: the pipeline's own default is taken."""
-    side = getattr(pipe.vae.config, "sample_size", None)
-    return side if isinstance(side, int) and not makes_videos(pipe) else None
+def save_picture(picture: Any, path: Path) -> None:
+    """Writes a PIL picture, whole or not at all; its folder is made where missing.
+
+    Raises:
+        CommandError: Where it cannot be written; the picture then lies in the temporary folder, as the error says.
+    """
+    suffix = path.suffix.lower()
+    content = io.BytesIO()
+    picture.save(content, format=_FORMATS.get(suffix, suffix[1:].upper()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content.getvalue())
+    except OSError as error:
+        raise CommandError(
+            f"--out could not be written, got {path} ({_reason(error)}); {_rescued(path, content)}"
+        ) from error
 
 
-def check_pipeline(pipe: Any, arguments: argparse.Namespace) -> None:
-    """Raises CommandError where a pipeline does not make what is to be written, or does not take an argument."""
-    kind, is_video = type(pipe).__name__, makes_videos(pipe)
-    is_clip = arguments.out.suffix.lower() in CLIPS
-    if is_video and not is_clip:
-        raise CommandError(f"--out must end in one of {', '.join(CLIPS)} for {kind}, got {str(arguments.out)!r}")
-    if not is_video:
-        given = [name for name in ("frames", "fps") if getattr(arguments, name) is not None]
-        if given:
-            raise CommandError(f"--{given[0]} must come with a video model, got a {kind}, which makes pictures")
-        for name, path in (("--out", arguments.out), ("--tokens", arguments.tokens)):
-            if path is not None and path.suffix.lower() in CLIPS:
-                raise CommandError(f"{name} must end in one of {', '.join(PICTURES)} for {kind}, got {str(path)!r}")
-    for name, parameter in (("--true-cfg", "true_cfg_scale"), ("--guidance", "guidance_scale")):
-        value = arguments.true_cfg if name == "--true-cfg" else arguments.guidance
-        if value is not None and parameter not in _parameters(pipe):
-            raise CommandError(f"{name} must be left out for {kind}, whose calls have no {parameter}, got {value:g}")
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file beside its place and moves it there, so that nothing that was cut off has its name."""
+    partial = path.with_name(f".{os.getpid()}{path.suffix}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def call_of(pipe: Any, arguments: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a pipeline's call: those given that it takes, and those of a video."""
-    video = {"num_frames": arguments.frames, "output_type": "np"} if makes_videos(pipe) else {}
-    known = _parameters(pipe)
-    return {name: value for name, value in {**given, **video}.items() if name in known and value is not None}
+def _rescued(path: Path, content: io.BytesIO) -> str:
+    try:
+        found = Path(tempfile.mkdtemp(prefix="jitaccel-")) / f"picture{path.suffix}"
+        found.write_bytes(content.getvalue())
+    except OSError as error:
+        return f"nor could the picture be kept in {tempfile.gettempdir()} ({_reason(error)})"
+    return f"the picture is in {found}"
 
 
-def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
-    """Writes what a pipeline has made, and the tokens of it where asked; returns its size in words."""
-    from ..evaluation import clips
-
-    for path in (arguments.out, arguments.tokens):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    if not hasattr(made, "frames"):
-        picture = made.images[0]
-        picture.save(arguments.out)
-        if stats is not None and arguments.tokens is not None:
-            _sheet(picture, stats).save(arguments.tokens)
-        return f"{picture.width}x{picture.height}"
-    frames, fps = made.frames[0], arguments.fps or _FPS
-    clips.write_clip(frames, arguments.out, fps)
-    if stats is not None and arguments.tokens is not None:
-        if arguments.tokens.suffix.lower() in CLIPS:
-            clips.write_clip(clips.token_frames(frames, stats), arguments.tokens, fps)
-        else:
-            clips.token_sheet(frames, stats).save(arguments.tokens)
-    return f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
-
-
-def _sheet(picture: Any, stats: Stats) -> Any:
-    """Returns a picture as each stage showed it to the network, side by side."""
-    import numpy as np
-
-    from ..evaluation.clips import stage_labels
-    from ..evaluation.pictures import grid_picture, show_stage
-
-    pixels = np.asarray(picture.convert("RGB"))
-    shown = [show_stage(pixels, stats, stage) for stage in range(len(stats.anchors))]
-    return grid_picture([shown], stage_labels(stats), [""])
-
-
-def _parameters(pipe: Any) -> Mapping[str, Any]:
-    return inspect.signature(type(pipe).__call__).parameters
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,14 +14,12 @@ import jitaccel
 
 from ..errors import ConfigError
 from ..generation.handle import Handle
-from ..generation.stats import Stats
+from ..generation.stats import Cost, Stats
 from ..generation.stopwatch import wait_for
 from ..method.config import JiTConfig
-from ..method.presets import PRESETS
-from ..patches.flux.flops import flux_flops
+from ..method.presets import DENSE_STEPS, PRESETS
+from ..patches import cost_of
 from ..speed.control import dense_control, schedule_flops
-
-DENSE_STEPS = 50
 
 
 class Rival(Protocol):
@@ -75,12 +72,11 @@ class TimedCall:
     stats: Stats | None
 
 
-def compared_methods(model: Mapping[str, Any], num_tokens: int, text_tokens: int) -> tuple[Method, ...]:
+def compared_methods(cost: Cost, num_tokens: int, text_tokens: int) -> tuple[Method, ...]:
     """Returns 50 dense steps on the pipeline's own levels, the dense control that costs as much as 7x, 4x and 7x.
 
-    model: the transformer's configuration, from which costs follow.
+    cost: operations of one forward by numbers of tokens.
     """
-    cost = functools.partial(flux_flops, model)
     control = dense_control(PRESETS["7x"], num_tokens, text_tokens, cost)
     configs = {"control": control, "4x": PRESETS["4x"], "7x": PRESETS["7x"]}
     sparse = [Method(name=name, steps=_steps(config), config=config) for name, config in configs.items()]
@@ -142,8 +138,7 @@ def _shortest(config: JiTConfig) -> JiTConfig:
 
 def _dense_cost(pipe: Any, steps: int, clock: _DenoisingClock) -> tuple[int, int]:
     batch, tokens, text_tokens = clock.shape
-    cost = functools.partial(flux_flops, pipe.transformer.config)
-    flops = schedule_flops(PRESETS["dense"], tokens, text_tokens, cost, steps)
+    flops = schedule_flops(PRESETS["dense"], tokens, text_tokens, cost_of(pipe), steps)
     return batch * flops, steps * tokens
 
 

@@ -101,6 +101,29 @@ def _lead(rows: Rows, scorers: Sequence[Scorer]) -> _Lead | None:
     return _Lead(scorer.title or scorer.name, "", lambda some: column(some, scorer.name), 1.0, scorer.digits)
 
 
+def paired(rows: Rows, methods: Sequence[str], scorers: Sequence[Scorer] = ()) -> dict[str, dict[str, Any]]:
+    """Returns for each method, of which JSON can be made, by how much more of the lead quality it has than others.
+
+    By the name of the other, which is the reference and the dense control of its cost: `value` with the ends of its
+    95 % interval, `low` and `high`, over prompts, and `p`, how likely that is by chance. Empty without such a quality.
+
+    methods: names, the reference first. scorers: as for `table`.
+    """
+    of, lead = by_method(rows, methods, asker="paired"), _lead(rows, scorers)
+    if lead is None:
+        return {}
+    found = {}
+    for name in methods:
+        others = dict.fromkeys(other for other in (methods[0], _control(name, of)) if other not in (None, name))
+        found[name] = {other: _versus(of[name], of[other], lead) for other in others if other is not None}
+    return found
+
+
+def _versus(rows: Rows, others: Rows, lead: _Lead) -> dict[str, float]:
+    own, other = lead.values(rows), lead.values(others)
+    return {**vars(mean_of(own - other)), "p": paired_p_value(own, other)}
+
+
 def _against(of: Mapping[str, Rows], lead: _Lead | None) -> dict[str, list[str]]:
     if lead is None:
         return {}
@@ -110,9 +133,9 @@ def _against(of: Mapping[str, Rows], lead: _Lead | None) -> dict[str, list[str]]
         if control is None:
             cells.append(("", "", ""))
             continue
-        own, other = lead.values(rows), lead.values(of[control])
-        p_value = paired_p_value(own, other)
-        more = _shown(mean_of(own - other), lead.scale, lead.digits)
+        found = _versus(rows, of[control], lead)
+        p_value = found.pop("p")
+        more = _shown(Estimate(**found), lead.scale, lead.digits)
         cells.append((control, more, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"))
     heads = ("against", f"{lead.name} more{lead.unit}", "p")
     return {head: list(column) for head, column in zip(heads, zip(*cells, strict=True), strict=True)}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..method.checks import is_finite_number
 from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
+OnStep = Callable[[int, int, int], None]
+"""Called after each step of each request: (index of the request, steps done, steps in all)."""
+OnOutcome = Callable[[int, "Outcome"], None]
+"""Called as soon as a request has its outcome: (index of the request, outcome)."""
+
 _MAX_TEXT = 512  # T5 tokens, of FluxPipeline
 _WHOLE = {  # fields that are whole numbers, with the least and the greatest
     "height": (1, 2**31 - 1),
@@ -70,7 +74,7 @@ class Request:
                 )
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)
-            if not _is_scale(value):
+            if not is_finite_number(value) or value < 0.0:
                 found.append(
                     f"{name} must be a finite number, 0 or above, got {value!r}; "
                     f"leave it out for {type(self).__dataclass_fields__[name].default}"
@@ -93,15 +97,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_scale(value: object) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value) and float(value) >= 0.0
-    except OverflowError:  # a whole number beyond a float
-        return False
 
 
 @dataclass(frozen=True)
@@ -129,6 +124,8 @@ def generate_batch(
     attention: Attention = "auto",
     strict: bool = False,
     output_type: OutputType = "pil",
+    on_step: OnStep | None = None,
+    on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns one outcome for each request, in their order; all share each forward of the network.
 
@@ -136,7 +133,10 @@ def generate_batch(
     rounding. A request that fails on its way (a velocity that is not finite, say) fails alone.
 
     target: a diffusers `FluxPipeline` that is not patched. execution, attention, strict: as in `apply`; "indexed" runs
-        the requests' forwards one after the other.
+        the requests' forwards one after the other, and outcome k is then what request k gives alone bit for bit.
+    on_step: called after each step of each request with the request's index, the steps done and the steps in all. An
+        Exception that it raises ends that request alone and is its error: how a server drops one that nobody awaits.
+    on_outcome: called as soon as a request has its outcome, with the request's index; others may go on for long.
 
     Raises ConfigError with every request that cannot be run, by index, before any is run; UnsupportedModelError for
     pipelines that cannot be accelerated correctly.
@@ -152,7 +152,7 @@ def generate_batch(
             f"generate_batch: target must be a FluxPipeline, the one that packed execution knows, got "
             f"{type(target).__name__}; apply(pipeline), and call it with a list of prompts"
         )
-    return list(patch.generate_batch(target, checked_requests(requests), how, output_type))
+    return list(patch.generate_batch(target, checked_requests(requests), how, output_type, on_step, on_outcome))
 
 
 def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:

@@ -104,6 +104,11 @@ class Stats:
         tokens = next((step.tokens for step in self.steps if step.stage == stage), 0)
         return "dense" if tokens == num_tokens_of(self.grid) else "subset"
 
+    def _repr_html_(self) -> str:
+        from ..view.notebook import stats_html
+
+        return stats_html(self)
+
     def __str__(self) -> str:
         how = f"{self.execution} execution" + (f" with {self.attention}" if self.attention else "")
         lines = [f"{self.codebase}, {how}, {self.generations} generations"]

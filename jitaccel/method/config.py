@@ -3,15 +3,15 @@
 import dataclasses
 import inspect
 import math
-import numbers
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from ..errors import ConfigError, suggestion
+from .checks import MAX_STEPS, check_steps, choice_problems, is_finite_number, is_step_count, is_whole, stage_problems
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -25,7 +25,6 @@ _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
 MAX_WINDOW = 1023  # the operators' own limit
 _MAX_TOKENS = 2**40  # the operators' own limit
-_MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +87,9 @@ class JiTConfig:
         densities = self._normalise("densities", problems)
         boundaries = self._normalise("boundaries", problems)
         if densities is not None:
-            problems += _stage_problems("densities", densities, "list the sparsest stage first")
+            problems += stage_problems("densities", densities, "list the sparsest stage first")
         if boundaries is not None:
-            problems += _stage_problems("boundaries", boundaries, "order the stages' ends")
+            problems += stage_problems("boundaries", boundaries, "order the stages' ends")
         if densities is not None and boundaries is not None and len(densities) != len(boundaries):
             problems.append(
                 f"JiTConfig: boundaries must be as many as densities, got {len(boundaries)} boundaries and "
@@ -112,7 +111,7 @@ class JiTConfig:
         """Stores the field as a tuple of floats and returns it, or notes the problem and returns None."""
         value = getattr(self, name)
         is_sequence = isinstance(value, (tuple, list)) and len(value) > 0
-        if not is_sequence or not all(_is_finite_number(item) for item in value):
+        if not is_sequence or not all(is_finite_number(item) for item in value):
             examples = {"schedule": '"beta" or (1.0, 0.5, 0.0)', "log_snr": "(-5.0, 3.0)"}
             example = examples.get(name, "(0.35, 0.62, 1.0)")
             problems.append(
@@ -128,7 +127,7 @@ class JiTConfig:
         """Stores `pooling` as a tuple of whole numbers, empty where no stage pools; returns what is wrong with it."""
         value, densities = self.pooling, self.densities
         is_sequence = isinstance(value, (tuple, list))
-        if not is_sequence or not all(_is_whole(factor) and factor in _FACTORS for factor in value):
+        if not is_sequence or not all(is_whole(factor) and factor in _FACTORS for factor in value):
             return [
                 f"JiTConfig: pooling must be a tuple of {', '.join(map(str, _FACTORS))}, one for each stage, got "
                 f"{value!r}; give for example densities=(0.25, 1.0), pooling=(2, 1), or ()"
@@ -152,16 +151,16 @@ class JiTConfig:
     def _schedule_problems(self) -> list[str]:
         problems = []
         steps = self.steps
-        steps_valid = steps == "caller" or _is_step_count(steps)
+        steps_valid = steps == "caller" or is_step_count(steps)
         if not steps_valid:
             problems.append(
-                f'JiTConfig: steps must be a whole number from 1 to {_MAX_STEPS} or "caller", '
+                f'JiTConfig: steps must be a whole number from 1 to {MAX_STEPS} or "caller", '
                 f"got {steps!r}; give the number of denoising steps"
             )
         elif steps != "caller":
             object.__setattr__(self, "steps", int(steps))
         if isinstance(self.schedule, str):
-            return problems + _choice_problems("schedule", self.schedule, _SCHEDULES)
+            return problems + choice_problems("schedule", self.schedule, _SCHEDULES)
         levels = self._normalise("schedule", problems)
         if levels is None:
             return problems
@@ -187,23 +186,23 @@ class JiTConfig:
                 f"give those of the second and the last level, for example (-5.0, 3.0)"
             )
         for name, choices in _CHOICES.items():
-            problems += _choice_problems(name, getattr(self, name), choices)
+            problems += choice_problems(name, getattr(self, name), choices)
         for name, usual in (("alpha", 1.4), ("beta", 0.425), ("blur_scale", 0.4)):
             value = getattr(self, name)
-            if not _is_finite_number(value) or value <= 0:
+            if not is_finite_number(value) or value <= 0:
                 problems.append(f"JiTConfig: {name} must be a finite number above 0, got {value!r}; try {usual}")
-        if not _is_whole(self.relax_steps) or self.relax_steps < 1:
+        if not is_whole(self.relax_steps) or self.relax_steps < 1:
             problems.append(
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
                 f"the released code's is 3"
             )
-        if not _is_whole(self.multiple) or self.multiple < 1:
+        if not is_whole(self.multiple) or self.multiple < 1:
             problems.append(
                 f"JiTConfig: multiple must be a whole number above 0, got {self.multiple!r}; "
                 f"give the number of ranks that divide the tokens, or 1"
             )
         window = self.importance_window
-        if not _is_whole(window) or not 1 <= window <= MAX_WINDOW or window % 2 == 0:
+        if not is_whole(window) or not 1 <= window <= MAX_WINDOW or window % 2 == 0:
             problems.append(
                 f"JiTConfig: importance_window must be an odd whole number in 1..{MAX_WINDOW}, got {window!r}; "
                 f"the paper's is 3"
@@ -214,7 +213,7 @@ class JiTConfig:
         ends = self._ends(steps)
         if not _has_empty_stage(ends):
             return []
-        enough = next((n for n in range(steps, _MAX_STEPS + 1) if not _has_empty_stage(self._ends(n))), None)
+        enough = next((n for n in range(steps, MAX_STEPS + 1) if not _has_empty_stage(self._ends(n))), None)
         remedy = "space the boundaries further apart" if enough is None else f"use {enough} steps"
         return [
             f"{function}: steps must give every stage at least one step, got {steps} "
@@ -256,7 +255,7 @@ class JiTConfig:
     def stage_of_step(self, step: int, steps: int) -> int:
         """Returns the stage, 0 the sparsest, that runs step `step` (counted from 0) of `steps`."""
         ends = self.stage_ends(steps)
-        if not _is_whole(step) or not 0 <= step < steps:
+        if not is_whole(step) or not 0 <= step < steps:
             raise ConfigError(f"stage_of_step: step must be in 0..{steps - 1}, got {step!r}; count from 0")
         return bisect_right(ends, step)
 
@@ -271,7 +270,7 @@ class JiTConfig:
         name: to the least common multiple of both.
         Raises ConfigError where a stage would get no token.
         """
-        if not _is_whole(num_tokens) or not 1 <= num_tokens <= _MAX_TOKENS:
+        if not is_whole(num_tokens) or not 1 <= num_tokens <= _MAX_TOKENS:
             raise ConfigError(
                 f"token_counts: num_tokens must be a whole number from 1 to 2^40, got {num_tokens!r}; "
                 f"pass grid_h * grid_w"
@@ -375,52 +374,6 @@ def _with_side(grid: Sequence[int], axis: int, side: int) -> tuple[int, ...]:
 
 def _has_empty_stage(ends: tuple[int, ...]) -> bool:
     return any(end <= start for start, end in pairwise((0, *ends)))
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_steps(function: str, value: object) -> None:
-    """Raises ConfigError, in the name of `function`, for what is no number of steps that a sampler takes."""
-    if not _is_step_count(value):
-        raise ConfigError(
-            f"{function}: steps must be a whole number from 1 to {_MAX_STEPS}, got {value!r}; "
-            f"pass the number of steps of the sampler"
-        )
-
-
-def _is_step_count(value: object) -> TypeGuard[int]:
-    return _is_whole(value) and 1 <= value <= _MAX_STEPS
-
-
-def _is_finite_number(value: object) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond a float
-        return False
-
-
-def _stage_problems(name: str, shares: tuple[float, ...], remedy: str) -> list[str]:
-    problems = []
-    if not all(0.0 < share <= 1.0 for share in shares):
-        problems.append(f"JiTConfig: {name} must lie in (0, 1], got {shares}; give shares, not counts")
-    if any(after <= before for before, after in pairwise(shares)):
-        problems.append(f"JiTConfig: {name} must rise strictly, got {shares}; {remedy}")
-    if shares[-1] != 1.0:
-        problems.append(f"JiTConfig: {name} must end in 1.0, got {shares}; set the last stage's to 1.0")
-    return problems
-
-
-def _choice_problems(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
-    if isinstance(value, str) and value in allowed:
-        return []
-    return [
-        f"JiTConfig: {name} must be one of {', '.join(allowed)}, got {value!r}; "
-        f"{suggestion(value, allowed)}"
-    ]
 
 
 def _field_names() -> tuple[str, ...]:

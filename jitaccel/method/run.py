@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteVelocityError
+from ..errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
 from ..tokens import gather_tokens, scatter_tokens
 from .anchors import activate, first_anchors, merge_anchors
 from .config import JiTConfig
@@ -75,7 +75,8 @@ class Run:
     (`benchmarks/lab`). `noise_level` is that of the step entered last; `generators`, one for each image, are where its
     random choices come from.
 
-    Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1.
+    Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1;
+    UnsupportedModelError where the images' masks give them stages of different numbers of tokens.
     """
 
     def __init__(
@@ -105,13 +106,13 @@ class Run:
             )
         self.config, self.grid, self.stage = config, grid, step.stage
         self.noise_level = step.noise_level
-        num_forced = 0 if forced is None else int(forced.sum(dim=1).max())
-        self._counts = config.stage_tokens(grid, num_forced, multiple)
+        self._counts = stage_tokens_of(config, grid, forced, multiple)
         self._forced, self._patch = forced, patch
         self._parts = parts
         self.generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: Left | None = None
+        self._last_step = step.index
         self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
         self.plan: LiftPlan | PooledPlan
@@ -120,10 +121,14 @@ class Run:
         else:
             self._plan(self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors)
 
-    def _first_anchors(self, state: Tensor, count: int) -> Tensor:
-        """Returns `count` anchors for each image, (B, count), before anything is known of the picture."""
+    def _first_anchors(self, state: Tensor, count: int, image: int | None = None) -> Tensor:
+        """Returns `count` anchors for each image, (B, count), before anything is known of the picture.
+
+        image: the one for which they are, (1, count); None for all.
+        """
         masks = [None] * len(self.generators) if self._forced is None else self._forced.cpu().unbind(0)
-        drawn = [first_anchors(self.grid, count, g, m) for g, m in zip(self.generators, masks, strict=True)]
+        each = [*zip(self.generators, masks, strict=True)]
+        drawn = [first_anchors(self.grid, count, g, m) for g, m in (each if image is None else [each[image]])]
         return torch.stack(drawn).to(state.device)
 
     def _plan(self, anchors: Tensor) -> None:
@@ -219,11 +224,23 @@ class Run:
         if self.factor > 1:
             self._plan_pooled(state)
             return
-        regular = lattice(self.grid)
+        regular = lattice(self.grid).expand(state.shape[0], -1)
         if self._forced is not None:
-            regular = (regular | self._forced.cpu()).sum(dim=1).max()
-        anchors = self._first_anchors(state, min(self._counts[self.stage], int(regular.sum())))
-        self._plan(merge_anchors(anchors, self._activated(left, anchors)))
+            regular = regular | self._forced.cpu()
+        counts = [min(self._counts[self.stage], count) for count in regular.sum(dim=1).tolist()]
+        if len(set(counts)) == 1:
+            anchors = self._first_anchors(state, counts[0])
+            self._plan(merge_anchors(anchors, self._activated(left, anchors)))
+            return
+        # Masks hold different numbers of regular places: each image has the anchors that it has alone.
+        rows = []
+        for image, count in enumerate(counts):
+            anchors = self._first_anchors(state, count, image)
+            alone = Left(
+                state=left.state[image, None], velocity=left.velocity[image, None], noise_level=left.noise_level
+            )
+            rows.append(merge_anchors(anchors, self._activated(alone, anchors)))
+        self._plan(torch.cat(rows))
 
     def _activated(self, left: Left, anchors: Tensor) -> Tensor:
         """Returns the tokens that a stage activates beside `anchors` (B, M), (B, count); all of them where it pools.
@@ -234,7 +251,14 @@ class Run:
         count = inactive if self.factor > 1 else self._counts[self.stage] - anchors.shape[1]
         is_choice = 0 < count < inactive
         scores = self._parts.scores(self, left) if is_choice else torch.zeros_like(left.velocity[..., 0]).float()
-        return activate(scores, anchors, count)
+        try:
+            return activate(scores, anchors, count)
+        except NonFiniteVelocityError as error:
+            raise NonFiniteVelocityError(
+                f"Run: what stage {self.stage} activates must be chosen by finite importance, got NaN or infinity of "
+                f"the step at noise level {left.noise_level:g}, the last of stage {self.stage - 1} (step "
+                f"{self._last_step}): {error}"
+            ) from error
 
     def target_noise(self, state: Tensor) -> Tensor:
         """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
@@ -254,7 +278,7 @@ class Run:
         return self.remember(step, state, self.lift(step, state, values))
 
     def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
-        """Returns the velocity at every token, (B, N, D), of `values` (B, M, D), and keeps nothing of it."""
+        """Returns the velocity at every token, (B, N, D), before the solver; nothing is kept."""
         return self._parts.lift(self, step, state, values)
 
     def remember(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
@@ -262,6 +286,7 @@ class Run:
 
         Returns the velocity whose Euler step is the solver's: the same one, but with `dpmpp_2m`.
         """
+        self._last_step = step.index
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
@@ -292,6 +317,33 @@ class Run:
                     f"Run: the velocity must be finite, got NaN or infinity at step {index}; "
                     f"float16 overflows in some FLUX models, load it in bfloat16"
                 )
+
+
+def stage_tokens_of(
+    config: JiTConfig, grid: tuple[int, ...], forced: Tensor | None, multiple: int = 1
+) -> tuple[int, ...]:
+    """Returns the number of tokens that each stage gives the network, the same for every image of a batch.
+
+    Args:
+        config: What runs.
+        grid: The token grid.
+        forced: (B, N) bool, tokens that are anchors in every stage; None for none. Waits for the device.
+        multiple: As in `JiTConfig.token_counts`.
+
+    Raises:
+        ConfigError: As `JiTConfig.stage_tokens` does.
+        UnsupportedModelError: Where masks of different sizes would give the images different numbers: one of them
+            would not be the picture that is made alone.
+    """
+    numbers = [0] if forced is None else [int(number) for number in forced.sum(dim=1).tolist()]
+    counts = {number: config.stage_tokens(grid, number, multiple) for number in numbers or [0]}
+    if len(set(counts.values())) > 1:
+        raise UnsupportedModelError(
+            f"jitaccel: masks of a batch must cover equally many tokens in every image, got "
+            f"{', '.join(map(str, numbers))} of {num_tokens_of(grid)}; make the images one after "
+            f"the other, or give all of them one mask"
+        )
+    return next(iter(counts.values()))
 
 
 def image_generators(state: Tensor) -> list[torch.Generator]:

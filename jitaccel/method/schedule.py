@@ -6,7 +6,8 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..errors import ConfigError
-from .config import JiTConfig, check_steps
+from .checks import check_steps
+from .config import JiTConfig
 
 # bfloat16 is off by up to 2**-8 of a value, and diffusers' pipelines round twice: the timestep, 1000 times
 # the level, and then its quotient by 1000.

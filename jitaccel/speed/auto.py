@@ -9,12 +9,12 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..method.checks import is_finite_number
 from ..method.config import JiTConfig, arguments_of, check_fields
-from ..method.presets import POOLED_PLANS, few_steps
+from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
 from .cost import Costs, Seconds, loop_seconds, measure
 from .target import target_problems
 
-DENSE_STEPS = 50  # what a speed-up is against, in the names of the presets too
 _OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # of JiTConfig, which the choice is about
 
 # The best first: the first that is affordable is taken, so that a larger budget never buys a worse plan. Where ten
@@ -59,7 +59,7 @@ def choose(
     A budget beyond the largest configuration gets that one: a budget is a limit, which it keeps. Raises ConfigError
     below the cheapest, naming it.
     """
-    if not math.isfinite(budget_s) or budget_s <= 0.0:
+    if not is_finite_number(budget_s) or budget_s <= 0.0:
         raise ConfigError(f"choose: budget_s must be a finite number above 0, got {budget_s!r}; give seconds")
     for member in family:
         if loop_seconds(member, num_tokens, cost, multiple) <= budget_s:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..method.checks import is_finite_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,10 @@ def target_problems(
             f"{function}: one of {names[0]} and {names[1]} must be given, got {'none' if ms is None else 'both'}; "
             f"say how fast, for example {names[0]}=8.0"
         )
-    if speedup is not None and not (_is_number(speedup) and speedup > 1.0):
+    if speedup is not None and not (is_finite_number(speedup) and speedup > 1.0):
         problems.append(
             f'{function}: {names[0]} must be a finite number above 1, got {speedup!r}; use preset="dense" for 1'
         )
-    if ms is not None and not (_is_number(ms) and ms > 0.0):
+    if ms is not None and not (is_finite_number(ms) and ms > 0.0):
         problems.append(f"{function}: {names[1]} must be a finite number above 0, got {ms!r}; give milliseconds")
     return problems
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -9,9 +9,9 @@ import asyncio
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.options import Execution
-from jitaccel.generation.batch import Outcome, OutputType, Request
+from jitaccel.generation.batch import OnOutcome, OnStep, Outcome, OutputType, Request
 from jitaccel.generation.route import Answer, Generation
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
@@ -34,8 +34,12 @@ from ..flux.hooks import model_hooks
 from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, make_pack, run_packed
 from ..flux.unpackable import reasons_unpackable
+from ..network import Result
 from .hook import hook_of
 from .pipelines import check_text_to_image
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
 
 _log = logging.getLogger(__name__)
 _OF_THE_CALLER = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)  # who wants all of it to end
@@ -87,7 +91,8 @@ class Job:
             velocity = branches[1] + self.request.true_cfg_scale * (branches[0] - branches[1])
         self.token_steps += self.run.num_active
         full = generation.leave(step, self.state, Answer(velocity[None]))
-        moved = self.state.float() + (step.next_level - step.noise_level) * full
+        change = float(np.float32(step.next_level) - np.float32(step.noise_level))  # as a scheduler of diffusers has it
+        moved = self.state.float() + change * full
         self.state = moved.to(full.dtype)
         self.index += 1
         if self.index == self.clock.num_steps:
@@ -98,7 +103,12 @@ class Job:
 
 
 def generate_batch(
-    pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]], how: Execution, output_type: OutputType
+    pipeline: FluxPipeline,
+    requests: Sequence[tuple[Request, JiTConfig]],
+    how: Execution,
+    output_type: OutputType,
+    on_step: OnStep | None = None,
+    on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
     check_text_to_image(pipeline)
@@ -109,7 +119,7 @@ def generate_batch(
         )
     forward = _forward_of(pipeline, how)
     _check_sizes(pipeline, requests)
-    outcomes: dict[int, Outcome] = {}
+    outcomes = _Outcomes(on_outcome)
     with torch.no_grad():
         jobs: dict[int, Job] = {}
         for index, (request, config) in enumerate(requests):
@@ -120,17 +130,39 @@ def generate_batch(
             velocities = _forward_each(forward, jobs, outcomes)
             for index, branches in velocities.items():
                 job = jobs[index]
-                is_over = _attempt(outcomes, index, job.request, functools.partial(job.advance, branches))
+                advance = functools.partial(_advance, index, job, branches, on_step)
+                is_over = _attempt(outcomes, index, job.request, advance)
                 if is_over:
                     finish = functools.partial(_finish, pipeline, job, output_type)
                     image = _attempt(outcomes, index, job.request, finish)
-                    outcomes.setdefault(index, Outcome(job.request, None, job.token_steps, image))
+                    if index not in outcomes:
+                        outcomes[index] = Outcome(job.request, None, job.token_steps, image)
             jobs = {index: job for index, job in jobs.items() if index not in outcomes}
     pipeline.maybe_free_model_hooks()
     return [outcomes[index] for index in range(len(requests))]
 
 
-def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Callable[[], Any]) -> Any:
+class _Outcomes(dict[int, Outcome]):
+    """Outcomes by the index of their request; each is told once it is known."""
+
+    def __init__(self, on_outcome: OnOutcome | None) -> None:
+        super().__init__()
+        self._on_outcome = on_outcome
+
+    def __setitem__(self, index: int, outcome: Outcome) -> None:
+        super().__setitem__(index, outcome)
+        if self._on_outcome is not None:
+            self._on_outcome(index, outcome)
+
+
+def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnStep | None) -> bool:
+    is_over = job.advance(branches)
+    if on_step is not None:
+        on_step(index, job.index, job.clock.num_steps)
+    return is_over
+
+
+def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Callable[[], Result]) -> Result | None:
     """Returns what `work` returns; where it fails, its request has its outcome."""
     try:
         return work()
@@ -151,7 +183,7 @@ def _as_exception(error: BaseException) -> Exception:
     return wrapped
 
 
-def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -> None:
+def _check_sizes(pipeline: FluxPipeline, requests: Sequence[tuple[Request, JiTConfig]]) -> None:
     """Raises ConfigError with every request whose size gives no token grid, or too few tokens for its first stage."""
     unit = 2 * pipeline.vae_scale_factor
     problems = []
@@ -172,7 +204,7 @@ def _check_sizes(pipeline: Any, requests: Sequence[tuple[Request, JiTConfig]]) -
         raise ConfigError("\n".join(problems))
 
 
-def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
+def _begin(pipeline: FluxPipeline, request: Request, config: JiTConfig) -> Job:
     device = execution_device(pipeline)
     texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
     prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
@@ -191,17 +223,17 @@ def _begin(pipeline: Any, request: Request, config: JiTConfig) -> Job:
     return Job(request, clock, generation, state, ids, prompts, guidance)
 
 
-def _encode(pipeline: Any, text: str | None, length: int, device: torch.device) -> EncodedPrompt:
+def _encode(pipeline: FluxPipeline, text: str | None, length: int, device: torch.device) -> EncodedPrompt:
     words, pooled, ids = pipeline.encode_prompt(
         prompt=text, prompt_2=None, device=device, num_images_per_prompt=1, max_sequence_length=length
     )
     return EncodedPrompt(words[0], pooled[0], ids)
 
 
-def levels_of(pipeline: Any, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
+def levels_of(pipeline: FluxPipeline, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
     """Returns the noise levels that a pipeline's scheduler gets for pictures of so many tokens; `steps` is a number."""
     if config.schedule != "native":
-        return noise_levels(config)
+        return tuple(np.asarray(noise_levels(config), dtype=np.float32).tolist())  # as a scheduler's tensor has them
     assert config.steps != "caller"
     scheduler = copy.deepcopy(pipeline.scheduler)
     settings = scheduler.config
@@ -220,7 +252,7 @@ Forward = Callable[[Sequence[Job]], list[tuple[Tensor, ...]]]
 """Runs every branch of each job on its anchors: one tuple of velocities (M, D) a job."""
 
 
-def _forward_of(pipeline: Any, how: Execution) -> Forward:
+def _forward_of(pipeline: FluxPipeline, how: Execution) -> Forward:
     """Returns how forwards run. Raises ConfigError for an attention that cannot be used, before anything is run."""
     model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
@@ -261,9 +293,9 @@ def _forward_each(
 class _Packed:
     """Runs all jobs packed; the pack is made anew where a job is over or in a new stage."""
 
-    def __init__(self, model: Any, how: Execution) -> None:
+    def __init__(self, model: FluxTransformer2DModel, how: Execution) -> None:
         self._model, self._how = model, how
-        self._key: tuple[Any, ...] = ()
+        self._key: tuple[Hashable, ...] = ()
         self._pack: Pack | None = None
 
     def __call__(self, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
@@ -295,11 +327,11 @@ class _Packed:
         return self._pack
 
 
-def _one_by_one(model: Any, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
+def _one_by_one(model: FluxTransformer2DModel, jobs: Sequence[Job]) -> list[tuple[Tensor, ...]]:
     return [tuple(_alone(model, job, prompt) for prompt in job.prompts) for job in jobs]
 
 
-def _alone(model: Any, job: Job, prompt: EncodedPrompt) -> Tensor:
+def _alone(model: FluxTransformer2DModel, job: Job, prompt: EncodedPrompt) -> Tensor:
     velocity: Tensor = model(
         hidden_states=job.run.show(job.state),
         encoder_hidden_states=prompt.text[None],
@@ -317,7 +349,7 @@ def _ids_of(job: Job) -> Tensor:
     return job.ids if job.run.is_dense else job.ids[job.run.plan.positions[0]]
 
 
-def _finish(pipeline: Any, job: Job, output_type: OutputType) -> Any:
+def _finish(pipeline: FluxPipeline, job: Job, output_type: OutputType) -> Any:
     if output_type == "latent":
         return job.state[0]
     vae = pipeline.vae

@@ -7,20 +7,23 @@ call of a generation begins it, and every later one finds the anchors of its ste
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.generation.handle import Handle
+from jitaccel.generation.route import Answer
 from jitaccel.method.run import Run
 
 from ..flux.arguments import grid_of_ids, one_image, single_level
+from ..flux.calls import FluxCalls
 from ..flux.indexed import calls_at_anchors
 from ..flux.kinds import CONTROLNET, Kind, kind_of, token_multiple
+from ..foreign import Arguments, Forward, Pipeline, settings_of
 from ..network import ModelCall, answered
 from ..split import Split
 from .caller import calling_pipeline
@@ -29,13 +32,13 @@ from .refused import refuse_arguments
 from .scheduler import SchedulerRoute
 
 
-def apply_to_controlnet(pipeline: Any, handle: Handle, route: SchedulerRoute) -> None:
+def apply_to_controlnet(pipeline: Pipeline, handle: Handle, route: SchedulerRoute[FluxCalls]) -> None:
     """Lets the ControlNet of a pipeline, each of several, run on the anchors of a route."""
     for network in _networks(pipeline):
         install(network, _ControlNetHook, handle, route)
 
 
-def check_controlnet(pipeline: Any) -> None:
+def check_controlnet(pipeline: Pipeline) -> None:
     """Raises UnsupportedModelError where a pipeline has no ControlNet, or one that reads a whole picture."""
     networks = _networks(pipeline)
     kinds = [type(network).__name__ for network in networks]
@@ -52,19 +55,19 @@ def check_controlnet(pipeline: Any) -> None:
         )
 
 
-def _networks(pipeline: Any) -> list[Any]:
+def _networks(pipeline: Pipeline) -> list[nn.Module]:
     given = getattr(pipeline, "controlnet", None)
     return list(getattr(given, "nets", [given]))
 
 
-class _ControlNetHook(SharedHook):
+class _ControlNetHook(SharedHook[FluxCalls]):
     """Begins a generation with its first call, and runs the network on the anchors of the step."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         original = self.original_of(module)
         route = self.route_of(calling_pipeline())
-        if route is None:
+        if not isinstance(route, SchedulerRoute):  # None: a dense call
             return original(*args, **kwargs)
         arguments = named_arguments(module, (CONTROLNET.model,), original, args, kwargs)
         return answered(
@@ -74,7 +77,7 @@ class _ControlNetHook(SharedHook):
         )
 
 
-def _at_anchors(original: Callable[..., Any], route: Any, arguments: dict[str, Any]) -> Any:
+def _at_anchors(original: Forward, route: SchedulerRoute[FluxCalls], arguments: Arguments) -> object:
     transformer = route.transformer
     kind = kind_of(transformer)
     assert kind is not None
@@ -94,12 +97,12 @@ def _at_anchors(original: Callable[..., Any], route: Any, arguments: dict[str, A
     return FluxControlNetOutput(controlnet_block_samples=double, controlnet_single_block_samples=single)
 
 
-def _beginning(route: SchedulerRoute, kind: Kind, arguments: dict[str, Any], split: Split) -> ModelCall:
+def _beginning(route: SchedulerRoute[FluxCalls], kind: Kind, arguments: Arguments, split: Split) -> ModelCall:
     """Returns what the generation is begun with, where this is its first call: as the transformer will be called."""
     return ModelCall(
         state=split.state,
         text_tokens=arguments["encoder_hidden_states"].shape[1],
-        cost=functools.partial(kind.cost, route.transformer.config),
+        cost=functools.partial(kind.cost, settings_of(route.transformer)),
         grid=lambda: grid_of_ids(one_image(arguments["img_ids"]), split.num_tokens),
         noise_level=lambda: single_level(arguments["timestep"]),
         mask=lambda: route.inpainted_tokens(*split.hidden.shape[:2]),
@@ -109,11 +112,11 @@ def _beginning(route: SchedulerRoute, kind: Kind, arguments: dict[str, Any], spl
     )
 
 
-def _not_evaluated(run: Run, state: Tensor) -> Any:
+def _not_evaluated(run: Run, state: Tensor) -> Answer:
     raise AssertionError("a ControlNet is no velocity")
 
 
-def _whole(of_images: list[Any], run: Run) -> list[Tensor] | None:
+def _whole(of_images: Sequence[Sequence[Tensor] | None], run: Run) -> list[Tensor] | None:
     """Returns residuals (B, N, width) of those that the forwards made at their anchors; None where there are none."""
     if of_images[0] is None:
         return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
@@ -16,14 +16,17 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
 from ..cutting import problems_of
+from ..foreign import Arguments, Forward, Pipeline
 from ..loops.velocity import VelocityRoute
 from ..models import MODELS, model_of, model_of_pipeline
 from ..models.calls import CutCalls
 from ..models.model import Model
 from ..network import answered, cache_problem
+from ..ranks import rank_problems
 from .caller import calling_pipeline
+from .decoding import decode_tokens
 from .guidance import guidance_problem, mixes_tokens
-from .hook import SharedHook, install, named_arguments
+from .hook import Route, SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
 from .pipelines import explain, handles_of, refuse_shared_scheduler
@@ -33,7 +36,7 @@ _NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2
 
 
 def prepare_pipeline(
-    pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+    pipeline: Pipeline, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
     """Returns what is to be installed on a pipeline.
 
@@ -69,19 +72,25 @@ def prepare_pipeline(
         may_be_dense=execution.may_be_dense,
     )
 
-    def put(pipeline: Any, handle: Handle) -> None:
+    def put(pipeline: Pipeline, handle: Handle) -> None:
         for network in networks_of(pipeline).values():
             install(network, _Hook, handle, route)
         _install_cut(calls, model, handle)
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        check_idle=route.check_idle,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 
 def prepare_transformer(
-    transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+    transformer: nn.Module, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
     """Returns what is to be installed on a transformer that a custom Euler loop calls.
 
@@ -101,14 +110,14 @@ def prepare_transformer(
         may_be_dense=execution.may_be_dense,
     )
 
-    def put(transformer: Any, handle: Handle) -> None:
+    def put(transformer: nn.Module, handle: Handle) -> None:
         install(transformer, _Hook, handle, route)
         _install_cut(calls, model, handle)
 
     return Installation(route=route, install=put, release=calls.release)
 
 
-def networks_of(pipeline: Any) -> dict[str, Any]:
+def networks_of(pipeline: object) -> dict[str, nn.Module]:
     """Returns the transformers that a pipeline has, by the names of its attributes."""
     return {name: network for name in _NAMES if (network := getattr(pipeline, name, None)) is not None}
 
@@ -119,11 +128,12 @@ def _install_cut(calls: CutCalls, model: Model, handle: Handle) -> None:
     calls.install()
 
 
-def _model_problems(transformer: Any, model: Model) -> list[str]:
+def _model_problems(transformer: nn.Module, model: Model) -> list[str]:
     found = model_of(transformer)
     if found is not model:
         return [f"transformer must be a {model.name}, got {type(transformer).__name__}"]
     problems = problems_of(uncompiled(transformer), model.adapter)
+    problems += rank_problems(uncompiled(transformer), is_known=model.divides)
     if (reason := model.problem(uncompiled(transformer).config)) is not None:
         problems.append(reason)
     if (problem := cache_problem(transformer)) is not None:
@@ -131,12 +141,12 @@ def _model_problems(transformer: Any, model: Model) -> list[str]:
     return problems
 
 
-class _Hook(SharedHook):
+class _Hook(SharedHook[CutCalls]):
     """Answers the calls of a transformer that is cut."""
 
     # A graph around the hook would be broken at each of its decisions.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         original, caller = self.original_of(module), calling_pipeline()
         route = self.route_of(caller)
         if route is None:
@@ -151,22 +161,25 @@ class _Hook(SharedHook):
         )
 
 
-def _sparse(module: Any, original: Callable[..., Any], route: Any, arguments: Mapping[str, Any], caller: Any) -> Any:
+def _sparse(
+    module: nn.Module, original: Forward, route: Route[CutCalls], arguments: Arguments, caller: object
+) -> object:
     model = route.calls.model
     if (problem := guidance_problem(caller)) is not None:
         raise UnsupportedModelError(
             f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
         )
-    arguments = model.words.read(arguments)
-    is_batch = model.branches == "batch" and isinstance(route, LatentsRoute)
-    branches = route.branches_of(arguments["hidden_states"].shape[0]) if is_batch else 1
+    arguments, branches = model.words.read(arguments), 1
+    if model.branches == "batch" and isinstance(route, LatentsRoute):
+        branches = route.branches_of(arguments["hidden_states"].shape[0])
     given = route.calls.given(module, arguments, branches, mixes_tokens(caller))
+    route.calls.check_divided(module, given, route.config)
     output = model.words.returned(given.output(route.forward(route.calls.call(module, original, given))))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
 
 
-def _is_compiled_around(module: Any, caller: Any) -> bool:
+def _is_compiled_around(module: nn.Module, caller: object) -> bool:
     """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
     called = [network for network in networks_of(caller).values() if network is not module]
     return is_compiled_in_place(module) or any(uncompiled(network) is module for network in called)

@@ -6,51 +6,54 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NoReturn, TypeAlias
 
 from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.handle import Handle, refuse_copy
 
 from ..diffusers_private import HOOK_REGISTRY, forward_beneath_hooks, hook_registry, put_hook_registry
-from ..loops.velocity import VelocityRoute
+from ..foreign import Arguments, Forward
+from ..loops.velocity import Calls, VelocityRoute
 from .caller import calling_pipeline
 from .scheduler import SchedulerRoute
 
+Route: TypeAlias = SchedulerRoute[Calls] | VelocityRoute[Calls]
 _NAME = "jitaccel"
 
 
-class SharedHook(ModelHook):  # type: ignore[misc]
+class SharedHook(ModelHook, Generic[Calls]):  # type: ignore[misc]
     """Finds the route of a call; derived ones define `new_forward`."""
 
     _is_stateful = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.handles: dict[Any, Handle] = {}
-        self.before: dict[str, Any] = {}
-        self.class_forward: Any = None  # of the module's class, when the hook was put on
+        self.handles: dict[Route[Calls], Handle] = {}
+        self.before: dict[str, object] = {}
+        self.class_forward: Forward | None = None  # of the module's class, when the hook was put on
 
     @property
-    def routes(self) -> tuple[Any, ...]:
+    def routes(self) -> tuple[Route[Calls], ...]:
         """Pipelines first: a bare route answers whatever is left."""
         return tuple(sorted(self.handles, key=lambda route: isinstance(route, VelocityRoute)))
 
-    def route_of(self, caller: Any) -> Any:
+    def route_of(self, caller: object) -> Route[Calls] | None:
         """Returns the route that a call made inside `caller` (a pipeline, or None) belongs to; None for a dense one."""
         route = next((route for route in self.routes if route.accepts(caller)), None)
         return None if route is None or route.is_dense else route
 
-    def original_of(self, module: Any) -> Callable[..., Any]:
+    def original_of(self, module: nn.Module) -> Forward:
         """Returns the forward that the hook stands around; the class's of now, where that was replaced since.
 
         Raises:
             UnsupportedModelError: Where other hooks stand between, which call the one that was replaced.
         """
-        original: Callable[..., Any] = self.fn_ref.original_forward
+        original: Forward = self.fn_ref.original_forward
         own = type(module).forward
         beneath = forward_beneath_hooks(module, original)
         if own is self.class_forward or getattr(beneath, "__func__", None) is not self.class_forward:
@@ -62,13 +65,13 @@ class SharedHook(ModelHook):  # type: ignore[misc]
             f"(offloading), got one that was replaced since; remove() the handle, and apply again"
         )
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, memo: object) -> NoReturn:
         raise refuse_copy()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise refuse_copy()
 
-    def reset_state(self, module: Any) -> Any:
+    def reset_state(self, module: nn.Module) -> nn.Module:
         """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
         caller = calling_pipeline()
         for route in self.routes:
@@ -77,7 +80,7 @@ class SharedHook(ModelHook):  # type: ignore[misc]
         return module
 
 
-def install(module: Any, kind: type[SharedHook], handle: Handle, route: Any) -> None:
+def install(module: nn.Module, kind: type[SharedHook[Calls]], handle: Handle, route: Route[Calls]) -> None:
     """Lets the hook of a module, a new one where it has none, answer the calls of a route."""
     found = hook_of(module)
     hook = kind() if found is None else found
@@ -88,7 +91,7 @@ def install(module: Any, kind: type[SharedHook], handle: Handle, route: Any) -> 
         _register(module, hook)
 
 
-def _register(module: Any, hook: SharedHook) -> None:
+def _register(module: nn.Module, hook: SharedHook[Calls]) -> None:
     """Puts a hook on a module; where that fails or is interrupted, nothing of it stays."""
     hook.before = {name: vars(module).get(name) for name in ("forward", HOOK_REGISTRY)}
     try:
@@ -106,7 +109,7 @@ def _register(module: Any, hook: SharedHook) -> None:
         raise
 
 
-def _restore(module: Any, before: dict[str, Any]) -> None:
+def _restore(module: nn.Module, before: Mapping[str, object]) -> None:
     for name, value in before.items():
         if value is None:
             vars(module).pop(name, None)
@@ -114,12 +117,16 @@ def _restore(module: Any, before: dict[str, Any]) -> None:
             vars(module)[name] = value
 
 
-def _uninstall(of: weakref.ref[Any], by: weakref.ref[Any], route: weakref.ref[Any]) -> None:
+def _uninstall(
+    of: weakref.ref[nn.Module], by: weakref.ref[SharedHook[Calls]], route: weakref.ref[Route[Calls]]
+) -> None:
     """Removes the route, and after the last one the hook and all that registering it left on the instance."""
     module, hook = of(), by()
     if module is None or hook is None:
         return
-    hook.handles.pop(route(), None)
+    gone = route()
+    if gone is not None:
+        hook.handles.pop(gone, None)
     registry = hook_registry(module)
     if hook.handles or registry is None or registry.get_hook(_NAME) is not hook:
         return
@@ -130,11 +137,11 @@ def _uninstall(of: weakref.ref[Any], by: weakref.ref[Any], route: weakref.ref[An
 
 
 def named_arguments(
-    module: Any,
+    module: nn.Module,
     bases: tuple[str, ...],
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    original: Forward,
+    args: Sequence[object],
+    kwargs: Arguments,
 ) -> dict[str, Any]:
     """Returns the arguments of a call by name.
 
@@ -160,7 +167,7 @@ def _signature_of(model: Any, bases: tuple[str, ...]) -> inspect.Signature:
     return inspect.signature(next(kind for kind in model.__mro__ if kind.__name__ in bases).forward)
 
 
-def hook_of(module: Any) -> Any:
+def hook_of(module: nn.Module) -> SharedHook[Any] | None:
     """Returns jitaccel's hook on a module, or None."""
     registry = hook_registry(module)
     return None if registry is None else registry.get_hook(_NAME)

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jitaccel.generation.handle import MISSING, Handle, restore_attributes
-from jitaccel.generation.route import Executor
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
+from ..foreign import Forward, Pipeline
 from ..layout import Layout
-from .caller import calling_value
+from ..loops.velocity import Calls
+from .caller import argument_of_call
 from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
 from .scheduler import SchedulerRoute, with_state
 
@@ -26,7 +27,7 @@ _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
 _LOWERED = 1e-6  # what multistep schedulers take off a first level of 1
 
 
-class LatentsRoute(SchedulerRoute):
+class LatentsRoute(SchedulerRoute[Calls]):
     """The generations of one pipeline, as `SchedulerRoute`: here the sampler moves latents, and the method tokens.
 
     Args:
@@ -41,12 +42,12 @@ class LatentsRoute(SchedulerRoute):
 
     def __init__(
         self,
-        pipeline: Any,
-        networks: Mapping[str, Any],
+        pipeline: Pipeline,
+        networks: Mapping[str, nn.Module],
         layout: Layout,
         config: JiTConfig,
         codebase: str,
-        calls: Executor,
+        calls: Calls,
         may_be_dense: bool = False,
     ) -> None:
         first = next(iter(networks.values()))
@@ -68,7 +69,7 @@ class LatentsRoute(SchedulerRoute):
             return rows // self._generation.run.anchors.shape[0]
         pipeline = self._pipeline()
         said = getattr(pipeline, _GUIDED, None)
-        return 2 if (calling_value(_GUIDED) if said is None else said) else 1
+        return 2 if (argument_of_call(_GUIDED) if said is None else said) else 1
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
@@ -77,11 +78,11 @@ class LatentsRoute(SchedulerRoute):
             handle.on_remove(self._restore_multistep, {name: state.get(name, MISSING) for name in STATE})
         super().install(handle)
 
-    def _restore_multistep(self, before: dict[str, Any]) -> None:
+    def _restore_multistep(self, before: Mapping[str, object]) -> None:
         if self._generation is None:
             restore_attributes(vars(self._scheduler), before)
 
-    def _check_transformer(self, pipeline: Any) -> None:
+    def _check_transformer(self, pipeline: Pipeline) -> None:
         for name, patched in self._networks.items():
             network = getattr(pipeline, name)
             if network is None or all(module is not patched() for module in network.modules()):
@@ -90,7 +91,7 @@ class LatentsRoute(SchedulerRoute):
                     f"after apply; apply again"
                 )
 
-    def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _set_timesteps(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
         super()._set_timesteps(original, *args, **kwargs)
         if self._is_multistep and self._levels is not None:
             self._levels = full_noise(self._levels)
@@ -101,7 +102,7 @@ class LatentsRoute(SchedulerRoute):
         super()._write_levels(levels)
 
     def _sparse_step(
-        self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        self, original: Forward, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         layout = self._layout
         made: list[tuple[Any, Tensor]] = []  # the scheduler's result, and its state as tokens
@@ -128,7 +129,7 @@ class LatentsRoute(SchedulerRoute):
             return output
         return with_state(output, layout.to_latents(moved, like=sample))
 
-    def _step_of(self, original: Any) -> Any:
+    def _step_of(self, original: Forward) -> Any:
         """Returns what makes the step: the scheduler, or Euler's step where that would keep what it must not."""
         if not self._is_multistep:
             return original

@@ -21,6 +21,7 @@ from torch import Tensor
 from jitaccel.generation.handle import MISSING, restore_attributes
 
 from ..diffusers_private import count_step
+from ..foreign import Forward, Scheduler
 from .scheduler import check_scheduler
 
 _KINDS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
@@ -29,12 +30,12 @@ STATE = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "t
 _ROUNDING = 2e-6  # they lower a first level of 1 by 1e-6, against the logarithm of 0
 
 
-def is_multistep(scheduler: Any) -> bool:
+def is_multistep(scheduler: Scheduler) -> bool:
     """Returns whether a scheduler is one of those that this module knows."""
     return any(kind.__name__ in _KINDS for kind in type(scheduler).__mro__)
 
 
-def scheduler_problems(scheduler: Any, solver: str) -> list[str]:
+def scheduler_problems(scheduler: Scheduler, solver: str) -> list[str]:
     """Returns why a scheduler is neither first-order Euler nor a known multistep one on flow-matching levels.
 
     solver: of JiTConfig; "caller" asks more of the scheduler.
@@ -66,7 +67,7 @@ def full_noise(levels: tuple[float, ...]) -> tuple[float, ...]:
     return (1.0, *levels[1:]) if 1.0 - _ROUNDING < levels[0] < 1.0 else levels
 
 
-def euler_step(scheduler: Any, original: Callable[..., Any], index: int, length: float) -> Callable[..., Any]:
+def euler_step(scheduler: Scheduler, original: Forward, index: int, length: float) -> Callable[..., Any]:
     """Returns what takes the place of a scheduler's `step`: it moves the sample along a velocity, and counts the step.
 
     Args:

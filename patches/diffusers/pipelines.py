@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
@@ -18,9 +18,10 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
 from .. import is_instance_of
-from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
+from ..flux.arguments import SeenIds, check_guidance, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.kinds import MODELS, PIPELINES, channels_of, kind_of, token_multiple
+from ..foreign import Arguments, Forward, Pipeline, settings_of
 from ..loops.velocity import VelocityRoute
 from ..models import MODELS as CUT
 from ..models.refused import remark_on
@@ -29,7 +30,8 @@ from ..ranks import check_divided, check_order, rank_problems, ranks_multiple, r
 from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
-from .hook import SharedHook, hook_of, install, named_arguments
+from .decoding import decode_tokens
+from .hook import Route, SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
 from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
 from .warm import generate_once
@@ -38,7 +40,7 @@ _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask val
 
 
 def prepare_pipeline(
-    pipeline: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+    pipeline: Pipeline, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
     """Returns what is to be installed on a pipeline."""
     if levels is not None:
@@ -56,18 +58,24 @@ def prepare_pipeline(
     name = f"diffusers {type(pipeline).__name__}"
     route = SchedulerRoute(pipeline, config, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
 
-    def put(pipeline: Any, handle: Handle) -> None:
+    def put(pipeline: Pipeline, handle: Handle) -> None:
         install(pipeline.transformer, _Hook, handle, route)
         if on_anchors:
             apply_to_controlnet(pipeline, handle, route)
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        check_idle=route.check_idle,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 
-def handles_of(pipeline: Any, transformers: Sequence[Any]) -> tuple[Handle, ...]:
+def handles_of(pipeline: Pipeline, transformers: Sequence[nn.Module]) -> tuple[Handle, ...]:
     """Returns what patched this pipeline before, and on the same parts one that is gone, for whom nobody can answer.
 
     Found at the transformers or at the scheduler: either may have been replaced since.
@@ -85,7 +93,7 @@ def handles_of(pipeline: Any, transformers: Sequence[Any]) -> tuple[Handle, ...]
 
 
 def prepare_transformer(
-    transformer: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
+    transformer: nn.Module, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
     """Returns what is to be installed on a transformer that a custom loop calls."""
     check_transformer(transformer)
@@ -94,23 +102,23 @@ def prepare_transformer(
     name = f"diffusers {type(transformer).__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
 
-    def put(transformer: Any, handle: Handle) -> None:
+    def put(transformer: nn.Module, handle: Handle) -> None:
         install(transformer, _Hook, handle, route)
 
     return Installation(route=route, install=put, release=calls.release)
 
 
-class _Hook(SharedHook):
+class _Hook(SharedHook[FluxCalls]):
     """Answers the calls of a transformer."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ids = SeenIds()
-        self._totals: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # image tokens of a route's last call
+        self._totals: WeakKeyDictionary[Route[FluxCalls], int] = WeakKeyDictionary()  # image tokens of the last call
 
     # A graph around the hook would be broken at each of its decisions, and take minutes to make.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         original = self.original_of(module)
         caller = calling_pipeline()
         route = self.route_of(caller)
@@ -125,13 +133,15 @@ class _Hook(SharedHook):
             functools.partial(original, *args, **kwargs),
         )
 
-    def _sparse(self, module: Any, original: Callable[..., Any], route: Any, arguments: dict[str, Any]) -> Any:
+    def _sparse(
+        self, module: nn.Module, original: Forward, route: Route[FluxCalls], arguments: Arguments
+    ) -> object:
         check_order(module, self)
         split = self._split(module, route, arguments)
         velocity = split.whole(route.forward(_model_call(module, self, original, route, arguments, split)))
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 
-    def _split(self, module: Any, route: Any, arguments: Mapping[str, Any]) -> Split:
+    def _split(self, module: nn.Module, route: Route[FluxCalls], arguments: Arguments) -> Split:
         """Returns what of a call is generated."""
         ids, hidden = arguments["img_ids"], arguments["hidden_states"]
         if ids.shape[-2] != hidden.shape[1]:
@@ -147,7 +157,7 @@ class _Hook(SharedHook):
         return Split(hidden, count, channels_of(module))
 
 
-def check_pipeline(pipeline: Any) -> None:
+def check_pipeline(pipeline: Pipeline) -> None:
     """Raises UnsupportedModelError with every reason why a pipeline cannot be accelerated correctly."""
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     models = [model for model, pipelines in PIPELINES.items() if any(name in pipelines for name in names)]
@@ -164,13 +174,13 @@ def check_pipeline(pipeline: Any) -> None:
         raise UnsupportedModelError(explain(pipeline, problems))
 
 
-def check_transformer(transformer: Any) -> None:
+def check_transformer(transformer: nn.Module) -> None:
     """Raises UnsupportedModelError with every reason why a bare transformer cannot be accelerated correctly."""
     if problems := _model_problems(transformer):
         raise UnsupportedModelError(explain(transformer, problems))
 
 
-def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
+def check_text_to_image(pipeline: Pipeline, *, has_transformer: bool = True) -> None:
     """Raises UnsupportedModelError like `check_pipeline`, and for all but FLUX.1's `FluxPipeline`.
 
     has_transformer: whether the pipeline's own transformer is called.
@@ -186,11 +196,11 @@ def check_text_to_image(pipeline: Any, *, has_transformer: bool = True) -> None:
         raise UnsupportedModelError(explain(pipeline, problems))
 
 
-def _scheduler_problems(pipeline: Any) -> list[str]:
+def _scheduler_problems(pipeline: Pipeline) -> list[str]:
     return [f"pipeline: {reason}" for reason in check_scheduler(pipeline.scheduler)]
 
 
-def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[str]:
+def _model_problems(transformer: nn.Module, models: Sequence[str] = MODELS) -> list[str]:
     if not is_instance_of(transformer, "diffusers", *models):
         return [f"transformer must be a {' or '.join(models)}, got {type(transformer).__name__}"]
     if (problem := cache_problem(transformer)) is not None:
@@ -199,12 +209,12 @@ def _model_problems(transformer: Any, models: Sequence[str] = MODELS) -> list[st
     return rank_problems(transformer, is_known=kind is not None and kind.divides)
 
 
-def explain(target: Any, problems: list[str]) -> str:
+def explain(target: object, problems: list[str]) -> str:
     """Returns the message of a target that cannot be accelerated, with every reason."""
     return f"apply: {type(target).__name__} cannot be accelerated: " + "; ".join(problems)
 
 
-def refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
+def refuse_shared_scheduler(pipeline: Pipeline, replaces: Sequence[Handle]) -> None:
     """Raises ConfigError where another pipeline's patch is on the scheduler of this one."""
     handle = scheduler_handle(pipeline.scheduler)
     if handle is not None and handle.is_active and handle not in replaces:
@@ -215,11 +225,11 @@ def refuse_shared_scheduler(pipeline: Any, replaces: Sequence[Handle]) -> None:
 
 
 def _model_call(
-    module: Any,
-    hook: Any,
-    original: Callable[..., Any],
-    route: Any,
-    arguments: dict[str, Any],
+    module: nn.Module,
+    hook: _Hook,
+    original: Forward,
+    route: Route[FluxCalls],
+    arguments: Arguments,
     split: Split,
 ) -> ModelCall:
     kind = kind_of(module)
@@ -229,12 +239,13 @@ def _model_call(
     text_tokens = arguments["encoder_hidden_states"].shape[1]
 
     def grid() -> tuple[int, ...]:
+        check_guidance(arguments.get("guidance"))
         return grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1])
 
     check_divided(
         ranks_multiple(module), route.config, grid, split.num_tokens, text_tokens, split.num_references
     )
-    settings = {**module.config, "out_channels": split.channels}
+    settings = {**settings_of(module), "out_channels": split.channels}
     cost, references = functools.partial(kind.cost, settings), split.num_references  # and no tensor is kept
     return ModelCall(
         state=state,
@@ -250,7 +261,7 @@ def _model_call(
     )
 
 
-def _mask(split: Split, route: Any) -> Tensor | None:
+def _mask(split: Split, route: Route[FluxCalls]) -> Tensor | None:
     """Returns the tokens (B, N) that are painted anew, where a Fill model or its pipeline has a mask."""
     if split.extra is not None and split.hidden.shape[2] == _FILL_CHANNELS * split.channels:
         return (split.extra[..., split.channels :] > 0).any(dim=2)
@@ -258,7 +269,7 @@ def _mask(split: Split, route: Any) -> Tensor | None:
     return found
 
 
-def _is_compiled_around(module: Any, caller: Any) -> bool:
+def _is_compiled_around(module: nn.Module, caller: object) -> bool:
     """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
     called = getattr(caller, "transformer", None)
     is_wrapped = called is not module and uncompiled(called) is module

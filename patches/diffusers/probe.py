@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from ..split import Split
 from .hook import hook_of
 from .pipelines import check_pipeline, check_transformer
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 # Pipelines whose calls bring nothing that a probe could not know: no masks, pictures to start from, or ControlNets.
 _MEASURED = ("FluxPipeline", "FluxControlPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "ChromaPipeline")
 _TEXT_TOKENS = 512  # what all these pipelines pad to by default
@@ -36,7 +39,9 @@ _STEP = Step(index=0, stage=0, noise_level=0.5, next_level=0.4, may_end_stage=Fa
 _SPARSE = PRESETS["7x"].replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
 
 
-def probe_pipeline(pipeline: Any, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution) -> Probe:
+def probe_pipeline(
+    pipeline: DiffusionPipeline, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution
+) -> Probe:
     """Returns forwards of a pipeline's transformer for pictures of a size in pixels, or of the default one."""
     check_pipeline(pipeline)
     if all(kind.__name__ not in _MEASURED for kind in type(pipeline).__mro__):
@@ -47,6 +52,12 @@ def probe_pipeline(pipeline: Any, size: tuple[int, int] | None, text_tokens: int
         )
     scale = pipeline.vae_scale_factor
     side = pipeline.default_sample_size * scale
+    made_for = getattr(getattr(pipeline.vae, "config", None), "sample_size", side)
+    if size is None and made_for != side:
+        raise ConfigError(
+            f"auto_config: size must be given for this {type(pipeline).__name__}, whose calls without one make {side} "
+            f"pixels a side and whose autoencoder was made for {made_for}, got None; give (height, width) in pixels"
+        )
     grid = _grid((side, side) if size is None else size, 2 * scale)
     text_tokens = text_tokens or _default_text_tokens(pipeline)
     return dataclasses.replace(
@@ -56,7 +67,7 @@ def probe_pipeline(pipeline: Any, size: tuple[int, int] | None, text_tokens: int
 
 
 def probe_transformer(
-    transformer: Any, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution
+    transformer: ModelMixin, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution
 ) -> Probe:
     """Returns forwards of a bare transformer for pictures of a size in pixels."""
     check_transformer(transformer)
@@ -69,7 +80,9 @@ def probe_transformer(
     return _probe(transformer, _grid(size, _PIXELS_PER_TOKEN), text_tokens or _TEXT_TOKENS, execution, device)
 
 
-def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execution, device: torch.device) -> Probe:
+def _probe(
+    model: ModelMixin, grid: tuple[int, int], text_tokens: int, execution: Execution, device: torch.device
+) -> Probe:
     kind, hook, num_tokens = kind_of(model), hook_of(model), grid[0] * grid[1]
     assert kind is not None
     if ranks_of(model).size > 1:
@@ -102,7 +115,7 @@ def _probe(model: Any, grid: tuple[int, int], text_tokens: int, execution: Execu
     )
 
 
-def _arguments(model: Any, grid: tuple[int, int], text_tokens: int, device: torch.device) -> dict[str, Any]:
+def _arguments(model: ModelMixin, grid: tuple[int, int], text_tokens: int, device: torch.device) -> dict[str, Any]:
     """Returns the arguments of one call for one image, as the pipelines give them: noise, for zeros run faster."""
     kind, settings, num_tokens = kind_of(model), model.config, grid[0] * grid[1]
     assert kind is not None
@@ -140,12 +153,12 @@ def _grid(size: tuple[int, int], unit: int) -> tuple[int, int]:
     return sides[0] // unit, sides[1] // unit
 
 
-def _default_text_tokens(pipeline: Any) -> int:
+def _default_text_tokens(pipeline: DiffusionPipeline) -> int:
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     return _TEXT_TOKENS if parameter is None else int(parameter.default)
 
 
-def _offload(pipeline: Any) -> None:
+def _offload(pipeline: DiffusionPipeline) -> None:
     """Sends the transformer back to where it waits, where the pipeline offloads whole models."""
     if offloads_whole_models(pipeline):
         pipeline.maybe_free_model_hooks()

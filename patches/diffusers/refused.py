@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from jitaccel.errors import UnsupportedModelError
 
 from ..flux.kinds import Kind
+from ..foreign import Arguments
 from ..network import cache_problem
 from ..ranks import ranks_of
 from .caller import calling_guider, calling_pipeline
 
 
-def refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> None:
+def refuse_arguments(module: nn.Module, kind: Kind, arguments: Arguments) -> None:
     """Raises UnsupportedModelError for a call of a transformer that no patch knows to be right."""
     found = {reason for name, reason in kind.refused.items() if arguments.get(name) is not None}
     extra = arguments.get("joint_attention_kwargs") or {}
@@ -34,7 +36,7 @@ def refuse_arguments(module: Any, kind: Kind, arguments: Mapping[str, Any]) -> N
         )
 
 
-def guider_problem(pipeline: Any) -> str | None:
+def guider_problem(pipeline: object) -> str | None:
     """Returns what is wrong with the guider of a call inside `pipeline`; None: inside a modular one, or a loop."""
     guider = calling_guider() if pipeline is None else getattr(pipeline, "guider", None)
     if guider is None or _is_linear(guider):

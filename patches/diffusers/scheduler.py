@@ -9,17 +9,20 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Generic
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
-from jitaccel.generation.route import Answer, Executor, Generation, History
+from jitaccel.generation.route import Answer, Generation, History
 from jitaccel.generation.stats import Stats
+from jitaccel.method.checks import MAX_STEPS
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
@@ -27,15 +30,17 @@ from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
 
 from ..diffusers_private import scheduler_place
+from ..foreign import Arguments, Forward, Pipeline, Scheduler
+from ..loops.velocity import Calls
 from ..network import ModelCall
 from ..split import Branches
-from .caller import calling_pipeline
+from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
 _log = logging.getLogger(__name__)
 _SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
 
 
-class SchedulerRoute:
+class SchedulerRoute(Generic[Calls]):
     """The generations of one pipeline, one at a time. `codebase` names it in statistics.
 
     transformer: what the pipeline calls once this is installed, its own unless something is put in its place.
@@ -44,11 +49,11 @@ class SchedulerRoute:
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         config: JiTConfig,
         codebase: str,
-        calls: Executor,
-        transformer: Any = None,
+        calls: Calls,
+        transformer: nn.Module | None = None,
         may_be_dense: bool = False,
     ) -> None:
         self.config = config
@@ -60,6 +65,7 @@ class SchedulerRoute:
         self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
         self._first = 0  # the scheduler's index of the step that the generation starts with
+        self._thread: int | None = None  # that has begun the generation
         self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
         self._generation: Generation | None = None
         self._seen = -1
@@ -81,7 +87,7 @@ class SchedulerRoute:
             wrapped = _wrap(pipeline.prepare_mask_latents, self._prepare_mask_latents, handle)
             handle.set_attribute(pipeline, "prepare_mask_latents", wrapped)
 
-    def _restore_progress(self, before: dict[str, Any]) -> None:
+    def _restore_progress(self, before: Mapping[str, object]) -> None:
         """Puts the scheduler's levels and place back, but not from within a generation that still needs them."""
         caller = calling_pipeline()
         is_needed = self._generation is not None or not self.is_of(caller)
@@ -89,7 +95,24 @@ class SchedulerRoute:
             return
         restore_attributes(vars(self._scheduler), before)
 
-    def is_of(self, pipeline: Any) -> bool:
+    def check_idle(self) -> None:
+        """Raises RuntimeError where another thread is making a picture: half of it is sparse."""
+        if self._levels is not None and is_called_elsewhere(self._pipeline(), self._thread):
+            raise RuntimeError(
+                "Handle.remove: the pipeline must not be making a picture in another thread, got one under way; wait "
+                "for that thread, or call remove() in its callback_on_step_end"
+            )
+
+    def _check_thread(self, pipeline: object) -> None:
+        """Raises RuntimeError where another thread makes a picture with this pipeline, and goes on."""
+        if self._levels is not None and is_called_elsewhere(pipeline, self._thread):
+            raise RuntimeError(
+                "jitaccel: a pipeline must make one picture at a time, got calls in two threads; give each thread a "
+                "pipeline of its own (type(pipe)(**{**pipe.components, 'scheduler': "
+                "pipe.scheduler.from_config(pipe.scheduler.config)}) shares the weights), or take turns with a lock"
+            )
+
+    def is_of(self, pipeline: object) -> bool:
         """Returns whether this route is that pipeline's."""
         return pipeline is not None and self._pipeline() is pipeline
 
@@ -99,9 +122,11 @@ class SchedulerRoute:
         return self._pipeline() is None
 
     @property
-    def transformer(self) -> Any:
+    def transformer(self) -> nn.Module:
         """What the pipeline calls."""
-        return self._transformer()
+        transformer = self._transformer()
+        assert transformer is not None, "only calls made by the pipeline, which holds it, ask"
+        return transformer
 
     def begin_call(self) -> None:
         """There is one generation at a time: nothing has to be forgotten."""
@@ -111,7 +136,7 @@ class SchedulerRoute:
         """How many tokens the generation under way makes, or None."""
         return None if self._generation is None else num_tokens_of(self._generation.run.grid)
 
-    def accepts(self, caller: Any) -> bool:
+    def accepts(self, caller: object) -> bool:
         """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
         return self._is_by_hand if caller is None else self.is_of(caller)
 
@@ -134,6 +159,11 @@ class SchedulerRoute:
     def abandon(self) -> None:
         """Forgets the generation whose call failed."""
         self.reset()
+
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
 
     def stats(self) -> Stats:
         """Returns what the last generation did."""
@@ -193,10 +223,31 @@ class SchedulerRoute:
                 "start the generation with it, and give it a scheduler that no other one uses meanwhile"
             )
         self._first, self._seen = index, index - 1
-        self._clock = KnownLevels(self.config, self._levels[index:])
+        try:
+            self._clock = KnownLevels(self.config, self._levels[index:])
+        except ConfigError as error:
+            if self._is_by_hand:
+                raise
+            raise ConfigError(self._late_start(index, len(self._levels) - 1)) from error
         generation = call.begin(self.config, self._clock.step(0))
         self._history.begin(generation)
         return generation
+
+    def _late_start(self, index: int, steps: int) -> str:
+        """Returns what to say where the steps after `index`, of all `steps`, are too few for every stage."""
+        strength = argument_of_call("strength")
+        is_known = isinstance(strength, (int, float)) and 0.0 < strength <= 1.0
+        share = strength if is_known else (steps - index) / steps
+        enough = enough_steps(self.config, share, steps)
+        how = "num_inference_steps=" if self.config.steps == "caller" else "jitaccel.apply(..., steps="
+        advice = "a higher strength"
+        if enough is not None:
+            advice = f"use {how}{enough}{')' if how.endswith('steps=') and '(' in how else ''}, or {advice}"
+        given = f" at strength {strength:g}" if is_known else ""
+        return (
+            f"jitaccel: a call that starts late must leave every stage a step, got {steps - index} of {steps} steps"
+            f"{given} for {self.config.num_stages} stages; {advice}"
+        )
 
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
         """Returns the tokens (batch, num_tokens) under the mask that the pipeline has prepared, or None without one."""
@@ -205,7 +256,7 @@ class SchedulerRoute:
             return None
         return (mask > 0).any(dim=2).expand(batch, -1)
 
-    def _prepare_mask_latents(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_mask_latents(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """Notes the mask that a pipeline's public `prepare_mask_latents` returns, alone or first of several."""
         prepared = original(*args, **kwargs)
         mask = prepared[0] if isinstance(prepared, tuple) else prepared
@@ -213,7 +264,7 @@ class SchedulerRoute:
         return prepared
 
     def _step(
-        self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        self, original: Forward, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         if self._levels is None or self.is_dense or not self.accepts(calling_pipeline()):
             return original(model_output, timestep, sample, *args, **kwargs)
@@ -224,7 +275,7 @@ class SchedulerRoute:
             raise
 
     def _sparse_step(
-        self, original: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        self, original: Forward, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         index, generation, clock = self._index(), self._generation, self._clock
         if generation is None or clock is None or self._seen != index:
@@ -252,14 +303,16 @@ class SchedulerRoute:
         index = self._scheduler.step_index
         return int(index if index is not None else self._scheduler.begin_index or 0)
 
-    def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _set_timesteps(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
         caller = calling_pipeline()
         if not (caller is None or self.is_of(caller)):
             return original(*args, **kwargs)
+        if caller is not None:
+            self._check_thread(caller)
         self.reset()
         if caller is not None:
             self._check_transformer(caller)
-        asked = inspect.signature(original).bind(*args, **kwargs).arguments
+        asked: Arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         requested = _requested_steps(asked)
         steps = requested if self.config.steps == "caller" else self.config.steps
         self.config.stage_ends(steps)  # raises before anything is set
@@ -276,8 +329,9 @@ class SchedulerRoute:
         else:
             levels = tuple(self._scheduler.sigmas.tolist())
         self._levels, self._is_by_hand = levels, caller is None
+        self._thread = threading.get_ident()
 
-    def _check_transformer(self, pipeline: Any) -> None:
+    def _check_transformer(self, pipeline: Pipeline) -> None:
         """Raises where the pipeline would run another network; a wrapper around the patched one is none."""
         patched = self._transformer()
         if all(module is not patched for module in pipeline.transformer.modules()):
@@ -304,7 +358,19 @@ class SchedulerRoute:
         scheduler.num_inference_steps = len(levels) - 1
 
 
-def check_scheduler(scheduler: Any) -> list[str]:
+def enough_steps(config: JiTConfig, share: float, more_than: int) -> int | None:
+    """Returns the smallest number of steps whose last `share`, counted as pipelines do, gives every stage a step."""
+    for steps in range(more_than + 1, min(int(4 * more_than / share) + 2, MAX_STEPS)):
+        left = steps - int(max(steps - min(steps * share, steps), 0))
+        try:
+            config.stage_ends(left)
+        except ConfigError:
+            continue
+        return steps
+    return None
+
+
+def check_scheduler(scheduler: Scheduler) -> list[str]:
     """Returns why a scheduler is not first-order Euler on flow-matching levels; nothing where it is."""
     kind = type(scheduler).__name__
     if not any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
@@ -316,12 +382,12 @@ def check_scheduler(scheduler: Any) -> list[str]:
     ]
 
 
-def scheduler_handle(scheduler: Any) -> Handle | None:
+def scheduler_handle(scheduler: object) -> Handle | None:
     """Returns the handle whose patch a scheduler carries, or None."""
     return getattr(vars(scheduler).get("set_timesteps"), HANDLE, None)
 
 
-def _wrap(original: Any, wrapper: Any, handle: Handle) -> Any:
+def _wrap(original: Forward, wrapper: Forward, handle: Handle) -> Patched:
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         if not handle.is_active:
@@ -340,19 +406,19 @@ def with_state(output: Any, state: Tensor) -> Any:
     return type(output)(prev_sample=state)
 
 
-def _default_steps(pipeline: Any) -> Any:
+def _default_steps(pipeline: Pipeline) -> object:
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
     return None if parameter is None else parameter.default
 
 
-def _requested_steps(asked: dict[str, Any]) -> int:
+def _requested_steps(asked: Arguments) -> int:
     for name in ("sigmas", "timesteps"):
         if asked.get(name) is not None:
             return len(asked[name])
     return int(asked["num_inference_steps"])
 
 
-def _refuse_custom_levels(asked: dict[str, Any], requested: int) -> None:
+def _refuse_custom_levels(asked: Arguments, requested: int) -> None:
     sigmas = asked.get("sigmas")
     usual = np.linspace(1.0, 1.0 / requested, requested)
     if asked.get("timesteps") is not None or (sigmas is not None and not np.allclose(sigmas, usual, atol=1e-6)):
@@ -362,7 +428,7 @@ def _refuse_custom_levels(asked: dict[str, Any], requested: int) -> None:
         )
 
 
-def _with_steps(asked: dict[str, Any], steps: int) -> dict[str, Any]:
+def _with_steps(asked: Arguments, steps: int) -> Arguments:
     if asked.get("sigmas") is not None:
         return {**asked, "sigmas": np.linspace(1.0, 1.0 / steps, steps)}
     return {**asked, "num_inference_steps": steps}

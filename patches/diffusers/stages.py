@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jitaccel.artefacts.export import Exportable, Exported
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.execution.attention.choice import choose_backend
+from jitaccel.execution.attention.choice import Backend, choose_backend
 from jitaccel.execution.packing import PackedLayout
 from jitaccel.generation.handle import Handle, Installation
 from jitaccel.generation.route import Answer
@@ -28,12 +28,17 @@ from ..flux.arguments import grid_of_ids
 from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, run_packed
 from ..flux.unpackable import reasons_unpackable
+from ..foreign import Arguments
 from ..network import ModelCall, answered
 from .batch import levels_of
+from .decoding import decode_tokens
 from .hook import hook_of
 from .pipelines import check_text_to_image
 from .scheduler import SchedulerRoute, scheduler_handle
 from .warm import generate_once
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
 
 _ARGUMENTS = (
     "hidden_states",
@@ -54,7 +59,12 @@ class FluxStage(nn.Module):
     """
 
     def __init__(
-        self, model: Any, config: JiTConfig, grid: tuple[int, int], layout: PackedLayout, attention: Any
+        self,
+        model: FluxTransformer2DModel,
+        config: JiTConfig,
+        grid: tuple[int, int],
+        layout: PackedLayout,
+        attention: Backend,
     ) -> None:
         super().__init__()
         self.model = model
@@ -110,11 +120,11 @@ class PooledFluxStage(FluxStage):
 
     def __init__(
         self,
-        model: Any,
+        model: FluxTransformer2DModel,
         config: JiTConfig,
         grid: tuple[int, int],
         layout: PackedLayout,
-        attention: Any,
+        attention: Backend,
         factor: int,
     ) -> None:
         super().__init__(model, config, grid, layout, attention)
@@ -127,7 +137,7 @@ class PooledFluxStage(FluxStage):
 
 
 def export(
-    pipeline: Any, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
+    pipeline: FluxPipeline, config: JiTConfig, size: tuple[int, int], batch: int, text_tokens: int, attention: str
 ) -> Exportable:
     """Returns the stages of a pipeline's transformer for one size in pixels, batch and length of prompts."""
     check_text_to_image(pipeline)
@@ -163,7 +173,7 @@ def export(
     )
 
 
-def _arguments(model: Any, grid: tuple[int, int], batch: int, text_tokens: int) -> dict[str, Tensor]:
+def _arguments(model: FluxTransformer2DModel, grid: tuple[int, int], batch: int, text_tokens: int) -> dict[str, Tensor]:
     """Returns the arguments of one call of a stage that pools, by name, in order, to trace it with."""
     settings, generator = model.config, torch.Generator("cpu").manual_seed(0)
     shapes = (
@@ -189,7 +199,7 @@ def _with_anchors(
     return {"state": state, **lift, **{name: value for name, value in arguments.items() if name != "state"}}
 
 
-def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
+def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation:
     """Returns what lets a `FluxPipeline` run exported stages in place of its transformer."""
     check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
@@ -200,11 +210,13 @@ def prepare_exported(pipeline: Any, exported: Exported) -> Installation:
     route = SchedulerRoute(pipeline, exported.manifest.config, "exported FluxPipeline", calls, transformer=stand_in)
     stand_in.route = route
 
-    def put(pipeline: Any, handle: Handle) -> None:
+    def put(pipeline: FluxPipeline, handle: Handle) -> None:
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once)
+    return Installation(
+        route=route, install=put, check_idle=route.check_idle, generate=generate_once, decode=decode_tokens
+    )
 
 
 class _Calls:
@@ -224,7 +236,7 @@ class _Calls:
 class _StandIn(nn.Module):
     """What a `FluxPipeline` calls its transformer: checks a call by the manifest, and runs the stage that is due."""
 
-    route: SchedulerRoute
+    route: SchedulerRoute[_Calls]
 
     def __init__(self, exported: Exported) -> None:
         super().__init__()
@@ -248,7 +260,7 @@ class _StandIn(nn.Module):
         velocity = answered(self.route, lambda: self.route.forward(self._call(arguments)), _no_model)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _call(self, arguments: dict[str, Any]) -> ModelCall:
+    def _call(self, arguments: Arguments) -> ModelCall:
         extra = sorted(name for name, value in arguments.items() if name not in _ARGUMENTS and value not in (None, {}))
         if extra:
             raise UnsupportedModelError(
@@ -278,7 +290,7 @@ class _StandIn(nn.Module):
         self._exported.manifest.check_call(grid=grid)
         return grid
 
-    def _evaluate(self, arguments: dict[str, Any], run: Run, state: Tensor) -> Answer:
+    def _evaluate(self, arguments: Arguments, run: Run, state: Tensor) -> Answer:
         batch, plan = state.shape[0], run.plan
         guidance = arguments.get("guidance")
         no_guidance = torch.zeros(1, dtype=torch.float32, device=state.device)

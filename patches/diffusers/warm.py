@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from ..foreign import Arguments, Pipeline
 
-def generate_once(pipeline: Any, height: int, width: int, batch: int, call: Mapping[str, Any]) -> None:
+
+def generate_once(pipeline: Pipeline, height: int, width: int, batch: int, call: Arguments) -> None:
     """Makes `batch` pictures or videos of one size in pixels, and drops them.
 
     Args:

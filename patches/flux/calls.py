@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.attention.choice import Backend, choose_backend
@@ -20,6 +19,7 @@ from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
+from ..foreign import Arguments, Forward, settings_of
 from ..split import Split
 from .arguments import shown_timestep
 from .hooks import model_hooks
@@ -36,6 +36,8 @@ from .packed import (
 from .unpackable import reasons_unpackable
 
 if TYPE_CHECKING:
+    from diffusers.hooks import ModelHook
+
     from jitaccel.execution.compile import CompileStats
 
 _log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class _Stage:
 class FluxCalls:
     """Answers one route's calls, packed or indexed."""
 
-    def __init__(self, model: Any, config: JiTConfig, options: Execution) -> None:
+    def __init__(self, model: nn.Module, config: JiTConfig, options: Execution) -> None:
         self._options = options
         kind = kind_of(model)
         assert kind is not None
@@ -130,10 +132,10 @@ class FluxCalls:
 
     def evaluate(
         self,
-        module: Any,
-        hook: Any,
-        original: Callable[..., Any],
-        arguments: dict[str, Any],
+        module: nn.Module,
+        hook: ModelHook | None,
+        original: Forward,
+        arguments: Arguments,
         split: Split,
         run: Run,
         state: Tensor,
@@ -157,12 +159,12 @@ class FluxCalls:
             return self._packed(module, stage, arguments, split, run, state)
 
     def _packed(
-        self, module: Any, stage: _Stage, arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+        self, module: nn.Module, stage: _Stage, arguments: Arguments, split: Split, run: Run, state: Tensor
     ) -> Answer:
         """Returns the velocity at the anchors, of one forward for all images of the batch."""
         batch, guidance = state.shape[0], arguments.get("guidance")
         attention = self._attention = choose_backend(
-            self._options.attention, state.device, state.dtype, module.config.attention_head_dim
+            self._options.attention, state.device, state.dtype, settings_of(module).attention_head_dim
         )
         given = Conditions(
             text=_expand(arguments["encoder_hidden_states"], batch).flatten(0, 1),
@@ -178,14 +180,14 @@ class FluxCalls:
         return Answer(values, lifted)
 
 
-def _reasons(module: Any, hook: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+def _reasons(module: nn.Module, hook: ModelHook | None, arguments: Arguments) -> tuple[str, ...]:
     reasons = reasons_unpackable(module, hook)
     extra = arguments.get("joint_attention_kwargs") or {}
     reasons += [f"the call has joint_attention_kwargs[{name!r}]" for name in extra if name != "scale"]
     return tuple(reasons)
 
 
-def _pack(module: Any, stage: _Stage, arguments: Mapping[str, Any], split: Split, run: Run) -> Pack:
+def _pack(module: nn.Module, stage: _Stage, arguments: Arguments, split: Split, run: Run) -> Pack:
     """Returns the pack of a call's position ids, the one made before where they are the same tensors."""
     given = (_flat_ids(arguments["txt_ids"]), _flat_ids(arguments["img_ids"]))
     key = (arguments["txt_ids"], arguments["img_ids"])

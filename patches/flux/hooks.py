@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from diffusers.hooks import ModelHook
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
@@ -13,7 +14,7 @@ from ..diffusers_private import accelerate_hook, hook_registry
 
 
 @contextmanager
-def model_hooks(model: nn.Module, own: Any, lora_scale: float | None) -> Iterator[None]:
+def model_hooks(model: nn.Module, own: ModelHook | None, lora_scale: float | None) -> Iterator[None]:
     """Runs what the model's own forward would have run around it: offloading hooks inside `own`, and the LoRA scale."""
     inside = []
     for hook in registered_hooks(model):
@@ -37,7 +38,7 @@ def block_hooks(block: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _hooks(module: nn.Module, registered: Sequence[Any]) -> Iterator[None]:
+def _hooks(module: nn.Module, registered: Sequence[object]) -> Iterator[None]:
     """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
     outermost = accelerate_hook(module)
     hooks = [*([] if outermost is None else [outermost]), *registered]

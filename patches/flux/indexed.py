@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,23 +9,30 @@ from torch import Tensor
 
 from jitaccel.method.run import Run
 
+from ..foreign import Arguments, Forward
 from ..split import Split
 from .arguments import one_image, shown_timestep
 from .kinds import Kind
 
 
 def run_indexed(
-    kind: Kind, original: Callable[..., Any], arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+    kind: Kind, original: Forward, arguments: Arguments, split: Split, run: Run, state: Tensor
 ) -> Tensor:
     """Returns the velocity (B, M, D) at a run's anchors of a state (B, N, D); image by image where anchors differ."""
     calls = calls_at_anchors(kind, arguments, split, run, state)
-    velocities = [original(**{**own, "return_dict": False})[0] for own in calls]
+    velocities = [original(**{**own, **_with_axes(kind, own), "return_dict": False})[0] for own in calls]
     velocity = velocities[0] if len(velocities) == 1 else torch.cat(velocities)
     return velocity[:, : run.num_active] if split.num_references else velocity
 
 
+def _with_axes(kind: Kind, arguments: Arguments) -> dict[str, Any]:
+    """Returns position ids with as many axes as the hooks that divide them among ranks expect."""
+    ids = {name: arguments[name] for name in ("img_ids", "txt_ids")}
+    return {name: x[None] if x.ndim < kind.ids_ndim else x for name, x in ids.items()}
+
+
 def calls_at_anchors(
-    kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run, state: Tensor
+    kind: Kind, arguments: Arguments, split: Split, run: Run, state: Tensor
 ) -> list[dict[str, Any]]:
     """Returns the arguments of the forwards that compute a run's anchors of a state (B, N, D).
 
@@ -46,7 +52,7 @@ def calls_at_anchors(
     ]
 
 
-def _at_anchors(kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run) -> dict[str, Any]:
+def _at_anchors(kind: Kind, arguments: Arguments, split: Split, run: Run) -> dict[str, Any]:
     """Returns what is given for every token, of those that enter."""
     batch, text_tokens = run.anchors.shape[0], arguments["encoder_hidden_states"].shape[1]
     found: dict[str, Any] = {"timestep": shown_timestep(run, arguments["timestep"])}
@@ -62,7 +68,7 @@ def _at_anchors(kind: Kind, arguments: Mapping[str, Any], split: Split, run: Run
     return found
 
 
-def _of_image(kind: Kind, arguments: Mapping[str, Any], image: int) -> dict[str, Any]:
+def _of_image(kind: Kind, arguments: Arguments, image: int) -> dict[str, Any]:
     """Returns the arguments that have a row for each image, of one image."""
     present = ((name, arguments.get(name)) for name in ("hidden_states", *kind.per_image))
     # One row serves every image of a batch, as it does in the model.

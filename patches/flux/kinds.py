@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.private import uncompiled
+from jitaccel.generation.stats import Cost
 from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.patches.foreign import Pipeline, settings_of
 from jitaccel.patches.ranks import ranks_multiple
 
 
@@ -21,7 +27,8 @@ class Kind:
     (B, S, width). refused: arguments that cannot be accelerated, and
     what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
     cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it. divides:
-    whether it was tried with tokens divided among ranks. patch: latents along a token's side.
+    whether it was tried with tokens divided among ranks. ids_ndim: axes of position ids that are divided then. patch:
+    latents along a token's side.
     """
 
     model: str
@@ -34,6 +41,7 @@ class Kind:
     attention_arguments: tuple[str, ...] = ("scale", "ip_adapter_image_embeds")
     packs: bool = False
     divides: bool = False
+    ids_ndim: int = 2
     patch: int = 2
 
 
@@ -53,6 +61,8 @@ KINDS = (
         residuals=(),
         refused={"kv_cache": "a cache of keys and values", "kv_cache_mode": "a cache of keys and values"},
         attention_arguments=("scale",),
+        divides=True,
+        ids_ndim=3,
     ),
     Kind(
         model="ChromaTransformer2DModel",
@@ -101,22 +111,43 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
 _NUNCHAKU_TOKENS = 256  # its kernels pad a sequence to a multiple of this
 
 
-def channels_of(model: Any) -> int:
+def channels_of(model: nn.Module) -> int:
     """Returns the channels of what a model returns, of a token.
 
     A Control LoRA doubles `config.in_channels` on loading, which says nothing of them any more where
     `config.out_channels` is null.
     """
-    return int(model.out_channels)
+    channels: Any = model.out_channels
+    return int(channels)
 
 
-def token_multiple(model: Any) -> int:
+def token_multiple(model: nn.Module) -> int:
     """Returns what numbers of anchors are rounded up to: ranks divide them, nunchaku's models compute the padding."""
     is_nunchaku = any(kind.__name__.startswith("Nunchaku") for kind in type(model).__mro__)
     return math.lcm(_NUNCHAKU_TOKENS if is_nunchaku else 1, ranks_multiple(model))
 
 
-def kind_of(model: Any) -> Kind | None:
+def cost_of(model: nn.Module) -> Cost:
+    """Returns the operations of one forward of a transformer, by numbers of image and text tokens.
+
+    Raises:
+        UnsupportedModelError: For a transformer of another kind.
+    """
+    kind = kind_of(model)
+    if kind is None:
+        raise UnsupportedModelError(
+            f"jitaccel: operations must be of one of {', '.join(MODELS)}, got {type(model).__name__}; "
+            f"ask handle.stats()"
+        )
+    return functools.partial(kind.cost, settings_of(uncompiled(model)))
+
+
+def cost_of_pipeline(pipeline: Pipeline) -> Cost:
+    """Returns the operations of one forward of a pipeline's transformer, as `cost_of` does."""
+    return cost_of(pipeline.transformer)
+
+
+def kind_of(model: nn.Module) -> Kind | None:
     """Returns the kind of a transformer, through `torch.compile`'s wrapper and derived classes; None for others."""
     names = [kind.__name__ for kind in type(uncompiled(model)).__mro__]
     return next((kind for kind in KINDS if kind.model in names), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from diffusers.hooks import ModelHook
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
@@ -17,13 +18,14 @@ from torch import nn
 from jitaccel.execution.private import has_forward_hooks, is_compile_wrapper, is_compiled_in_place
 
 from ..diffusers_private import attention_backend, forward_beneath_hooks, has_context_parallelism
+from ..foreign import Forward
 from .hooks import registered_hooks
 
 _REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run by `packed.py`; their hooks are run beside
 _BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
 
 
-def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
+def reasons_unpackable(model: nn.Module, own: ModelHook | None = None) -> list[str]:
     """Returns why a packed forward would not be this model's own; nothing where it would. `own`: jitaccel's hook."""
     if is_compile_wrapper(model):
         return ["the transformer is compiled as a whole"]
@@ -35,7 +37,7 @@ def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
             reasons += _reasons_of_hooks("the transformer", module, own)
         elif isinstance(module, _REPLACED + _BYPASSED):
             reasons += _reasons_of_module(name, module)
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+    for block in (*_blocks(model, "transformer_blocks"), *_blocks(model, "single_transformer_blocks")):
         if type(block) not in _REPLACED:
             reasons.append(f"a block is a {type(block).__name__}")
     if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
@@ -43,7 +45,11 @@ def reasons_unpackable(model: Any, own: Any = None) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-def _is_diffusers_own(function: Any) -> bool:
+def _blocks(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    return model.get_submodule(name).children()
+
+
+def _is_diffusers_own(function: object) -> bool:
     """Returns whether a method is diffusers' own: it, and what it wraps. `wraps` copies a name, and no globals."""
     while function is not None:
         if not getattr(function, "__globals__", {}).get("__name__", "").startswith("diffusers."):
@@ -52,7 +58,7 @@ def _is_diffusers_own(function: Any) -> bool:
     return True
 
 
-def _has_own_forward(module: nn.Module, outermost: Any = None) -> bool:
+def _has_own_forward(module: nn.Module, outermost: Forward | None = None) -> bool:
     """Returns whether the hooks of a module, or those inside the forward `outermost`, end in its class's forward."""
     forward = forward_beneath_hooks(module, module.forward if outermost is None else outermost)
     is_bound = getattr(forward, "__self__", None) is module
@@ -71,7 +77,7 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
         elif not _is_diffusers_own(type(processor).__call__):
             reasons.append(f"{type(processor).__name__} has a __call__ that is not diffusers'")
         elif (backend := attention_backend(processor)) is not None:
-            reasons.append(f"set_attention_backend chose {backend!s}")
+            reasons.append(f"diffusers' attention backend is {backend!r}")
         elif has_context_parallelism(processor):
             reasons.append("context parallelism is on")
     if is_compiled_in_place(module):
@@ -85,7 +91,7 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
     return reasons + _reasons_of_hooks(name, module, None)
 
 
-def _reasons_of_hooks(name: str, module: nn.Module, own: Any) -> list[str]:
+def _reasons_of_hooks(name: str, module: nn.Module, own: ModelHook | None) -> list[str]:
     """Returns what stands around a forward that is run here instead, and cannot be run beside it."""
     registered = [hook for hook in registered_hooks(module) if hook is not own]
     reasons = [

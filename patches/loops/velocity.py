@@ -8,7 +8,7 @@ what the loop got last is known (`visits.LoopGeneration`).
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from jitaccel.method.steps import KnownLevels, PredictedLevels, Step
 from ..network import ModelCall
 from .visits import LoopGeneration
 
+Calls = TypeVar("Calls", bound=Executor)
+"""What runs the network of a route."""
+
 _log = logging.getLogger(__name__)
 _MAX_IN_TURN = 64  # generations under way
 _FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn has long come back by then
@@ -30,7 +33,7 @@ _FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn
 _UNRELATED = 0.8
 
 
-class VelocityRoute:
+class VelocityRoute(Generic[Calls]):
     """The generations of one network.
 
     levels: of the loop, the final 0 included, or None. may_be_dense: whether calls that cannot be accelerated correctly
@@ -45,7 +48,7 @@ class VelocityRoute:
         config: JiTConfig,
         levels: tuple[float, ...] | None,
         codebase: str,
-        calls: Executor,
+        calls: Calls,
         may_be_dense: bool = False,
     ) -> None:
         self.config = config
@@ -91,13 +94,18 @@ class VelocityRoute:
         self._generations = [g for g in self._generations if g is not self._current]
         self._current = None
 
-    def accepts(self, caller: Any) -> bool:
+    def accepts(self, caller: object) -> bool:
         """Returns True: whoever calls this network is answered."""
         return True
 
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
         """Returns None: a loop prepares no mask that could be seen here."""
         return None
+
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
 
     def stats(self) -> Stats:
         """Returns what the generation that was called last did; `generations` counts all that were begun."""
@@ -169,6 +177,11 @@ class VelocityRoute:
         """
         options: list[tuple[int, str, Tensor]] = []
         for place, generation in enumerate(known):
+            if generation.is_given_up:
+                # One that began later from the same noise brings nearly the same states, and comes first.
+                if generation.may_go_to(level):
+                    options.append((place, "next", 2.0 * _distance(state, generation.expected(level)) + 1e-6))
+                continue
             if level == generation.level:
                 options.append((place, "branch", _differs(state, generation.seen)))
                 if generation.step.index > 0:
@@ -195,6 +208,9 @@ class VelocityRoute:
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
         self._make_room()
+        for before in self._generations:
+            if before.is_begun_by(call.state, level):
+                before.is_given_up = True
         generation = LoopGeneration(self.config, call, step, level)
         self._generations.append(generation)
         self._history.begin(generation.generation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,14 +18,17 @@ from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer
 from jitaccel.generation.stats import Cost
+from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
 from ..cutting import Cut, Places, places_of
+from ..foreign import Arguments, Forward
 from ..layout import Layout
 from ..network import ModelCall, cache_problem, refuse_controlnet
+from ..ranks import check_divided, ranks_multiple, ranks_of
 from ..split import Branches
 from .blocks import compiled_blocks
 from .flops import OperationCounter, shapes_of
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
-OwnForward = Callable[..., Any]
 """A transformer's own forward."""
 _Stage = tuple[LiftPlan | PooledPlan, dict[int, list[Places]]]
 """The plan of a stage, and the places of its forwards by the number of branches in one batch."""
@@ -60,7 +62,7 @@ class Given:
 
     model: Model
     layout: Layout
-    arguments: Mapping[str, Any]
+    arguments: Arguments
     grid: tuple[int, ...]
     latents: Tensor
     tokens: Tensor
@@ -199,9 +201,7 @@ class CutCalls:
         if self._compiler is not None:
             self._compiler.release()
 
-    def given(
-        self, module: nn.Module, arguments: Mapping[str, Any], branches: int = 1, mixes: bool = False
-    ) -> Given:
+    def given(self, module: nn.Module, arguments: Arguments, branches: int = 1, mixes: bool = False) -> Given:
         """Returns what a call of a transformer holds.
 
         Args:
@@ -214,6 +214,7 @@ class CutCalls:
             UnsupportedModelError: For arguments that cannot be accelerated.
             ValueError: For latents that are no whole tokens.
         """
+        self._cuts[module].check()
         self._refuse(module, arguments)
         config = uncompiled(module).config
         layout, grid = self.model.layout(config), self.model.grid(config, arguments)
@@ -221,7 +222,7 @@ class CutCalls:
         tokens = layout.to_tokens(latents[: len(latents) // branches])
         return Given(self.model, layout, arguments, grid, latents, tokens, branches, mixes)
 
-    def _refuse(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    def _refuse(self, module: nn.Module, arguments: Arguments) -> None:
         found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
         if (problem := cache_problem(module)) is not None:
             found.append(problem)
@@ -231,9 +232,10 @@ class CutCalls:
                 f"remove() the handle for this call"
             )
 
-    def call(self, module: nn.Module, original: OwnForward, given: Given) -> ModelCall:
+    def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
         model, arguments = self.model, given.arguments
+        network = uncompiled(module)
         return ModelCall(
             state=given.tokens,
             text_tokens=model.num_text(arguments),
@@ -241,10 +243,25 @@ class CutCalls:
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
+            multiple=ranks_multiple(network),
+            ranks=ranks_of(network),
             branches=given.branches,
             mixes=given.mixes,
             patch=given.layout.side,
             evaluate=functools.partial(self._evaluate, module, original, given),
+        )
+
+    def check_divided(self, module: nn.Module, given: Given, config: JiTConfig) -> None:
+        """Raises ConfigError, with every reason, for a call whose tokens the ranks of a transformer cannot divide."""
+        hidden, text = given.arguments["hidden_states"], self.model.num_text(given.arguments)
+        references = hidden.shape[1] - given.num_tokens if hidden.ndim == 3 else 0
+        check_divided(
+            ranks_multiple(uncompiled(module)),
+            config,
+            lambda: given.grid,
+            given.num_tokens,
+            text if self.model.divides_text else 0,
+            references,
         )
 
     def _cost(self, module: nn.Module, given: Given) -> Cost:
@@ -255,7 +272,7 @@ class CutCalls:
         batch = given.latents.shape[0]
         return lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch
 
-    def _evaluate(self, module: nn.Module, original: OwnForward, given: Given, run: Run, state: Tensor) -> Answer:
+    def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
         cut = self._cuts[module]
         if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut
@@ -301,7 +318,7 @@ class CutCalls:
         return [places_of(own[None], num_tokens, are_shared=True) for own in anchors]
 
     def _forward(
-        self, module: nn.Module, original: OwnForward, arguments: dict[str, Any], places: Places | None
+        self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
     ) -> Tensor:
         """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch.
 
@@ -326,11 +343,11 @@ def _row(value: Any, image: int) -> Any:
     return value[at : at + 1]
 
 
-def _output_of(original: OwnForward, arguments: dict[str, Any], words: Words) -> Tensor:
+def _output_of(original: Forward, arguments: dict[str, Any], words: Words) -> Tensor:
     return words.tensor(original(**words.write(arguments))[0])
 
 
-def _signature(arguments: Mapping[str, Any]) -> Hashable:
+def _signature(arguments: Arguments) -> Hashable:
     return repr(sorted(shapes_of(arguments).items()))
 
 

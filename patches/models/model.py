@@ -89,6 +89,8 @@ class Model:
             copy without data (`flops.py`), which a model that looks at values does not allow.
         blocks: Lists of blocks that `compile` compiles one by one, where the forward around them does not trace; empty:
             the whole forward is one graph.
+        divides: Whether it was tried with tokens divided among ranks.
+        divides_text: Whether ranks divide the text too.
         problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
     """
 
@@ -112,6 +114,8 @@ class Model:
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
     blocks: tuple[str, ...] = ()
+    divides: bool = False
+    divides_text: bool = False
     problem: Callable[[Config], str | None] = no_problem
 
     def timestep_like(self, timestep: Tensor, level: float) -> Tensor:

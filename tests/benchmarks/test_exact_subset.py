@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.lab.exact import report, subset, subset_questions
 from benchmarks.lab.exact.field import Field
+from benchmarks.lab.exact.gradients import solve
 from benchmarks.lab.exact.plan import Plan, Stage, dense, pooled
 from benchmarks.lab.exact.study import Study
-from benchmarks.lab.exact.subset import SubsetStudy, Variant, _anchors_of, end_of
+from benchmarks.lab.exact.subset import SampledSubsetStudy, SubsetStudy, Variant, _anchors_of, end_of
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Left, Parts, Run
 from jitaccel.method.schedule import beta_levels
@@ -116,3 +118,59 @@ def test_every_token_as_anchor_is_dense() -> None:
 def test_subset_rows_agree_with_sampled_ones(plan: Plan, variant: Variant, solver: Any, sampled: float) -> None:
     (error,) = SubsetStudy((32, 32), (2.0,), variant=variant).errors(plan, beta_levels(plan.steps), solver)
     assert error == pytest.approx(sampled, rel=TOLERANCE)
+
+
+SMALL = SampledSubsetStudy((24, 32), (2.0,), count=5, seed=2)
+VARIANTS = [Variant(), Variant("velocity", 1.0 / 3.0, "fresh"), Variant("clean", 1.0, "own")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_conjugate_gradients_make_of_noise_what_the_normal_equations_do(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dataclasses.replace(SMALL, variant=variant)
+    (direct,) = study.of_pictures(PAPER, beta_levels(11), "dpmpp_2m")
+    monkeypatch.setattr(subset, "_MOST_LATENTS", 0)
+    (solved,) = study.of_pictures(PAPER, beta_levels(11), "dpmpp_2m")
+    assert solved == pytest.approx(direct, rel=1e-6) and not np.array_equal(solved, direct)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_drawn_noise_has_the_error_of_every_unit_within_its_standard_error(variant: Variant) -> None:
+    drawn = dataclasses.replace(SMALL, variant=variant, count=48)
+    (exact,) = SubsetStudy(SMALL.shape, SMALL.exponents, variant=variant).errors(PAPER, beta_levels(11), "euler")
+    (each,) = drawn.of_pictures(PAPER, beta_levels(11), "euler")
+    error = float(each.std(ddof=1)) / len(each) ** 0.5
+    assert abs(float(each.mean()) - exact) < 2.5 * error < 0.3 * exact
+    assert drawn.distances(PAPER, beta_levels(11), "euler")[0].wasserstein_2 is None
+
+
+def test_solve_needs_a_residual_that_falls() -> None:
+    right = np.ones((1, 3))
+    assert solve(lambda x: 2.0 * x, lambda x: x, right, 1e-9) == pytest.approx(0.5 * right)
+    with pytest.raises(RuntimeError, match="residuals must fall"):
+        solve(lambda x: x * np.array([1.0, -2.0, 3.0]), lambda x: 0.0 * x, right, 1e-9)
+
+
+def test_rows_of_subset_presets_have_controls_and_standard_errors() -> None:
+    small = SampledSubsetStudy((16, 16), (2.0, 2.6), count=4)
+    rows = [row.fields for row in subset_questions.subset_presets(("7x-paper", "few-steps"), small)]
+    assert [row.get("target", row.get("control_of")) for row in rows] == ["7x-paper"] * 2 + ["few-steps"] * 2
+    for drawn, control in zip(rows[::2], rows[1::2], strict=True):
+        assert control["cost_dense_steps"] == round(drawn["cost_dense_steps"]) and control["solver"] == drawn["solver"]
+        assert set(drawn["standard_error"]) == {"2.0", "2.6"} and "wasserstein_2" not in drawn
+    assert rows[0]["plan"] == str(PAPER) and rows[2]["plan"] == "1 at 32%, 6 dense"
+    named = [{**row, "benchmark": "exact", "case": "presets", "date": "2026-12-01", "commit": "abc"} for row in rows]
+    head, _, first, *_ = report.tables(named).splitlines()[2:]
+    assert head.count("W2") == 2 and " |  |  | " in first
+
+
+def test_variants_at_both_sizes_are_the_same_ones() -> None:
+    tiny = SampledSubsetStudy((16, 16), (2.0,), count=2)
+    (drawn, *_) = subset_questions.paper_variants(tiny)
+    exact = SubsetStudy(tiny.shape, tiny.exponents, variant=Variant("velocity", 1.0 / 3.0, "fresh"))
+    (error,) = exact.errors(PAPER, beta_levels(11), "euler")
+    assert drawn.fields["relative_mse"]["2.0"] == pytest.approx(error, rel=0.7)
+    pooled_row, first_order, across = subset_questions.large_subset_or_pooled(((2, 2),), tiny)
+    assert "pooled" in pooled_row.fields["plan"]
+    assert first_order.fields["cost_dense_steps"] == across.fields["cost_dense_steps"]

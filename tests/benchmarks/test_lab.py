@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 import jitaccel
 from jitaccel.method.config import JiTConfig
-from jitaccel.method.presets import PRESETS
+from jitaccel.method.presets import PRESETS, pooled_start
 from jitaccel.patches.flux.flops import flux_flops
 
 pytest.importorskip("diffusers")
@@ -23,8 +25,10 @@ from benchmarks.lab.__main__ import main
 from benchmarks.lab.network import CachedNetwork, Texts
 from benchmarks.lab.questions import QUESTIONS, native_levels
 from benchmarks.lab.sampler import GRID, TEXT_TOKENS, Bench, sample, sample_by_pipeline
+from benchmarks.lab.sizes import Sizes, on_levels, sample_sizes
 from benchmarks.lab.variant import Variant
 from benchmarks.table import RESULTS, read_results
+from jitaccel.errors import CommandError
 from jitaccel.evaluation.comparison import Method
 from jitaccel.evaluation.scenes.prompts import held_out
 from jitaccel.loading import load_pipeline
@@ -244,3 +248,74 @@ def test_cached_network_takes_the_cache_away(bench: Bench) -> None:
     with CachedNetwork(model, Texts(words=bench.texts.words, pooled=bench.texts.pooled), GRID, False, 0.1):
         assert model.is_cache_enabled
     assert not model.is_cache_enabled
+
+
+def test_steps_at_two_sizes_are_the_product_s_pooled_stages(bench: Bench) -> None:
+    config = pooled_start(2, 2, 0.86, 0.363)
+    expected = by_product(bench, config)
+    as_variant = sample(bench, Variant(config=config), mixed=False)
+    made = sample_sizes(bench, on_levels(noise_levels(config), (2, 2)), mixed=False)
+    assert np.abs(as_variant.pictures - expected).max() <= 1
+    assert np.abs(made.pictures - expected).max() <= 1
+    assert made.gflop == pytest.approx(as_variant.gflop)
+
+
+LEVELS = noise_levels(pooled_start(2, 2, 0.86, 0.363))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"places": "strided"}, {"places": "centred"}, {"guidance": 0.5}, {"correction": "mean"}, {"correction": "coarse"}],
+    ids=str,
+)
+def test_what_makes_sizes_agree_changes_the_picture_and_costs_what_it_runs(
+    bench: Bench, changed: dict[str, Any]
+) -> None:
+    factors = (1, 2) if "correction" in changed else (2, 2)
+    plain, other = (sample_sizes(bench, on_levels(LEVELS, factors, **some), mixed=False) for some in ({}, changed))
+    assert np.abs(plain.pictures.astype(int) - other.pictures).mean() > 0.05
+    half = flux_flops(bench.pipe.transformer.config, 256, TEXT_TOKENS) / 1e9
+    more = {"places": 0, "guidance": 2, "correction": 1}[next(iter(changed))]
+    assert (other.gflop - plain.gflop)[0] == pytest.approx(more * half)
+
+
+def test_a_correction_gives_a_pooled_step_the_clean_estimate_of_the_dense_one(bench: Bench) -> None:
+    # At nearly the level of the first step a second one sees nearly the same: corrected, it agrees.
+    levels = (1.0, 0.9999, 0.5, 0.0)
+    dense, *rest = (
+        sample_sizes(bench, on_levels(levels, factors, correction=kind), mixed=False).latents
+        for factors, kind in [((1, 1), "none"), ((1, 2), "none"), ((1, 2), "mean"), ((1, 2), "coarse")]
+    )
+    plain, mean, coarse = (float(((each - dense) ** 2).mean()) for each in rest)
+    assert coarse < mean < plain
+
+
+def test_a_correction_needs_a_dense_step_first() -> None:
+    with pytest.raises(ValueError, match="the first step must be dense"):
+        on_levels(LEVELS, (2, 2), correction="mean")
+    with pytest.raises(ValueError, match="one more than factors"):
+        Sizes(levels=(1.0, 0.0), factors=(1, 1))
+
+
+def test_errors_of_latents_are_nothing_for_the_same_and_split_off_the_layout(bench: Bench) -> None:
+    from benchmarks.lab.judging import _latent_errors
+
+    made = sample(bench, Variant(config=JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=1)))
+    assert made.latents is not None
+    same = _latent_errors(made, made, 0)
+    moved = dataclasses.replace(made, latents=made.latents + 0.1)
+    noisy = dataclasses.replace(made, latents=made.latents + 0.1 * np.resize([1.0, -1.0], made.latents.shape))
+    power = float((made.latents**2).mean())
+    assert set(same.values()) == {0.0}
+    assert [*_latent_errors(moved, made, 0).values()] == pytest.approx([0.01 / power] * 2, rel=1e-3)
+    assert [*_latent_errors(noisy, made, 0).values()] == pytest.approx([0.01 / power, 0.0], rel=1e-3, abs=1e-9)
+
+
+def test_a_search_for_levels_takes_presets_and_dense_steps_alone() -> None:
+    options = argparse.Namespace(budget=[], levels_of=["dpm:6", "7x"])
+    (dense, own), (preset, pooled) = search._searches(options, {})
+    assert (dense, preset) == ({"levels_of": "dpm:6"}, {"levels_of": "7x"})
+    assert {config.steps for config in own.values()} == {6} and {*own} <= {*pooled, "alpha 1.4, beta 0.425"}
+    for wrong in ("dense:6", "firstblock:28:0.2"):
+        with pytest.raises(CommandError, match="--levels-of"):
+            next(search._searches(argparse.Namespace(budget=[], levels_of=[wrong]), {}))

@@ -63,11 +63,37 @@ def test_settings_that_are_no_configuration_stay_as_they_are(settings: dict[str,
 
 def test_every_preset_whose_row_exists_is_shown_as_measured() -> None:
     rows = read_results(RESULTS)
-    lab = [row for row in rows if row["benchmark"] == "lab" and row["method"] in PRESETS]
-    measured = {row["method"] for row in lab if settings_as_now(row["config"]) == PRESETS[row["method"]].to_dict()}
+    of = [row for row in rows if row["benchmark"] in ("lab", "quality summary") and row["method"] in PRESETS]
+    measured = {row["method"] for row in of if settings_as_now(row["config"]) == PRESETS[row["method"]].to_dict()}
     cards = TABLES["presets"](rows).split("### ")[1:]
     shown = {card.split("`")[1] for card in cards if "Not measured on the embedded model" not in card}
     assert shown == measured
+
+
+def summary(method: str, side: int, **changed: Any) -> dict[str, Any]:
+    share = {"value": 0.9, "low": 0.85, "high": 0.95}
+    paired = {"dense:50": {"value": -0.02, "low": -0.05, "high": 0.01, "p": 0.21}} if method != "dense:50" else {}
+    return {
+        "benchmark": "quality summary", "method": method, "model": "embedded", "pixels": [side, side], "prompts": 9,
+        "cost_dense_steps": 7.0, "gflop": 7.0, "config": PRESETS["7x"].to_dict(), "weights": "0" * 64, "seed": 0,
+        "qualities": {"attributes": share, "frechet_to_data": {"value": 1.0, "low": 1.5, "high": 2.0}},
+        "paired": paired, "device": "AMD EPYC", "dtype": "bfloat16", "commit": "abc", **changed,
+    }  # fmt: skip
+
+
+def test_evaluations_have_a_table_for_each_size_and_paired_differences(tmp_path: Path) -> None:
+    write(tmp_path, "quality-2026-12-01.jsonl", *(summary(m, side) for side in (128, 256) for m in ("dense:50", "7x")))
+    rows = read_results(tmp_path)
+    large, small = TABLES["quality"](rows).split("\n\n1")
+    assert large.startswith("256x256 pixels, 32x32 tokens (9 held-out prompts") and small.startswith("28x128 pixels")
+    seven = next(line for line in large.splitlines() if line.startswith("| `7x`")).split(" | ")
+    assert seven[1:5] == ["7.00", "90.0 (85.0 to 95.0)", "", "1.00"]
+    assert seven[-2:] == ["`dense:50` by -2.0 (-5.0 to 1.0)", "0.210 |"]
+    card = next(card for card in TABLES["presets"](rows).split("### ") if card.startswith("`7x`"))
+    assert "| `7x` | 7.00 | 90.0 (85.0 to 95.0) |" in card and "9 held-out prompts" in card
+    write(tmp_path, "quality-2026-12-02.jsonl", summary("4x", 256, prompts=10))
+    with pytest.raises(ValueError, match="256 pixels must be of the same prompts"):
+        TABLES["quality"](read_results(tmp_path))
 
 
 def test_record_divides_by_dense_run_plainly_and_alike(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from jitaccel import PRESETS
 from jitaccel.cli import main
 from jitaccel.errors import CommandError
-from jitaccel.evaluation.eval_table import table
+from jitaccel.evaluation.eval_table import paired, table
 from jitaccel.evaluation.methods import parse_methods
 from jitaccel.evaluation.quality.summary import summary
 from jitaccel.evaluation.scenes.judge import NUM_FEATURES
@@ -100,6 +101,13 @@ def test_table_compares_with_the_dense_method_of_the_nearest_cost() -> None:
     assert seven[2] == "1.30" and seven[4] == "80.0 (80.0 to 80.0)"
     assert seven[-3:] == ["beta:6", "20.0 (20.0 to 20.0)", "< 0.001"]
     assert "Means over 40 prompts" in text and "Reference: dense:50" in text
+    pairs = paired(rows, ["dense:50", "beta:6", "beta:11", "7x"])
+    assert {name: [*some] for name, some in pairs.items()} == {
+        "dense:50": [], "beta:6": ["dense:50"], "beta:11": ["dense:50"], "7x": ["dense:50", "beta:6"]
+    }  # fmt: skip
+    assert pairs["7x"]["beta:6"] == {**dict.fromkeys(("value", "low", "high"), pytest.approx(0.2)), "p": ANY}
+    assert pairs["7x"]["dense:50"]["value"] == pytest.approx(-0.2) and 0.0 < pairs["7x"]["beta:6"]["p"] < 0.001
+    assert paired([{**each, "shown": None} for each in rows], ["dense:50", "7x"]) == {}
 
 
 def test_methods_are_presets_dense_steps_or_files(in_folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from diffusers import ContextParallelConfig, FluxPipeline, ParallelConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.context_parallel import apply_context_parallel
+from diffusers.models import attention_dispatch
 from torch import nn
 
 import jitaccel
@@ -58,6 +59,15 @@ def test_chosen_attention_backend_is_told(pipe: Any) -> None:
     assert private.attention_backend(processor) is None
     pipe.transformer.set_attention_backend("_native_math")
     assert private.attention_backend(processor) == "_native_math"
+    pipe.transformer.set_attention_backend("native")
+    assert private.attention_backend(processor) is None
+
+
+def test_attention_backend_that_is_active_for_all_is_told(pipe: Any) -> None:
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    with attention_dispatch.attention_backend("_native_math"):
+        assert private.attention_backend(processor) == "_native_math"
+    assert private.attention_backend(processor) is None
 
 
 def test_context_parallelism_is_told(pipe: Any) -> None:

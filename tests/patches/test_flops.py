@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from benchmarks.pipelines import FLUX_DEV
+from jitaccel.errors import UnsupportedModelError
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.presets import PRESETS
-from jitaccel.patches.flux.flops import chroma_flops, flux2_flops, flux_flops
+from jitaccel.patches import cost_of
+from jitaccel.patches.flux.flops import flux_flops
 from jitaccel.speed.control import dense_control, equivalent_dense_steps, schedule_flops
+from tests.support.every_model import wan_transformer
 
 COST = functools.partial(flux_flops, FLUX_DEV)
 
@@ -79,10 +82,14 @@ def test_flops_of_other_models_are_those_that_torch_counts(model: str) -> None:
         }
         if model.startswith("Flux2"):
             arguments["guidance"] = torch.empty(batch)
-    cost = {"Flux2Transformer2DModel": flux2_flops, "ChromaTransformer2DModel": chroma_flops}[model]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         network(**arguments)
-    assert cost(network.config, tokens, text_tokens, batch) == counter.get_total_flops()
+    assert batch * cost_of(network)(tokens, text_tokens) == counter.get_total_flops()
+
+
+def test_operations_without_a_formula_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"known by a formula, got WanTransformer3DModel.*handle.stats"):
+        cost_of(wan_transformer())
 
 
 def test_control_has_the_nearest_whole_number_of_dense_steps_on_the_same_levels() -> None:

@@ -13,8 +13,7 @@ import torch
 import jitaccel
 from jitaccel import ConfigError
 from jitaccel.cli import main
-from jitaccel.method.presets import PRESETS
-from jitaccel.speed.auto import DENSE_STEPS
+from jitaccel.method.presets import DENSE_STEPS, PRESETS
 from jitaccel.speed.cost import loop_seconds
 from tests.support import pipelines, tiny
 from tests.support.timing import AUTO, Clock
@@ -54,6 +53,7 @@ def test_a_speed_in_place_of_a_preset_is_the_keywords_in_one_value(
         ({"speedup": 4.0, "ms": 4.0}, "Auto: one of speedup and ms must be given, got both"),
         ({"speedup": 1}, "Auto: speedup must be a finite number above 1, got 1"),
         ({"ms": float("nan")}, "Auto: ms must be a finite number above 0, got nan"),
+        ({"speedup": 10**400}, "Auto: speedup must be a finite number above 1"),
     ],
 )
 def test_speed_that_is_none_is_refused(target: dict[str, Any], says: str) -> None:

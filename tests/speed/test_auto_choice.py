@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import jitaccel
 from jitaccel import ConfigError
-from jitaccel.method.presets import PRESETS
+from jitaccel.method.presets import DENSE_STEPS, PRESETS
 from jitaccel.patches.flux.flops import flux_flops
-from jitaccel.speed.auto import DENSE_STEPS, FAMILY, choose, decide, fastest
+from jitaccel.speed.auto import FAMILY, choose, decide, fastest
 from jitaccel.speed.control import schedule_flops
 from jitaccel.speed.cost import loop_seconds, seconds_of_flops
 from tests.support.timing import CURVES, FLUX_DEV, NUM_TOKENS, costs

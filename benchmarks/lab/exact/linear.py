@@ -32,11 +32,12 @@ class Distances:
 
     Attributes:
         relative_mse: Mean squared error to the end of the exact ODE from the same noise, over that end's mean square.
-        wasserstein_2: Wasserstein-2 distance between the distributions of the ends, over the fields' root mean square.
+        wasserstein_2: Wasserstein-2 distance between the distributions of the ends, over the fields' root mean square;
+            None where noise was drawn.
     """
 
     relative_mse: float
-    wasserstein_2: float
+    wasserstein_2: float | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,12 +24,10 @@ from .study import (
     dense_line,
     front,
     ratios_to_dense,
-    refined,
     search_levels,
     search_plans,
     with_levels,
 )
-from .subset import SubsetStudy, Variant
 from .targets import TARGETS, candidates, is_just_in_time, shares_of_limit
 
 FLUX = Study((128, 128), (2.0, 2.6))  # 1024x1024 pixels: 64x64 tokens
@@ -52,14 +50,14 @@ _MOST, _COSTS = (4, 10, 10), (3.0, 12.5)  # steps pooled by 4, pooled by 2, dens
 def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> Iterator[Measurement]:
     """Yields dense steps: Euler's on the model's own levels, 2M on those, and 2M with levels searched."""
     for steps in (7, 28, 50):
-        yield _row(study, dense(steps), native_levels(steps), "native", "euler")
+        yield row(study, dense(steps), native_levels(steps), "native", "euler")
     for steps in (7, 10, 28):
-        yield _row(study, dense(steps), native_levels(steps), "native", "dpmpp_2m")
+        yield row(study, dense(steps), native_levels(steps), "native", "dpmpp_2m")
     for family in (BETA, LOG_RATIO):
         line = dense_line(study, family)
         for steps in counts:
             found = search_levels(dense(steps), study, Way(family))
-            yield _found_row(study, found, {"relative_mse_levels_alone": _by_spectrum(study, line[steps])})
+            yield found_row(study, found, {"relative_mse_levels_alone": by_spectrum(study, line[steps])})
 
 
 def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterator[Measurement]:
@@ -73,7 +71,7 @@ def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterato
     found = search_plans(chosen, study, way)
     for each in front(found, study):
         ratios = ratios_to_dense(each.errors, cost_on_flux(each.plan, study.num_tokens), line)
-        yield _found_row(study, each, {"ratio_to_dense": _by_spectrum(study, ratios)})
+        yield found_row(study, each, {"ratio_to_dense": by_spectrum(study, ratios)})
     for factor in (2, 4):
         some = [each for each in found if each.plan.cell <= factor]
         for preset, target in TARGETS.items():
@@ -85,17 +83,21 @@ def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterato
             extra = {
                 "target": preset,
                 "largest_factor": factor,
-                "limit_share": _by_spectrum(study, shares[best]),
-                "ratio_to_dense": _by_spectrum(study, ratios),
+                "limit_share": by_spectrum(study, shares[best]),
+                "ratio_to_dense": by_spectrum(study, ratios),
             }
-            yield _found_row(study, best, extra, f"{preset}, factors to {factor}: ")
+            yield found_row(study, best, extra, f"{preset}, factors to {factor}: ")
 
 
 def product_plan(config: JiTConfig) -> Plan:
-    """Returns the stages of a pooled configuration of the product."""
+    """Returns the stages of a configuration of the product."""
     starts = (0, *config.stage_ends(int(config.steps)))
+    factors = [config.pooling_of(stage) for stage in range(config.num_stages)]
     return Plan(
-        tuple(Stage(steps=b - a, factor=config.pooling_of(k)) for k, (a, b) in enumerate(pairwise(starts)))
+        tuple(
+            Stage(steps=b - a, factor=factor, density=density if factor == 1 else 1.0)
+            for (a, b), factor, density in zip(pairwise(starts), factors, config.densities, strict=True)
+        )
     )
 
 
@@ -106,11 +108,11 @@ def product_presets() -> Iterator[Measurement]:
         way, parameters = WAYS["Beta levels told apart, across"], (config.alpha, config.beta)
         found = with_levels(product_plan(config), FLUX, way, parameters)
         ratios = ratios_to_dense(found.errors, cost_on_flux(found.plan, FLUX.num_tokens), line)
-        extra: dict[str, Any] = {"ratio_to_dense": _by_spectrum(FLUX, ratios)}
+        extra: dict[str, Any] = {"ratio_to_dense": by_spectrum(FLUX, ratios)}
         if (preset := names.get(config)) is not None:
             shares = shares_of_limit(TARGETS[preset], found, FLUX)
-            extra |= {"target": preset, "limit_share": _by_spectrum(FLUX, shares)}
-        yield _found_row(FLUX, found, extra)
+            extra |= {"target": preset, "limit_share": by_spectrum(FLUX, shares)}
+        yield found_row(FLUX, found, extra)
 
 
 # Two-stage plans that `plans` found, and their levels, which are not told apart in bfloat16.
@@ -143,13 +145,13 @@ def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Measurement]:
             way = WAYS[name]
             for preset, (plan, parameters) in presets.items():
                 levels = way.family.levels(plan.steps, *parameters)
-                yield _row(study, plan, levels, way.family.name, way.solver, {"target": preset}, parameters)
+                yield row(study, plan, levels, way.family.name, way.solver, {"target": preset}, parameters)
         for family in (BETA, LOG_RATIO):
             for steps in (5, 7):
                 found = search_levels(dense(steps), FLUX, Way(family))
-                yield _row(study, found.plan, found.levels, family.name, "dpmpp_2m", {}, found.parameters)
+                yield row(study, found.plan, found.levels, family.name, "dpmpp_2m", {}, found.parameters)
         for steps in (28, 50):
-            yield _row(study, dense(steps), native_levels(steps), "native", "euler")
+            yield row(study, dense(steps), native_levels(steps), "native", "euler")
 
 
 def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) -> Iterator[Measurement]:
@@ -162,7 +164,7 @@ def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) ->
                 levels = way.family.levels(plan.steps, *parameters)
                 extra = {"target": preset, "pooled_off_by": offset}
                 start = f"half size off by {offset:g}: "
-                yield _row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
+                yield row(study, plan, levels, way.family.name, way.solver, extra, parameters, start)
 
 
 def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Measurement]:
@@ -177,11 +179,11 @@ def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] 
         off = {}
         for offset in doubtful.offsets:
             errors = Study(study.shape, study.exponents, offset).errors(each.plan, each.levels, solver)
-            off[f"{offset:g}"] = _by_spectrum(study, errors)
+            off[f"{offset:g}"] = by_spectrum(study, errors)
         worst = [max(errors[spectrum] for errors in off.values()) for spectrum in off["0"]]
         ratios = ratios_to_dense(worst, cost_on_flux(each.plan, study.num_tokens), line)
-        extra = {"relative_mse_off": off, "worst_ratio_to_dense": _by_spectrum(study, ratios)}
-        yield _row(study, each.plan, each.levels, BETA.name, solver, extra, each.parameters)
+        extra = {"relative_mse_off": off, "worst_ratio_to_dense": by_spectrum(study, ratios)}
+        yield row(study, each.plan, each.levels, BETA.name, solver, extra, each.parameters)
 
 
 def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> Iterator[Measurement]:
@@ -227,73 +229,35 @@ def video(study: Study = VIDEO) -> Iterator[Measurement]:
     A frame of a field in three dimensions with power k^-(p + 1) has k^-p.
     """
     for plan in (dense(5), dense(6), dense(7), dense(8)):
-        yield _found_row(study, search_levels(plan, study))
+        yield found_row(study, search_levels(plan, study))
     for solver in ("dpmpp_2m", "dpmpp_2m_across"):
         for cheap, whole in ((6, 3), (4, 4), (7, 5)):
-            yield _found_row(study, search_levels(pooled((cheap, 2), (whole, 1)), study, Way(BETA, solver)))
+            yield found_row(study, search_levels(pooled((cheap, 2), (whole, 1)), study, Way(BETA, solver)))
 
 
 def earlier_rows() -> Iterator[Measurement]:
     """Yields rows that a sampled program had before, for comparison."""
     small = Study((32, 32), (1.4, 2.0))
     for plan in (dense(6), dense(7), pooled((4, 2), (5, 1))):
-        yield _row(small, plan, BETA.levels(plan.steps, 1.4, 0.425), BETA.name, "dpmpp_2m", {}, (1.4, 0.425))
+        yield row(small, plan, BETA.levels(plan.steps, 1.4, 0.425), BETA.name, "dpmpp_2m", {}, (1.4, 0.425))
     for steps in (7, 28, 50):
-        yield _row(small, dense(steps), native_levels(steps), "native", "euler")
+        yield row(small, dense(steps), native_levels(steps), "native", "euler")
     middle = Study((64, 64), (2.0, 2.6))
     for plan in (dense(6), dense(8), pooled((2, 4), (4, 2), (4, 1)), pooled((2, 4), (4, 2), (5, 1))):
-        yield _found_row(middle, search_levels(plan, middle))
+        yield found_row(middle, search_levels(plan, middle))
     for plan in (pooled((4, 2), (4, 1)), pooled((6, 2), (5, 1))):
-        yield _found_row(FLUX, search_levels(plan, FLUX))
+        yield found_row(FLUX, search_levels(plan, FLUX))
 
 
-_PAPER = Plan((Stage(steps=4, density=0.32), Stage(steps=3, density=0.6), Stage(steps=4)))  # 7x-paper
-_PAPER_LEVELS = (1.4, 0.425)
-_VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
-    {
-        "velocity lifted, released blend, fresh noise": (Variant("velocity", 1.0 / 3.0, "fresh"), "euler"),
-        "velocity lifted, exact micro-flow, fresh noise": (Variant("velocity", 1.0, "fresh"), "euler"),
-        "velocity lifted, exact micro-flow, own noise": (Variant("velocity", 1.0, "own"), "euler"),
-        "velocity lifted, nothing moved": (Variant("velocity"), "euler"),
-        "velocity lifted, nothing moved, second order": (Variant("velocity"), "dpmpp_2m"),
-        "clean estimate lifted, nothing moved": (Variant("clean"), "euler"),
-        "clean estimate lifted, nothing moved, second order": (Variant("clean"), "dpmpp_2m"),
-        "clean estimate lifted, second order across stages": (Variant("clean"), "dpmpp_2m_across"),
-    }
-)
-
-
-def subset_variants() -> Iterator[Measurement]:
-    """Yields the paper's 7x and its variants, at 32x32 latents on the paper's levels; activation is random."""
-    levels = BETA.levels(_PAPER.steps, *_PAPER_LEVELS)
-    for name, (variant, solver) in _VARIANTS.items():
-        study = SubsetStudy((32, 32), (1.4, 2.0), variant=variant)
-        yield _row(study, _PAPER, levels, BETA.name, solver, {"variant": name}, _PAPER_LEVELS, f"{name}: ")
-    small = Study((32, 32), (1.4, 2.0))
-    for steps in (7, 11):
-        yield _row(small, dense(steps), BETA.levels(steps, *_PAPER_LEVELS), BETA.name, "euler", {}, _PAPER_LEVELS)
-
-
-def subset_or_pooled() -> Iterator[Measurement]:
-    """Yields plans of equal cost by tokens, with subset steps and with pooled ones, levels searched for each."""
-    study = SubsetStudy((32, 32), (2.0, 2.6))
-    for solver in ("dpmpp_2m", "dpmpp_2m_across"):
-        way = Way(BETA, solver)
-        for cheap, whole in ((4, 4), (6, 3), (7, 5)):
-            by_area = search_levels(pooled((cheap, 2), (whole, 1)), Study(study.shape, study.exponents), way)
-            yield _found_row(study, by_area)
-            by_subset = Plan((Stage(steps=cheap, density=0.25), Stage(steps=whole)))
-            yield _found_row(study, refined(with_levels(by_subset, study, way, by_area.parameters), study))
-
-
-def _found_row(
+def found_row(
     study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = ""
 ) -> Measurement:
+    """Returns the row of a plan on the levels that were found for it."""
     family, solver = found.way.family.name, found.way.solver
-    return _row(study, found.plan, found.levels, family, solver, extra, found.parameters, name)
+    return row(study, found.plan, found.levels, family, solver, extra, found.parameters, name)
 
 
-def _row(
+def row(
     study: Study,
     plan: Plan,
     levels: Sequence[float],
@@ -303,6 +267,7 @@ def _row(
     parameters: Sequence[float] = (),
     name: str = "",
 ) -> Measurement:
+    """Returns the row of a plan on levels of a family, with what else it is to hold."""
     distances = study.distances(plan, levels, solver)
     return row_of(
         study, plan, distances, solver, {"levels": family, "level_parameters": list(parameters), **extra}, name
@@ -318,7 +283,8 @@ def row_of(
     name: str = "",
 ) -> Measurement:
     """Returns the row of a run. extra: at least its `levels` and `level_parameters`."""
-    errors = _by_spectrum(study, [each.relative_mse for each in distances])
+    errors = by_spectrum(study, [each.relative_mse for each in distances])
+    between = [each.wasserstein_2 for each in distances if each.wasserstein_2 is not None]
     fields = {
         "method": f"{name}{plan}, {extra['levels']} levels, {SOLVERS[solver]}",
         "plan": str(plan),
@@ -329,7 +295,7 @@ def row_of(
         "cost_dense_steps": round(cost_on_flux(plan, study.num_tokens), 4),
         "cost_dense_steps_by_tokens": cost_by_tokens(plan),
         "relative_mse": errors,
-        "wasserstein_2": _by_spectrum(study, [each.wasserstein_2 for each in distances]),
+        **({"wasserstein_2": by_spectrum(study, between)} if between else {}),
         "dtype": "float64",
         **extra,
     }
@@ -338,5 +304,6 @@ def row_of(
     return Measurement(line=line, fields=fields)
 
 
-def _by_spectrum(study: Study, values: Sequence[float]) -> dict[str, float]:
+def by_spectrum(study: Study, values: Sequence[float]) -> dict[str, float]:
+    """Returns values by the spectrum that they are of, with five digits."""
     return {f"{exponent:.1f}": float(f"{value:.5g}") for exponent, value in zip(study.exponents, values, strict=True)}

@@ -33,9 +33,11 @@ def _table(rows: Sequence[Fields]) -> str:
         return _activation_table(rows)
     extras = [name for name in _EXTRAS if any(name in row for row in rows)]
     head = [f"{'x'.join(map(str, grid))} tokens", "levels", "solver", "cost", "by tokens"]
-    head += [f"{what} {spectrum}" for what in ("error", "W2") for spectrum in spectra]
+    kinds = {"relative_mse": "error", "wasserstein_2": "W2"}
+    shown = [name for name in kinds if any(name in row for row in rows)]
+    head += [f"{kinds[name]} {spectrum}" for name in shown for spectrum in spectra]
     head += [_EXTRAS[name] for name in extras]
-    lines = [head, ["---"] * len(head), *(_line(row, spectra, extras) for row in rows)]
+    lines = [head, ["---"] * len(head), *(_line(row, shown, spectra, extras) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -53,6 +55,7 @@ def _activation_table(rows: Sequence[Fields]) -> str:
 
 
 _EXTRAS = {
+    "standard_error": "standard error",
     "relative_mse_levels_alone": "error, levels for each alone",
     "ratio_to_dense": "over dense of its cost",
     "pooled_off_by": "half size off by",
@@ -64,12 +67,11 @@ _EXTRAS = {
 _SOLVERS = {"euler": "Euler", "dpmpp_2m": "2M", "dpmpp_2m_across": "2M across"}
 
 
-def _line(row: Fields, spectra: Sequence[str], extras: Iterable[str]) -> list[str]:
+def _line(row: Fields, distances: Sequence[str], spectra: Sequence[str], extras: Iterable[str]) -> list[str]:
     parameters = ", ".join(f"{each:g}" for each in row["level_parameters"])
     cells = [row["plan"], f"{row['levels']} {parameters}".strip(), _SOLVERS[row["solver"]]]
     cells += [f"{row['cost_dense_steps']:.2f}", f"{row['cost_dense_steps_by_tokens']:.2f}"]
-    cells += [_short(row["relative_mse"][spectrum]) for spectrum in spectra]
-    cells += [_short(row["wasserstein_2"][spectrum]) for spectrum in spectra]
+    cells += [_short(row[name][spectrum]) if name in row else "" for name in distances for spectrum in spectra]
     return cells + [_extra(row.get(name)) for name in extras]
 
 

@@ -3,6 +3,8 @@
 The best network on anchors returns the mean of their clean latents given their noisy ones, by the normal equations of
 the field's covariance. While the anchors do not depend on the picture the run is linear in its noise, so what it makes
 of each single unit of noise says all. Anchors are drawn with a seed: the lattice of `first_anchors`, then at random.
+Above 32x32 tokens single units are too many: noise is drawn there, and the normal equations are solved by conjugate
+gradients.
 """
 
 from __future__ import annotations
@@ -15,15 +17,19 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from jitaccel.method.anchors import activate, first_anchors, merge_anchors
 from jitaccel.method.lift import lift, make_lift_plan
 from jitaccel.method.solver import extrapolation_weight
 
 from .field import Array, Field
+from .gradients import posterior_mean
 from .linear import Distances, Solver, posterior_gain
 from .plan import Plan, Stage
 from .study import Study
+
+_MOST_LATENTS = 4096  # of anchors, whose normal equations are solved directly
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class Variant:
     move: float = 0.0
     noise: Literal["fresh", "own"] = "own"
     seed: int = 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether tokens are moved to targets with noise of their own."""
+        return self.move > 0.0 and self.noise == "fresh"
 
 
 @dataclass(frozen=True)
@@ -82,12 +93,61 @@ def wasserstein_2(end: Array, field: Field) -> float:
     return float(np.sqrt(max(float((end**2).sum()) + size - 2.0 * shared, 0.0) / size))
 
 
+@dataclass(frozen=True)
+class SampledSubsetStudy(Study):
+    """A study on drawn noise, for any number of tokens in one frame: its errors have a standard error.
+
+    Attributes:
+        variant: Of the subset stages.
+        count: Pictures, for each of which there is noise of its own, the same for every plan.
+        seed: Of the noise.
+    """
+
+    variant: Variant = Variant()
+    count: int = 16
+    seed: int = 0
+
+    def errors(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> tuple[float, ...]:
+        """Returns the relative mean squared error of a plan for each spectrum (`Distances`)."""
+        return tuple(float(each.mean()) for each in self.of_pictures(plan, levels, solver))
+
+    def distances(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> tuple[Distances, ...]:
+        """Returns the distances of a plan for each spectrum, without the one between distributions."""
+        return tuple(Distances(error, None) for error in self.errors(plan, levels, solver))
+
+    def of_pictures(self, plan: Plan, levels: Sequence[float], solver: Solver) -> tuple[Array, ...]:
+        """Returns the relative squared error of each picture, (count,), for each spectrum."""
+        draw = np.random.default_rng(self.seed)
+        own, fresh = (draw.standard_normal((self.count, *self.shape)) for _ in range(2))
+        noise = fresh if self.variant.is_fresh else own
+        found = []
+        for field in (Field(shape=self.shape, exponent=exponent) for exponent in self.exponents):
+            exact = np.fft.ifft2(np.fft.fft2(own) * np.sqrt(_averaged_power(field, 1))).real
+            end = run_from(own, noise, plan, levels, field, solver, self.variant)
+            found.append(((end - exact) ** 2).mean(axis=(1, 2)))  # a field of unit variance
+        return tuple(found)
+
+
 def end_of(plan: Plan, levels: Sequence[float], field: Field, solver: Solver, variant: Variant) -> Array:
-    """Returns the ends (K, h, w) of a run from every unit of its noise.
+    """Returns the ends (K, h, w) of a run from every unit of its noise (`run_from`).
 
     The first h w are those of the start noise; as many follow for the fresh noise of moved tokens, where there is any.
+    """
+    height, width = field.shape
+    own = np.eye(height * width).reshape(-1, height, width)
+    state = np.concatenate([own, np.zeros_like(own)]) if variant.is_fresh else own
+    noise = np.concatenate([np.zeros_like(own), own]) if variant.is_fresh else own
+    return run_from(state, noise, plan, levels, field, solver, variant)
+
+
+def run_from(
+    state: Array, noise: Array, plan: Plan, levels: Sequence[float], field: Field, solver: Solver, variant: Variant
+) -> Array:
+    """Returns the ends (K, h, w) of a run from some start noise.
 
     Args:
+        state: Start noise, (K, h, w).
+        noise: Of the targets of moved tokens, (K, h, w).
         plan: Stages; shares of the tokens rise from one subset to the next.
         levels: Noise levels, one more than steps.
         field: Of one frame.
@@ -95,10 +155,6 @@ def end_of(plan: Plan, levels: Sequence[float], field: Field, solver: Solver, va
         variant: Of the subset stages.
     """
     height, width = field.shape
-    own = np.eye(height * width).reshape(-1, height, width)
-    is_fresh = variant.move > 0.0 and variant.noise == "fresh"
-    state = np.concatenate([own, np.zeros_like(own)]) if is_fresh else own
-    noise = np.concatenate([np.zeros_like(own), own]) if is_fresh else own
     grid = (height // 2, width // 2)
     stages = [stage for stage in plan.stages for _ in range(stage.steps)]
     before: _Before | None = None
@@ -149,13 +205,19 @@ def _clean(
         return _brought_up(np.fft.ifft2(np.fft.fft2(averages) * gain).real, stage.factor)
     grid = (state.shape[1] // 2, state.shape[2] // 2)
     seen = _tokens(state)[:, anchors]
-    variances, basis = _covariance_of(field, anchors)
-    mean = ((seen.reshape(len(seen), -1) @ basis) * posterior_gain(variances, level)) @ basis.T
-    mean = mean.reshape(seen.shape)
+    mean = _mean_at(anchors, seen.reshape(len(seen), -1), level, field).reshape(seen.shape)
     weights = _lifter(anchors, grid)
     if variant.lifter == "clean":
         return _picture(weights @ mean, grid)
     return state - _picture(weights @ (seen - mean), grid)
+
+
+def _mean_at(anchors: tuple[int, ...], seen: Array, level: float, field: Field) -> Array:
+    """Returns the best network's clean latents of the anchors, (K, 4 M), from their noisy ones."""
+    if seen.shape[1] > _MOST_LATENTS:
+        return posterior_mean(seen, _places(field, anchors), _averaged_power(field, 1), level)
+    variances, basis = _covariance_of(field, anchors)
+    return np.asarray(((seen @ basis) * posterior_gain(variances, level)) @ basis.T)
 
 
 def _moved(
@@ -207,11 +269,17 @@ def _covariance_of(field: Field, anchors: tuple[int, ...]) -> tuple[Array, Array
     """Returns eigenvalues (4 M,) and eigenvectors (4 M, 4 M) of the covariance of the anchors' latents."""
     height, width = field.shape
     covariance = np.fft.ifft2(_averaged_power(field, 1)).real
-    place = _tokens(np.arange(height * width, dtype=np.float64).reshape(1, height, width))[0, anchors].ravel()
-    row, column = np.divmod(place.astype(int), width)
+    row, column = np.divmod(_places(field, anchors), width)
     between = covariance[(row[:, None] - row) % height, (column[:, None] - column) % width]
     variances, basis = np.linalg.eigh(between)
     return np.maximum(variances, 0.0), basis
+
+
+@functools.lru_cache(maxsize=64)
+def _places(field: Field, anchors: tuple[int, ...]) -> NDArray[np.int64]:
+    """Returns the raster indices (4 M,) of the anchors' latents."""
+    height, width = field.shape
+    return _tokens(np.arange(height * width).reshape(1, height, width))[0, anchors].ravel()
 
 
 @functools.lru_cache(maxsize=16)

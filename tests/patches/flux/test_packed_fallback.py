@@ -34,7 +34,7 @@ def custom_processor(pipe: Any) -> None:
 def chosen_backend(pipe: Any) -> None:
     for module in pipe.transformer.modules():
         if hasattr(module, "processor"):
-            module.processor._attention_backend = diffusers.models.attention_dispatch.AttentionBackendName.NATIVE
+            module.processor._attention_backend = diffusers.models.attention_dispatch.AttentionBackendName._NATIVE_MATH
 
 
 def forward_hook(pipe: Any) -> None:
@@ -64,7 +64,7 @@ def checkpointing(pipe: Any) -> None:
 
 FALLBACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "processor": (custom_processor, "an attention processor is a Mine"),
-    "backend": (chosen_backend, "set_attention_backend chose"),
+    "backend": (chosen_backend, "diffusers' attention backend is '_native_math'"),
     "hook": (forward_hook, "single_transformer_blocks.0 has forward hooks"),
     "forward": (replaced_forward, "forward of transformer_blocks.0 is replaced"),
     "derived": (derived_model, "Mine has a forward that is not diffusers'"),
