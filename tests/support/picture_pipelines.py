@@ -144,13 +144,9 @@ def row(prompts: dict[str, Any], image: int) -> dict[str, Any]:
     return {name: value[image : image + 1] for name, value in prompts.items()}
 
 
-def generate(
-    subject: Subject, pipe: Any, seed: int = 0, batch: int = 1, alone: int | None = None, **call: Any
-) -> Tensor:
-    """Returns the final latents (B, C, H, W) of one call; alone: those of that image of a batch of two."""
-    positive, negative = (subject.prompts(start, batch if alone is None else 2) for start in (20, 40))
-    if alone is not None:
-        positive, negative, seed = row(positive, alone), row(negative, alone), seed + alone
+def generate(subject: Subject, pipe: Any, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
+    """Returns the final latents (B, C, H, W) of one call."""
+    positive, negative = (subject.prompts(start, batch) for start in (20, 40))
     settings: dict[str, Any] = {
         **positive, **{f"negative_{name}": value for name, value in negative.items()}, **subject.guidance[0],
         "height": subject.pixels * GRID[0], "width": subject.pixels * GRID[1], "num_inference_steps": 5,

@@ -60,13 +60,6 @@ def native_levels(steps: int) -> tuple[float, ...]:
     return tuple(scheduler.sigmas.tolist())
 
 
-def test_density_one_is_the_unpatched_pipeline_bit_for_bit(pipe: Any) -> None:
-    plain, pair = generate(pipe, 4), generate(pipe, 3, batch=2)
-    with jitaccel.apply(pipe, DENSE):
-        assert torch.equal(generate(pipe, 4), plain) and torch.equal(generate(pipe, 3, batch=2), pair)
-    assert torch.equal(generate(pipe, 4), plain)
-
-
 @pytest.mark.parametrize(
     "config",
     [PRESETS["few-steps"].replace(schedule="native"), PRESETS["7x-paper"].replace(schedule="native"), SHORT],
@@ -79,17 +72,6 @@ def test_sparse_generation_is_the_methods(pipe: Any, config: JiTConfig) -> None:
     with jitaccel.apply(pipe, config) as handle:
         assert relative_error(generate(pipe), expected) < 1e-5
     assert handle.stats().grid == GRID and handle.stats().steps[0].calls == 2
-
-
-def test_videos_of_a_batch_are_run_one_by_one(pipe: Any) -> None:
-    name = type(pipe).__name__
-    with jitaccel.apply(pipe, SHORT):
-        together = generate(pipe, batch=2)
-        for image in range(2):
-            parts = [{key: x[image : image + 1] for key, x in part.items()} for part in prompts(name, 2)]
-            text = {**parts[0], **{f"negative_{key}": x for key, x in parts[1].items()}}
-            alone = generate(pipe, seed=image, **text)
-            assert relative_error(together[image : image + 1], alone) < 1e-5
 
 
 def test_bare_transformer_in_an_euler_loop_is_the_methods(pipe: Any) -> None:
@@ -131,16 +113,6 @@ def test_attention_mask_shrinks_with_the_anchors(monkeypatch: pytest.MonkeyPatch
         generate(pipe)
     text = 7 + 4 + 3
     assert dict.fromkeys(seen) == dict.fromkeys(step.tokens + text for step in handle.stats().steps)
-
-
-def test_compiled_stages_are_one_graph_each() -> None:
-    pipe = pipeline("HunyuanVideoPipeline")
-    with jitaccel.apply(pipe, SHORT):
-        eager = generate(pipe)
-    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
-        assert relative_error(generate(pipe), eager) < 1e-6
-    compiled = handle.stats().compiled
-    assert compiled is not None and compiled.graphs == 3 and compiled.eager_calls == 0
 
 
 def test_formula_counts_what_torch_counts_between_numbers_of_tokens() -> None:

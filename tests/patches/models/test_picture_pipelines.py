@@ -27,16 +27,6 @@ def noise_of(subject: Subject, pipe: Any) -> Tensor:
     return torch.randn(1, 4, side * GRID[0], side * GRID[1], generator=torch.Generator().manual_seed(0))
 
 
-def test_density_one_is_the_unpatched_pipeline_bit_for_bit(subject: Subject) -> None:
-    pipe = subject.make()
-    calls: list[dict[str, Any]] = [{}, subject.guidance[1], {"batch": 2}]
-    plain = [generate(subject, pipe, **call) for call in calls]
-    with jitaccel.apply(pipe, DENSE):
-        for call, latents in zip(calls, plain, strict=True):
-            assert torch.equal(generate(subject, pipe, **call), latents)
-    assert torch.equal(generate(subject, pipe), plain[0])
-
-
 @pytest.mark.parametrize("config", [PRESETS["few-steps"], SHORT], ids=["few-steps", "short"])
 def test_sparse_generation_is_the_methods(subject: Subject, config: JiTConfig) -> None:
     pipe = subject.make()
@@ -46,28 +36,6 @@ def test_sparse_generation_is_the_methods(subject: Subject, config: JiTConfig) -
     stats = handle.stats()
     assert stats.grid == GRID and stats.batch == 1 and 0 < stats.flops < stats.dense_step_flops * 2 * config.steps
     assert all(step.calls == 2 for step in stats.steps)
-
-
-def test_picture_of_a_batch_is_the_one_made_alone(subject: Subject) -> None:
-    pipe = subject.make()
-    with jitaccel.apply(pipe, SHORT):
-        together = generate(subject, pipe, batch=2)
-        anchors = jitaccel.handle_of(pipe).stats().anchors
-        for image in range(2):
-            alone = generate(subject, pipe, alone=image)
-            assert relative_error(together[image : image + 1], alone) < 1e-5
-    assert not torch.equal(anchors[1][0], anchors[1][1])
-
-
-def test_what_is_compiled_is_said(subject: Subject) -> None:
-    pipe = subject.make()
-    with jitaccel.apply(pipe, SHORT):
-        eager = generate(subject, pipe)
-    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
-        assert relative_error(generate(subject, pipe), eager) < 1e-6
-    compiled = handle.stats().compiled
-    assert compiled is not None and compiled.eager_calls == 0
-    assert compiled.what == ("stages" if subject is SUBJECTS["AuraFlowPipeline"] else "blocks")
 
 
 def test_guidance_of_whole_pictures_weighs_lifted_branches() -> None:
