@@ -112,12 +112,27 @@ def test_sparse_generation_of_other_kinds_is_the_methods(scheduler: str, variant
         assert relative_error(generate(pipe, config.steps, **low), expected) < 1e-5
 
 
-@pytest.mark.parametrize("expand", [False, True], ids=["further channels", "a frame at timestep 0"])
-def test_image_to_video_is_the_unpatched_one_at_density_one(expand: bool) -> None:
-    pipe = video.image_pipeline(expand_timesteps=expand)
-    plain = generate(pipe, 4, image=video.image())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"expand_timesteps": False},
+        {"expand_timesteps": True},
+        {"expand_timesteps": False, "boundary": 0.8},
+        {"expand_timesteps": False, "added_kv_proj_dim": 24, "image_dim": 8},
+    ],
+    ids=["further channels", "a frame at timestep 0", "two transformers", "image tokens"],
+)
+def test_image_to_video_is_the_unpatched_one_at_density_one(settings: dict[str, Any]) -> None:
+    pipe, call = video.image_pipeline(**settings), {"image": video.image()}
+    if "image_dim" in settings:  # the model takes the last 512 tokens for text, and those before for the image's
+        text = {name: video.noise(seed, 1, 512, 16) for seed, name in enumerate(prompts())}
+        call |= {"image_embeds": video.noise(3, 1, 5, 8), **text}
+    plain = generate(pipe, 4, **call)
     with jitaccel.apply(pipe, DENSE):
-        assert torch.equal(generate(pipe, 4, image=video.image()), plain)
+        assert torch.equal(generate(pipe, 4, **call), plain)
+    with jitaccel.apply(pipe, SHORT) as handle:
+        assert generate(pipe, 5, **call).isfinite().all()
+        assert all(step.calls == 2 for step in handle.stats().steps)
 
 
 def test_image_in_further_channels_goes_with_the_anchors() -> None:
