@@ -93,7 +93,8 @@ def begun_again(scheduler: Any, tokens: Tensor) -> Iterator[None]:
 
     What it has kept of these tokens becomes what the network says of them now: no derivative is taken across their
     activation. UniPC rebuilds the state from the one before, `last_sample`, which becomes that from which its corrector
-    arrives at the state given. A multistep scheduler that begins in the middle does the same.
+    arrives at the state given. DPM-Solver++ that begins in the middle does the same; UniPC that begins there would
+    correct the step after with other weights.
 
     Args:
         scheduler: Whose `step` is called inside, once.
