@@ -1,6 +1,6 @@
 """What a benchmark case is, and where cases are found: modules of `benchmarks/cases` and `benchmarks/checkout`.
 
-Each has a tuple `CASES`. `checkout` is there in a checkout alone.
+Each that has cases has a tuple `CASES`. `checkout` is there in a checkout alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def find_cases() -> tuple[Case, ...]:
     found: list[Case] = []
     for package in (cases, *_of_checkout()):
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
-            found += importlib.import_module(f"{package.__name__}.{module.name}").CASES
+            found += getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "CASES", ())
     return tuple(found)
 
 
