@@ -1,6 +1,6 @@
 """What a benchmark case is, and where cases are found: modules of `benchmarks/cases` and `benchmarks/checkout`.
 
-Each has a tuple `CASES`. `checkout` is there in a checkout alone.
+Each that has cases has a tuple `CASES`. `checkout` is there in a checkout alone.
 """
 
 from __future__ import annotations

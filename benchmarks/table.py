@@ -17,7 +17,7 @@ from typing import Any
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.presets import PRESETS
 
-from . import cards, models_table
+from . import cards
 from .cards import Fields
 from .compare import identity
 from .lab.exact import report as exact_report
@@ -249,13 +249,11 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
-    "models": models_table.models,
     "overview": cards.overview_table,
     "packing": packing,
     "presets": cards.presets,
     "quality": cards.quality,
     "record": record,
-    "refused": models_table.refused,
 }
 
 

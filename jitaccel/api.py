@@ -47,10 +47,10 @@ def apply(
     it back bit for bit. Applying to the same target again replaces what was applied before.
 
     Args:
-        target: A diffusers pipeline of FLUX.1, FLUX.2, Chroma, Wan, HunyuanVideo, LTX-Video, Qwen-Image or Stable
-            Diffusion 3 (the scheduler is followed, and the state moved in its `step`); or a bare transformer of theirs,
-            or Black Forest Labs' `Flux`, in your own Euler loop (the move is folded into the returned velocity); or
-            ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
+        target: A diffusers pipeline of FLUX.1, FLUX.2, Chroma or a model of docs/models.md, such as Wan, HunyuanVideo,
+            LTX-Video, Qwen-Image, Stable Diffusion 3 or Z-Image (the scheduler is followed, and the state moved in its
+            `step`); or a bare transformer of theirs, or Black Forest Labs' `Flux`, in your own Euler loop (the move is
+            folded into the returned velocity); or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
         preset: "4x", "7x", "10x", "few-steps", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or a
             speed, `jitaccel.Auto(speedup=8)`: a few steps are timed here, and `handle.choice` reports which steps and
             densities were picked and why. On video models a preset given by name keeps the sampler's own noise levels;

@@ -197,3 +197,15 @@ def _checked_source(model: str | None) -> str:
 def picture_side(pipe: Any) -> int:
     """Returns the side in pixels of the pictures that a pipeline was made for: what its autoencoder says."""
     return int(pipe.vae.config.sample_size)
+
+
+def size_unit(pipe: Any) -> int:
+    """Returns what height and width of a pipeline must be multiples of: a token's side in pixels."""
+    from .execution.private import uncompiled
+    from .patches.models import model_of
+
+    names = ("vae_scale_factor_spatial", "vae_scale_factor", "vae_spatial_compression_ratio")
+    scale = next((int(scale) for name in names if (scale := getattr(pipe, name, None))), 8)
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    model = model_of(network)
+    return 2 * scale if model is None else model.layout(uncompiled(network).config).side * scale

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 import jitaccel
-from benchmarks import models_table
 from benchmarks.table import filled, read_results
-from jitaccel.patches.flux.kinds import PIPELINES
-from jitaccel.patches.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -59,18 +56,11 @@ def test_api_page_names_what_is_public() -> None:
     assert len(shown) == len(set(shown)) and set(shown) == homes
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/models.md", "docs/presets.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/presets.md"])
 def test_tables_made_of_the_code_are_up_to_date(page: str) -> None:
     text = (ROOT / page).read_text()
     assert "<!-- table: " in text
     assert filled(text, read_results(ROOT / "benchmarks" / "results")) == text, f"run python -m benchmarks.table {page}"
-
-
-def test_every_model_has_a_row_with_a_name_for_people() -> None:
-    table = models_table.models(())
-    for name in (*PIPELINES, *(model.name for model in MODELS)):
-        (row,) = (line for line in table.splitlines() if f"`{name}`" in line)
-        assert not row.startswith(f"| {name} |"), f"benchmarks/models_table.py must say what people call {name}"
 
 
 def test_readme_is_a_page() -> None:

@@ -122,7 +122,8 @@ def export(
     patch = patches.find(target)
     if patch.export is None:
         raise UnsupportedModelError(
-            f"export: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
+            f"export: target must be a FluxPipeline, whose stages alone can be written, got {type(target).__name__}; "
+            f"apply(pipeline, compile=True) compiles the stages of other models as they run"
         )
     exportable: Exportable = patch.export(target, config, size, batch_size, text_tokens, attention)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class CompileStats:
 
     `calls`: of compiled functions. `eager_calls`: where a graph could not be made, or must not be. `captures`,
     `replays`: CUDA graphs recorded, and calls that ran on one. `dropped`: graphs thrown away, since what they rested on
-    had changed.
+    had changed. `what`: a graph is a whole stage ("stages"), or a kind of block in it ("blocks"), which is never
+    captured.
     """
 
     signatures: int = 0
@@ -54,6 +55,7 @@ class CompileStats:
     captures: int = 0
     replays: int = 0
     dropped: int = 0
+    what: Literal["stages", "blocks"] = "stages"
 
 
 def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:

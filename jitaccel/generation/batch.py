@@ -165,7 +165,8 @@ def generate_batch(
     patch = patches.find(target)
     if patch.generate_batch is None:
         raise UnsupportedModelError(
-            f"generate_batch: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
+            f"generate_batch: target must be a FluxPipeline, the one that packed execution knows, got "
+            f"{type(target).__name__}; apply(pipeline), and call it with a list of prompts"
         )
     return list(patch.generate_batch(target, checked_requests(requests), how, output_type, on_step, on_outcome))
 

@@ -19,7 +19,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lifter": ("velocity", "clean"),
         "micro_flow": ("exact", "released", "none"),
         "noise": ("fresh", "own"),
-        "solver": ("euler", "dpmpp_2m"),
+        "solver": ("euler", "dpmpp_2m", "caller"),
     }
 )
 _SCHEDULES = ("beta", "log_snr", "native")
@@ -72,6 +72,8 @@ class JiTConfig:
         noise: Noise of the target: "fresh" (paper) or the token's "own" initial noise.
         solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
             estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
+            "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and DPM-Solver++ then keep their
+            own solver, and newly activated tokens start it anew.
         importance_window: Side of the window of the local variance, in tokens, odd.
         blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
             sqrt(density), as in every preset, the width is 1 token whatever the scale.
@@ -96,7 +98,7 @@ class JiTConfig:
     micro_flow: Literal["exact", "released", "none"] = "released"
     relax_steps: int = 3
     noise: Literal["fresh", "own"] = "fresh"
-    solver: Literal["euler", "dpmpp_2m"] = "euler"
+    solver: Literal["euler", "dpmpp_2m", "caller"] = "euler"
     importance_window: int = 3
     blur_scale: float = 0.4
     pooling: tuple[int, ...] = ()

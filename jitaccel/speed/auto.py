@@ -176,8 +176,8 @@ def measure_costs(
     patch = patches.find(target)
     if patch.probe is None:
         raise UnsupportedModelError(
-            f"auto_config: target must be one whose steps can be measured, got {type(target).__name__} ({patch.name}); "
-            f'give a preset ("4x", "7x") or a JiTConfig instead'
+            f"auto_config: target must be of FLUX.1, FLUX.2 or Chroma, whose steps can be timed beforehand, got "
+            f'{type(target).__name__}; give a preset ("4x", "7x") or a JiTConfig instead'
         )
     probe = patch.probe(target, size, text_tokens, execution or Execution())
     try:

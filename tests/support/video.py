@@ -95,8 +95,12 @@ def vace_pipeline() -> Any:
     return pipe
 
 
-def image_pipeline(*, expand_timesteps: bool) -> Any:
-    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V)."""
+def image_pipeline(*, expand_timesteps: bool, boundary: float | None = None, **transformer: Any) -> Any:
+    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V).
+
+    boundary: of two transformers. transformer: further settings of it.
+    """
+    channels = {"in_channels": 16 if expand_timesteps else 36, "out_channels": 16}
     pipe = diffusers.WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -104,7 +108,9 @@ def image_pipeline(*, expand_timesteps: bool) -> Any:
         scheduler=unipc(),
         image_processor=None,
         image_encoder=None,
-        transformer=wan_transformer(in_channels=16 if expand_timesteps else 36, out_channels=16),
+        transformer=wan_transformer(**channels, **transformer),
+        transformer_2=None if boundary is None else wan_transformer(1, **channels, **transformer),
+        boundary_ratio=boundary,
         expand_timesteps=expand_timesteps,
     )
     pipe.set_progress_bar_config(disable=True)
