@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             left += 1
         else:
             part = replace(options, only=case.part_of(only) or "")
-            ratios += _run(case, part, arguments.json, earlier)
+            ratios += _run(case, part, arguments.json, earlier, arguments.resume)
     if left:
         print(f"\n{left} cases were not begun within {arguments.within:g} s; --resume goes on with them")
     if arguments.compare is not None:
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _done(path: Path, device: torch.device) -> set[tuple[str, str]]:
-    """Returns the group and name of each case that a file has rows of, from this device and commit."""
+    """Returns the group and name of each case that a file has the closing row of, from this device and commit."""
     from jitaccel.provenance import provenance
 
     if not path.exists():
@@ -101,7 +101,7 @@ def _done(path: Path, device: torch.device) -> set[tuple[str, str]]:
     origin = provenance(device)
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     here = [row for row in rows if all(row.get(name) == origin[name] for name in ("device", "commit"))]
-    return {(row["benchmark"], row["case"]) for row in here if "error" not in row}
+    return {(row["benchmark"], row["case"]) for row in here if row.get("is_closing")}
 
 
 def _refuse(reason: str) -> int:
@@ -109,7 +109,9 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def _run(case: Case, options: Options, path: Path | None, earlier: Sequence[Mapping[str, Any]]) -> list[float]:
+def _run(
+    case: Case, options: Options, path: Path | None, earlier: Sequence[Mapping[str, Any]], closes: bool
+) -> list[float]:
     """Prints a case's rows, adds them to the file, and returns the times of those that an earlier run has, over its."""
     from jitaccel.provenance import provenance
 
@@ -119,17 +121,27 @@ def _run(case: Case, options: Options, path: Path | None, earlier: Sequence[Mapp
         print(f"not measured: {reason}")
         return []
     ratios = []
+    failed = False
     origin = provenance(options.device)
     for row in case.run(options):
         fields = {"benchmark": case.group, "case": case.name, **row.fields, **origin}
         ratio = ratio_to(fields, earlier)
         ratios += [] if ratio is None else [ratio]
+        failed = failed or "error" in fields
         print(row.line + ("" if ratio is None else f"  [{ratio:.3f}x of earlier]"), flush=True)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(fields) + "\n")
+        _add(path, fields)
+    if closes and not failed:  # what --resume looks for: rows alone may be those of a case that was cut short
+        _add(path, {"benchmark": case.group, "case": case.name, "is_closing": True, **origin})
     return ratios
+
+
+def _add(path: Path | None, fields: Mapping[str, Any]) -> None:
+    """Adds a row to the file of JSON lines, if there is one."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: (_date_of(path), path.name)):
         for line in path.read_text().splitlines():
             row = {"date": _date_of(path), **json.loads(line)}
-            if "error" not in row:
+            if "error" not in row and not row.get("is_closing"):
                 newest.pop(identity(row), None)
                 newest[identity(row)] = row
     return [*newest.values()]

@@ -37,6 +37,7 @@ from ..execution.options import Attention
 from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
+from ..limits import MOST_BATCH, MOST_TEXT_TOKENS
 from ..method.config import JiTConfig, Overrides, arguments_of, check_fields
 from ..method.grid import num_tokens_of
 from ..method.presets import PresetName, resolve
@@ -111,9 +112,11 @@ def export(
     _check_export(size, attention, options)
     if folder.exists():
         raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")
-    for name, value in (("batch_size", batch_size), ("text_tokens", text_tokens)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"export: {name} must be a whole number above 0, got {value!r}; give that of later calls")
+    for name, value, most in (("batch_size", batch_size, MOST_BATCH), ("text_tokens", text_tokens, MOST_TEXT_TOKENS)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(
+                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give that of later calls"
+            )
     if format == "aoti":
         check_compiler_paths()
     patch = patches.find(target)
@@ -138,11 +141,16 @@ def export(
 
 def _path(function: str, folder: Any) -> Path:
     try:
-        return Path(folder)
-    except TypeError:
+        path = Path(folder)
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except (TypeError, ValueError, OSError) as error:  # no path, a null character, a name that is too long
         raise ConfigError(
-            f"{function}: folder must be a path, got {folder!r}; give its name, for example 'flux-7x'"
+            f"{function}: folder must be a path, got {folder!r:.200} ({error!s:.200}); "
+            f"give its name, for example 'flux-7x'"
         ) from None
+    return path
 
 
 def _check_export(size: Any, attention: Any, options: Any) -> None:
@@ -335,7 +343,7 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
     manifest = Manifest.read(folder)
     try:
         where = torch.device(manifest.device if device is None else device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"load_exported: device must be a device of torch, got {device!r} ({error}); leave it out"
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate, messages, presets, serve, view
+from . import app, bench, demo, doctor, eval, export, generate, messages, presets, serve, view
 from .outputs import UNWRITABLE
 
 _COMMANDS = {
@@ -17,6 +17,7 @@ _COMMANDS = {
     "presets": presets,
     "demo": demo,
     "view": view,
+    "app": app,
     "eval": eval,
     "export": export,
     "serve": serve,

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of noise and random weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add one JSON line for each measurement to this file")
-    parser.add_argument("--resume", action="store_true", help="leave out cases that --json's file has from this commit")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that --json's file holds whole")
     parser.add_argument("--within", type=_ratio, metavar="SECONDS", help="begin no case after so many seconds")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON lines of an earlier run to compare with")
     parser.add_argument(

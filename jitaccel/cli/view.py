@@ -10,6 +10,7 @@ from ..errors import CommandError
 from ..method.presets import PRESETS
 from . import options
 from .limits import check_numbers
+from .outputs import check_file
 
 _SUFFIXES = (".html", ".htm")
 
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes the pictures and writes the page."""
     presets = _presets(arguments.presets)
     check_report(arguments.out, arguments.overwrite, "--out")
+    check_file(arguments.out)
     check_numbers(arguments)
 
     from tqdm import tqdm

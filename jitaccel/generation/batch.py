@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..limits import MOST_SIDE
 from ..method.checks import is_finite_number
 from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
-OnStep = Callable[[int, int, int], None]
+OnBatchStep = Callable[[int, int, int], None]
 """Called after each step of each request: (index of the request, steps done, steps in all)."""
 OnOutcome = Callable[[int, "Outcome"], None]
 """Called as soon as a request has its outcome: (index of the request, outcome)."""
 
 _MAX_TEXT = 512  # T5 tokens, of FluxPipeline
 _WHOLE = {  # fields that are whole numbers, with the least and the greatest
-    "height": (1, 2**31 - 1),
-    "width": (1, 2**31 - 1),
+    "height": (1, MOST_SIDE),
+    "width": (1, MOST_SIDE),
     "seed": (0, 2**64 - 1),
     "max_sequence_length": (1, _MAX_TEXT),
 }
@@ -131,7 +132,7 @@ def generate_batch(
     attention: Attention = "auto",
     strict: bool = False,
     output_type: OutputType = "pil",
-    on_step: OnStep | None = None,
+    on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns one outcome for each request, in their order; all share each forward of the network.
@@ -171,13 +172,15 @@ def generate_batch(
 
 def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:
     """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
-    if not isinstance(requests, Iterable):
+    try:
+        given = [*requests]
+    except TypeError:
         raise ConfigError(
             f"generate_batch: requests must be a list of jitaccel.Request, got {type(requests).__name__}; "
             f"put it in a list"
-        )
+        ) from None
     checked, problems = [], []
-    for index, request in enumerate(requests):
+    for index, request in enumerate(given):
         where = f"generate_batch: requests[{index}]:"
         if not isinstance(request, Request):
             problems.append(f"{where} must be a jitaccel.Request, got {type(request).__name__}; build one")

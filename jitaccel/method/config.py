@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import ConfigError, suggestion
+from ..limits import MOST_SHARED
 from .checks import MAX_STEPS, check_steps, choice_problems, is_finite_number, is_step_count, is_whole, stage_problems
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -215,9 +216,9 @@ class JiTConfig:
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
                 f"the released code's is 3"
             )
-        if not is_whole(self.multiple) or self.multiple < 1:
+        if not is_whole(self.multiple) or not 1 <= self.multiple <= MOST_SHARED:
             problems.append(
-                f"JiTConfig: multiple must be a whole number above 0, got {self.multiple!r}; "
+                f"JiTConfig: multiple must be a whole number in 1..{MOST_SHARED}, got {self.multiple!r}; "
                 f"give the number of ranks that divide the tokens, or 1"
             )
         window = self.importance_window
@@ -293,6 +294,16 @@ class JiTConfig:
             raise ConfigError(
                 f"token_counts: num_tokens must be a whole number from 1 to 2^40, got {num_tokens!r}; "
                 f"pass grid_h * grid_w"
+            )
+        if not is_whole(num_forced) or not 0 <= num_forced <= num_tokens:
+            raise ConfigError(
+                f"token_counts: num_forced must be a whole number in 0..{num_tokens}, the tokens, got {num_forced!r}; "
+                f"count those under the mask"
+            )
+        if not is_whole(multiple) or not 1 <= multiple <= MOST_SHARED:
+            raise ConfigError(
+                f"token_counts: multiple must be a whole number in 1..{MOST_SHARED}, got {multiple!r}; leave it "
+                f"out for 1"
             )
         others = num_tokens - num_forced
         counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)

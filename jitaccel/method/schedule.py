@@ -63,6 +63,10 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
         ConfigError: For the "native" schedule, whose levels only the sampler knows, for a missing step count, and for
             one that an explicit schedule does not have.
     """
+    if not isinstance(config, JiTConfig):
+        raise ConfigError(
+            f"noise_levels: config must be a JiTConfig, got {config!r}; pass one, for example jitaccel.PRESETS['7x']"
+        )
     if config.schedule == "native":
         raise ConfigError(
             'noise_levels: schedule must be "beta", "log_snr" or explicit levels, got "native"; '

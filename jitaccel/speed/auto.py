@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..limits import MOST_TEXT_TOKENS
 from ..method.checks import is_finite_number
 from ..method.config import JiTConfig, Overrides, arguments_of, check_fields
 from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
@@ -166,9 +167,11 @@ def measure_costs(
     """Returns what steps of a target cost on this machine; `auto_config` says more of the arguments."""
     from .. import patches
 
-    if text_tokens is not None and (not isinstance(text_tokens, int) or text_tokens < 1):
+    is_length = isinstance(text_tokens, int) and not isinstance(text_tokens, bool)
+    if text_tokens is not None and not (is_length and 1 <= text_tokens <= MOST_TEXT_TOKENS):
         raise ConfigError(
-            f"auto_config: text_tokens must be a whole number above 0, got {text_tokens!r}; count the padding too"
+            f"auto_config: text_tokens must be a whole number in 1..{MOST_TEXT_TOKENS}, got {text_tokens!r}; "
+            f"count the padding too"
         )
     patch = patches.find(target)
     if patch.probe is None:
