@@ -1,4 +1,4 @@
-"""The page docs/models.md: which models are accelerated, and what the presets cost on each, by counted operations.
+"""The page docs/model-costs.md: what the presets cost on each model, by counted operations.
 
 `python -m benchmarks.models` writes it; a test compares. Operations are counted by torch on tensors without data, at
 the full size of each model, from the configuration that its checkpoint has. They are quadratic in the number of
@@ -23,10 +23,9 @@ from jitaccel.method.presets import PRESETS
 from jitaccel.patches.cutting import Cut, places_of
 from jitaccel.patches.models import MODELS
 from jitaccel.patches.models.model import Model
-from jitaccel.patches.models.refused import REFUSED
 from jitaccel.speed.cost import loop_seconds
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "model-costs.md"
 DENSE_STEPS = 50  # what speed-ups of presets are against
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -280,17 +279,15 @@ def page() -> str:
         "| transformer | pipelines | levels of presets | guidance comes as | `compile=True` compiles | tested on |",
         [model_line(model) for model in MODELS],
     )
-    refused = _table("| transformer | reason |", [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()])
-    return _TEXT.format(sizes=sizes, costs=costs, models=models, refused=refused)
+    return _TEXT.format(sizes=sizes, costs=costs, models=models)
 
 
 _TEXT = """<!-- Written by `python -m benchmarks.models`; edit benchmarks/models.py. -->
 
-# Models
+# What presets cost on each model
 
-FLUX.1, FLUX.2 and Chroma, Black Forest Labs' own code and ComfyUI are in [codebases](codebases.md). This page lists
-the other transformers of diffusers. jitaccel runs each model's own forward on a part of its tokens. [Adding a
-model](adding-a-model.md) takes an entry of data and a run of the tests.
+[Models](models.md) lists every model. This page says of those that are cut (`patches/models/`) how they are run, and
+what the presets cost on them.
 
 No row has been tested on released weights: the tests use tiny random ones, on which a dense run gives the pipeline's
 own bits and a sparse run gives the method's result. Quality and time on the real models are not measured.
@@ -311,17 +308,13 @@ guidance.
 
 {sizes}
 
-## What presets cost
+## Cost
 
 In dense steps of the same model, by the operations of the network. The last two columns are the ratio of operations
 of 50 dense steps, and of the pipeline's default number of steps, to those of `7x`. Real speed-ups are lower where
 anything but the network takes time.
 
 {costs}
-
-## Not supported
-
-{refused}
 
 Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream, Bria, the layers of
 Qwen-Image Layered, and HunyuanVideo from an image.

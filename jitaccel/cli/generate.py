@@ -12,24 +12,21 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
-from . import made
-from .arguments import add_pickle
+from . import made, options
 from .limits import check_numbers
+from .progress import bar
 from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
-_MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from ..loading import DTYPES
-
     parser.add_argument("--prompt", required=True, help="what to show")
     parser.add_argument("--out", type=Path, required=True, help="picture or clip to write, with its folder")
     parser.add_argument("--overwrite", action="store_true", help="replace --out and --tokens where they exist")
-    parser.add_argument("--model", help="diffusers folder or hub id; without it the embedded model")
+    options.add_model_options(parser, offload=True)
     presets = ", ".join((*PRESETS, _AUTO, _UNTOUCHED))
     parser.add_argument(
         "--preset",
@@ -43,15 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_arguments(parser)
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
-    parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
-    parser.add_argument("--width", type=int, help="in pixels; without it the model's own")
+    options.add_size_option(parser)
     parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline's call; without it its own")
     parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
     parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
-    parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it the model's (here: 48)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    add_pickle(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    options.add_length_option(parser)
     parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
@@ -62,26 +55,23 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     made.check(arguments)
     _check_report(arguments)
-    guidance = _guidance(arguments)
+    guidance, text_tokens = _guidance(arguments), options.length_of(arguments)
 
     import torch
 
     import jitaccel
 
-    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, size_unit
-
-    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device, pickle=arguments.pickle)
+    size = options.size_of(arguments, config)
+    pipe = options.load(arguments)
     made.check_pipeline(pipe, arguments)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    side = made.default_side(pipe)
-    size = (arguments.height or side, arguments.width or side)
-    _check_sides(*size, size_unit(pipe))
-    text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else None)
+    size = made.size_of(pipe, size)
     if arguments.preset == _AUTO:
-        sides = (size[0], size[1]) if size[0] and size[1] else None
-        tokens = text_tokens or _MOST_TEXT_TOKENS
-        choice = jitaccel.auto_config(pipe, **_target(arguments), size=sides, text_tokens=tokens)
+        with bar("timing steps") as progress:
+            choice = jitaccel.auto_config(
+                pipe, **_target(arguments), size=size, text_tokens=text_tokens, progress=progress
+            )
         print(f"auto: {choice}")
         config = choice.config
     handle = None
@@ -95,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
         pipe,
         arguments,
         {
-            "height": size[0],
-            "width": size[1],
+            "height": None if size is None else size[0],
+            "width": None if size is None else size[1],
             "num_inference_steps": steps,
-            "max_sequence_length": text_tokens,
+            "max_sequence_length": text_tokens if arguments.model is None else arguments.max_sequence_length,
             **guidance,
         },
     )
@@ -128,6 +118,7 @@ def _of_unknown_words(prompt: str) -> str | None:
 
 
 def _config(arguments: argparse.Namespace) -> JiTConfig | None:
+    options.checked_preset(arguments.preset, _AUTO, _UNTOUCHED)
     if arguments.preset == _AUTO:
         _check_target(arguments)
         return None
@@ -175,9 +166,3 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.negative_prompt is not None:
         raise CommandError("--negative-prompt must come with --true-cfg above 1, got it alone; it would do nothing")
     return call
-
-
-def _check_sides(height: int | None, width: int | None, unit: int) -> None:
-    for name, side in (("--height", height), ("--width", width)):
-        if side is not None and (side < unit or side % unit):
-            raise CommandError(f"{name} must be a multiple of {unit} pixels for this model, got {side}")

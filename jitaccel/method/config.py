@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import ConfigError, suggestion
 from .checks import MAX_STEPS, check_steps, choice_problems, is_finite_number, is_step_count, is_whole, stage_problems
@@ -25,6 +25,27 @@ _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
 MAX_WINDOW = 1023  # the operators' own limit
 _MAX_TOKENS = 2**40  # the operators' own limit
+
+
+class Overrides(TypedDict, total=False):
+    """The fields of JiTConfig as keywords, so that editors complete them; JiTConfig says what each is."""
+
+    densities: tuple[float, ...]
+    boundaries: tuple[float, ...]
+    steps: int | Literal["caller"]
+    schedule: Literal["beta", "log_snr", "native"] | tuple[float, ...]
+    alpha: float
+    beta: float
+    log_snr: tuple[float, float]
+    lifter: Literal["velocity", "clean"]
+    micro_flow: Literal["exact", "released", "none"]
+    relax_steps: int
+    noise: Literal["fresh", "own"]
+    solver: Literal["euler", "dpmpp_2m"]
+    importance_window: int
+    blur_scale: float
+    pooling: tuple[int, ...]
+    multiple: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,14 +349,14 @@ class JiTConfig:
                 found += [size for size in [next(fits, None)] if size is not None]
         return tuple(found)
 
-    def replace(self, **overrides: Any) -> "JiTConfig":
+    def replace(self, **overrides: Unpack[Overrides]) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError.
 
         Densities make new stages: without `pooling` beside them none of these pools.
         """
         check_fields("replace", overrides)
-        new_stages = {"pooling": ()} if "densities" in overrides else {}
-        return dataclasses.replace(self, **{**new_stages, **overrides})
+        changes: dict[str, Any] = {"pooling": ()} if "densities" in overrides else {}
+        return dataclasses.replace(self, **{**changes, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict of numbers, strings and lists, ready for JSON."""

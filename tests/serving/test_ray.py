@@ -78,7 +78,7 @@ def test_every_request_is_answered_though_a_replica_is_killed(server: Server) ->
     torch.set_num_threads(1)
     assert server.get("/health").said["replicas"] == {"RUNNING": 2}
     first = server.generate(whole(GOOD[0]))
-    victim = int(json.loads(first.headers["X-Jitaccel-Statistics"])["replica"])
+    victim = int(json.loads(first.headers["x-jitaccel-statistics"])["replica"])
     under_way = threading.Barrier(2)
     with ThreadPoolExecutor(20) as pool:
         long = [pool.submit(server.generate, whole(body)) for body in GOOD[-4:]]
