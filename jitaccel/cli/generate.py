@@ -55,25 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     made.check(arguments)
     _check_report(arguments)
-    guidance = _guidance(arguments)
+    guidance, text_tokens = _guidance(arguments), options.length_of(arguments)
 
     import torch
 
     import jitaccel
-
-    from ..loading import EMBEDDED_TEXT_TOKENS, PictureSizes, size_unit
 
     size = options.size_of(arguments, config)
     pipe = options.load(arguments)
     made.check_pipeline(pipe, arguments)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    side = made.default_side(pipe)
-    if size is not None:
-        options.check_size(size, PictureSizes(unit=size_unit(pipe), side=side or size[0]), config)
-    elif side is not None:
-        size = (side, side)
-    text_tokens = arguments.max_sequence_length or (EMBEDDED_TEXT_TOKENS if arguments.model is None else None)
+    size = made.size_of(pipe, size)
     if arguments.preset == _AUTO:
         with bar("timing steps") as progress:
             choice = jitaccel.auto_config(
@@ -95,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             "height": None if size is None else size[0],
             "width": None if size is None else size[1],
             "num_inference_steps": steps,
-            "max_sequence_length": text_tokens,
+            "max_sequence_length": text_tokens if arguments.model is None else arguments.max_sequence_length,
             **guidance,
         },
     )

@@ -66,10 +66,21 @@ def makes_videos(pipe: Any) -> bool:
     return "num_frames" in _parameters(pipe)
 
 
-def default_side(pipe: Any) -> int | None:
-    """Returns the side in pixels of a picture model, by its autoencoder; None: the pipeline's own default is taken."""
-    side = getattr(pipe.vae.config, "sample_size", None)
-    return side if isinstance(side, int) and not makes_videos(pipe) else None
+def size_of(pipe: Any, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Returns (height, width) in pixels of a picture or video; None: the pipeline's own default is taken.
+
+    Raises:
+        CommandError: For sides that are not whole tokens.
+    """
+    from ..loading import size_unit
+
+    if asked is None:
+        side = getattr(pipe.vae.config, "sample_size", None)
+        return (side, side) if isinstance(side, int) and not makes_videos(pipe) else None
+    unit = size_unit(pipe)
+    if any(side < unit or side % unit for side in asked):
+        raise CommandError(f"--size must be multiples of {unit} pixels for this model, got {asked[0]}x{asked[1]}")
+    return asked
 
 
 def check_pipeline(pipe: Any, arguments: argparse.Namespace) -> None:

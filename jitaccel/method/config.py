@@ -42,7 +42,7 @@ class Overrides(TypedDict, total=False):
     micro_flow: Literal["exact", "released", "none"]
     relax_steps: int
     noise: Literal["fresh", "own"]
-    solver: Literal["euler", "dpmpp_2m"]
+    solver: Literal["euler", "dpmpp_2m", "caller"]
     importance_window: int
     blur_scale: float
     pooling: tuple[int, ...]

@@ -16,7 +16,7 @@ from jitaccel.evaluation.clips import latent_of, token_sheet, write_clip
 from jitaccel.generation.stats import Stats
 
 Command = Callable[..., tuple[int, str, str]]
-SIZE = ("--frames", 9, "--height", 96, "--width", 128, "--text-tokens", 16, "--prompt", "a lake", "--steps", 5)
+SIZE = ("--frames", 9, "--size", "96x128", "--max-sequence-length", 16, "--prompt", "a lake", "--steps", 5)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_sheet_dims_what_was_left_out() -> None:
         (("--out", "a.gif", "--fps", 0), "--fps must be in 1..120, got 0"),
         (("--out", "a.gif", "--frames", 0), "--frames must be at least 1, got 0"),
         (("--out", "a.gif", "--true-cfg", 3), "--true-cfg must be left out for WanPipeline"),
-        (("--out", "a.gif", "--height", 100), "--height must be a multiple of 16 pixels"),
+        (("--out", "a.gif", "--size", "96x100"), "--size must be multiples of 16 pixels"),
         (("--out", "a.gif", "--tokens", "b.png", "--preset", "none"), "--tokens must come with a preset"),
     ],
 )
