@@ -187,8 +187,8 @@ class Handle:
             )
         if pipeline is None:
             raise ConfigError(
-                f"Handle.warmup: the pipeline must be alive, got a {self._kind} that is gone; keep it in a variable, for "
-                f"a handle does not"
+                f"Handle.warmup: the pipeline must be alive, got a {self._kind} that is gone; keep it in a "
+                f"variable, for a handle does not"
             )
         todo = [(*size, batch) for size in _checked_sizes(sizes) for batch in _checked_batches(batch_sizes)]
         if progress:

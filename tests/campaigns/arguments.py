@@ -253,7 +253,8 @@ def _command(rng: random.Random) -> None:
     said = error.getvalue()
     if status not in (0, 2) or "Traceback" in said:
         raise Survivor(f"jitaccel {' '.join(argv)[:200]}: status {status}: {said[-300:]}")
-    if status == 2 and "the model would be loaded now" not in said and not re.search(r"--|argument|device|preset", said):
+    is_named = "the model would be loaded now" in said or re.search(r"--|argument|device|preset", said) is not None
+    if status == 2 and not is_named:
         raise Survivor(f"jitaccel {' '.join(argv)[:200]} names no argument: {said[-300:]}")
 
 
