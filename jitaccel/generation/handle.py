@@ -195,6 +195,11 @@ class Handle:
             raise ConfigError(
                 f"Handle.warmup: what was patched must be a pipeline, got {self._kind}; run your own loop once instead"
             )
+        if pipeline is None:
+            raise ConfigError(
+                f"Handle.warmup: the pipeline must be alive, got a {self._kind} that is gone; keep it in a "
+                f"variable, for a handle does not"
+            )
         todo = [(*size, batch) for size in _checked_sizes(sizes) for batch in _checked_batches(batch_sizes)]
         if progress:
             from tqdm import tqdm

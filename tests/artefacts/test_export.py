@@ -301,7 +301,8 @@ def test_signed_manifest_that_names_another_file_is_refused(folder: Path) -> Non
     ("name", "value"),
     [
         ("files", []), ("files", None), ("inputs", 3), ("tokens", None), ("config", []), ("config", {}),
-        ("format", "onnx"), ("format", ["aoti"]), ("levels", 1),
+        ("format", "onnx"), ("format", ["aoti"]), ("levels", 1), ("dtype", -1), ("text_tokens", None), ("batch", True),
+        ("grid", ["a", "b"]), ("levels", [None, 0.0]), ("processor", {}), ("inputs", []),
     ],
 )  # fmt: skip
 def test_signed_manifest_with_a_field_of_another_kind_is_refused(folder: Path, name: str, value: Any) -> None:

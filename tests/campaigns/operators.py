@@ -33,7 +33,9 @@ def case(rng: random.Random, counts: Counts) -> None:
     wide = ARGUMENTS[name](given.double())
     expected, found = call(plain(name), name, wide), call(compiled(name), name, arguments)
     own = call(plain(name), name, ARGUMENTS[name](given))
-    if found.shape != expected.shape or _error(found, expected) > 2.0 * _error(own, expected) + _rounding(dtype):
+    if found.shape != expected.shape or _error(found, expected) > 2.0 * _error(own, expected) + _rounding(
+        dtype, expected
+    ):
         raise Survivor(
             f"{name} of {grid}, {count} anchors, {dtype}: off by {_error(found, expected):g}, plain torch by "
             f"{_error(own, expected):g}"
@@ -87,5 +89,6 @@ def _error(x: Tensor, expected: Tensor) -> float:
     return float((x.double() - expected.double()).abs().max()) if x.numel() else 0.0
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    return 8.0 * torch.finfo(dtype).eps
+def _rounding(dtype: torch.dtype, like: Tensor) -> float:
+    scale = float(like.double().abs().max()) if like.numel() else 0.0
+    return 8.0 * torch.finfo(dtype).eps * max(1.0, scale)

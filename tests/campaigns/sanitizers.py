@@ -46,9 +46,7 @@ def run(seed: int, minutes: float) -> Result | None:
             return Result(name=NAME, survivors=[f"the process ended with {done.returncode}: {done.stderr[-1500:]}"])
         (row,) = [json.loads(line) for line in rows.read_text().splitlines()]
     counts = Counts(operations=row["operations"], faults=row["faults"])
-    return Result(
-        name=NAME, cases=row["cases"], seconds=row["cases_s"], counts=counts, survivors=row["survivors"]
-    )
+    return Result(name=NAME, cases=row["cases"], seconds=row["cases_s"], counts=counts, survivors=row["survivors"])
 
 
 def _runtimes() -> list[str]:
