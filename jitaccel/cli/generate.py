@@ -12,25 +12,23 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
-from .arguments import add_pickle
+from . import options
 from .limits import check_numbers
 from .outputs import check_file, save_picture
+from .progress import bar
 from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
-_MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from ..loading import DTYPES
-
     parser.add_argument("--prompt", required=True, help="what to show")
     parser.add_argument("--out", type=Path, required=True, help="picture to write; its folder is made where missing")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    options.add_model_options(parser, offload=True)
     presets = ", ".join((*PRESETS, _AUTO, _UNTOUCHED))
     parser.add_argument(
         "--preset",
@@ -43,15 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
-    parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
-    parser.add_argument("--width", type=int, help="in pixels; without it the model's own")
+    options.add_size_option(parser)
     parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
     parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
     parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
-    parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    add_pickle(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    options.add_length_option(parser)
     parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
@@ -62,23 +56,24 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _check_out(arguments.out, arguments.overwrite)
     _check_report(arguments)
-    guidance = _guidance(arguments)
+    guidance, text_tokens = _guidance(arguments), options.length_of(arguments)
 
     import torch
 
     import jitaccel
 
-    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+    from ..loading import picture_side
 
-    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device, pickle=arguments.pickle)
+    size = options.size_of(arguments, config)
+    pipe = options.load(arguments)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    side = picture_side(pipe)
-    size = (arguments.height or side, arguments.width or side)
-    _check_sides(*size, 2 * pipe.vae_scale_factor)
-    text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
+    size = size or (picture_side(pipe),) * 2
     if arguments.preset == _AUTO:
-        choice = jitaccel.auto_config(pipe, **_target(arguments), size=size, text_tokens=text_tokens)
+        with bar("timing steps") as progress:
+            choice = jitaccel.auto_config(
+                pipe, **_target(arguments), size=size, text_tokens=text_tokens, progress=progress
+            )
         print(f"auto: {choice}")
         config = choice.config
     handle = None if config is None else jitaccel.apply(pipe, config)
@@ -113,6 +108,7 @@ def _of_unknown_words(prompt: str) -> str | None:
 
 
 def _config(arguments: argparse.Namespace) -> JiTConfig | None:
+    options.checked_preset(arguments.preset, _AUTO, _UNTOUCHED)
     if arguments.preset == _AUTO:
         _check_target(arguments)
         return None
@@ -171,9 +167,3 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.negative_prompt is not None:
         raise CommandError("--negative-prompt must come with --true-cfg above 1, got it alone; it would do nothing")
     return call
-
-
-def _check_sides(height: int, width: int, unit: int) -> None:
-    for name, side in (("--height", height), ("--width", width)):
-        if side < unit or side % unit:
-            raise CommandError(f"{name} must be a multiple of {unit} pixels for this model, got {side}")

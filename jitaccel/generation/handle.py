@@ -104,7 +104,8 @@ class Handle:
 
     It keeps neither its target nor a part of it alive.
 
-    choice: what `preset="auto"` picked, and why; None for other presets.
+    Attributes:
+        choice: What `preset="auto"` picked, and why; None for other presets.
     """
 
     def __init__(self, target: Any, installation: Installation) -> None:
@@ -176,9 +177,18 @@ class Handle:
     ) -> Stats:
         """Makes one picture of each size and batch, and drops it: compiles every stage before the first request.
 
-        sizes: (height, width) in pixels. call: further arguments of the pipeline, as requests will have them: the
-            length of prompts (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
-        Returns the statistics. Raises ConfigError where what was patched is no pipeline: call your own loop once.
+        Args:
+            sizes: (height, width) in pixels.
+            batch_sizes: Images of each call.
+            progress: Shows a bar.
+            **call: Further arguments of the pipeline, as requests will have them: the length of prompts
+                (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ConfigError: If what was patched is no pipeline: call your own loop once.
         """
         pipeline, generate = self.target, self._installation.generate
         if generate is None:
@@ -348,7 +358,7 @@ class Handle:
 
 def _checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Returns sizes as pairs. Raises ConfigError for what is no list of pairs: one size alone, say."""
-    pairs = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, (str, bytes)) else None
+    pairs = _listed(sizes)
     if pairs is None or not all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side) for side in pair) for pair in pairs
     ):
@@ -360,13 +370,23 @@ def _checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _checked_batches(batch_sizes: Sequence[int]) -> list[int]:
-    batches = list(batch_sizes) if isinstance(batch_sizes, Iterable) else None
+    batches = _listed(batch_sizes)
     if batches is None or not all(_is_count(batch) for batch in batches):
         raise ConfigError(
             f"Handle.warmup: batch_sizes must be a list of whole numbers above 0, got {batch_sizes!r}; "
             f"give for example (1, 2)"
         )
     return batches
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """Returns the items of what has some; None of anything else, a text too."""
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # a tensor without dimensions says that it has items
+        return None
 
 
 def _is_count(value: object) -> bool:

@@ -374,7 +374,7 @@ def test_manifest_reads_what_it_wrote(exported: Path) -> None:
     [
         ({"format": "onnx"}, "must be one of aoti, torchscript, got 'onnx'"),
         ({"size": (50, 48)}, "multiples of 4 pixels"),
-        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number in 1..1024, got 0"),
         ({"text_tokens": 1.5}, "text_tokens must be a whole number"),
         ({"steps": "caller"}, "steps must be a number"),
         ({"attention": "flash"}, "attention must be one of"),

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.support import tiny
 from tests.support.every_model import TEXT, vace_transformer, wan_transformer
 from tests.support.models import noise
 
@@ -57,6 +58,28 @@ def autoencoder() -> Any:
             base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         )
     return vae.eval()
+
+
+def text_pipeline(transformer: Any) -> Any:
+    """Returns a WanPipeline with every part, the text encoder and tokenizer too: one that can be saved and loaded."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = tiny.pipeline().tokenizer_2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        width = transformer.config.text_dim
+        encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
+    pipe = diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=autoencoder(),
+        scheduler=unipc(),
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def vace_pipeline() -> Any:
