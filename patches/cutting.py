@@ -178,6 +178,7 @@ class Adapter:
         outputs: Submodules, by dotted names, and how their output is changed.
         arguments: The same of arguments of the model that may hold every token.
         blocks: The same of arguments of repeated blocks, by the name of their list.
+        methods: The same of what methods of the model return, where tokens are made outside any submodule.
         has_one_table: Whether one table of places serves all images, so that one forward cannot have other anchors for
             each image.
         rows: Arguments with a row for each image; needed with `has_one_table`.
@@ -186,6 +187,7 @@ class Adapter:
     outputs: Mapping[str, Way]
     arguments: Mapping[str, Way] = field(default_factory=dict)
     blocks: Mapping[str, Mapping[str, Way]] = field(default_factory=dict)
+    methods: Mapping[str, Way] = field(default_factory=dict)
     has_one_table: bool = False
     rows: tuple[str, ...] = ()
 
@@ -194,7 +196,12 @@ def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:
     """Returns why an adapter does not fit a model: every submodule that it lacks."""
     known = dict(model.named_modules())
     missing = [name for name in (*adapter.outputs, *adapter.blocks) if name not in known]
-    return [f"transformer must have a submodule {name!r}, got none in {type(model).__name__}" for name in missing]
+    found = [f"transformer must have a submodule {name!r}, got none in {type(model).__name__}" for name in missing]
+    return found + [
+        f"transformer must have a method {name!r}, got none in {type(model).__name__}"
+        for name in adapter.methods
+        if not callable(getattr(model, name, None))
+    ]
 
 
 class _Now:
@@ -213,6 +220,24 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         places = self._now.places
         return None if places is None else self._way(output, places)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_copy()
+
+
+class _Method:
+    """A method of an instance; `way` changes what the class's returns."""
+
+    def __init__(self, now: _Now, way: Way, model: nn.Module, name: str) -> None:
+        self._now, self._way, self._model, self._name = now, way, weakref.ref(model), name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, places = self._model(), self._now.places
+        output = getattr(type(model), self._name)(model, *args, **kwargs)
+        return output if places is None else self._way(output, places)
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise refuse_copy()
@@ -285,13 +310,14 @@ class Cut:
         self._now = _Now()
         self._outputs = {name: _Hook(self._now, way) for name, way in adapter.outputs.items()}
         self._blocks = {name: _BlockHook(self._now, ways) for name, ways in adapter.blocks.items()}
+        self._methods = {name: _Method(self._now, way, model, name) for name, way in adapter.methods.items()}
         self._was_parallel = is_parallel(model)
         self._placed: list[tuple[weakref.ref[nn.Module], RemovableHandle | _CutFirst]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The submodules that carry hooks."""
-        return (*self._outputs, *self._blocks)
+        """The submodules and methods that carry hooks."""
+        return (*self._outputs, *self._blocks, *self._methods)
 
     def install(self) -> None:
         """Puts the hooks where they belong now; those that are there stay."""
@@ -303,11 +329,13 @@ class Cut:
             (block, hook) for name, hook in self._blocks.items() for block in model.get_submodule(name).children()
         ]
         wanted = [module for module, _ in (*outputs, *blocks)]
+        vars(model).update(self._methods)
         if len(wanted) == len(self._placed) and all(
             place() is module for (place, _), module in zip(self._placed, wanted, strict=True)
         ):
             return
         self.remove()
+        vars(model).update(self._methods)
         for module, hook in outputs:
             reference = divides_output(module)
             placed = module.register_forward_hook(hook) if reference is None else _CutFirst(reference, hook)
@@ -317,6 +345,10 @@ class Cut:
 
     def remove(self) -> None:
         """Takes every hook away; harmless where there is none."""
+        model = self._model()
+        for name, method in self._methods.items():
+            if model is not None and vars(model).get(name) is method:
+                del vars(model)[name]
         while self._placed:
             self._placed[-1][1].remove()
             self._placed.pop()

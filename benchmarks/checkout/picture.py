@@ -19,8 +19,8 @@ PROMPT = "snowy mountains at dusk with a lake, pines and a red boat on the left"
 PRESETS = ("dense", "7x")
 SEED = 0
 _SIDE, _GAP, _LABEL, _EDGE = 384, 20, 30, 14
-_THUMB, _BETWEEN = 122, 9  # of a step that sees every token; one that sees a quarter of them is half as wide
-_PAPER, _INK, _SOFT, _LINE = (255, 255, 255), (26, 29, 36), (93, 101, 117), (255, 255, 255, 70)
+_THUMB, _BETWEEN = 116, 7  # of a step that sees every token; one that sees a quarter of them is half as wide
+_PAPER, _INK, _SOFT, _LINE = (255, 255, 255), (26, 29, 36), (93, 101, 117), (255, 255, 255, 48)
 _MOST_BYTES = 300_000
 
 
@@ -45,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sheet(dense: Any, fast: Any) -> Image.Image:
-    """Returns the picture of two `Made`: the dense one, and the one whose steps are shown."""
+    """Returns the picture of two `MadePicture`: the dense one, and the one whose steps are shown."""
     steps = len(fast.playback.moments)
     labels = (
         f"{len(dense.playback.moments)} dense steps",
         f"7x: {steps} steps, the cost of {_cost(fast)}",
-        f"what the network saw in the {steps} steps",
+        "its tokens in each step, over what it predicts",
     )
     size = (2 * _EDGE + 3 * _SIDE + 2 * _GAP, 2 * _EDGE + _LABEL + _SIDE)
     page = Image.new("RGB", size, _PAPER)

@@ -52,7 +52,7 @@ def _load(server: Any, text_tokens: int) -> dict[str, Any]:
         with lock:
             if next(done) == REQUESTS // 5:
                 memory.append(_memory_mib(server.process))
-        said = json.loads(answer.headers["X-Jitaccel-Statistics"]) if answer.status == 200 else None
+        said = json.loads(answer.headers["x-jitaccel-statistics"]) if answer.status == 200 else None
         return answer.status, seconds, said
 
     started = time.perf_counter()

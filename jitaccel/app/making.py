@@ -14,7 +14,7 @@ from ..method.presets import resolve
 if TYPE_CHECKING:
     from ..view.playback import Playback, Previews
 
-OnStep = Callable[[str, int, int], object]
+AfterStep = Callable[[str, int, int], object]
 """(preset, steps done, steps) after each step."""
 
 
@@ -40,7 +40,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Made:
+class MadePicture:
     """A picture, and how it came to be. `seconds`: the pipeline's whole call, without what the report needs."""
 
     preset: str
@@ -61,10 +61,10 @@ def make_each(
     presets: Sequence[str],
     wanted: Wanted,
     *,
-    on_step: OnStep | None = None,
+    on_step: AfterStep | None = None,
     previews: Previews = "auto",
     progress: bool = False,
-) -> Iterator[Made]:
+) -> Iterator[MadePicture]:
     """Yields the picture of each preset as it is finished; the pipeline is untouched in between.
 
     Args:
@@ -84,10 +84,10 @@ def _made(
     preset: str,
     config: JiTConfig,
     wanted: Wanted,
-    on_step: OnStep | None,
+    on_step: AfterStep | None,
     previews: Previews,
     progress: bool,
-) -> Made:
+) -> MadePicture:
     import torch
 
     steps = steps_of(preset)
@@ -112,4 +112,4 @@ def _made(
         ).images[0]
         seconds = time.perf_counter() - start
         playback = handle.playback(preset, prompt=wanted.prompt, previews=previews, progress=progress)
-    return Made(preset=preset, image=image, playback=playback, seconds=seconds)
+    return MadePicture(preset=preset, image=image, playback=playback, seconds=seconds)

@@ -1,4 +1,4 @@
-"""The `jitaccel` command: generate a picture, run the demonstration, export, measure, look at the installation."""
+"""The `jitaccel` command: generate a picture, list presets, demonstrate, export, measure, check the installation."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate, serve, view
+from . import app, bench, demo, doctor, eval, export, generate, messages, presets, serve, view
 from .outputs import UNWRITABLE
 
 _COMMANDS = {
     "generate": generate,
+    "presets": presets,
     "demo": demo,
     "view": view,
+    "app": app,
     "eval": eval,
     "export": export,
     "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }
-_EXPECTED = (CommandError, ArtefactError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
+_OF_LIBRARY = (ArtefactError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for bad input, told in one line without a traceback."""
+    """Runs one command and returns its exit status: 0, or 2 for bad input, reported in one line without a traceback."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -34,15 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return int(_COMMANDS[arguments.command].run(arguments))
-    except _EXPECTED as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        _complain(arguments.command, reason)
-        return 2
+    except CommandError as error:
+        return _refuse(arguments.command, str(error))
+    except _OF_LIBRARY as error:
+        return _refuse(arguments.command, messages.as_options(str(error), vars(arguments)))
     except KeyboardInterrupt:
         return 130
-    except MemoryError:
-        _complain(arguments.command, "memory must hold what is asked for, got too little; ask for less")
-        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not messages.is_out_of_memory(error):
+            raise
+        return _refuse(arguments.command, messages.out_of_memory(error, vars(arguments)))
     except BrokenPipeError:  # `jitaccel doctor | head`: nobody reads on, and the interpreter must not say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -50,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in UNWRITABLE:
             raise
         where = error.filename or "a file"
-        _complain(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
-        return 2
+        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
 
 
-def _complain(command: str, reason: str) -> None:
-    print(f"jitaccel {command}: {reason}", file=sys.stderr)
+def _refuse(command: str, reason: str) -> int:
+    line = "; ".join(line.strip() for line in reason.splitlines() if line.strip())
+    print(f"jitaccel {command}: {line}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
-from ..loading import DTYPES, EMBEDDED_TEXT_TOKENS
-from .arguments import add_pickle
+from ..loading import EMBEDDED_TEXT_TOKENS
+from . import options
 from .limits import check_numbers, check_size
 from .outputs import check_folder
 
@@ -49,11 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="separated by commas: psnr, ssim, spectrum, and with the extra [eval] imagereward, clip-iqa, hpsv2, "
         "clip, lpips; or package.module:attribute for one of your own",
     )
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    add_pickle(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
-    parser.add_argument("--size", metavar="N|HxW", help="of pictures, in pixels; without it the model's own")
+    options.add_model_options(parser, offload=False)
+    options.add_size_option(parser)
     parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
     parser.add_argument(
         "--max-sequence-length",
@@ -61,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"prompt length with padding; without it the pipeline's (embedded: {EMBEDDED_TEXT_TOKENS})",
     )
-    parser.add_argument("--batch", type=int, help=f"prompts in one call; without it 1 (embedded: {_BATCH})")
+    parser.add_argument("--batch-size", type=int, help=f"prompts in one call; without it 1 (embedded: {_BATCH})")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of rows, pictures and table")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt k has seed + k")
     parser.add_argument("--any-commit", action="store_true", help="take up rows that other commits made, too")
@@ -124,16 +120,11 @@ def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
             check(given)
         except CommandError as error:
             reasons.append(str(error))
-    sides = [] if arguments.size is None else arguments.size.lower().split("x")
-    if arguments.size is not None and not (
-        len(sides) in (1, 2) and all(re.fullmatch(r"[0-9]{1,9}", side) and int(side) > 0 for side in sides)
-    ):
-        reasons.append(f"--size must be N or HxW in pixels, got {arguments.size!r}")
     if reasons:
         raise CommandError("\n".join(reasons))
-    if not sides:
+    if arguments.size is None:
         return None
-    size = int(sides[0]), int(sides[-1])
+    size = options.parse_size(arguments.size)
     check_size(size)
     return size
 
@@ -152,7 +143,7 @@ def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device
         guidance=arguments.guidance,
         text_tokens=arguments.max_sequence_length or (EMBEDDED_TEXT_TOKENS if is_known else None),
         seed=arguments.seed,
-        batch=arguments.batch or (_BATCH if is_known else 1),
+        batch=arguments.batch_size or (_BATCH if is_known else 1),
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -73,10 +75,18 @@ def wait_for_port(host: str, port: int, seconds: float = 120.0) -> None:
 
 
 def wait_for_the_end() -> None:
-    """Waits for an interrupt."""
-    import threading
+    """Waits for an interrupt, or for what a process manager sends in its place."""
+    ended = threading.Event()
 
-    threading.Event().wait()
+    def end(*_: object) -> None:
+        ended.set()
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ended.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def serving_of(arguments: argparse.Namespace) -> Any:

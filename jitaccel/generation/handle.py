@@ -104,7 +104,8 @@ class Handle:
 
     It keeps neither its target nor a part of it alive.
 
-    choice: what `preset="auto"` picked, and why; None for other presets.
+    Attributes:
+        choice: What `preset="auto"` picked, and why; None for other presets.
     """
 
     def __init__(self, target: Any, installation: Installation) -> None:
@@ -176,9 +177,18 @@ class Handle:
     ) -> Stats:
         """Makes one picture of each size and batch, and drops it: compiles every stage before the first request.
 
-        sizes: (height, width) in pixels. call: further arguments of the pipeline, as requests will have them: the
-            length of prompts (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
-        Returns the statistics. Raises ConfigError where what was patched is no pipeline: call your own loop once.
+        Args:
+            sizes: (height, width) in pixels.
+            batch_sizes: Images of each call.
+            progress: Shows a bar.
+            **call: Further arguments of the pipeline, as requests will have them: the length of prompts
+                (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ConfigError: If what was patched is no pipeline: call your own loop once.
         """
         pipeline, generate = self.target, self._installation.generate
         if generate is None:

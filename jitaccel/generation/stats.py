@@ -115,8 +115,8 @@ class Stats:
         if self.compiled is not None:
             c = self.compiled
             lines.append(
-                f"compiled: {c.graphs} graphs for {c.signatures} signatures, {c.calls} calls, {c.eager_calls} eager; "
-                f"{c.captures} captured, {c.replays} replays, {c.dropped} dropped"
+                f"compiled {c.what}: {c.graphs} graphs for {c.signatures} signatures, {c.calls} calls, "
+                f"{c.eager_calls} eager; {c.captures} captured, {c.replays} replays, {c.dropped} dropped"
             )
         lines += [f"note: {note}" for note in self.notes]
         if not self.steps:

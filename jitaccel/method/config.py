@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import ConfigError, suggestion
 from ..limits import MOST_SHARED
@@ -19,13 +19,34 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lifter": ("velocity", "clean"),
         "micro_flow": ("exact", "released", "none"),
         "noise": ("fresh", "own"),
-        "solver": ("euler", "dpmpp_2m"),
+        "solver": ("euler", "dpmpp_2m", "caller"),
     }
 )
 _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
 MAX_WINDOW = 1023  # the operators' own limit
 _MAX_TOKENS = 2**40  # the operators' own limit
+
+
+class Overrides(TypedDict, total=False):
+    """The fields of JiTConfig as keywords, so that editors complete them; JiTConfig says what each is."""
+
+    densities: tuple[float, ...]
+    boundaries: tuple[float, ...]
+    steps: int | Literal["caller"]
+    schedule: Literal["beta", "log_snr", "native"] | tuple[float, ...]
+    alpha: float
+    beta: float
+    log_snr: tuple[float, float]
+    lifter: Literal["velocity", "clean"]
+    micro_flow: Literal["exact", "released", "none"]
+    relax_steps: int
+    noise: Literal["fresh", "own"]
+    solver: Literal["euler", "dpmpp_2m", "caller"]
+    importance_window: int
+    blur_scale: float
+    pooling: tuple[int, ...]
+    multiple: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +72,8 @@ class JiTConfig:
         noise: Noise of the target: "fresh" (paper) or the token's "own" initial noise.
         solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
             estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
+            "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and DPM-Solver++ then keep their
+            own solver, and newly activated tokens start it anew.
         importance_window: Side of the window of the local variance, in tokens, odd.
         blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
             sqrt(density), as in every preset, the width is 1 token whatever the scale.
@@ -75,7 +98,7 @@ class JiTConfig:
     micro_flow: Literal["exact", "released", "none"] = "released"
     relax_steps: int = 3
     noise: Literal["fresh", "own"] = "fresh"
-    solver: Literal["euler", "dpmpp_2m"] = "euler"
+    solver: Literal["euler", "dpmpp_2m", "caller"] = "euler"
     importance_window: int = 3
     blur_scale: float = 0.4
     pooling: tuple[int, ...] = ()
@@ -337,14 +360,14 @@ class JiTConfig:
                 found += [size for size in [next(fits, None)] if size is not None]
         return tuple(found)
 
-    def replace(self, **overrides: Any) -> "JiTConfig":
+    def replace(self, **overrides: Unpack[Overrides]) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError.
 
         Densities make new stages: without `pooling` beside them none of these pools.
         """
         check_fields("replace", overrides)
-        new_stages = {"pooling": ()} if "densities" in overrides else {}
-        return dataclasses.replace(self, **{**new_stages, **overrides})
+        changes: dict[str, Any] = {"pooling": ()} if "densities" in overrides else {}
+        return dataclasses.replace(self, **{**changes, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict of numbers, strings and lists, ready for JSON."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
 from ..tokens import gather_tokens, scatter_tokens
-from .anchors import activate, first_anchors, merge_anchors
+from .anchors import first_anchors, merge_anchors
 from .config import JiTConfig
 from .grid import lattice, name_of, num_tokens_of
 from .importance import importance
@@ -37,7 +38,7 @@ def importance_of(run: Run, left: Left) -> Tensor:
 
 def lifted(run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
     """Returns the velocity at every token, (B, N, D), as the stage and `JiTConfig.lifter` say."""
-    return run.plan.lift(values, state, step.noise_level, run.config.lifter)
+    return run.plan.lift(values, state, step.noise_level, run.config.lifter, run.shown_of(state))
 
 
 def moved(run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
@@ -115,11 +116,14 @@ class Run:
         self._last_step = step.index
         self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
+        self._shown: tuple[Tensor, Tensor] | None = None  # a state of the step entered last, and what was shown of it
+        self._has_shared_anchors: bool | None
         self.plan: LiftPlan | PooledPlan
         if self.factor > 1:
             self._plan_pooled(state)
         else:
-            self._plan(self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors)
+            own = self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors
+            self._plan(own, is_checked=anchors is None)
 
     def _first_anchors(self, state: Tensor, count: int, image: int | None = None) -> Tensor:
         """Returns `count` anchors for each image, (B, count), before anything is known of the picture.
@@ -131,14 +135,22 @@ class Run:
         drawn = [first_anchors(self.grid, count, g, m) for g, m in (each if image is None else [each[image]])]
         return torch.stack(drawn).to(state.device)
 
-    def _plan(self, anchors: Tensor) -> None:
+    def _plan(self, anchors: Tensor, is_checked: bool = True) -> None:
         """Makes all that depends on the anchors alone, once a stage."""
-        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale)
-        self.has_shared_anchors = bool((anchors == anchors[:1]).all())
+        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale, is_checked)
+        self._has_shared_anchors = None
 
     def _plan_pooled(self, state: Tensor) -> None:
         self.plan = make_pooled_plan(state.shape[0], self.grid, self.factor, self._patch, state.device)
-        self.has_shared_anchors = True
+        self._has_shared_anchors = True
+
+    @property
+    def has_shared_anchors(self) -> bool:
+        """Whether all images have the same anchors. Waits for the device once a stage where there are several."""
+        if self._has_shared_anchors is None:
+            first, *others = self.anchors
+            self._has_shared_anchors = not others or bool((self.anchors == first).all())
+        return self._has_shared_anchors
 
     @property
     def factor(self) -> int:
@@ -170,7 +182,13 @@ class Run:
 
     def show(self, state: Tensor) -> Tensor:
         """Returns what the network sees of a state (B, N, D) of the step entered last, (B, M, D)."""
-        return self.plan.show(state, self.noise_level)
+        shown = self.plan.show(state, self.noise_level)
+        self._shown = (state, shown)
+        return shown
+
+    def shown_of(self, state: Tensor) -> Tensor | None:
+        """Returns what `show` gave for this state, the same object, in the step entered last; None where it has not."""
+        return self._shown[1] if self._shown is not None and self._shown[0] is state else None
 
     def show_beside(self, x: Tensor) -> Tensor:
         """Returns what the network sees of latents beside the state, (B, N, C): a mask, another picture; (B, M, C)."""
@@ -193,7 +211,7 @@ class Run:
 
         Importance-guided activation and the deterministic micro-flow (arXiv:2603.10744). `state` is not written.
         """
-        self.noise_level = step.noise_level
+        self.noise_level, self._shown = step.noise_level, None
         while self.stage < step.stage:
             state = self._start_stage(step, state)
         return state
@@ -202,7 +220,6 @@ class Run:
         left = self._left
         if left is None:
             raise RuntimeError(f"Run.enter: a step must be left before stage {self.stage + 1} starts, got none")
-        self.check_finite()
         self.stage += 1
         old = self.plan
         if isinstance(old, PooledPlan):
@@ -222,6 +239,7 @@ class Run:
         """Makes the plan of a stage before which every token was shown: of its anchors the most important are chosen
         beside the regular ones."""
         if self.factor > 1:
+            self.check_finite()
             self._plan_pooled(state)
             return
         regular = lattice(self.grid).expand(state.shape[0], -1)
@@ -249,16 +267,12 @@ class Run:
         """
         inactive = num_tokens_of(self.grid) - anchors.shape[1]
         count = inactive if self.factor > 1 else self._counts[self.stage] - anchors.shape[1]
-        is_choice = 0 < count < inactive
-        scores = self._parts.scores(self, left) if is_choice else torch.zeros_like(left.velocity[..., 0]).float()
-        try:
-            return activate(scores, anchors, count)
-        except NonFiniteVelocityError as error:
-            raise NonFiniteVelocityError(
-                f"Run: what stage {self.stage} activates must be chosen by finite importance, got NaN or infinity of "
-                f"the step at noise level {left.noise_level:g}, the last of stage {self.stage - 1} (step "
-                f"{self._last_step}): {error}"
-            ) from error
+        if not 0 < count < inactive:
+            self.check_finite()
+            return ops.activate(torch.zeros_like(left.velocity[..., 0]).float(), anchors, count)
+        scores = self._parts.scores(self, left)
+        self.check_finite(scores)
+        return ops.activate(scores, anchors, count)
 
     def target_noise(self, state: Tensor) -> Tensor:
         """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
@@ -286,7 +300,7 @@ class Run:
 
         Returns the velocity whose Euler step is the solver's: the same one, but with `dpmpp_2m`.
         """
-        self._last_step = step.index
+        self._last_step, self._shown = step.index, None
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
@@ -302,21 +316,30 @@ class Run:
         """Returns the velocity that `remember` got where it returned this one, at the step that was left last."""
         return self._solver.uncorrect(step, state, velocity)
 
-    def check_finite(self) -> None:
+    def check_finite(self, scores: Tensor | None = None) -> None:
         """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.
 
-        Waits for the device, so it is asked only where a stage starts and at the end.
+        Waits for the device, so it is asked only where a stage starts and at the end. scores: by which that stage
+        chooses its tokens, (B, N), looked at in the same wait.
         """
         checked, self._finite = self._finite, []
-        if not checked:
+        chosen = [] if scores is None else [torch.isfinite(scores).all()]
+        if not checked and not chosen:
             return
-        flags = torch.stack([flag for _, flag in checked]).tolist()
-        for (index, _), is_finite in zip(checked, flags, strict=True):
+        flags = torch.stack([*(flag for _, flag in checked), *chosen]).tolist()
+        for (index, _), is_finite in zip(checked, flags[: len(checked)], strict=True):
             if not is_finite:
                 raise NonFiniteVelocityError(
                     f"Run: the velocity must be finite, got NaN or infinity at step {index}; "
                     f"float16 overflows in some FLUX models, load it in bfloat16"
                 )
+        if not all(flags):
+            level = "" if self._left is None else f" at noise level {self._left.noise_level:g}"
+            raise NonFiniteVelocityError(
+                f"Run: what stage {self.stage} activates must be chosen by finite importance, got NaN or infinity of "
+                f"the step{level}, the last of stage {self.stage - 1} (step {self._last_step}); the model's velocity "
+                f"overflowed, try bfloat16 or float32"
+            )
 
 
 def stage_tokens_of(

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
-from ..generation.batch import OnOutcome, OnStep, Outcome, Request
-from .events import Event, Failed, Made, Progress
+from ..generation.batch import OnBatchStep, OnOutcome, Outcome, Request
+from .events import Event, Failed, FinishedPicture, Progress
 
 _log = logging.getLogger(__name__)
 
-Generate = Callable[[Sequence[Request], OnStep, OnOutcome], Any]
+Generate = Callable[[Sequence[Request], OnBatchStep, OnOutcome], Any]
 """`generate_batch` on a pipeline; requests that it refuses before any is run raise ConfigError."""
 
 
@@ -122,7 +122,7 @@ class Batcher:
         except Exception as error:
             return self._failed(error)
         request, now = ticket.request, time.monotonic()
-        return Made(
+        return FinishedPicture(
             png,
             {
                 "preset": request.preset,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..generation.batch import Request
-from .events import Event, Failed, Made, Progress
+from .events import Event, Failed, FinishedPicture, Progress
 from .limits import Limits, RefusedError, request_of
 
 Ask = Callable[[Request], AsyncIterator[Event]]
@@ -109,7 +109,7 @@ class Desk:
         }
         return Reply(status=200 if is_well else 503, media=_JSON, body=json.dumps(said).encode())
 
-    async def _accepted(self, request: Request, note: Callable[[Progress], None] = lambda _: None) -> Made:
+    async def _accepted(self, request: Request, note: Callable[[Progress], None] = lambda _: None) -> FinishedPicture:
         """Returns the picture of an accepted request. Raises RefusedError where there is none."""
         try:
             async with asyncio.timeout(self._limits.seconds):
@@ -120,7 +120,7 @@ class Desk:
     def _release(self, _: Any = None) -> None:
         self.num_accepted -= 1
 
-    async def _made(self, request: Request, note: Callable[[Progress], None]) -> Made:
+    async def _made(self, request: Request, note: Callable[[Progress], None]) -> FinishedPicture:
         reason = "no replica took it"
         for _ in range(self._limits.tries):
             try:
@@ -128,7 +128,7 @@ class Desk:
                     async for event in events:
                         if isinstance(event, Failed):
                             raise RefusedError(event.status, event.reason)
-                        if isinstance(event, Made):
+                        if isinstance(event, FinishedPicture):
                             return event
                         note(event)
                 reason = "the replica ended without an answer"
@@ -169,7 +169,7 @@ class Desk:
         return read()
 
 
-def _whole(made: Made) -> dict[str, Any]:
+def _whole(made: FinishedPicture) -> dict[str, Any]:
     return {"image": base64.b64encode(made.png).decode(), "statistics": dict(made.statistics)}
 
 

@@ -16,7 +16,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedPicture:
     """A picture as PNG, and what it cost."""
 
     png: bytes
@@ -31,4 +31,4 @@ class Failed:
     reason: str
 
 
-Event = Progress | Made | Failed
+Event = Progress | FinishedPicture | Failed

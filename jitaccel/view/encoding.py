@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ConfigError
-from .playback import Pixels
+from .playback import FrameBytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +44,7 @@ _LADDER = (
 )
 
 
-def encoded(pictures: Sequence[Pixels], is_final: Sequence[bool], limit: int) -> list[str]:
+def encoded(pictures: Sequence[FrameBytes], is_final: Sequence[bool], limit: int) -> list[str]:
     """Returns a data URI of each picture, in the best quality in which all fit.
 
     The frames of a video stand below each other in one picture.
@@ -73,7 +73,7 @@ def encoded(pictures: Sequence[Pixels], is_final: Sequence[bool], limit: int) ->
     )
 
 
-def _uri(picture: Pixels, rung: _Rung, is_final: bool) -> str:
+def _uri(picture: FrameBytes, rung: _Rung, is_final: bool) -> str:
     from PIL import Image
 
     frames, height, width = picture.shape[:3]

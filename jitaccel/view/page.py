@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from .contents import contents_of, facts_of
 from .encoding import encoded
-from .playback import Pixels, Playback
+from .playback import FrameBytes, Playback
 from .templates import template
 
 MOST_BYTES = 5_000_000
@@ -53,8 +53,8 @@ def report_html(playbacks: Sequence[Playback], *, title: str | None = None, limi
     return _rendered(playbacks, named, title, prompt, uris)
 
 
-def _pictures(playbacks: Sequence[Playback]) -> tuple[list[Pixels], list[bool]]:
-    pictures: list[Pixels] = []
+def _pictures(playbacks: Sequence[Playback]) -> tuple[list[FrameBytes], list[bool]]:
+    pictures: list[FrameBytes] = []
     is_final: list[bool] = []
     for playback in playbacks:
         steps = [picture for moment in playback.moments for picture in (moment.noisy, moment.clean)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..generation.tape import Tape
 
 Previews = Literal["auto", "vae", "colours"]
-Pixels = NDArray[np.uint8]
+FrameBytes = NDArray[np.uint8]
 Decode = Callable[[Tensor, tuple[int, ...], int], Tensor]
 """(tokens (1, N, D), grid, latents along a token's side) -> frames (T, H, W, 3) in [0, 1]."""
 
@@ -33,8 +33,8 @@ class Moment:
     """One step: its statistics, and what is seen of it, (frames, h, w, 3) uint8."""
 
     stats: StepStats
-    noisy: Pixels
-    clean: Pixels
+    noisy: FrameBytes
+    clean: FrameBytes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,7 +56,7 @@ class Playback:
     stats: Stats
     image: int
     moments: tuple[Moment, ...]
-    final: Pixels
+    final: FrameBytes
     has_true_colours: bool
 
 
@@ -133,14 +133,14 @@ def _counted(frames: list[Any], progress: bool) -> Iterable[Any]:
     return tqdm(frames, desc="report", unit="step")
 
 
-def _shown_by(decode: Decode | None, tape: Tape, most_frames: int) -> Callable[..., Pixels]:
+def _shown_by(decode: Decode | None, tape: Tape, most_frames: int) -> Callable[..., FrameBytes]:
     """Returns what makes pixels of tokens (N, D); its second argument says whether they are the finished picture's."""
     axes: Axes | None = None
     if decode is None:
         assert tape.final is not None
         axes = main_axes(tape.final.float())
 
-    def show(tokens: Tensor, is_final: bool = False) -> Pixels:
+    def show(tokens: Tensor, is_final: bool = False) -> FrameBytes:
         if decode is None:
             assert axes is not None
             frames = false_colours(tokens.float(), axes, tape.grid)
@@ -170,15 +170,6 @@ def _shrunk(frames: Tensor, longest: int) -> Tensor:
     return small.permute(0, 2, 3, 1)
 
 
-def _to_bytes(frames: Tensor) -> Pixels:
+def _to_bytes(frames: Tensor) -> FrameBytes:
     """Returns frames in [0, 1] as uint8; NaN, which a broken generation has, is black."""
     return (frames.nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
-
-
-def frames_of(playbacks: Iterable[Playback]) -> Iterator[Pixels]:
-    """Yields every picture of playbacks, the finished ones too."""
-    for playback in playbacks:
-        for moment in playback.moments:
-            yield moment.noisy
-            yield moment.clean
-        yield playback.final

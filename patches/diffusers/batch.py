@@ -21,7 +21,7 @@ from torch import Tensor
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.options import Execution
-from jitaccel.generation.batch import OnOutcome, OnStep, Outcome, OutputType, Request
+from jitaccel.generation.batch import OnBatchStep, OnOutcome, Outcome, OutputType, Request
 from jitaccel.generation.route import Answer, Generation
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
@@ -107,7 +107,7 @@ def generate_batch(
     requests: Sequence[tuple[Request, JiTConfig]],
     how: Execution,
     output_type: OutputType,
-    on_step: OnStep | None = None,
+    on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
@@ -155,7 +155,7 @@ class _Outcomes(dict[int, Outcome]):
             self._on_outcome(index, outcome)
 
 
-def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnStep | None) -> bool:
+def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnBatchStep | None) -> bool:
     is_over = job.advance(branches)
     if on_step is not None:
         on_step(index, job.index, job.clock.num_steps)

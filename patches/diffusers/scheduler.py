@@ -178,6 +178,9 @@ class SchedulerRoute(Generic[Calls]):
         self._seen, self._lifted = index, None
         if answer.lifted is None:
             with generation.recorder.outside(step.index):
+                if call.mixes:
+                    branches = answer.values.chunk(call.branches)
+                    return torch.cat([generation.run.lift(step, call.state, values) for values in branches])
                 return Branches(generation.run, call.branches).scatter(answer.values)
         if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
             self._lifted = answer.lifted, answer.lifted._version

@@ -109,9 +109,9 @@ class FluxStage(nn.Module):
             guidance=guidance if self.model.config.guidance_embeds else None,
         )
         pack = Pack(self._layout, rotary, hooked=False)
-        tokens = plan.show(state, levels[0]).flatten(0, 1)
-        values = run_packed(self.model, pack, tokens, given, self._attention).unflatten(0, (batch, -1))
-        velocity = plan.lift(values, state, levels[0], self._config.lifter)
+        shown = plan.show(state, levels[0])
+        values = run_packed(self.model, pack, shown.flatten(0, 1), given, self._attention).unflatten(0, (batch, -1))
+        velocity = plan.lift(values, state, levels[0], self._config.lifter, shown)
         moved = state.float() + (levels[1] - levels[0]) * velocity.float()
         return velocity, moved.to(state.dtype)
 

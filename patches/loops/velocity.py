@@ -60,6 +60,11 @@ class VelocityRoute(Generic[Calls]):
                 f"apply: noise_levels must be given for a bare transformer with schedule={config.schedule!r}, "
                 f"steps={config.steps!r}, got None; pass the levels of your loop, 0 included"
             )
+        if config.solver == "caller":
+            raise ConfigError(
+                "apply: solver must be 'euler' or 'dpmpp_2m' for a bare network, whose loop must step by Euler, got "
+                "'caller'; apply to a diffusers pipeline to keep its scheduler's own solver"
+            )
         self._clock = PredictedLevels(config) if levels is None else KnownLevels(config, levels)
         self._history = History(config, codebase, calls)
         self._calls = 0

@@ -121,13 +121,14 @@ def test_picture_that_is_cut_off_leaves_what_stood(
     [
         ["demo", "--prompts", "99999999999999999999999"], ["eval", "--prompts", "99999999999999999999999"],
         ["eval", "--prompts", "1" * 5000], ["eval", "--prompts", "²"], ["eval", "--seed", "9" * 23],
-        ["eval", "--batch", "9" * 20], ["eval", "--guidance", "nan"], ["eval", "--guidance", "inf"],
+        ["eval", "--batch-size", "9" * 20], ["eval", "--guidance", "nan"], ["eval", "--guidance", "inf"],
         ["eval", "--size", "9" * 30], ["eval", "--size", "99999x16"], ["eval", "--max-sequence-length", "9" * 20],
         ["demo", "--seed", "-5"], ["demo", "--seed", "9" * 23],
         ["generate", "--steps", "9" * 20, "--preset", "none"], ["generate", "--guidance", "nan"],
-        ["generate", "--true-cfg", "nan"], ["generate", "--true-cfg", "inf"], ["generate", "--height", "9" * 14],
-        ["generate", "--width", "0"], ["generate", "--seed", "9" * 30], ["generate", "--text-tokens", "9" * 30],
-        ["export", "--batch-size", "9" * 12], ["export", "--size", "9999999999x16"], ["export", "--text-tokens", "0"],
+        ["generate", "--true-cfg", "nan"], ["generate", "--true-cfg", "inf"], ["generate", "--size", "9" * 14],
+        ["generate", "--size", "16x0"], ["generate", "--seed", "9" * 30],
+        ["generate", "--max-sequence-length", "9" * 30], ["export", "--max-sequence-length", "0"],
+        ["export", "--batch-size", "9" * 12], ["export", "--size", "9999999999x16"],
     ],
     ids=lambda argv: " ".join(argv)[:40],
 )  # fmt: skip

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -60,6 +63,16 @@ def test_port_that_takes_no_connections_is_an_error() -> None:
             serve.wait_for_port("127.0.0.1", port, seconds=0.5)
         listening.listen()
         serve.wait_for_port("127.0.0.1", port, seconds=5.0)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_end_the_wait(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    sender = threading.Timer(0.2, os.kill, (os.getpid(), number))
+    sender.start()
+    serve.wait_for_the_end()
+    assert signal.getsignal(number) is before
 
 
 def test_other_execution_is_refused() -> None:

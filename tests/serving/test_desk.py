@@ -17,7 +17,7 @@ from jitaccel import ConfigError, Request
 from jitaccel.generation.batch import Outcome
 from jitaccel.serving.batcher import Batcher
 from jitaccel.serving.desk import STATISTICS, Desk, ReplicaLostError, Reply
-from jitaccel.serving.events import Event, Failed, Made, Progress
+from jitaccel.serving.events import Event, Failed, FinishedPicture, Progress
 from jitaccel.serving.limits import Limits
 
 STEPS = 3
@@ -238,7 +238,7 @@ def test_request_of_a_replica_that_ends_is_given_to_another_once(deaths: int, st
         yield Progress(1, 3)
         if len(calls) <= deaths:
             raise ReplicaLostError("the replica ended")
-        yield Made(b"picture", {})
+        yield FinishedPicture(b"picture", {})
 
     reply = run(lambda: generate(Desk(ask, two_replicas, Limits(), {"height": 64, "width": 64})))
     assert reply.status == status and len(calls) == min(deaths, 1) + 1
@@ -275,7 +275,7 @@ def test_batcher_runs_again_after_a_batch_and_remembers_what_failed() -> None:
         for seed in (0, 1, 2):
             async with aclosing(batcher.events(Request(prompt="a", seed=seed))) as events:
                 last = [event async for event in events][-1]
-            assert isinstance(last, Failed if seed == 1 else Made)
+            assert isinstance(last, Failed if seed == 1 else FinishedPicture)
             await asyncio.sleep(0)
         return batcher
 

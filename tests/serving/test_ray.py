@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from jitaccel import Request, generate_batch
+from jitaccel.loading import load_pipeline
 from tests.support import tiny
 from tests.support.served import Answered, Server, has_ray, served
 
@@ -46,11 +47,17 @@ BAD: list[tuple[Any, int]] = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.pipeline().save_pretrained(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random pipeline on disk, so that server and test load the same tokenizers."""
+    found = tmp_path_factory.mktemp("model")
+    tiny.pipeline().save_pretrained(found)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def server(folder: str) -> Iterator[Server]:
     with served(
-        *("--model", str(folder), "--replicas", "2", "--cpus", "0.4", "--threads", "1", "--batch", "2"),
+        *("--model", folder, "--replicas", "2", "--cpus", "0.4", "--threads", "1", "--batch", "2"),
         *("--dtype", "float32", "--device", "cpu", "--max-waiting", "32", "--preset", "7x"),
     ) as running:
         yield running
@@ -74,11 +81,11 @@ def watch(server: Server, body: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
-def test_every_request_is_answered_though_a_replica_is_killed(server: Server) -> None:
+def test_every_request_is_answered_though_a_replica_is_killed(server: Server, folder: str) -> None:
     torch.set_num_threads(1)
     assert server.get("/health").said["replicas"] == {"RUNNING": 2}
     first = server.generate(whole(GOOD[0]))
-    victim = int(json.loads(first.headers["X-Jitaccel-Statistics"])["replica"])
+    victim = int(json.loads(first.headers["x-jitaccel-statistics"])["replica"])
     under_way = threading.Barrier(2)
     with ThreadPoolExecutor(20) as pool:
         long = [pool.submit(server.generate, whole(body)) for body in GOOD[-4:]]
@@ -91,7 +98,7 @@ def test_every_request_is_answered_though_a_replica_is_killed(server: Server) ->
         killed.result(30)
     assert [answer.status for answer in refused] == [status for _, status in BAD]
     assert all(answer.said["error"] for answer in refused)
-    pipe = tiny.pipeline()
+    pipe = load_pipeline(folder, "float32", "cpu")
     bodies = GOOD[-4:] + GOOD[:-4]
     assert len(answers) + len(refused) == 20
     for body, answer in zip(bodies, answers, strict=True):

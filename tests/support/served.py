@@ -27,6 +27,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 is little on two busy cores
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",  # 15 by default, which starves replicas where others work
     "OMP_NUM_THREADS": "1",
 }
 
@@ -38,7 +39,7 @@ def has_ray() -> bool:
 
 @dataclass(frozen=True)
 class Answered:
-    """An HTTP answer."""
+    """An HTTP answer; names of headers are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -70,9 +71,13 @@ class Server:
 def _answer(request: urllib.request.Request) -> Answered:
     try:
         with urllib.request.urlopen(request, timeout=120.0) as answer:
-            return Answered(answer.status, dict(answer.headers), answer.read())
+            return Answered(answer.status, _lower(answer.headers), answer.read())
     except urllib.error.HTTPError as error:
-        return Answered(error.code, dict(error.headers), error.read())
+        return Answered(error.code, _lower(error.headers), error.read())
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 @contextmanager
@@ -97,7 +102,7 @@ def served(*arguments: str) -> Iterator[Server]:
         _wait_until_ready(process, folder / "server.log", time.monotonic() + READY_S)
         yield Server(f"http://127.0.0.1:{port}", process.pid)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(60.0)
         if process.poll() is None:

@@ -304,7 +304,11 @@
     if (timer !== null) return;
     const words = new URLSearchParams({ at: state.at, by: state.by, tokens: state.tokens });
     if (cut !== null) for (const id of ["left", "right", "cut"]) words.set(id, by(id).value);
-    history.replaceState(null, "", `#${words}`);
+    try {
+      history.replaceState(null, "", `#${words}`);
+    } catch {
+      // Inside another page there is no address to keep.
+    }
   }
 
   function recall() {
