@@ -11,7 +11,7 @@ OVERLAYS := $(VENV)/overlays
 DIFFUSERS_TESTS := $(addprefix tests/patches/,test_codebases.py test_diffusers_private.py flux diffusers)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup operators lint test test-lowest wheel demo bench clean distclean
+.PHONY: help setup operators lint docs test test-lowest campaigns wheel demo bench gpu-prepare clean distclean
 
 help: ## list the targets
 	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
@@ -23,9 +23,13 @@ setup: $(INSTALLED) ## create .venv with pinned tools and this package, editable
 operators: setup ## compile csrc/ where that is not done, for CUDA too where there is an nvcc
 	$(RUN) -m jitaccel.build --if-stale
 
-lint: setup ## ruff and mypy
+lint: setup docs ## ruff, mypy, the site's links, and actionlint where it is installed
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	@if command -v actionlint >/dev/null; then actionlint; else echo "make: no actionlint, CI alone checks the workflows" >&2; fi
+
+docs: setup ## the site, in build/site; fails on a link or a name that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 # A process a core, of one thread each: threads of several processes on one core wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
@@ -38,6 +42,9 @@ endif
 
 test-lowest: $(OVERLAYS)/lowest ## the tests that touch diffusers, with the lowest version that is supported
 	PYTHONPATH=$(OVERLAYS)/lowest $(PYTEST) $(DIFFUSERS_TESTS)
+
+campaigns: operators ## an hour of random operations, faults and damage on two cores; python -m tests.campaigns $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.campaigns $(ARGS)
 
 # Packages that some tests alone see, before those of the environment.
 $(OVERLAYS)/%: requirements/%.txt $(INSTALLED)
@@ -53,6 +60,9 @@ demo: setup ## the embedded pipeline with and without acceleration; jitaccel dem
 
 bench: setup ## python -m benchmarks $(ARGS)
 	$(RUN) -m benchmarks $(ARGS)
+
+gpu-prepare: setup ## fill .gpu/ with what benchmarks/gpu.sh needs on a lent machine: operators for sm_90, wheels
+	PYTHON=$(RUN) benchmarks/gpu_prepare.sh
 
 clean: ## remove builds and caches
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,9 @@ The operators are two shared libraries without any Python in them (jitaccel/buil
 """
 
 import importlib.util
+import re
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,17 +61,41 @@ def path_is_enough(arguments: Sequence[str]) -> bool:
     return "editable_wheel" in arguments and all(folder.is_dir() for folder in inside)
 
 
+def readme_of_index(text: str, repository: str | None) -> str:
+    """Returns README as a package index shows it, where links to files of the checkout would lead nowhere.
+
+    They lead into the repository that pyproject.toml names, or are text without one; pictures are left out then.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        picture, shown, path = match.groups()
+        if repository is None:
+            return "" if picture else shown
+        return f"{picture}[{shown}]({repository.rstrip('/')}/{'raw' if picture else 'blob'}/main/{path})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)", link, text)
+
+
+folder = Path(__file__).parent
+urls = tomllib.loads((folder / "pyproject.toml").read_text())["project"].get("urls", {})
 editable = path_is_enough(sys.argv)
 links = [pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
 packages = find_packages(include=["jitaccel", "jitaccel.*"], exclude=links)
-for name, folder in FOLDERS.items():
-    if Path(folder).is_dir() and not editable:
-        packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder, exclude=NOT_INSTALLED))]
+for name, inside in FOLDERS.items():
+    if Path(inside).is_dir() and not editable:
+        packages += [name, *(f"{name}.{inner}" for inner in find_packages(inside, exclude=NOT_INSTALLED))]
 
 setup(
+    long_description=readme_of_index((folder / "README.md").read_text(encoding="utf-8"), urls.get("Repository")),
+    long_description_content_type="text/markdown",
     packages=packages,
     package_dir={"": "."} if editable else FOLDERS,
-    package_data={"jitaccel": ["py.typed"], "jitaccel.assets": ["**/*"], "jitaccel.csrc": ["*"]},
+    package_data={
+        "jitaccel": ["py.typed"],
+        "jitaccel.view.templates": ["*.j2", "*.css", "*.js"],
+        "jitaccel.assets": ["**/*"],
+        "jitaccel.csrc": ["*"],
+    },
     exclude_package_data={"jitaccel.assets": ["**/*.pyc"]},
     # Optional: an install without a compiler is complete, it runs on plain torch and says so.
     ext_modules=[Extension(f"jitaccel._C_{kind}", [], optional=True) for kind in native.KINDS],

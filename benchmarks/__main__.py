@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from jitaccel.errors import CommandError
 from jitaccel.loading import pick_device
 
 from .compare import ratio_to, read_rows
+from .listing import OF_CHECKOUT
 from .registry import Case, Options, find_cases
 
 
@@ -40,19 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     bench.add_arguments(parser)
-    return run(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    return bench.list_cases(OF_CHECKOUT) if arguments.list else run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 0, 1 where a time is above what --fail-above allows, 2 where there is nothing to run or compare with."""
     cases = find_cases()
-    if arguments.list:
-        for case in cases:
-            print(f"{case.group:10} {case.size:8} {case.name}")
-        return 0
     chosen = [c for c in cases if arguments.group in (None, c.group) and arguments.size in (None, c.size)]
     chosen = [c for c in chosen if arguments.group is not None or not c.is_long]
-    chosen = [c for c in chosen if arguments.only is None or arguments.only in c.name]
+    only = arguments.only or ""
+    chosen = [c for c in chosen if c.part_of(only) is not None]
     if not chosen:
         known = ", ".join(sorted({f"{case.group} --size {case.size}" for case in cases}))
         asked = " ".join(str(part) for part in (arguments.group, arguments.size, arguments.only) if part)
@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.within is not None and time.monotonic() - started > arguments.within:
             left += 1
         else:
-            ratios += _run(case, options, arguments.json, earlier)
+            part = replace(options, only=case.part_of(only) or "")
+            ratios += _run(case, part, arguments.json, earlier, arguments.resume)
     if left:
         print(f"\n{left} cases were not begun within {arguments.within:g} s; --resume goes on with them")
     if arguments.compare is not None:
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _done(path: Path, device: torch.device) -> set[tuple[str, str]]:
-    """Returns the group and name of each case that a file has rows of, from this device and commit."""
+    """Returns the group and name of each case that a file has the closing row of, from this device and commit."""
     from jitaccel.provenance import provenance
 
     if not path.exists():
@@ -100,7 +101,7 @@ def _done(path: Path, device: torch.device) -> set[tuple[str, str]]:
     origin = provenance(device)
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     here = [row for row in rows if all(row.get(name) == origin[name] for name in ("device", "commit"))]
-    return {(row["benchmark"], row["case"]) for row in here if "error" not in row}
+    return {(row["benchmark"], row["case"]) for row in here if row.get("is_closing")}
 
 
 def _refuse(reason: str) -> int:
@@ -108,7 +109,9 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def _run(case: Case, options: Options, path: Path | None, earlier: Sequence[Mapping[str, Any]]) -> list[float]:
+def _run(
+    case: Case, options: Options, path: Path | None, earlier: Sequence[Mapping[str, Any]], closes: bool
+) -> list[float]:
     """Prints a case's rows, adds them to the file, and returns the times of those that an earlier run has, over its."""
     from jitaccel.provenance import provenance
 
@@ -118,17 +121,27 @@ def _run(case: Case, options: Options, path: Path | None, earlier: Sequence[Mapp
         print(f"not measured: {reason}")
         return []
     ratios = []
+    failed = False
     origin = provenance(options.device)
     for row in case.run(options):
         fields = {"benchmark": case.group, "case": case.name, **row.fields, **origin}
         ratio = ratio_to(fields, earlier)
         ratios += [] if ratio is None else [ratio]
+        failed = failed or "error" in fields
         print(row.line + ("" if ratio is None else f"  [{ratio:.3f}x of earlier]"), flush=True)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(fields) + "\n")
+        _add(path, fields)
+    if closes and not failed:  # what --resume looks for: rows alone may be those of a case that was cut short
+        _add(path, {"benchmark": case.group, "case": case.name, "is_closing": True, **origin})
     return ratios
+
+
+def _add(path: Path | None, fields: Mapping[str, Any]) -> None:
+    """Adds a row to the file of JSON lines, if there is one."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
 
 
 if __name__ == "__main__":

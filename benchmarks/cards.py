@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from jitaccel.evaluation.quality.rows import settings_as_now
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.presets import DENSE_STEPS, PRESETS
-from jitaccel.patches.flux.flops import flux_flops
+from jitaccel.patches.flux.flops import FLUX_DEV, FLUX_DEV_TEXT_TOKENS, flux_dev_flops, flux_flops
 from jitaccel.speed.control import equivalent_dense_steps
+from jitaccel.speed.overview import FEWER_STEPS, overview, stages
 
 from .lab.report import BENCHMARK, cell, tables
-from .pipelines import FLUX_DEV
 
 Fields = Mapping[str, Any]
+_FLUX = functools.partial(flux_flops, FLUX_DEV)
 _PRODUCT = "presets of the product"  # a question of the exact laboratory
-_TOKENS, _TEXT_TOKENS = 64 * 64, 512  # of FLUX.1-dev at 1024x1024
+_GRID = (64, 64)  # of FLUX.1-dev at 1024x1024
 
 
 def lab(rows: Sequence[Fields]) -> str:
     """The lab's questions, a table for each."""
     return tables([row for row in rows if row["benchmark"] == BENCHMARK])
+
+
+def overview_table(rows: Sequence[Fields]) -> str:
+    """A row for each preset: steps, what the network sees, cost. Made of the presets, whatever the rows."""
+    head = ["preset", "steps", "what the network sees", "cost in dense steps", "against 50", "against 28"]
+    lines = [head, ["---"] * len(head)]
+    for row in overview(_GRID, flux_dev_flops):
+        ratios = [f"{ratio:.1f}x" for ratio in row.speedups]
+        lines.append([f"`{row.name}`", str(row.steps), row.shown, f"{row.cost:.1f}", *ratios])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def presets(rows: Sequence[Fields]) -> str:
@@ -80,20 +91,6 @@ def _cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> st
     return cell(estimate, scale, digits)
 
 
-def stages(config: JiTConfig) -> list[str]:
-    """Returns the steps of each stage and what they run on: a share of the tokens, or a smaller picture."""
-    ends = config.stage_ends(int(config.steps))
-    lengths = (end - start for start, end in pairwise((0, *ends)))
-    return [f"{n} {_shown(config, stage)}" for stage, n in enumerate(lengths)]
-
-
-def _shown(config: JiTConfig, stage: int) -> str:
-    factor, density = config.pooling_of(stage), config.densities[stage]
-    if factor > 1:
-        return f"of a picture {factor} times smaller (pooled)"
-    return "dense" if density == 1.0 else f"of {density:.0%} of the tokens"
-
-
 def _method_of(config: JiTConfig) -> str:
     """Returns what a configuration does between the stages, in sentences."""
     is_subset = any(
@@ -118,13 +115,13 @@ def _exact(row: Fields | None) -> list[str]:
 
 
 def _card(name: str, config: JiTConfig, found: Mapping[str, Fields], exact: Fields | None) -> str:
-    flux = equivalent_dense_steps(config, _TOKENS, _TEXT_TOKENS, functools.partial(flux_flops, FLUX_DEV))
+    flux = equivalent_dense_steps(config, math.prod(_GRID), FLUX_DEV_TEXT_TOKENS, _FLUX)
     lines = [
         f"### `{name}`\n",
         f"{config.steps} steps: {', then '.join(stages(config))}. {_method_of(config)}\n",
         f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
-        f"{DENSE_STEPS / flux:.2f}x against {DENSE_STEPS}, {28 / flux:.2f}x against 28. Quality there: not measured."
-        "\n",
+        f"{DENSE_STEPS / flux:.2f}x against {DENSE_STEPS}, {FEWER_STEPS / flux:.2f}x against {FEWER_STEPS}. "
+        "Quality there: not measured.\n",
         *_exact(exact),
     ]
     row = found.get(name)

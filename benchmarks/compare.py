@@ -18,7 +18,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--compare must be a file of JSON lines that --json wrote, got {path} ({error})") from error
-    rows = [row for row in rows if not (isinstance(row, dict) and "error" in row)]  # a case that failed has no time
+    # A case that failed has no time, nor has the row that closes one.
+    rows = [row for row in rows if not (isinstance(row, dict) and ("error" in row or row.get("is_closing")))]
     if not rows or not all(isinstance(row, dict) and _time(row) is not None for row in rows):
         raise ValueError(f"--compare must hold rows with one of {', '.join(TIMES)}, got {path} without")
     return rows

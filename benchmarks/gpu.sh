@@ -1,78 +1,127 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell: builds the operators, runs the tests marked `cuda`, then the benchmarks.
+# Everything that only a GPU can tell, within ten minutes, on a machine that is lent: sanitizers, tests, benchmarks.
 #
-#   benchmarks/gpu.sh OUT [STEP ...]
+#   benchmarks/gpu.sh [--dry-run] OUT [STEP ...]
 #
-# Each step writes OUT/STEP.log, and rows to OUT/rows.jsonl. Nothing is begun after $BUDGET seconds (540); run it again to
-# go on: a step that is done is left out, and `record` goes on with the cases that OUT/rows.jsonl has not.
-# Steps: build tests record kernels packing denoise startup. Copy rows.jsonl to benchmarks/results/WHAT-GPU-DATE.jsonl.
-# Where the checkout has no history, JITACCEL_COMMIT names the commit that the rows are of.
-# Needs Python with torch; jitaccel runs from this checkout. Where diffusers is missing, its wheel is taken from
-# $WHEELS (pip download --no-deps diffusers), since such machines often reach no index; torchao's too, if it is there.
+# Beforehand, where there are compilers and a network, `make gpu-prepare` fills .gpu/ with the operators for one
+# architecture and the wheels that such machines lack; carry that folder along. Without it, what is missing is built, and
+# diffusers must be installed.
+#
+# Each step has a limit of its own, ends at the budget ($BUDGET, 570 s in all) at the latest, and does not stop the next
+# where it fails. After each step OUT has three files: rows.jsonl (measurements), log.txt (all output) and steps.txt (what
+# became of each step). Working files are in .gpu/work: another run in the same tree goes on where this one ended, leaving
+# out steps that are done and cases that are closed. To go on elsewhere, put OUT's files into .gpu/work first.
+# --dry-run goes through all steps on the CPU at tiny sizes, to try the script itself. $PYTHON names another interpreter;
+# $JITACCEL_COMMIT the commit that the rows are of, where the checkout has no history.
 set -u
 cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/gpu.sh OUT [STEP ...]}
+dry=
+[ "${1:-}" = --dry-run ] && { dry=1; shift; }
+out=${1:?usage: benchmarks/gpu.sh [--dry-run] OUT [STEP ...]}
 shift
+# In the order of their weight. The second line: what gpu2.sh runs.
+first="load memcheck racecheck operators graphs targets agreement record"
+second="kernels float8 batches large video startup"
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build tests record kernels packing denoise startup)
+[ ${#steps[@]} -gt 0 ] || read -ra steps <<<"$first"
 python=${PYTHON:-python3}
-budget=${BUDGET:-540}
-mkdir -p "$out"
+budget=${BUDGET:-570}
+gpu=$PWD/.gpu
+work=$gpu/work
+[ -z "$dry" ] || work=$gpu/dry
+mkdir -p "$out" "$work"
+[ -z "$dry" ] || rm -f "$work"/*
 
-wheel() {
-    "$python" -m pip install --quiet --no-deps --no-index --find-links "${WHEELS:-wheels}" "$1"
+if compgen -G "$gpu/wheels/*.whl" >/dev/null && [ -z "$dry" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$gpu/site" "$gpu"/wheels/*.whl
+    export PYTHONPATH=$gpu/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+if compgen -G "$gpu/lib/_C_*.so" >/dev/null && [ -z "$dry" ]; then
+    export JITACCEL_LIBRARIES=$gpu/lib
+fi
+export PYTHONUNBUFFERED=1
+
+keep() { # what comes back, whatever happens to the next step
+    cp "$work"/rows.jsonl "$work"/log.txt "$work"/steps.txt "$out"/ 2>/dev/null
+    return 0
 }
-"$python" -c 'import diffusers' 2>/dev/null || wheel diffusers || exit 2
-"$python" -c 'import torchao' 2>/dev/null || wheel torchao 2>/dev/null || echo "torchao: not installed, float8 is left out"
 
-run() {
-    local step=$1
-    shift
-    if [ -e "$out/$step.done" ]; then
+run() { # run STEP LIMIT COMMAND ...
+    local step=$1 limit=$2 left=$((budget - SECONDS)) started=$SECONDS what
+    shift 2
+    if grep -qs "^$step: done" "$work/steps.txt"; then
         echo "$step: done before"
         return
     fi
-    if [ $SECONDS -ge "$budget" ]; then
+    if [ "$left" -lt 5 ]; then
         echo "$step: not begun within $budget s, run the script again"
         return
     fi
-    local started=$SECONDS
-    if "$@" >"$out/$step.log" 2>&1; then
-        if grep -q "cases were not begun within" "$out/$step.log"; then
-            echo "$step: begun, run the script again"
-        else
-            touch "$out/$step.done"
-            echo "$step: done in $((SECONDS - started)) s"
-        fi
+    [ "$limit" -lt "$left" ] || limit=$left
+    printf '\n== %s: %s\n' "$step" "$*" >>"$work/log.txt"
+    timeout --kill-after=5 "$limit" "$@" >"$work/step.txt" 2>&1
+    case $? in
+        0) what=done ;;
+        124 | 137) what="cut off" failed=1 ;;
+        *) what=failed failed=1 ;;
+    esac
+    [ "$what" = done ] && grep -q "cases were not begun within" "$work/step.txt" && [ -z "$dry" ] && what=begun
+    cat "$work/step.txt" >>"$work/log.txt"
+    what="$step: $what after $((SECONDS - started)) s"
+    echo "$what" | tee -a "$work/steps.txt"
+    case $what in *done*) ;; *) tail -n 3 "$work/step.txt" ;; esac
+    keep
+}
+
+# Most cases of a dry run are only looked up: none begins within a nanosecond.
+bench() { # bench STEP LIMIT ARGUMENTS ...
+    local step=$1 limit=$2 device=cuda within=$((budget - SECONDS))
+    shift 2
+    [ -z "$dry" ] || { device=cpu within=1e-9; }
+    [ -z "$dry" ] || [ "$step" != targets ] || within=60
+    [ "$limit" -lt "$within" ] 2>/dev/null && within=$limit
+    run "$step" "$limit" "$python" -m benchmarks "$@" --device "$device" --json "$work/rows.jsonl" --resume --within "$within"
+}
+
+sanitize() { # sanitize STEP LIMIT TOOL
+    if [ -n "$dry" ]; then
+        run "$1" "$2" "$python" -m benchmarks.odd_sizes --device cpu --grids 3
     else
-        echo "$step: failed after $((SECONDS - started)) s, see $out/$step.log"
-        tail -n 3 "$out/$step.log"
-        failed=1
+        # Each allocation by itself, so that a kernel that leaves its own is seen.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" "$2" compute-sanitizer --tool "$3" --error-exitcode 1 \
+            "$python" -m benchmarks.odd_sizes
     fi
 }
 
-bench() {
-    local left=$((budget - SECONDS))
-    "$python" -m benchmarks "$@" --device cuda --json "$out/rows.jsonl" --resume --within "$((left > 1 ? left : 1))"
+tests() { # tests STEP LIMIT FILE ...
+    local step=$1 limit=$2
+    shift 2
+    [ -z "$dry" ] || set -- "$@" --collect-only
+    run "$step" "$limit" "$python" -m pytest -q -m cuda --numprocesses 8 --dist worksteal "$@"
 }
 
-failed=0
+failed=0 size=targets
+[ -z "$dry" ] || size=tiny
 for step in "${steps[@]}"; do
     case $step in
-        build) run build "$python" -m jitaccel.build cpu cuda --if-stale ;;
-        tests) run tests "$python" -m pytest -q -m cuda ;;
-        record) run record bench record --size flux --repeat 2 ;;
-        kernels) run kernels bench kernels ;;
-        packing) run packing bench packing --size flux --repeat 3 ;;
-        denoise) run denoise bench denoise --size flux --repeat 2 ;;
-        startup) run startup bench startup --repeat 1 ;; # twice 12 billion weights, cold and warm
-        *) echo "unknown step $step; known: build tests record kernels packing denoise startup" >&2; exit 2 ;;
+        load) run load 60 "$python" -c 'import torch; from jitaccel import ops; print(torch.__version__, ops.compiled(), ops.missing()); raise SystemExit(torch.cuda.is_available() and "cuda" not in ops.compiled())' ;;
+        memcheck) sanitize memcheck 75 memcheck ;;
+        racecheck) sanitize racecheck 75 racecheck ;;
+        operators) tests operators 90 tests/ops ;;
+        graphs) tests graphs 60 tests/execution ;;
+        targets) bench targets 45 targets --size "$size" --repeat 5 ;;
+        agreement) bench agreement 60 agreement ;;
+        record) bench record 570 record --size flux --only 1024x1024 --repeat 1 ;;
+        kernels) bench kernels 300 kernels ;;
+        float8) bench float8 300 record --size flux --only float8 --repeat 2 ;;
+        batches) bench batches 300 packing --size flux --repeat 3 ;;
+        large) bench large 500 record --size flux --only 2048x2048 --repeat 1 ;;
+        video) bench video 200 kernels --size video ;;
+        startup) bench startup 300 startup --repeat 1 ;;
+        *) echo "unknown step $step; known: $first $second" >&2; exit 2 ;;
     esac
 done
-for step in tests packing denoise startup; do
-    [ -e "$out/$step.log" ] && { echo; tail -n 40 "$out/$step.log"; }
-done
-# Last, a short table of all rows so far.
-printf -- '<!-- table: record -->\n<!-- /table -->\n' >"$out/table.md"
-"$python" -m benchmarks.table --results "$out" "$out/table.md" && { echo; cut -c1-160 "$out/table.md"; }
+# Last, a short table of the record so far.
+printf -- '<!-- table: record -->\n<!-- /table -->\n' >"$work/table.md"
+"$python" -m benchmarks.table --results "$work" "$work/table.md" >/dev/null 2>&1 && { echo; cut -c1-160 "$work/table.md"; }
 exit $failed

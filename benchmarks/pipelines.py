@@ -9,17 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FLUX_DEV: Mapping[str, Any] = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
+from jitaccel.patches.flux.flops import FLUX_DEV
+
 # FLUX.1-dev's heads, a quarter of its width and three of its blocks: a dense step takes seconds on two cores, and
 # nearly all of it in matrix products, as in the large model.
 FLUX_QUARTER: Mapping[str, Any] = {

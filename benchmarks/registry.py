@@ -1,6 +1,6 @@
 """What a benchmark case is, and where cases are found: modules of `benchmarks/cases` and `benchmarks/checkout`.
 
-Each has a tuple `CASES`. `checkout` is there in a checkout alone.
+Each that has cases has a tuple `CASES`. `checkout` is there in a checkout alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from . import cases
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line asks of every case."""
+    """What the command line asks of every case. `only`: text in the names of the parts to measure."""
 
     device: torch.device
     repeat: int
     seed: int
+    only: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Measurement:
 class Case:
     """One thing to measure. `why_not` says why it cannot be measured here, or None.
 
-    is_long: it takes hours, and runs only where its group is named.
+    is_long: it takes hours, and runs only where its group is named. parts: names of what it measures one after
+    another, if it can measure some of them.
     """
 
     group: str
@@ -47,14 +49,21 @@ class Case:
     run: Callable[[Options], Iterator[Measurement]]
     why_not: Callable[[Options], str | None]
     is_long: bool = False
+    parts: tuple[str, ...] = ()
+
+    def part_of(self, text: str) -> str | None:
+        """Returns what a text asks for: "" for the whole case, the text for some of its parts, None for nothing."""
+        if text in self.name:
+            return ""
+        return text if any(text in part for part in self.parts) else None
 
 
 def find_cases() -> tuple[Case, ...]:
-    """Returns the cases of every module, by the modules' names."""
+    """Returns the cases of every module that has some, by the modules' names."""
     found: list[Case] = []
     for package in (cases, *_of_checkout()):
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
-            found += importlib.import_module(f"{package.__name__}.{module.name}").CASES
+            found += getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "CASES", ())
     return tuple(found)
 
 

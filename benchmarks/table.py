@@ -34,7 +34,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: (_date_of(path), path.name)):
         for line in path.read_text().splitlines():
             row = {"date": _date_of(path), **json.loads(line)}
-            if "error" not in row:
+            if "error" not in row and not row.get("is_closing"):
                 newest.pop(identity(row), None)
                 newest[identity(row)] = row
     return [*newest.values()]
@@ -249,6 +249,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
+    "overview": cards.overview_table,
     "packing": packing,
     "presets": cards.presets,
     "quality": cards.quality,

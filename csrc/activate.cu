@@ -3,25 +3,29 @@
 //   out[b] = the `count` inactive tokens of highest importance, equal importance to the lowest raster index, rising
 //
 // A token's key is its importance's bits, changed so that they order as the numbers do (the two zeros are one, a NaN is
-// the largest); an anchor's key is 0, below every number's. A radix select finds the count-th largest key: four times,
-// from the highest byte down, a histogram of that byte among the keys that still match, and the byte that the count-th
+// the largest); an anchor's key is 0, below every number's. A radix select finds the count-th largest key: three times,
+// from the highest bits down, a histogram of a digit among the keys that still match, and the digit that the count-th
 // falls in. Then tokens above that key are taken, and of those equal to it the first ones, as many as are left; their
 // places in the result are running sums over the tokens in order, so that it needs no sorting.
 //
-// Layout: importance (B, N) float32, anchors (B, M) int64 in; (B, count) int64 out; scratch: keys (B, N) uint32. Bytes
-// moved: 4 N + 8 M in, 4 N out, and 5 times 4 N in from the caches, 8 count out. Atomics only count integers in shared
-// memory, so the result does not depend on their order.
+// Layout: importance (B, N) float32, anchors (B, M) int64 in; (B, count) int64 out. Scratch: keys uint32, N of each image
+// rounded up to whole blocks; 3 histograms of 8 KiB; two counts a block. Bytes moved: 4 N + 8 M in, 4 N out, and 4 times
+// 4 N in from the caches, 8 count out. Atomics only count integers, so the result does not depend on their order.
 //
-// Launch: one block of 1024 threads for each image, because every step waits for the one before; at 64 x 64 tokens a
-// pass is 4 keys a thread. More blocks for an image would have to meet between the passes, in launches of their own.
+// Launch: blocks of 256 threads, 8 keys each, so 37 of them for 21 x 45 x 80 tokens; one launch for each digit, one that
+// counts what each block takes, one that writes it. Every step waits for all of the one before, and a launch is how
+// blocks meet: each derives from the step's histogram for itself what was found. Indices are not trusted: an anchor
+// that is not on the grid meets no block, and no place beyond `count` is written.
 
 #include "cuda_common.cuh"
 
 namespace jitaccel {
 namespace {
 
-constexpr int kWarp = 32, kWarps = 32, kThreads = kWarp * kWarps;
-constexpr int kBins = 256;
+constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+constexpr int kKeys = 8;  // a thread
+constexpr int kBlockKeys = kThreads * kKeys;
+constexpr int kDigits = 3, kBits = 11, kBins = 1 << kBits, kThreadBins = kBins / kThreads;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ uint32_t rising_bits(float importance) {
@@ -30,9 +34,13 @@ __device__ uint32_t rising_bits(float importance) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// Digits are bits 31..21, 20..10 and 10..0: bit 10 is looked at twice.
+__device__ int shift_of(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
+
 // Returns the sum of `value` over the threads before this one, and over all of them in `total`. Every thread must call.
-__device__ uint32_t sum_before(uint32_t value, uint32_t* warp_sums, uint32_t& total) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+__device__ uint32_t sum_before(uint32_t value, uint32_t& total) {
+  __shared__ uint32_t warp_sums[kWarps];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   uint32_t sum = value;
   for (int apart = 1; apart < kWarp; apart *= 2) {
     const uint32_t other = __shfl_up_sync(kAllLanes, sum, apart);
@@ -42,6 +50,7 @@ __device__ uint32_t sum_before(uint32_t value, uint32_t* warp_sums, uint32_t& to
   __syncthreads();
   uint32_t before = 0;
   total = 0;
+#pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     if (i == warp) before = total;
     total += warp_sums[i];
@@ -56,72 +65,180 @@ struct Selection {
   uint32_t bits, mask, wanted;
 };
 
-// Finds the next byte of the count-th largest key, at `shift`.
-__device__ Selection next_byte(Selection found, int shift, const uint32_t* keys, int64_t num_tokens,
-                               uint32_t* histogram, uint32_t* warp_sums, Selection* shared) {
-  if (threadIdx.x < kBins) histogram[threadIdx.x] = 0;
-  __syncthreads();
-  for (int64_t n = threadIdx.x; n < num_tokens; n += kThreads) {
-    const uint32_t key = keys[n];
-    if ((key & found.mask) == found.bits) atomicAdd(&histogram[key >> shift & (kBins - 1)], 1u);
-  }
-  __syncthreads();
-  // Threads take the bytes from the highest down: the one whose keys reach past `wanted` has found it.
-  const uint32_t byte = kBins - 1 - threadIdx.x;
-  const uint32_t here = threadIdx.x < kBins ? histogram[byte] : 0;
-  uint32_t total;
-  const uint32_t above = sum_before(here, warp_sums, total);
-  if (above < found.wanted && found.wanted <= above + here)
-    *shared = {found.bits | byte << shift, found.mask | uint32_t{kBins - 1} << shift, found.wanted - above};
-  __syncthreads();
-  return *shared;
-}
+// One image's part of the scratch.
+struct Scratch {
+  uint32_t* keys;        // (chunks, kBlockKeys)
+  uint32_t* histograms;  // (kDigits, kBins), zero at first
+  Selection* found;      // (kDigits + 1,), after so many digits
+  uint2* taken;          // (chunks,): keys above the found one, and equal to it; 4 words each, so that rows stay aligned
+};
 
-// Writes, rising, the tokens whose key is above the found one, and the first `wanted` of those whose key equals it.
-__device__ void compact(const Selection& found, const uint32_t* keys, int64_t num_tokens, uint32_t* warp_sums,
-                        int64_t* out) {
-  int64_t all_above = 0, all_equal = 0;
-  for (int64_t start = 0; start < num_tokens; start += kThreads) {
-    const int64_t n = start + threadIdx.x;
-    const uint32_t key = n < num_tokens ? keys[n] : 0;  // 0 is no inactive token's
-    const bool is_above = key > found.bits, is_equal = key == found.bits;
-    // Two sums in one: neither passes 1024.
-    uint32_t total;
-    const uint32_t before = sum_before((is_above ? 1u : 0u) | (is_equal ? 1u << 16 : 0u), warp_sums, total);
-    const int64_t above = all_above + (before & 0xffffu), equal = all_equal + (before >> 16);
-    const int64_t taken = min(equal, static_cast<int64_t>(found.wanted));
-    if (is_above || (is_equal && equal < found.wanted)) out[above + taken] = n;
-    all_above += total & 0xffffu;
-    all_equal += total >> 16;
-  }
-}
+struct Task {
+  const float* __restrict__ importance;  // (B, N)
+  const int64_t* __restrict__ anchors;   // (B, M)
+  int64_t* __restrict__ out;             // (B, count)
+  uint32_t* scratch;                     // (B, words)
+  int num_tokens, num_anchors, count, chunks;
 
-__global__ void __launch_bounds__(kThreads) activate_kernel(const float* importance, const int64_t* anchors,
-                                                            uint32_t* keys, int64_t* out, int64_t num_tokens,
-                                                            int64_t num_anchors, int64_t count) {
-  __shared__ uint32_t histogram[kBins];
-  __shared__ uint32_t warp_sums[kWarps];
+  __host__ __device__ int64_t words() const {
+    return int64_t{chunks} * (kBlockKeys + 4) + kDigits * kBins + (kDigits + 1) * 4;
+  }
+  __device__ Scratch of_image() const {
+    uint32_t* const keys = scratch + blockIdx.y * words();
+    uint32_t* const histograms = keys + int64_t{chunks} * kBlockKeys;
+    uint32_t* const found = histograms + kDigits * kBins;
+    return {keys, histograms, reinterpret_cast<Selection*>(found),
+            reinterpret_cast<uint2*>(found + (kDigits + 1) * 4)};
+  }
+};
+
+// Returns what is known after `digits` digits, from what was known before the last of them and its histogram. The first
+// block keeps it for the launch to come.
+__device__ Selection selection_after(int digits, const Scratch& scratch, uint32_t count) {
+  if (digits == 0) return {0, 0, count};
   __shared__ Selection shared;
-  const int64_t image = blockIdx.x;
-  importance += image * num_tokens;
-  anchors += image * num_anchors;
-  keys += image * num_tokens;
-  for (int64_t n = threadIdx.x; n < num_tokens; n += kThreads) keys[n] = rising_bits(importance[n]);
+  const Selection before = digits == 1 ? Selection{0, 0, count} : scratch.found[digits - 1];
+  const int shift = shift_of(digits - 1), highest = kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins;
+  const uint32_t* histogram = scratch.histograms + (digits - 1) * kBins;
+  uint32_t bins[kThreadBins], own = 0, total;
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) bins[i] = histogram[highest - i];
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) own += bins[i];
+  uint32_t above = sum_before(own, total);
+  // Threads take the digits from the highest down: the one whose keys reach past `wanted` has found it.
+  for (int i = 0; i < kThreadBins; ++i) {
+    if (above < before.wanted && before.wanted <= above + bins[i])
+      shared = {before.bits | static_cast<uint32_t>(highest - i) << shift,
+                before.mask | uint32_t{kBins - 1} << shift, before.wanted - above};
+    above += bins[i];
+  }
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < num_anchors; i += kThreads) keys[anchors[i]] = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) scratch.found[digits] = shared;
+  return shared;
+}
+
+// Makes this block's keys, in shared memory first, where its anchors are found: they rise.
+__device__ void make_keys(const Task& task, uint32_t* keys) {
+  __shared__ uint32_t own[kBlockKeys];
+  const int64_t image = blockIdx.y;
+  const int begin = static_cast<int>(blockIdx.x) * kBlockKeys, end = begin + kBlockKeys;
+  const float* importance = task.importance + image * task.num_tokens;
+  const int64_t* anchors = task.anchors + image * task.num_anchors;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+    own[at] = begin + at < task.num_tokens ? rising_bits(importance[begin + at]) : 0;
+  }
   __syncthreads();
-  Selection found{0, 0, static_cast<uint32_t>(count)};
-  for (int shift = 24; shift >= 0; shift -= 8)
-    found = next_byte(found, shift, keys, num_tokens, histogram, warp_sums, &shared);
-  compact(found, keys, num_tokens, warp_sums, out + image * count);
+  int low = 0, high = task.num_anchors;  // the first anchor from `begin` on lies in [low, high]
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (anchors[middle] < begin)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  for (int i = low + static_cast<int>(threadIdx.x); i < task.num_anchors && i < low + kBlockKeys; i += kThreads) {
+    const int64_t anchor = anchors[i];
+    if (anchor >= begin && anchor < end) own[anchor - begin] = 0;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) keys[threadIdx.x + i * kThreads] = own[threadIdx.x + i * kThreads];
+  __syncthreads();
+}
+
+// This thread's keys, neighbours in the image.
+__device__ __forceinline__ void read_keys(const Scratch& scratch, uint32_t (&keys)[kKeys]) {
+  const auto* from = reinterpret_cast<const uint4*>(scratch.keys + int64_t{blockIdx.x} * kBlockKeys) +
+                     threadIdx.x * (kKeys / 4);
+  uint4 parts[kKeys / 4];
+#pragma unroll
+  for (int i = 0; i < kKeys / 4; ++i) parts[i] = from[i];
+#pragma unroll
+  for (int i = 0; i < kKeys / 4; ++i) {
+    keys[4 * i] = parts[i].x;
+    keys[4 * i + 1] = parts[i].y;
+    keys[4 * i + 2] = parts[i].z;
+    keys[4 * i + 3] = parts[i].w;
+  }
+}
+
+// Adds this block's keys that match what is known to the histogram of a digit; before the first, makes them.
+__global__ void __launch_bounds__(kThreads) digit_kernel(Task task, int digit) {
+  __shared__ uint32_t histogram[kBins];
+  const Scratch scratch = task.of_image();
+  const Selection found = selection_after(digit, scratch, static_cast<uint32_t>(task.count));
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) histogram[threadIdx.x + i * kThreads] = 0;
+  if (digit == 0) make_keys(task, scratch.keys + int64_t{blockIdx.x} * kBlockKeys);
+  uint32_t keys[kKeys];
+  read_keys(scratch, keys);
+  __syncthreads();
+  const int shift = shift_of(digit);
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i)
+    if ((keys[i] & found.mask) == found.bits) atomicAdd(&histogram[keys[i] >> shift & (kBins - 1)], 1u);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) {
+    const int bin = static_cast<int>(threadIdx.x) + i * kThreads;
+    if (histogram[bin] != 0) atomicAdd(&scratch.histograms[digit * kBins + bin], histogram[bin]);
+  }
+}
+
+// Counts, two in one, since neither passes 2048: of this thread's keys, those above the found one; from bit 16 on, those
+// equal to it.
+__device__ __forceinline__ uint32_t count_keys(const uint32_t (&keys)[kKeys], uint32_t found) {
+  uint32_t counts = 0;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) counts += (keys[i] > found ? 1u : 0u) + (keys[i] == found ? 1u << 16 : 0u);
+  return counts;
+}
+
+__global__ void __launch_bounds__(kThreads) count_kernel(Task task) {
+  const Scratch scratch = task.of_image();
+  const Selection found = selection_after(kDigits, scratch, static_cast<uint32_t>(task.count));
+  uint32_t keys[kKeys], total;
+  read_keys(scratch, keys);
+  sum_before(count_keys(keys, found.bits), total);
+  if (threadIdx.x == 0) scratch.taken[blockIdx.x] = {total & 0xffffu, total >> 16};
+}
+
+// Writes, rising, this block's tokens whose key is above the found one, and of those whose key equals it the ones that
+// are among the first `wanted` of the image.
+__global__ void __launch_bounds__(kThreads) write_kernel(Task task) {
+  const Scratch scratch = task.of_image();
+  const Selection found = scratch.found[kDigits];
+  uint32_t keys[kKeys], above = 0, equal = 0, total;
+  read_keys(scratch, keys);
+  for (unsigned i = threadIdx.x; i < blockIdx.x; i += kThreads) {
+    above += scratch.taken[i].x;
+    equal += scratch.taken[i].y;
+  }
+  sum_before(above, above);
+  sum_before(equal, equal);
+  const uint32_t before = sum_before(count_keys(keys, found.bits), total);
+  above += before & 0xffffu;
+  equal += before >> 16;
+  int64_t* out = task.out + int64_t{blockIdx.y} * task.count;
+  const int first = static_cast<int>(blockIdx.x) * kBlockKeys + static_cast<int>(threadIdx.x) * kKeys;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const bool is_above = keys[i] > found.bits, is_equal = keys[i] == found.bits;
+    const uint32_t place = above + min(equal, found.wanted);
+    if ((is_above || (is_equal && equal < found.wanted)) && place < static_cast<uint32_t>(task.count))
+      out[place] = first + i;
+    above += is_above;
+    equal += is_equal;
+  }
 }
 
 Tensor activate(const Tensor& importance, const Tensor& anchors, int64_t count) {
   const char* op = "activate";
   check_activation(op, importance, anchors, count);
   const int64_t batch = importance.size(0), num_tokens = importance.size(1), num_anchors = anchors.size(1);
-  if (num_tokens > INT64_C(0xffffffff))
-    fail(op, "importance", "have fewer than 2^32 tokens", kind(importance), "split the picture");
   const Tensor out = torch::stable::new_empty(anchors, {batch, count});
   if (batch == 0) return out;
   const DeviceGuard guard(importance.get_device_index());
@@ -129,12 +246,22 @@ Tensor activate(const Tensor& importance, const Tensor& anchors, int64_t count) 
   const Tensor importance_ = torch::stable::contiguous(importance), anchors_ = torch::stable::contiguous(anchors);
   check_rising(op, "anchors", anchors_, num_tokens, stream);
   if (count == 0) return out;
-  const Tensor keys = torch::stable::new_empty(anchors, {batch, num_tokens}, ScalarType::Int);
-  activate_kernel<<<num_blocks(batch, 1), kThreads, 0, stream>>>(
-      importance_.const_data_ptr<float>(), anchors_.const_data_ptr<int64_t>(),
-      reinterpret_cast<uint32_t*>(keys.mutable_data_ptr<int32_t>()), out.mutable_data_ptr<int64_t>(), num_tokens,
-      num_anchors, count);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const dim3 blocks = blocks_for(num_tokens, kBlockKeys, batch);
+  Task task{importance_.const_data_ptr<float>(),
+            anchors_.const_data_ptr<int64_t>(),
+            out.mutable_data_ptr<int64_t>(),
+            nullptr,
+            static_cast<int>(num_tokens),
+            static_cast<int>(num_anchors),
+            static_cast<int>(count),
+            static_cast<int>(blocks.x)};
+  const Tensor scratch = torch::stable::new_empty(anchors, {batch, task.words()}, ScalarType::Int);
+  task.scratch = reinterpret_cast<uint32_t*>(scratch.mutable_data_ptr<int32_t>());
+  const size_t row = static_cast<size_t>(task.words()) * 4, keys = static_cast<size_t>(task.chunks) * kBlockKeys * 4;
+  STD_CUDA_CHECK(cudaMemset2DAsync(task.scratch + keys / 4, row, 0, kDigits * kBins * 4, batch, stream));
+  for (int digit = 0; digit < kDigits; ++digit) launch(digit_kernel, blocks, kThreads, 0, stream, task, digit);
+  launch(count_kernel, blocks, kThreads, 0, stream, task);
+  launch(write_kernel, blocks, kThreads, 0, stream, task);
   return out;
 }
 

@@ -11,13 +11,6 @@
 
 namespace jitaccel {
 
-inline int64_t reflect(int64_t i, int64_t size) {
-  if (i >= 0 && i < size) return i;
-  const int64_t period = std::max<int64_t>(2 * (size - 1), 1);
-  const int64_t folded = ((i % period) + period) % period;
-  return std::min(folded, period - folded);
-}
-
 // The plan of a lift as it lies in memory, all images.
 struct Plan {
   Grid grid;

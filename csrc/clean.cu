@@ -19,19 +19,19 @@ constexpr int kThreads = 256;
 
 struct CleanEstimate {
   AnyInput state, velocity;
-  const int64_t* anchors;
-  const float* levels;
-  float* clean;
-  int64_t rows, num_anchors, num_tokens, channels;
+  const int64_t* __restrict__ anchors;
+  const float* __restrict__ levels;
+  float* __restrict__ clean;
+  int num_anchors, num_tokens, channels;
 };
 
 template <int V>
 __global__ void clean_kernel(CleanEstimate from) {
-  const int64_t vectors = from.channels / V;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= from.rows * vectors) return;
-  const int64_t row = at / vectors, channel = at % vectors * V;
-  const int64_t token = row / from.num_anchors * from.num_tokens + from.anchors[row];
+  const int vectors = from.channels / V, at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (at >= from.num_anchors * vectors) return;
+  const int channel = at % vectors * V;
+  const int64_t image = blockIdx.y, row = image * from.num_anchors + at / vectors;
+  const int64_t token = image * from.num_tokens + from.anchors[row];
   float y[V], v[V];
   load<V>(from.state, token * from.channels + channel, y);
   load<V>(from.velocity, token * from.channels + channel, v);
@@ -39,13 +39,6 @@ __global__ void clean_kernel(CleanEstimate from) {
 #pragma unroll
   for (int c = 0; c < V; ++c) y[c] -= level * v[c];
   store<V>(from.clean + row * from.channels + channel, y);
-}
-
-template <int V>
-void launch(const CleanEstimate& from, cudaStream_t stream) {
-  const unsigned blocks = num_blocks(from.rows * (from.channels / V), kThreads);
-  clean_kernel<V><<<blocks, kThreads, 0, stream>>>(from);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
@@ -60,12 +53,13 @@ Tensor clean_at_anchors(const Tensor& state, const Tensor& velocity, const Tenso
                            anchors.const_data_ptr<int64_t>(),
                            levels.const_data_ptr<float>(),
                            clean.mutable_data_ptr<float>(),
-                           batch * num_anchors,
-                           num_anchors,
-                           num_tokens,
-                           channels};
+                           static_cast<int>(num_anchors),
+                           static_cast<int>(num_tokens),
+                           static_cast<int>(channels)};
   const bool is_aligned = takes_vectors(state, channels, 4) && takes_vectors(velocity, channels, 4);
-  is_aligned ? launch<4>(from, stream) : launch<1>(from, stream);
+  const int64_t vectors = channels / (is_aligned ? 4 : 1);
+  launch(is_aligned ? clean_kernel<4> : clean_kernel<1>, blocks_for(num_anchors * vectors, kThreads, batch), kThreads,
+         0, stream, from);
   return clean;
 }
 

@@ -1,22 +1,18 @@
-// What the CUDA operators share: stream, launch sizes, vector accesses, values of any dtype, reflection, index checks.
+// What the CUDA operators share: stream, launches, index checks, vector accesses, values of any dtype.
 #pragma once
 
-#include "check.h"
+#include "portable.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <limits>
 
 namespace jitaccel {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(const Tensor& x) {
@@ -25,11 +21,23 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Returns how many blocks do `work`, of which each does `per_block`. A launch takes no more than 2^31 - 1 along x.
-inline unsigned num_blocks(int64_t work, int64_t per_block) {
-  const int64_t blocks = (work + per_block - 1) / per_block;
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "jitaccel: too many tokens for one launch");
-  return static_cast<unsigned>(blocks);
+// Blocks along x, each of which does `per_block` of an image's `work`, and images along y. Places within an image are
+// 32-bit integers in the kernels, since a division of 64 bits is a call; what is too large for that is refused.
+inline dim3 blocks_for(int64_t work, int64_t per_block, int64_t images) {
+  STD_TORCH_CHECK(work + per_block <= std::numeric_limits<int32_t>::max() && images <= 65535,
+                  "jitaccel: at most 2^31 elements of an image and 65535 images go in one launch; split the batch");
+  return dim3(static_cast<unsigned>((work + per_block - 1) / per_block), static_cast<unsigned>(images));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 // With JITACCEL_CHECK_INDICES=1 in the environment these read indices on the device, wait for it, and fail where a row
@@ -62,6 +70,11 @@ inline bool takes_vectors(const Tensor& x, int64_t channels, int64_t vector) {
   const int64_t bytes = vector * (x.scalar_type() == ScalarType::Float ? 4 : 2);
   const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
   return channels % vector == 0 && address % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0;
+}
+
+// Returns x, or a copy of it where its address does not take accesses of 16 bytes.
+inline Tensor aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
 }
 
 template <int V, typename T>
@@ -130,14 +143,6 @@ __device__ __forceinline__ void store(const AnyState& to, int64_t offset, const 
   } else {
     store<V>(static_cast<BFloat16*>(to.data) + offset, x);
   }
-}
-
-// Returns where `position` of an axis lies after reflection at its ends, repeated where the axis is shorter than that.
-__device__ __forceinline__ int reflect(int position, int size) {
-  if (position >= 0 && position < size) return position;
-  const int period = size > 1 ? 2 * (size - 1) : 1;
-  const int folded = (position % period + period) % period;
-  return folded < period - folded ? folded : period - folded;
 }
 
 }  // namespace jitaccel

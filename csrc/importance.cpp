@@ -2,13 +2,8 @@
 //
 //   I[b, n] = mean_c( sum_W v^2 / S - (sum_W v / S)^2 ),  W the window around n, S its full size, zeros beyond the border
 //
-// The two moments nearly cancel where the mean is large, so they are not formed. With the middle value c, the m tokens
-// of W that lie on the grid, and d = v - c:
-//
-//   I_c = sum d^2 / S - (sum d / S)^2 + c^2 (m / S - m^2 / S^2) + 2 c sum d (1 / S - m / S^2)
-//
-// The last two terms are zero away from the border, and at it they are not small differences.
-// Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D in (neighbours come from cache), N out.
+// Window in portable.h says in which form. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D in
+// (neighbours come from cache), N out.
 
 #include "rows.h"
 
@@ -18,19 +13,6 @@
 
 namespace jitaccel {
 namespace {
-
-struct Window {
-  float share;   // 1 / S
-  float square;  // m / S - m^2 / S^2
-  float cross;   // 2 (1 / S - m / S^2)
-};
-
-// The variance of one channel, or of a vector of them, from sums of differences d from the middle value c.
-template <typename V>
-JITACCEL_INLINE V variance_of(const V& c, const V& sum, const V& squares, const Window& window) {
-  const V mean = sum * window.share;
-  return squares * window.share - mean * mean + c * (c * window.square + sum * window.cross);
-}
 
 template <typename T>
 JITACCEL_INLINE float mean_variance(const T* middle, const T* const* others, int64_t count, int64_t channels,
@@ -45,7 +27,7 @@ JITACCEL_INLINE float mean_variance(const T* middle, const T* const* others, int
       sum += difference;
       squares += difference * difference;
     }
-    const Floats variances = variance_of(center, sum, squares, window);
+    const Floats variances = window.variance(center, sum, squares);
     for (int64_t j = 0; j < kLanes; ++j) total += static_cast<double>(variances[j]);
   }
   for (; c < channels; ++c) {
@@ -56,7 +38,7 @@ JITACCEL_INLINE float mean_variance(const T* middle, const T* const* others, int
       sum += difference;
       squares += difference * difference;
     }
-    total += static_cast<double>(variance_of(center, sum, squares, window));
+    total += static_cast<double>(window.variance(center, sum, squares));
   }
   const double mean = total / static_cast<double>(channels);
   return static_cast<float>(mean < 0.0 ? 0.0 : mean);  // a NaN stays one
@@ -92,8 +74,7 @@ void run(const Grid& grid, const T* velocity, int64_t batch, int64_t channels, i
           for (int64_t r = std::max<int64_t>(0, y - reach); r <= std::min(grid.height - 1, y + reach); ++r)
             for (int64_t s = std::max<int64_t>(0, x - reach); s <= std::min(grid.width - 1, x + reach); ++s)
               others.push_back(image + ((f * grid.height + r) * grid.width + s) * channels);
-        const float size = static_cast<float>(full), inside = static_cast<float>(others.size());
-        const Window weights{1 / size, inside * (size - inside) / (size * size), 2 * (size - inside) / (size * size)};
+        const Window weights(static_cast<float>(others.size()), static_cast<float>(full));
         const T* middle = image + ((t * grid.height + y) * grid.width + x) * channels;
         out[i * grid.width + x] =
             variance(middle, others.data(), static_cast<int64_t>(others.size()), channels, weights);

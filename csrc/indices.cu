@@ -18,31 +18,32 @@ using Position = unsigned long long;  // the type that atomicMin takes
 constexpr Position kNone = ~Position{0};
 constexpr int kThreads = 256;
 
-__global__ void find_wrong_kernel(const int64_t* rows, int64_t total, int64_t length, int64_t limit, bool must_rise,
+__global__ void find_wrong_kernel(const int64_t* rows, int length, int64_t limit, bool must_rise,
                                   Position* first_wrong) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= total) return;
-  const int64_t index = rows[at];
-  const bool rises = !must_rise || at % length == 0 || rows[at - 1] < index;
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= length) return;
+  const int64_t at = static_cast<int64_t>(blockIdx.y) * length + i, index = rows[at];
+  const bool rises = !must_rise || i == 0 || rows[at - 1] < index;
   if (index < 0 || index >= limit || !rises) atomicMin(first_wrong, static_cast<Position>(at));
 }
 
 // Rows rise. Marks the first frame, of all images, that holds none of them.
-__global__ void find_empty_frame_kernel(const int64_t* rows, int64_t total, int64_t length, int64_t frames,
-                                        int64_t frame_size, Position* first_wrong) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= total) return;
-  const int64_t* row = rows + at / frames * length;
-  const int64_t start = at % frames * frame_size;
-  int64_t low = 0, high = length;  // the first index from `start` on lies in [low, high]
+__global__ void find_empty_frame_kernel(const int64_t* rows, int length, int frames, int64_t frame_size,
+                                        Position* first_wrong) {
+  const int frame = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (frame >= frames) return;
+  const int64_t image = blockIdx.y, start = frame * frame_size;
+  const int64_t* row = rows + image * length;
+  int low = 0, high = length;  // the first index from `start` on lies in [low, high]
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
+    const int middle = low + (high - low) / 2;
     if (row[middle] < start)
       low = middle + 1;
     else
       high = middle;
   }
-  if (low == length || row[low] >= start + frame_size) atomicMin(first_wrong, static_cast<Position>(at));
+  if (low == length || row[low] >= start + frame_size)
+    atomicMin(first_wrong, static_cast<Position>(image * frames + frame));
 }
 
 bool checks_indices() {
@@ -67,23 +68,22 @@ T read_back(const T* from, cudaStream_t stream) {
   return value;
 }
 
-// Returns what `launch` leaves in the position it is given: that of the first wrong one, or kNone.
-template <typename Launch>
-Position find_first(const Tensor& rows, cudaStream_t stream, const Launch& launch) {
+// Returns what `search` leaves in the position it is given: that of the first wrong one, or kNone.
+template <typename Search>
+Position find_first(const Tensor& rows, cudaStream_t stream, const Search& search) {
   if (!checks_indices() || rows.numel() == 0 || is_capturing(stream)) return kNone;
   const Tensor scratch = torch::stable::new_empty(rows, {1}, ScalarType::Long);
   auto* const first_wrong = reinterpret_cast<Position*>(scratch.mutable_data_ptr<int64_t>());
   STD_CUDA_CHECK(cudaMemsetAsync(first_wrong, 0xff, sizeof(Position), stream));
-  launch(first_wrong);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  search(first_wrong);
   return read_back(first_wrong, stream);
 }
 
 // Returns the flat position of the first wrong index, or kNone.
 Position find_wrong(const Tensor& rows, int64_t limit, bool must_rise, cudaStream_t stream) {
   return find_first(rows, stream, [&](Position* first_wrong) {
-    find_wrong_kernel<<<num_blocks(rows.numel(), kThreads), kThreads, 0, stream>>>(
-        rows.const_data_ptr<int64_t>(), rows.numel(), rows.size(1), limit, must_rise, first_wrong);
+    launch(find_wrong_kernel, blocks_for(rows.size(1), kThreads, rows.size(0)), kThreads, 0, stream,
+           rows.const_data_ptr<int64_t>(), rows.size(1), limit, must_rise, first_wrong);
   });
 }
 
@@ -108,10 +108,9 @@ void check_within(const char* op, const char* name, const Tensor& rows, int64_t 
 }
 
 void check_frames(const char* op, const Tensor& anchors, int64_t frames, int64_t frame_size, cudaStream_t stream) {
-  const int64_t total = anchors.size(0) * frames;
   const Position wrong = find_first(anchors, stream, [&](Position* first_wrong) {
-    find_empty_frame_kernel<<<num_blocks(total, kThreads), kThreads, 0, stream>>>(
-        anchors.const_data_ptr<int64_t>(), total, anchors.size(1), frames, frame_size, first_wrong);
+    launch(find_empty_frame_kernel, blocks_for(frames, kThreads, anchors.size(0)), kThreads, 0, stream,
+           anchors.const_data_ptr<int64_t>(), anchors.size(1), frames, frame_size, first_wrong);
   });
   if (wrong == kNone) return;
   const int64_t at = static_cast<int64_t>(wrong);

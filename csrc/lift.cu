@@ -14,10 +14,11 @@ namespace {
 
 template <typename T>
 struct Write {
-  T* out;
-  const T* values;
+  T* __restrict__ out;
+  const T* __restrict__ values;
 
-  __device__ bool wants(int64_t token) const { return true; }
+  static constexpr bool kWantsAll = true;
+  __device__ bool wants(int64_t) const { return true; }
 
   template <int V>
   __device__ void at_anchor(int64_t anchor_offset, int64_t offset) const {
@@ -51,8 +52,7 @@ Tensor lift(const Tensor& values, const Tensor& nearest, const Tensor& anchors, 
   const Tensor anchors_ = torch::stable::contiguous(anchors), weights_ = torch::stable::contiguous(weights);
   check_plan_indices("lift", nearest_, anchors_, stream);
   const LiftTile tile = make_lift_tile(grid, nearest_, anchors_, weights_, values.size(2));
-  THO_DISPATCH_V2(values.scalar_type(), "lift", AT_WRAP([&] { run<scalar_t>(tile, values_, out, stream); }),
-                  ScalarType::Float, ScalarType::Half, ScalarType::BFloat16);
+  with_type(values, [&](auto type) { run<decltype(type)>(tile, values_, out, stream); });
   return out;
 }
 

@@ -13,10 +13,6 @@
 namespace jitaccel {
 namespace {
 
-struct Move {
-  float level, next, weight;
-};
-
 // A (B, N, D) tensor of any of the three element types, as floats.
 class Field {
  public:
@@ -52,13 +48,8 @@ std::vector<float> clean_estimates(const Plan& plan, const Tensor& previous, con
 
 template <typename S>
 void move_token(const float* prior, const float* noise, int64_t channels, const Move& move, S* y) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const float target = (1.0f - move.next) * prior[c] + move.next * noise[c];
-    // A state that overflowed is forgotten where the target takes its place.
-    const float moved =
-        move.weight == 1.0f ? target : (1.0f - move.weight) * static_cast<float>(y[c]) + move.weight * target;
-    y[c] = static_cast<S>(moved);
-  }
+  for (int64_t c = 0; c < channels; ++c)
+    y[c] = static_cast<S>(move(prior[c], noise[c], static_cast<float>(y[c])));
 }
 
 template <typename S>
@@ -115,8 +106,8 @@ void micro_flow_into(Tensor state, const Tensor& previous, const Tensor& velocit
   check_rising(op, "tokens", chosen, batch, tokens.size(1), grid.size());
   if (state.numel() == 0 || tokens.numel() == 0) return;
   const float* level = levels_.const_data_ptr<float>();
-  const Move move{level[0], level[1], static_cast<float>(weight)};
-  const std::vector<float> clean = clean_estimates(plan, previous, velocity, move.level);
+  const Move move{level[1], static_cast<float>(weight)};
+  const std::vector<float> clean = clean_estimates(plan, previous, velocity, level[0]);
   with_type(state, [&](auto type) {
     using S = decltype(type);
     run(plan, clean, noise, chosen, tokens.size(1), channels, move, state.mutable_data_ptr<S>());

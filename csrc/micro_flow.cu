@@ -8,9 +8,9 @@
 // * D elements in for the clean estimates, 4 M * D bytes out and in, count * D elements in twice and out once.
 //
 // Three launches: clean estimates at the anchors (clean.cu says why they have their own), a mark for each chosen token,
-// and the lift (lift_tile.cuh has its shape), which finishes at marked tokens alone. The estimates are taken before the
-// state is written, so `previous` may be the state itself. A mark rather than a search in `tokens`: whatever their
-// order, each is found by one load.
+// and the lift (lift_tile.cuh has its shape), whose blocks leave at once where no token of their segment is marked, and
+// finish at marked ones alone. The estimates are taken before the state is written, so `previous` may be the state
+// itself. A mark rather than a search in `tokens`: whatever their order, each is found by one load.
 
 #include "lift_tile.cuh"
 
@@ -19,21 +19,24 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void mark_kernel(const int64_t* tokens, int64_t total, int64_t count, int64_t num_tokens,
-                            uint8_t* is_chosen) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at < total) is_chosen[at / count * num_tokens + tokens[at]] = 1;
+// A token that is not on the grid is skipped.
+__global__ void mark_kernel(const int64_t* __restrict__ tokens, int count, int64_t num_tokens,
+                            uint8_t* __restrict__ is_chosen) {
+  const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (at >= count) return;
+  const int64_t image = blockIdx.y, token = tokens[image * count + at];
+  if (token >= 0 && token < num_tokens) is_chosen[image * num_tokens + token] = 1;
 }
 
-struct Move {
+struct MoveChosen {
   AnyState state;
   AnyInput noise;
-  const float* clean;        // (B, M, D)
-  const uint8_t* is_chosen;  // (B, N)
-  const float* levels;
-  float keep, weight;
-  bool forgets;  // weight is 1: the old state, which may have overflowed, has no part in the new one
+  const float* __restrict__ clean;        // (B, M, D)
+  const uint8_t* __restrict__ is_chosen;  // (B, N)
+  const float* __restrict__ levels;
+  float weight;
 
+  static constexpr bool kWantsAll = false;
   __device__ bool wants(int64_t token) const { return is_chosen[token] != 0; }
 
   template <int V>
@@ -47,14 +50,10 @@ struct Move {
   __device__ void elsewhere(int64_t offset, const float (&prior)[V]) const {
     float e[V], y[V];
     load<V>(noise, offset, e);
-    const float level = levels[1];
+    load<V>(state, offset, y);
+    const Move move{levels[1], weight};
 #pragma unroll
-    for (int c = 0; c < V; ++c) e[c] = (1.0f - level) * prior[c] + level * e[c];
-    if (!forgets) {
-      load<V>(state, offset, y);
-#pragma unroll
-      for (int c = 0; c < V; ++c) e[c] = keep * y[c] + weight * e[c];
-    }
+    for (int c = 0; c < V; ++c) e[c] = move(prior[c], e[c], y[c]);
     store<V>(state, offset, e);
   }
 };
@@ -63,9 +62,8 @@ Tensor mark(const Tensor& tokens, int64_t num_tokens, cudaStream_t stream) {
   Tensor marks = torch::stable::new_empty(tokens, {tokens.size(0), num_tokens}, ScalarType::Byte);
   auto* const is_chosen = marks.mutable_data_ptr<uint8_t>();
   STD_CUDA_CHECK(cudaMemsetAsync(is_chosen, 0, static_cast<size_t>(marks.numel()), stream));
-  mark_kernel<<<num_blocks(tokens.numel(), kThreads), kThreads, 0, stream>>>(
-      tokens.const_data_ptr<int64_t>(), tokens.numel(), tokens.size(1), num_tokens, is_chosen);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(mark_kernel, blocks_for(tokens.size(1), kThreads, tokens.size(0)), kThreads, 0, stream,
+         tokens.const_data_ptr<int64_t>(), tokens.size(1), num_tokens, is_chosen);
   return marks;
 }
 
@@ -99,14 +97,12 @@ void micro_flow_into(Tensor state, const Tensor& previous, const Tensor& velocit
   check_rising(op, "tokens", tokens_, grid.size(), stream);
   const Tensor clean = clean_at_anchors(previous_, velocity_, anchors_, levels_, stream);
   const Tensor marks = mark(tokens_, grid.size(), stream);
-  const Move move{any_state(state),
-                  any_input(noise_),
-                  clean.const_data_ptr<float>(),
-                  marks.const_data_ptr<uint8_t>(),
-                  levels_.const_data_ptr<float>(),
-                  static_cast<float>(1.0 - weight),
-                  static_cast<float>(weight),
-                  weight == 1.0};
+  const MoveChosen move{any_state(state),
+                        any_input(noise_),
+                        clean.const_data_ptr<float>(),
+                        marks.const_data_ptr<uint8_t>(),
+                        levels_.const_data_ptr<float>(),
+                        static_cast<float>(weight)};
   const bool is_aligned = takes_vectors(clean, channels, 4) && takes_vectors(state, channels, 4) &&
                           takes_vectors(noise_, channels, 4);
   const LiftTile tile = make_lift_tile(grid, nearest_, anchors_, weights_, channels);

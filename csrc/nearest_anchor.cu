@@ -28,21 +28,23 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32, kWarps = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__global__ void mark_kernel(const int64_t* anchors, int64_t total, int64_t num_anchors, int64_t num_tokens,
-                            int32_t* order) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at < total) order[at / num_anchors * num_tokens + anchors[at]] = static_cast<int32_t>(at % num_anchors);
+// An anchor that is not on the grid is skipped.
+__global__ void mark_kernel(const int64_t* __restrict__ anchors, int num_anchors, int64_t num_tokens,
+                            int32_t* __restrict__ order) {
+  const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (at >= num_anchors) return;
+  const int64_t image = blockIdx.y, token = anchors[image * num_anchors + at];
+  if (token >= 0 && token < num_tokens) order[image * num_tokens + token] = at;
 }
 
 // `beyond`: the key of a line without an anchor, above those of all anchors on the grid.
-__global__ void row_kernel(const int32_t* order, int64_t* keys, int64_t all_lines, int64_t lines, int width,
+__global__ void row_kernel(const int32_t* __restrict__ order, int64_t* __restrict__ keys, int lines, int width,
                            int64_t num_tokens, int64_t beyond) {
-  const int64_t line = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (line >= all_lines) return;  // the whole warp
-  const int lane = threadIdx.x % kWarp;
-  order += line * width;
-  keys += line * width;
-  const int64_t line_start = line % lines * width;
+  const int line = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+  if (line >= lines) return;  // the whole warp
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, line_start = line * width;
+  order += blockIdx.y * num_tokens + line_start;
+  keys += blockIdx.y * num_tokens + line_start;
   const auto key_of = [&](int column, int anchor) {
     const int64_t distance = column - anchor;
     return distance * distance * num_tokens + line_start + anchor;
@@ -69,7 +71,7 @@ __global__ void row_kernel(const int32_t* order, int64_t* keys, int64_t all_line
 }
 
 // Returns the best key at `at`, place `place` on an axis of `size` places that lie `stride` tokens apart.
-__device__ int64_t best_along(const int64_t* keys, int64_t at, int64_t place, int64_t size, int64_t stride,
+__device__ int64_t best_along(const int64_t* __restrict__ keys, int at, int place, int size, int stride,
                               int64_t num_tokens) {
   int64_t best = keys[at];
   for (int64_t offset = 1; offset < size && offset * offset * num_tokens <= best; ++offset) {
@@ -82,24 +84,22 @@ __device__ int64_t best_along(const int64_t* keys, int64_t at, int64_t place, in
 
 // Writes keys to `out`, or, on the last axis, `out` is nearest and gets the anchors' order.
 template <bool IS_LAST>
-__global__ void axis_kernel(const int64_t* keys, const int32_t* order, int64_t* out, int64_t total, int64_t size,
-                            int64_t stride, int64_t num_tokens) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= total) return;
-  const int64_t token = at % num_tokens;
-  const int64_t best = best_along(keys, at, token / stride % size, size, stride, num_tokens);
+__global__ void axis_kernel(const int64_t* __restrict__ keys, const int32_t* __restrict__ order,
+                            int64_t* __restrict__ out, int num_tokens, int size, int stride) {
+  const int token = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (token >= num_tokens) return;
+  const int64_t image = static_cast<int64_t>(blockIdx.y) * num_tokens;
+  const int64_t best = best_along(keys + image, token, token / stride % size, size, stride, num_tokens);
   // A frame of a stack without an anchor, which nobody has looked for, must not lead later operators out of memory.
-  out[at] = IS_LAST ? max(order[at - token + best % num_tokens], 0) : best;
+  out[image + token] = IS_LAST ? max(order[image + best % num_tokens], 0) : best;
 }
 
 template <bool IS_LAST>
 void launch_axis(const Tensor& keys, const Tensor& order, const Tensor& out, int64_t size, int64_t stride,
                  cudaStream_t stream) {
-  const int64_t total = keys.numel();
-  axis_kernel<IS_LAST><<<num_blocks(total, kThreads), kThreads, 0, stream>>>(
-      keys.const_data_ptr<int64_t>(), order.const_data_ptr<int32_t>(), out.mutable_data_ptr<int64_t>(), total, size,
-      stride, keys.size(1));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(axis_kernel<IS_LAST>, blocks_for(keys.size(1), kThreads, keys.size(0)), kThreads, 0, stream,
+         keys.const_data_ptr<int64_t>(), order.const_data_ptr<int32_t>(), out.mutable_data_ptr<int64_t>(),
+         keys.size(1), size, stride);
 }
 
 // Returns for each token its place in the anchors' row, -1 where it is none: (B, N) int32.
@@ -107,20 +107,17 @@ Tensor mark(const Tensor& anchors, int64_t num_tokens, cudaStream_t stream) {
   Tensor order = torch::stable::new_empty(anchors, {anchors.size(0), num_tokens}, ScalarType::Int);
   auto* const places = order.mutable_data_ptr<int32_t>();
   STD_CUDA_CHECK(cudaMemsetAsync(places, 0xff, static_cast<size_t>(order.numel()) * sizeof(int32_t), stream));
-  mark_kernel<<<num_blocks(anchors.numel(), kThreads), kThreads, 0, stream>>>(
-      anchors.const_data_ptr<int64_t>(), anchors.numel(), anchors.size(1), num_tokens, places);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(mark_kernel, blocks_for(anchors.size(1), kThreads, anchors.size(0)), kThreads, 0, stream,
+         anchors.const_data_ptr<int64_t>(), anchors.size(1), num_tokens, places);
   return order;
 }
 
 void run(const Tensor& anchors, const Grid& grid, int64_t beyond, const Tensor& nearest, cudaStream_t stream) {
   const Tensor order = mark(anchors, grid.size(), stream);
   Tensor keys = torch::stable::new_empty(nearest, {nearest.size(0), nearest.size(1)});
-  const int64_t all_lines = nearest.size(0) * grid.lines();
-  row_kernel<<<num_blocks(all_lines, kWarps), kWarps * kWarp, 0, stream>>>(
-      order.const_data_ptr<int32_t>(), keys.mutable_data_ptr<int64_t>(), all_lines, grid.lines(),
-      static_cast<int>(grid.width), grid.size(), beyond);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(row_kernel, blocks_for(grid.lines(), kWarps, nearest.size(0)), kWarps * kWarp, 0, stream,
+         order.const_data_ptr<int32_t>(), keys.mutable_data_ptr<int64_t>(), grid.lines(), grid.width, grid.size(),
+         beyond);
   if (grid.is_video) {
     const Tensor further = torch::stable::new_empty(nearest, {nearest.size(0), nearest.size(1)});
     launch_axis<false>(keys, order, further, grid.height, grid.width, stream);

@@ -1,11 +1,7 @@
-// pool and lift_pooled: to a smaller picture and back (a variant of ours).
+// pool and lift_pooled on the CPU: formulas and layout in pooling.h.
 //
-//   pool:         out = mean over factor x factor latents / (1 - s + s / factor)       without a level, the mean
-//   lift_pooled:  clean = pooled - s' * values,  s' = (s / factor) / (1 - s + s / factor)
-//                 out = (state - bilinear(clean)) / s
-//
-// Layout: pooling.h. Bytes moved: N * D in and M * D out; back M * D twice and N * D in, N * D out. Sums in float32,
-// rounded once. Work is shared out by lines of tokens.
+// Bytes moved: N * D in and M * D out; back M * D twice and N * D in, N * D out. Sums in float32, rounded once. Work is
+// shared out by lines of tokens.
 
 #include "pooling.h"
 #include "rows.h"
@@ -19,74 +15,47 @@ namespace {
 
 constexpr int64_t kGrain = 65536;  // elements that pay for a thread
 
+// Calls f(frame, row) for every line of tokens of every frame, in parallel.
 template <typename F>
-void for_each_line(int64_t lines, int64_t elements, const F& f) {
+void for_each_line(int64_t frames, int64_t rows, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) f(line);
+  torch::stable::parallel_for(0, frames * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) f(line / rows, static_cast<int>(line % rows));
   });
 }
 
-// One output latent of every channel: the mean of `height` x `width` latents whose first is (y, x).
-template <typename T>
-JITACCEL_INLINE void mean_of(const Pooling& pooling, const T* frame, int64_t y, int64_t x, float scale, T* out) {
-  const int64_t factor = pooling.factor, step = pooling.patch * pooling.patch;
-  int64_t places[kMostPooled * kMostPooled];
-  for (int64_t a = 0; a < factor; ++a)
-    for (int64_t b = 0; b < factor; ++b)
-      places[a * factor + b] = pooling.place(std::min(y + a, pooling.height() - 1), std::min(x + b, pooling.width() - 1));
-  for (int64_t c = 0; c < pooling.channels; c += step) {
-    float sum = 0.0f;
-    for (int64_t k = 0; k < factor * factor; ++k) sum += static_cast<float>(frame[places[k] + c]);
-    out[c] = static_cast<T>(sum * scale);
-  }
-}
-
-template <typename T>
-void run_pool(const Pooling& pooling, int64_t batch, const T* x, float scale, T* out) {
-  const int64_t large = pooling.rows * pooling.columns * pooling.channels, patch = pooling.patch;
-  for_each_line(batch * pooling.frames * pooling.small_rows, pooling.small_columns * pooling.channels, [&](int64_t line) {
-    const T* frame = x + line / pooling.small_rows * large;
-    T* row = out + line * pooling.small_columns * pooling.channels;
-    const int64_t top = line % pooling.small_rows * patch;
-    for (int64_t j = 0; j < pooling.small_columns; ++j)
-      for (int64_t k = 0; k < patch * patch; ++k) {
-        const int64_t y = std::min(top + k / patch, pooling.small_height() - 1) * pooling.factor;
-        const int64_t x0 = std::min(j * patch + k % patch, pooling.small_width() - 1) * pooling.factor;
-        mean_of(pooling, frame, y, x0, scale, row + j * pooling.channels + k);
-      }
+template <int PATCH, int FACTOR, typename T>
+void run_pool(const Pooling& pooling, int64_t frames, const T* x, float scale, T* out) {
+  const int line_size = pooling.small_columns * pooling.channels;
+  for_each_line(frames, pooling.small_rows, line_size, [&](int64_t frame, int row) {
+    const T* from = x + frame * pooling.frame_size();
+    T* to = out + frame * pooling.small_frame_size() + row * line_size;
+    for (int column = 0; column < pooling.small_columns; ++column) {
+      const PooledFrom<PATCH, FACTOR> token(pooling, row, column);
+      const int patch = token.patch(), step = patch * patch;
+      for (int c = 0; c < pooling.channels; c += step)
+        for (int k = 0; k < step; ++k)
+          to[column * pooling.channels + c + k] = static_cast<T>(token.mean(from + c, k / patch, k % patch, scale));
+    }
   });
 }
 
-template <typename V, typename S>
-void run_lift(const Pooling& pooling, int64_t batch, const V* values, const S* pooled, const S* state, float level,
+template <int PATCH, int FACTOR, typename V, typename S>
+void run_lift(const Pooling& pooling, int64_t frames, const V* values, const S* pooled, const S* state, float level,
               V* out) {
-  const int64_t small = pooling.small_rows * pooling.small_columns * pooling.channels;
-  const int64_t line_size = pooling.columns * pooling.channels, patch = pooling.patch, step = patch * patch;
-  const float factor = static_cast<float>(pooling.factor);
-  const float small_level = level / factor / (1.0f - level + level / factor);
-  std::vector<float> clean(batch * pooling.frames * small);
-  for_each_line(batch * pooling.frames * pooling.small_rows, small / pooling.small_rows, [&](int64_t line) {
-    const int64_t begin = line * (small / pooling.small_rows);
-    for (int64_t i = begin; i < begin + small / pooling.small_rows; ++i)
-      clean[i] = static_cast<float>(pooled[i]) - small_level * static_cast<float>(values[i]);
-  });
-  for_each_line(batch * pooling.frames * pooling.rows, line_size, [&](int64_t line) {
-    const float* frame = clean.data() + line / pooling.rows * small;
-    for (int64_t k = 0; k < patch; ++k) {
-      const Between y = Between::of(line % pooling.rows * patch + k, pooling.factor, pooling.small_height());
-      for (int64_t at = 0; at < pooling.width(); ++at) {
-        const Between x = Between::of(at, pooling.factor, pooling.small_width());
-        const float *const a = frame + pooling.small_place(y.first, x.first),
-                    *const b = frame + pooling.small_place(y.first, x.second),
-                    *const c = frame + pooling.small_place(y.second, x.first),
-                    *const d = frame + pooling.small_place(y.second, x.second);
-        const int64_t place = line * line_size + at / patch * pooling.channels + k * patch + at % patch;
-        for (int64_t i = 0; i < pooling.channels; i += step) {
-          const float upper = a[i] * (1.0f - x.share) + b[i] * x.share, lower = c[i] * (1.0f - x.share) + d[i] * x.share;
-          const float lifted = upper * (1.0f - y.share) + lower * y.share;
-          out[place + i] = static_cast<V>((static_cast<float>(state[place + i]) - lifted) / level);
-        }
+  const int line_size = pooling.columns * pooling.channels;
+  const float small_level = pooled_level(level, static_cast<float>(pooling.factor));
+  for_each_line(frames, pooling.rows, line_size, [&](int64_t frame, int row) {
+    const int64_t small = frame * pooling.small_frame_size(), line = frame * pooling.frame_size() + row * line_size;
+    for (int column = 0; column < pooling.columns; ++column) {
+      const LiftedFrom<PATCH, FACTOR> token(pooling, row, column);
+      const int patch = token.patch(), step = patch * patch;
+      for (int c = 0; c < pooling.channels; c += step) {
+        const auto clean = token.clean(values + small + c, pooled + small + c, small_level);
+        const int64_t at = line + column * pooling.channels + c;
+        for (int k = 0; k < step; ++k)
+          out[at + k] = static_cast<V>(
+              (static_cast<float>(state[at + k]) - token.bilinear(clean, k / patch, k % patch)) / level);
       }
     }
   });
@@ -99,11 +68,13 @@ Tensor pool(const Tensor& x, const std::vector<int64_t>& sizes, int64_t patch, i
   Tensor out = torch::stable::new_empty(x, {x.size(0), pooling.num_small(), x.size(2)});
   if (out.numel() == 0) return out;
   const Tensor x_ = torch::stable::contiguous(x);
-  const float s = level ? *level->const_data_ptr<float>() : 0.0f, f = static_cast<float>(factor);
-  const float scale = 1.0f / (f * f * (1.0f - s + s / f));
+  const float scale = pooled_scale(level ? *level->const_data_ptr<float>() : 0.0f, static_cast<float>(factor));
   with_type(x, [&](auto type) {
-    using T = decltype(type);
-    run_pool(pooling, x.size(0), x_.const_data_ptr<T>(), scale, out.mutable_data_ptr<T>());
+    with_sizes(pooling, [&](auto p, auto f) {
+      using T = decltype(type);
+      run_pool<p.value, f.value>(pooling, x.size(0) * pooling.frames, x_.const_data_ptr<T>(), scale,
+                                 out.mutable_data_ptr<T>());
+    });
   });
   return out;
 }
@@ -117,11 +88,14 @@ Tensor lift_pooled(const Tensor& values, const Tensor& pooled, const Tensor& sta
   const Tensor values_ = torch::stable::contiguous(values), pooled_ = torch::stable::contiguous(pooled);
   const Tensor state_ = torch::stable::contiguous(state);
   with_type(values, [&](auto value) {
-    using V = decltype(value);
     with_type(state, [&](auto type) {
-      using S = decltype(type);
-      run_lift(pooling, state.size(0), values_.const_data_ptr<V>(), pooled_.const_data_ptr<S>(),
-               state_.const_data_ptr<S>(), *level.const_data_ptr<float>(), out.mutable_data_ptr<V>());
+      with_sizes(pooling, [&](auto p, auto f) {
+        using V = decltype(value);
+        using S = decltype(type);
+        run_lift<p.value, f.value>(pooling, state.size(0) * pooling.frames, values_.const_data_ptr<V>(),
+                                   pooled_.const_data_ptr<S>(), state_.const_data_ptr<S>(),
+                                   *level.const_data_ptr<float>(), out.mutable_data_ptr<V>());
+      });
     });
   });
   return out;

@@ -1,12 +1,9 @@
-// pool and lift_pooled: to a smaller picture and back (a variant of ours).
+// pool and lift_pooled on the device: formulas and layout in pooling.h.
 //
-//   pool:         out = mean over factor x factor latents / (1 - s + s / factor)       without a level, the mean
-//   lift_pooled:  clean = pooled - s' * values,  s' = (s / factor) / (1 - s + s / factor)
-//                 out = (state - bilinear(clean)) / s
-//
-// Layout: pooling.h. Bytes moved: N * D in and M * D out; back M * D twice and N * D in, N * D out; the smaller picture is
-// a quarter or less, and its neighbours come from cache. At 64 x 64 tokens of 64 channels in bfloat16 0.7 and 1.3 MB.
-// Launch: a thread for each element of the output; the level is read on the device, so a captured graph may change it.
+// Bytes moved: N * D in and M * D out; back M * D twice and N * D in, N * D out; the smaller picture is a quarter or less,
+// and its neighbours come from cache. At 64 x 64 tokens of 64 channels in bfloat16 0.7 and 1.3 MB.
+// Launch: a thread for each channel of each token of the output, which it writes at once: 8 bytes of bfloat16 where
+// patch is 2. The level is read on the device, so a captured graph may change it.
 
 #include "cuda_common.cuh"
 #include "pooling.h"
@@ -18,62 +15,73 @@ namespace {
 
 constexpr int kThreads = 256;
 
-struct Latent {
-  int64_t frame, y, x, channel;
+// Which channel of which token of a frame a thread writes.
+struct Place {
+  int token, channel;  // the channel's first element
+  __device__ Place(int channels, int step) {
+    const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), all = channels / step;
+    token = at / all;
+    channel = at % all * step;
+  }
 };
 
-// Which latent an element of a (B, tokens, D) tensor is; `frame` counts those of all images.
-__device__ __forceinline__ Latent latent_of(int64_t at, int64_t rows, int64_t columns, int64_t channels, int64_t patch) {
-  const int64_t element = at % channels, token = at / channels, step = patch * patch;
-  const int64_t within = element % step, column = token % columns, line = token / columns;
-  return {line / rows, line % rows * patch + within / patch, column * patch + within % patch, element - within};
-}
-
-template <typename T>
-__global__ void pool_kernel(Pooling pooling, int64_t count, const T* __restrict__ x, const float* __restrict__ level,
-                            T* __restrict__ out) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= count) return;
-  const Latent to = latent_of(at, pooling.small_rows, pooling.small_columns, pooling.channels, pooling.patch);
-  const T* frame = x + to.frame * pooling.rows * pooling.columns * pooling.channels + to.channel;
-  const int64_t top = min(to.y, pooling.small_height() - 1) * pooling.factor;
-  const int64_t left = min(to.x, pooling.small_width() - 1) * pooling.factor;
-  float sum = 0.0f;
-  for (int64_t a = 0; a < pooling.factor; ++a)
-    for (int64_t b = 0; b < pooling.factor; ++b)
-      sum += static_cast<float>(frame[pooling.place(min(top + a, pooling.height() - 1), min(left + b, pooling.width() - 1))]);
-  const float s = level == nullptr ? 0.0f : *level, f = static_cast<float>(pooling.factor);
-  out[at] = static_cast<T>(sum / (f * f * (1.0f - s + s / f)));
-}
-
-template <typename V, typename S>
-__global__ void lift_kernel(Pooling pooling, int64_t count, const V* __restrict__ values, const S* __restrict__ pooled,
-                            const S* __restrict__ state, const float* __restrict__ level, V* __restrict__ out) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= count) return;
-  const Latent to = latent_of(at, pooling.rows, pooling.columns, pooling.channels, pooling.patch);
-  const float s = *level, f = static_cast<float>(pooling.factor), small_level = s / f / (1.0f - s + s / f);
-  const int64_t frame = to.frame * pooling.small_rows * pooling.small_columns * pooling.channels + to.channel;
-  const Between y = Between::of(to.y, pooling.factor, pooling.small_height());
-  const Between x = Between::of(to.x, pooling.factor, pooling.small_width());
-  const auto clean = [&](int64_t row, int64_t column) {
-    const int64_t place = frame + pooling.small_place(row, column);
-    return static_cast<float>(pooled[place]) - small_level * static_cast<float>(values[place]);
-  };
-  const float upper = clean(y.first, x.first) * (1.0f - x.share) + clean(y.first, x.second) * x.share;
-  const float lower = clean(y.second, x.first) * (1.0f - x.share) + clean(y.second, x.second) * x.share;
-  const float lifted = upper * (1.0f - y.share) + lower * y.share;
-  out[at] = static_cast<V>((static_cast<float>(state[at]) - lifted) / s);
-}
-
-// Calls f with a value of the element type of x, which check.h has found to be one of three.
-template <typename F>
-void with_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return f(Half());
-    case ScalarType::BFloat16: return f(BFloat16());
-    default: return f(float());
+template <int PATCH, typename T>
+__device__ __forceinline__ void write(T* to, const float* latents, int count) {
+  if constexpr (PATCH > 0) {
+    Pack<T, PATCH * PATCH> pack;
+#pragma unroll
+    for (int i = 0; i < PATCH * PATCH; ++i) pack.x[i] = static_cast<T>(latents[i]);
+    *reinterpret_cast<Pack<T, PATCH * PATCH>*>(to) = pack;
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(latents[i]);
   }
+}
+
+template <int PATCH, int FACTOR, typename T>
+__global__ void __launch_bounds__(kThreads) pool_kernel(Pooling pooling, const T* __restrict__ x,
+                                                        const float* __restrict__ level, T* __restrict__ out) {
+  const int patch = PATCH > 0 ? PATCH : pooling.patch, factor = FACTOR > 0 ? FACTOR : pooling.factor;
+  const Place place(pooling.channels, patch * patch);
+  if (place.token >= pooling.small_rows * pooling.small_columns) return;
+  const PooledFrom<PATCH, FACTOR> from(pooling, place.token / pooling.small_columns,
+                                       place.token % pooling.small_columns);
+  const T* channel = x + int64_t{blockIdx.y} * pooling.frame_size() + place.channel;
+  const float scale = pooled_scale(level == nullptr ? 0.0f : *level, static_cast<float>(factor));
+  float latents[from.kPatch * from.kPatch];
+  JITACCEL_UNROLL
+  for (int k = 0; k < patch * patch; ++k) latents[k] = from.mean(channel, k / patch, k % patch, scale);
+  T* to = out + int64_t{blockIdx.y} * pooling.small_frame_size() + place.token * pooling.channels + place.channel;
+  write<PATCH>(to, latents, patch * patch);
+}
+
+template <int PATCH, int FACTOR, typename V, typename S>
+__global__ void __launch_bounds__(kThreads)
+    lift_kernel(Pooling pooling, const V* __restrict__ values, const S* __restrict__ pooled,
+                const S* __restrict__ state, const float* __restrict__ level, V* __restrict__ out) {
+  const int patch = PATCH > 0 ? PATCH : pooling.patch, factor = FACTOR > 0 ? FACTOR : pooling.factor;
+  const Place place(pooling.channels, patch * patch);
+  if (place.token >= pooling.rows * pooling.columns) return;
+  const LiftedFrom<PATCH, FACTOR> from(pooling, place.token / pooling.columns, place.token % pooling.columns);
+  const int64_t small = int64_t{blockIdx.y} * pooling.small_frame_size() + place.channel;
+  const int64_t at = int64_t{blockIdx.y} * pooling.frame_size() + place.token * pooling.channels + place.channel;
+  const float s = *level;
+  const auto clean = from.clean(values + small, pooled + small, pooled_level(s, static_cast<float>(factor)));
+  float latents[from.y.kPatch * from.y.kPatch];
+  if constexpr (PATCH > 0) {
+    const auto own = *reinterpret_cast<const Pack<S, PATCH * PATCH>*>(state + at);
+#pragma unroll
+    for (int k = 0; k < PATCH * PATCH; ++k)
+      latents[k] = (static_cast<float>(own.x[k]) - from.bilinear(clean, k / PATCH, k % PATCH)) / s;
+  } else {
+    for (int k = 0; k < patch * patch; ++k)
+      latents[k] = (static_cast<float>(state[at + k]) - from.bilinear(clean, k / patch, k % patch)) / s;
+  }
+  write<PATCH>(out + at, latents, patch * patch);
+}
+
+// A thread for each channel of each of a frame's tokens.
+dim3 blocks_of(const Pooling& pooling, int64_t tokens, int64_t batch) {
+  return blocks_for(tokens * (pooling.channels / (pooling.patch * pooling.patch)), kThreads, batch * pooling.frames);
 }
 
 Tensor pool(const Tensor& x, const std::vector<int64_t>& sizes, int64_t patch, int64_t factor,
@@ -84,13 +92,15 @@ Tensor pool(const Tensor& x, const std::vector<int64_t>& sizes, int64_t patch, i
   if (out.numel() == 0) return out;
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  const Tensor x_ = torch::stable::contiguous(x);
+  const Tensor x_ = aligned(torch::stable::contiguous(x));
   const float* s = level ? level->const_data_ptr<float>() : nullptr;
+  const dim3 blocks = blocks_of(pooling, int64_t{1} * pooling.small_rows * pooling.small_columns, x.size(0));
   with_type(x, [&](auto type) {
-    using T = decltype(type);
-    pool_kernel<T><<<num_blocks(out.numel(), kThreads), kThreads, 0, stream>>>(
-        pooling, out.numel(), x_.const_data_ptr<T>(), s, out.mutable_data_ptr<T>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    with_sizes(pooling, [&](auto p, auto f) {
+      using T = decltype(type);
+      launch(pool_kernel<p.value, f.value, T>, blocks, kThreads, 0, stream, pooling, x_.const_data_ptr<T>(), s,
+             out.mutable_data_ptr<T>());
+    });
   });
   return out;
 }
@@ -104,15 +114,17 @@ Tensor lift_pooled(const Tensor& values, const Tensor& pooled, const Tensor& sta
   const DeviceGuard guard(state.get_device_index());
   const cudaStream_t stream = current_stream(state);
   const Tensor values_ = torch::stable::contiguous(values), pooled_ = torch::stable::contiguous(pooled);
-  const Tensor state_ = torch::stable::contiguous(state);
+  const Tensor state_ = aligned(torch::stable::contiguous(state));
+  const dim3 blocks = blocks_of(pooling, int64_t{1} * pooling.rows * pooling.columns, state.size(0));
   with_type(values, [&](auto value) {
-    using V = decltype(value);
     with_type(state, [&](auto type) {
-      using S = decltype(type);
-      lift_kernel<V, S><<<num_blocks(out.numel(), kThreads), kThreads, 0, stream>>>(
-          pooling, out.numel(), values_.const_data_ptr<V>(), pooled_.const_data_ptr<S>(), state_.const_data_ptr<S>(),
-          level.const_data_ptr<float>(), out.mutable_data_ptr<V>());
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      with_sizes(pooling, [&](auto p, auto f) {
+        using V = decltype(value);
+        using S = decltype(type);
+        launch(lift_kernel<p.value, f.value, V, S>, blocks, kThreads, 0, stream, pooling, values_.const_data_ptr<V>(),
+               pooled_.const_data_ptr<S>(), state_.const_data_ptr<S>(), level.const_data_ptr<float>(),
+               out.mutable_data_ptr<V>());
+      });
     });
   });
   return out;

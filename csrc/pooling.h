@@ -1,54 +1,185 @@
-// What pool and lift_pooled share: a picture of tokens, and the one that is `factor` times smaller along both sides.
+// pool and lift_pooled, what CPU and CUDA share: a picture of tokens, and the one that is `factor` times smaller along
+// both sides.
+//
+//   pool:         out = mean over factor x factor latents / (1 - s + s / factor)       without a level, the mean
+//   lift_pooled:  clean = pooled - s' * values,  s' = (s / factor) / (1 - s + s / factor)
+//                 out = (state - bilinear(clean)) / s
 //
 // A token holds patch x patch latents, channel by channel: element (c * patch + y) * patch + x. Latents of all tokens of a
 // frame form a plane of rows * patch times columns * patch. The smaller picture's latents are ceil(side / factor); tokens
 // that reach beyond them repeat the last. Frames keep to themselves.
+//
+// Which elements a token's latents are made of is worked out once for the token, and holds for each of its channels.
+// PATCH and FACTOR are template arguments where they occur often, 0 elsewhere.
 #pragma once
 
-#include "check.h"
+#include "portable.h"
 
-#ifdef __CUDACC__
-#define JITACCEL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define JITACCEL_HOST_DEVICE inline
-#endif
+#include <limits>
 
 namespace jitaccel {
 
+constexpr int kMostPooled = 8;
+
+#ifdef __CUDACC__
+#define JITACCEL_UNROLL _Pragma("unroll")  // so that arrays stay in registers
+#else
+#define JITACCEL_UNROLL
+#endif
+
 struct Pooling {
-  int64_t frames, rows, columns, small_rows, small_columns, patch, factor, channels;
+  int frames, rows, columns, small_rows, small_columns, patch, factor, channels;
 
-  JITACCEL_HOST_DEVICE int64_t height() const { return rows * patch; }
-  JITACCEL_HOST_DEVICE int64_t width() const { return columns * patch; }
-  JITACCEL_HOST_DEVICE int64_t small_height() const { return (height() + factor - 1) / factor; }
-  JITACCEL_HOST_DEVICE int64_t small_width() const { return (width() + factor - 1) / factor; }
-  JITACCEL_HOST_DEVICE int64_t num_tokens() const { return frames * rows * columns; }
-  JITACCEL_HOST_DEVICE int64_t num_small() const { return frames * small_rows * small_columns; }
+  JITACCEL_HOST_DEVICE int height() const { return rows * patch; }
+  JITACCEL_HOST_DEVICE int width() const { return columns * patch; }
+  JITACCEL_HOST_DEVICE int small_height() const { return (height() + factor - 1) / factor; }
+  JITACCEL_HOST_DEVICE int small_width() const { return (width() + factor - 1) / factor; }
+  JITACCEL_HOST_DEVICE int frame_size() const { return rows * columns * channels; }
+  JITACCEL_HOST_DEVICE int small_frame_size() const { return small_rows * small_columns * channels; }
+  int64_t num_small() const { return int64_t{1} * frames * small_rows * small_columns; }
+};
 
-  // Where latent (y, x) of a frame's plane stands, channel 0, counted from the frame's first element.
-  JITACCEL_HOST_DEVICE int64_t place(int64_t y, int64_t x) const { return place_in(columns, y, x); }
-  JITACCEL_HOST_DEVICE int64_t small_place(int64_t y, int64_t x) const { return place_in(small_columns, y, x); }
+// What a sum over factor x factor latents of a state at level s is multiplied by; at level 0 that gives the mean.
+JITACCEL_HOST_DEVICE float pooled_scale(float s, float factor) {
+  return 1.0f / (factor * factor * (1.0f - s + s / factor));
+}
+
+JITACCEL_HOST_DEVICE float pooled_level(float s, float factor) { return s / factor / (1.0f - s + s / factor); }
+
+// Calls f(P, F), the two as types of which ::value is the template argument.
+template <int VALUE>
+struct Number {
+  static constexpr int value = VALUE;
+};
+template <typename F>
+void with_sizes(const Pooling& pooling, const F& f) {
+  if (pooling.patch == 2 && pooling.factor == 2) return f(Number<2>(), Number<2>());
+  if (pooling.patch == 1 && pooling.factor == 2) return f(Number<1>(), Number<2>());
+  f(Number<0>(), Number<0>());
+}
+
+// Where element 0 of latent (y, x) of a picture that is `columns` tokens wide stands in its frame.
+JITACCEL_HOST_DEVICE int place_of(int y, int x, int columns, int patch, int channels) {
+  return (y / patch * columns + x / patch) * channels + y % patch * patch + x % patch;
+}
+
+// The latents that a token of the smaller picture averages.
+template <int PATCH, int FACTOR>
+struct PooledFrom {
+  static constexpr int kPatch = PATCH > 0 ? PATCH : kMostPooled, kFactor = FACTOR > 0 ? FACTOR : kMostPooled;
+  int any_patch, any_factor;
+  int lines[kPatch * kFactor], columns[kPatch * kFactor];  // an element's place is the sum of one of each
+
+  JITACCEL_HOST_DEVICE int patch() const { return PATCH > 0 ? PATCH : any_patch; }
+  JITACCEL_HOST_DEVICE int factor() const { return FACTOR > 0 ? FACTOR : any_factor; }
+
+  JITACCEL_HOST_DEVICE PooledFrom(const Pooling& pooling, int row, int column)
+      : any_patch(pooling.patch), any_factor(pooling.factor) {
+    const int patch = this->patch(), factor = this->factor();
+    JITACCEL_UNROLL
+    for (int k = 0; k < patch; ++k)
+      JITACCEL_UNROLL
+      for (int a = 0; a < factor; ++a) {
+        const int y = smaller(smaller(row * patch + k, pooling.small_height() - 1) * factor + a, pooling.height() - 1);
+        const int x = smaller(smaller(column * patch + k, pooling.small_width() - 1) * factor + a, pooling.width() - 1);
+        lines[k * factor + a] = y / patch * pooling.columns * pooling.channels + y % patch * patch;
+        columns[k * factor + a] = x / patch * pooling.channels + x % patch;
+      }
+  }
+
+  // Latent (y, x) of the token. `channel`: the frame's elements, from those of the channel on.
+  template <typename T>
+  JITACCEL_HOST_DEVICE float mean(const T* channel, int y, int x, float scale) const {
+    const int factor = this->factor();
+    float sum = 0.0f;
+    JITACCEL_UNROLL
+    for (int a = 0; a < factor; ++a)
+      JITACCEL_UNROLL
+      for (int b = 0; b < factor; ++b)
+        sum += static_cast<float>(channel[lines[y * factor + a] + columns[x * factor + b]]);
+    return sum * scale;
+  }
 
  private:
-  JITACCEL_HOST_DEVICE int64_t place_in(int64_t width, int64_t y, int64_t x) const {
-    return (y / patch * width + x / patch) * channels + (y % patch) * patch + x % patch;
-  }
+  JITACCEL_HOST_DEVICE static int smaller(int a, int b) { return a < b ? a : b; }
 };
 
-// The weights of the two latents of the smaller picture between which `at` of the larger one lies, half-pixel centres.
+// Along one axis: between which latents of the smaller picture those of a token lie, half-pixel centres, edges held.
+template <int PATCH, int FACTOR>
 struct Between {
-  int64_t first, second;
-  float share;  // of the second
+  static constexpr int kPatch = PATCH > 0 ? PATCH : kMostPooled;
+  int latents[kPatch + 1];  // of the smaller picture, neighbours
+  int below[kPatch];        // which of them a latent of the token has below it; the next is above
+  float share[kPatch];      // of the one above
 
-  JITACCEL_HOST_DEVICE static Between of(int64_t at, int64_t factor, int64_t size) {
-    const float position = (static_cast<float>(at) + 0.5f) / static_cast<float>(factor) - 0.5f;
-    const float held = position > 0.0f ? position : 0.0f;
-    const auto first = static_cast<int64_t>(held);
-    return {first, first + 1 < size ? first + 1 : size - 1, held - static_cast<float>(first)};
+  JITACCEL_HOST_DEVICE Between(int token, int patch, int factor, int size) {
+    const int first = below_of(token * patch, factor);
+    JITACCEL_UNROLL
+    for (int k = 0; k <= patch; ++k) {
+      const int latent = first + k;
+      latents[k] = latent < 0 ? 0 : latent < size ? latent : size - 1;
+    }
+    JITACCEL_UNROLL
+    for (int k = 0; k < patch; ++k) {
+      const int at = token * patch + k;
+      below[k] = below_of(at, factor) - first;  // k for the sizes that are template arguments
+      share[k] = (static_cast<float>(at) + 0.5f) / static_cast<float>(factor) - 0.5f -
+                 static_cast<float>(below_of(at, factor));
+    }
   }
+
+ private:
+  // floor((at + 1/2) / factor - 1/2)
+  JITACCEL_HOST_DEVICE static int below_of(int at, int factor) { return (2 * at + 1 + factor) / (2 * factor) - 1; }
 };
 
-constexpr int64_t kMostPooled = 8;
+// The latents of the smaller picture among which a token's lie, and their clean estimates.
+template <int PATCH, int FACTOR>
+struct LiftedFrom {
+  static constexpr int kSide = Between<PATCH, FACTOR>::kPatch + 1;
+  int any_patch;
+  Between<PATCH, FACTOR> y, x;
+  int places[kSide][kSide];
+
+  JITACCEL_HOST_DEVICE int patch() const { return PATCH > 0 ? PATCH : any_patch; }
+
+  JITACCEL_HOST_DEVICE LiftedFrom(const Pooling& pooling, int row, int column)
+      : any_patch(pooling.patch),
+        y(row, patch(), FACTOR > 0 ? FACTOR : pooling.factor, pooling.small_height()),
+        x(column, patch(), FACTOR > 0 ? FACTOR : pooling.factor, pooling.small_width()) {
+    const int patch = this->patch();
+    JITACCEL_UNROLL
+    for (int i = 0; i <= patch; ++i)
+      JITACCEL_UNROLL
+      for (int j = 0; j <= patch; ++j)
+        places[i][j] = place_of(y.latents[i], x.latents[j], pooling.small_columns, patch, pooling.channels);
+  }
+
+  struct Clean {
+    float at[kSide][kSide];
+  };
+
+  // Of one channel, whose elements begin at `pooled` and `values`.
+  template <typename V, typename S>
+  JITACCEL_HOST_DEVICE Clean clean(const V* values, const S* pooled, float level) const {
+    Clean clean;
+    const int patch = this->patch();
+    JITACCEL_UNROLL
+    for (int i = 0; i <= patch; ++i)
+      JITACCEL_UNROLL
+      for (int j = 0; j <= patch; ++j)
+        clean.at[i][j] = static_cast<float>(pooled[places[i][j]]) - level * static_cast<float>(values[places[i][j]]);
+    return clean;
+  }
+
+  JITACCEL_HOST_DEVICE float bilinear(const Clean& clean, int k, int j) const {
+    const int top = PATCH > 0 && FACTOR > 0 ? k : y.below[k], left = PATCH > 0 && FACTOR > 0 ? j : x.below[j];
+    const float right = x.share[j], lower = y.share[k];
+    const float above = clean.at[top][left] * (1.0f - right) + clean.at[top][left + 1] * right;
+    const float under = clean.at[top + 1][left] * (1.0f - right) + clean.at[top + 1][left + 1] * right;
+    return above * (1.0f - lower) + under * lower;
+  }
+};
 
 inline Pooling make_pooling(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& sizes,
                             int64_t patch, int64_t factor) {
@@ -60,8 +191,12 @@ inline Pooling make_pooling(const char* op, const char* name, const Tensor& x, c
     fail(op, name,
          text("be float32, float16 or bfloat16 (B, ", grid.size(), ", D), D a multiple of ", patch * patch), kind(x),
          "pass every token of the grid, its latents channel by channel");
-  return {grid.frames, grid.height, grid.width, (grid.height + factor - 1) / factor, (grid.width + factor - 1) / factor,
-          patch, factor, x.size(2)};
+  if (grid.height * grid.width * x.size(2) > std::numeric_limits<int>::max() / 2)
+    fail(op, name, "have fewer than 2^30 elements a frame", kind(x), "split the picture");
+  const auto small = [&](int64_t side) { return static_cast<int>((side + factor - 1) / factor); };
+  return {static_cast<int>(grid.frames), static_cast<int>(grid.height), static_cast<int>(grid.width),
+          small(grid.height),            small(grid.width),             static_cast<int>(patch),
+          static_cast<int>(factor),      static_cast<int>(x.size(2))};
 }
 
 inline void check_level(const char* op, const Tensor& level, const Tensor& like) {

@@ -3,7 +3,7 @@
 // Sums stay in registers: a block of channels passes all its rows before the next block is read.
 #pragma once
 
-#include "check.h"
+#include "portable.h"
 
 #include <algorithm>
 #include <cstring>
@@ -23,19 +23,6 @@
 #define JITACCEL_INLINE __attribute__((always_inline)) inline
 
 namespace jitaccel {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-// Calls f with a value of the element type of x, which check.h has found to be one of three.
-template <typename F>
-void with_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return f(Half());
-    case ScalarType::BFloat16: return f(BFloat16());
-    default: return f(float());
-  }
-}
 
 // Eight floats, in vector extensions of GCC and clang: left to themselves, compilers vectorise the wrong loop. A target
 // without registers of that size gets two or four smaller ones.

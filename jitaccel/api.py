@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, suggestion
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, arguments_of, check_fields
-from .method.presets import resolve
+from .method.config import JiTConfig, Overrides, arguments_of, check_fields
+from .method.presets import PRESETS, PresetName, resolve
 from .speed.target import Auto
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def apply(
     target: Any,
-    preset: str | JiTConfig | Auto = "7x",
+    preset: PresetName | Literal["auto"] | str | JiTConfig | Auto = "7x",
     *,
     noise_levels: Sequence[float] | None = None,
     execution: Mode = "auto",
@@ -39,41 +39,49 @@ def apply(
     target_ms: float | None = None,
     size: tuple[int, int] | None = None,
     text_tokens: int | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Handle:
     """Returns a handle to `target`, a pipeline or transformer, that from now on computes sparse anchor tokens.
 
     Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
     it back bit for bit. Applying to the same target again replaces what was applied before.
 
-    target: a diffusers pipeline of FLUX.1, FLUX.2, Chroma, Wan, HunyuanVideo, LTX-Video, Qwen-Image or Stable
-        Diffusion 3 (the scheduler is followed, and the state moved in its `step`), a bare transformer of theirs, or
-        Black Forest Labs' `Flux`, in somebody's own Euler loop (the move rides on the returned velocity), or ComfyUI's
-        `ModelPatcher`. docs/codebases.md lists them.
-    preset: "4x", "7x", "10x", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or a
-        speed, `jitaccel.Auto(speedup=8)`: the steps and densities that reach it on this machine, by a few steps that
-        are timed here; `handle.choice` says what was picked and why. On video models a preset given by name keeps the
-        sampler's own noise levels; `schedule="beta"` takes the preset's.
-    noise_levels: for a bare transformer, the levels of the loop that will call it, first to last, 0 included;
-        without them they are predicted from the preset's own, and corrected as they are seen.
-    execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's own
-        forward on the anchors; "auto" packs what it covers.
-        `handle.stats()` says which, and why.
-    attention: what packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers" or
-        "sdpa".
-    compile: compiles each stage with static shapes, and on CUDA captures it as a CUDA graph: True, a mode of
-        `torch.compile` ("max-autotune", ...), or a dict of its arguments backend, mode and options, and `graphs`:
-        whether to capture. Graphs are made at the first generation of each size and batch, or by `handle.warmup`.
-    strict: raise UnsupportedModelError where a fallback would run instead of what was asked for.
-    on_unsupported: "error" raises for a target, sampler or call that cannot be accelerated correctly; "dense" logs a
-        warning and lets it run dense, which `handle.stats()` then says. A call of a pipeline keeps the number of steps
-        and the levels that the configuration has set by then.
-    controlnet: a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less and
-        shows it less of the picture.
-    target_speedup, target_ms, size, text_tokens: with preset="auto", what `Auto` holds: speedup, ms, size, text_tokens.
-    overrides: fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
+    Args:
+        target: A diffusers pipeline of FLUX.1, FLUX.2, Chroma or a model of docs/models.md, such as Wan, HunyuanVideo,
+            LTX-Video, Qwen-Image, Stable Diffusion 3 or Z-Image (the scheduler is followed, and the state moved in its
+            `step`); or a bare transformer of theirs, or Black Forest Labs' `Flux`, in your own Euler loop (the move is
+            folded into the returned velocity); or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
+        preset: "4x", "7x", "10x", "few-steps", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or a
+            speed, `jitaccel.Auto(speedup=8)`: a few steps are timed here, and `handle.choice` reports which steps and
+            densities were picked and why. On video models a preset given by name keeps the sampler's own noise levels;
+            `schedule="beta"` takes the preset's.
+        noise_levels: For a bare transformer, the levels of the loop that will call it, first to last, 0 included;
+            without them they are predicted from the preset's own, and corrected as they are seen.
+        execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's
+            own forward on the anchors; "auto" packs what it covers. `handle.stats()` reports which, and why.
+        attention: What packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers"
+            or "sdpa".
+        compile: Compiles each stage with static shapes, and on CUDA captures it as a CUDA graph: True, a mode of
+            `torch.compile` ("max-autotune", ...), or a dict of its arguments backend, mode and options, and `graphs`:
+            whether to capture. Graphs are made at the first generation of each size and batch, or by `handle.warmup`.
+        strict: Raise UnsupportedModelError instead of running a fallback.
+        on_unsupported: "error" raises for a target, sampler or call that cannot be accelerated correctly; "dense" logs
+            a warning and lets it run dense, which `handle.stats()` then reports. A call of a pipeline keeps the number
+            of steps and the levels that the configuration has set by then.
+        controlnet: A pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less
+            and shows it less of the picture.
+        target_speedup: With preset="auto", as `Auto(speedup=...)`.
+        target_ms: With preset="auto", as `Auto(ms=...)`.
+        size: With preset="auto", as `Auto(size=...)`.
+        text_tokens: With preset="auto", as `Auto(text_tokens=...)`.
+        **overrides: Fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
-    Raises ConfigError for bad settings, UnsupportedModelError for what cannot be accelerated correctly.
+    Returns:
+        The handle: `stats()`, `warmup()`, `remove()`, and a context manager.
+
+    Raises:
+        ConfigError: For bad settings, with every reason.
+        UnsupportedModelError: For a target that cannot be accelerated correctly.
     """
     from . import patches
 
@@ -81,7 +89,7 @@ def apply(
     check_fields("apply", overrides, arguments_of(apply))
     keywords = {"target_speedup": target_speedup, "target_ms": target_ms, "size": size, "text_tokens": text_tokens}
     auto = _wanted_speed(preset, keywords, overrides, noise_levels)
-    named = "dense" if isinstance(preset, Auto) or auto is not None else preset
+    named = "dense" if isinstance(preset, Auto) or auto is not None else _checked_preset(preset)
     config = resolve(named, **{**_defaults(target, preset), **overrides})
     levels = None if noise_levels is None else _checked_levels(noise_levels)
     how = Execution(
@@ -108,6 +116,17 @@ def apply(
     handle.choice = choice
     registry.put_in_place(handle)
     return handle
+
+
+def _checked_preset(preset: str | JiTConfig) -> str | JiTConfig:
+    """Returns a preset. Raises ConfigError for a name that is none, with the name most like it, "auto" among them."""
+    if isinstance(preset, JiTConfig) or (isinstance(preset, str) and preset in PRESETS):
+        return preset
+    names = (*PRESETS, "auto")
+    raise ConfigError(
+        f"apply: preset must be one of {', '.join(names)}, a JiTConfig or an Auto, got {preset!r}; "
+        f"{suggestion(preset, names)}"
+    )
 
 
 def _check_is_object(target: Any) -> None:

@@ -8,6 +8,7 @@ its headers alone: it is looked for, never imported.
     TORCH_CUDA_ARCH_LIST          as in PyTorch, such as "9.0" or "8.0;9.0+PTX"; default: all that nvcc can make
     CXX, CUDA_HOME                the compilers
     JITACCEL_CXXFLAGS, JITACCEL_NVCCFLAGS   more options
+    JITACCEL_TORCH                the folder of torch, for builds that cannot see it (`uv pip install` isolates them)
 """
 
 from __future__ import annotations
@@ -193,7 +194,8 @@ def find_torch() -> Path:
             if _torch_version(root) < (2, 10):
                 raise MissingToolError(f"torch in {root} is older than 2.10")
             return root
-    raise MissingToolError(f"no torch of 2.10 or newer with headers beside {sys.executable}")
+    hint = "; uv builds apart from it: --no-build-isolation or JITACCEL_TORCH=FOLDER" if os.environ.get("UV") else ""
+    raise MissingToolError(f"no torch of 2.10 or newer with headers beside {sys.executable}{hint}")
 
 
 def _torch_folders() -> Iterator[Path]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +14,102 @@ from .errors import CommandError
 
 _NEEDED = ("diffusers", "transformers", "accelerate", "PIL")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "sequential")
 EMBEDDED_TEXT_TOKENS = 48  # the embedded model's captions are shorter; its default of 512 would be mostly padding
 
 
-def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto") -> Any:
+@dataclass(frozen=True, kw_only=True)
+class PictureSizes:
+    """The pictures that a pipeline makes, in pixels: `unit` divides both sides, `side` is the default of each."""
+
+    unit: int
+    side: int
+
+
+def picture_sizes(model: str | None) -> PictureSizes | None:
+    """Returns which pictures a pipeline makes, from its autoencoder's configuration alone: no weights are loaded.
+
+    Args:
+        model: Folder, hub id, or None for the embedded pipeline.
+
+    Returns:
+        None where the configuration does not say.
+
+    Raises:
+        CommandError: For a folder that is no pipeline, and a hub id that is gated, unknown or out of reach.
+    """
+    require_diffusers()
+    source = _checked_source(model)
+    file = Path(source) / "vae" / "config.json" if Path(source).is_dir() else _from_hub(source, "vae/config.json")
+    if file is None or not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    if not {"block_out_channels", "sample_size"} <= config.keys():
+        return None
+    return PictureSizes(unit=2 ** len(config["block_out_channels"]), side=int(config["sample_size"]))
+
+
+def _from_hub(model: str, name: str) -> Path | None:
+    """Returns one small file of a hub model, from the cache where it is there; None where the model has no such."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _hub_errors(model):
+        try:
+            return Path(hf_hub_download(model, name))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Raises CommandError with what to do where a hub model is gated, unknown or out of reach."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CommandError(
+            f"--model must be one that you may read, got {model}, which is gated; accept its licence at "
+            f"https://huggingface.co/{model}, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CommandError(
+            f"--model must be a model on the hub, got {model}, which is not there or not visible to you; check the "
+            f"name, or log in with `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise CommandError(
+            f"--model must be in the cache or within reach, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
+            f"set, and the cache does not have it; connect once, or give a folder"
+        ) from error
+
+
+def load_pipeline(
+    model: str | None, dtype: str = "auto", device: str = "auto", offload: str = "none", *, pickle: bool = False
+) -> Any:
     """Returns the diffusers pipeline in a folder or of a hub id, on its device; None: the embedded one.
 
-    dtype "auto": bfloat16 on CUDA, float32 elsewhere. device "auto": CUDA where there is one.
+    Args:
+        model: Folder, hub id, or None for the embedded pipeline.
+        dtype: One of DTYPES; "auto" is bfloat16 on CUDA, float32 elsewhere.
+        device: Name of a torch device; "auto" is CUDA if present.
+        offload: One of OFFLOADS: "none" puts the whole pipeline on the device, "model" one component at a time,
+            "sequential" one layer at a time.
+        pickle: Whether weights may be other files than safetensors; loading those runs code that they hold.
 
-    Raises CommandError for missing packages, folders and devices.
+    Raises:
+        CommandError: For missing packages, folders and devices, and for a hub model that cannot be read.
     """
     require_diffusers()
     source = _checked_source(model)
     torch_device = pick_device(device)
+    if offload != "none" and torch_device.type == "cpu":
+        raise CommandError(
+            f"--offload must be none on the CPU, got {offload}; it moves weights between the CPU and an accelerator"
+        )
 
     import torch
 
@@ -34,10 +121,21 @@ def load_pipeline(model: str | None, dtype: str = "auto", device: str = "auto") 
     is_cuda = torch_device.type == "cuda"
     name = dtype if dtype != "auto" else "bfloat16" if is_cuda else "float32"
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **{dtype_argument(): getattr(torch, name)})
+        settings = {dtype_argument(): getattr(torch, name), "use_safetensors": None if pickle else True}
+        with _hub_errors(source):
+            pipe = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}") from error
+        advice = "" if pickle else "; --pickle loads weights that are no safetensors, too"
+        raise CommandError(
+            f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}{advice}"
+        ) from error
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=torch_device)
+        return pipe
+    if offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=torch_device)
+        return pipe
     return pipe.to(torch_device)
 
 
@@ -99,3 +197,15 @@ def _checked_source(model: str | None) -> str:
 def picture_side(pipe: Any) -> int:
     """Returns the side in pixels of the pictures that a pipeline was made for: what its autoencoder says."""
     return int(pipe.vae.config.sample_size)
+
+
+def size_unit(pipe: Any) -> int:
+    """Returns what height and width of a pipeline must be multiples of: a token's side in pixels."""
+    from .execution.private import uncompiled
+    from .patches.models import model_of
+
+    names = ("vae_scale_factor_spatial", "vae_scale_factor", "vae_spatial_compression_ratio")
+    scale = next((int(scale) for name in names if (scale := getattr(pipe, name, None))), 8)
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    model = model_of(network)
+    return 2 * scale if model is None else model.layout(uncompiled(network).config).side * scale

@@ -23,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.generation.handle import refuse_copy
 
-from .diffusers_private import is_parallel
+from .diffusers_private import divides_output, is_parallel
+from .ranks import check_still
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +178,7 @@ class Adapter:
         outputs: Submodules, by dotted names, and how their output is changed.
         arguments: The same of arguments of the model that may hold every token.
         blocks: The same of arguments of repeated blocks, by the name of their list.
+        methods: The same of what methods of the model return, where tokens are made outside any submodule.
         has_one_table: Whether one table of places serves all images, so that one forward cannot have other anchors for
             each image.
         rows: Arguments with a row for each image; needed with `has_one_table`.
@@ -185,6 +187,7 @@ class Adapter:
     outputs: Mapping[str, Way]
     arguments: Mapping[str, Way] = field(default_factory=dict)
     blocks: Mapping[str, Mapping[str, Way]] = field(default_factory=dict)
+    methods: Mapping[str, Way] = field(default_factory=dict)
     has_one_table: bool = False
     rows: tuple[str, ...] = ()
 
@@ -194,9 +197,11 @@ def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:
     known = dict(model.named_modules())
     missing = [name for name in (*adapter.outputs, *adapter.blocks) if name not in known]
     found = [f"transformer must have a submodule {name!r}, got none in {type(model).__name__}" for name in missing]
-    if is_parallel(model):
-        found.append("transformer must not be split over devices (context parallel), got a parallel configuration")
-    return found
+    return found + [
+        f"transformer must have a method {name!r}, got none in {type(model).__name__}"
+        for name in adapter.methods
+        if not callable(getattr(model, name, None))
+    ]
 
 
 class _Now:
@@ -221,6 +226,40 @@ class _Hook:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise refuse_copy()
+
+
+class _Method:
+    """A method of an instance; `way` changes what the class's returns."""
+
+    def __init__(self, now: _Now, way: Way, model: nn.Module, name: str) -> None:
+        self._now, self._way, self._model, self._name = now, way, weakref.ref(model), name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, places = self._model(), self._now.places
+        output = getattr(type(model), self._name)(model, *args, **kwargs)
+        return output if places is None else self._way(output, places)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refuse_copy()
+
+
+class _CutFirst:
+    """Stands before a hook that divides a module's output among ranks: the output is cut, then divided."""
+
+    def __init__(self, reference: Any, hook: _Hook) -> None:
+        self._reference, self._hook, self._divide = reference, hook, reference.post_forward
+        reference.post_forward = self
+
+    def __call__(self, module: nn.Module, output: Any) -> Any:
+        cut = self._hook(module, (), output)
+        return self._divide(module, output if cut is None else cut)
+
+    def remove(self) -> None:
+        if self._reference.post_forward is self:
+            self._reference.post_forward = self._divide
 
 
 class _BlockHook:
@@ -271,12 +310,14 @@ class Cut:
         self._now = _Now()
         self._outputs = {name: _Hook(self._now, way) for name, way in adapter.outputs.items()}
         self._blocks = {name: _BlockHook(self._now, ways) for name, ways in adapter.blocks.items()}
-        self._placed: list[tuple[weakref.ref[nn.Module], RemovableHandle]] = []
+        self._methods = {name: _Method(self._now, way, model, name) for name, way in adapter.methods.items()}
+        self._was_parallel = is_parallel(model)
+        self._placed: list[tuple[weakref.ref[nn.Module], RemovableHandle | _CutFirst]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The submodules that carry hooks."""
-        return (*self._outputs, *self._blocks)
+        """The submodules and methods that carry hooks."""
+        return (*self._outputs, *self._blocks, *self._methods)
 
     def install(self) -> None:
         """Puts the hooks where they belong now; those that are there stay."""
@@ -288,31 +329,40 @@ class Cut:
             (block, hook) for name, hook in self._blocks.items() for block in model.get_submodule(name).children()
         ]
         wanted = [module for module, _ in (*outputs, *blocks)]
+        vars(model).update(self._methods)
         if len(wanted) == len(self._placed) and all(
             place() is module for (place, _), module in zip(self._placed, wanted, strict=True)
         ):
             return
         self.remove()
+        vars(model).update(self._methods)
         for module, hook in outputs:
-            self._placed.append((weakref.ref(module), module.register_forward_hook(hook)))
+            reference = divides_output(module)
+            placed = module.register_forward_hook(hook) if reference is None else _CutFirst(reference, hook)
+            self._placed.append((weakref.ref(module), placed))
         for module, before in blocks:
             self._placed.append((weakref.ref(module), module.register_forward_pre_hook(before, with_kwargs=True)))
 
     def remove(self) -> None:
         """Takes every hook away; harmless where there is none."""
+        model = self._model()
+        for name, method in self._methods.items():
+            if model is not None and vars(model).get(name) is method:
+                del vars(model)[name]
         while self._placed:
             self._placed[-1][1].remove()
             self._placed.pop()
 
+    def check(self) -> None:
+        """Raises ConfigError for a model whose tokens were divided among ranks after it was cut."""
+        model = self._model()
+        if model is not None:
+            check_still(model, was_parallel=self._was_parallel)
+
     @contextmanager
     def at(self, places: Places | None) -> Iterator[None]:
         """Cuts what runs inside to the anchors of `places`; None cuts nothing."""
-        model = self._model()
-        if model is not None and is_parallel(model):
-            raise UnsupportedModelError(
-                f"jitaccel: {type(model).__name__} must not be split over devices (context parallel), got "
-                f"enable_parallelism after apply; load the pipeline without it"
-            )
+        self.check()
         self.install()
         before, self._now.places = self._now.places, places
         try:

@@ -154,6 +154,17 @@ def is_divided_around(module: Any, hook: Any) -> bool:
     return any(name.startswith(SPLITTING_HOOK) for name in names[own:])
 
 
+def divides_output(module: Any) -> Any:
+    """Returns the reference to functions of the hook that divides what a module returns among ranks; None without one.
+
+    Its `post_forward` (module, output) is called with what the module's own forward returned. Costs: under another
+    name, a table of positions would be cut after it is divided, and its rows would not be found. Since diffusers 0.36.
+    """
+    registry = hook_registry(module)
+    names = [] if registry is None else [name for name in registry.hooks if name.startswith(SPLITTING_HOOK)]
+    return registry.hooks[names[0]].fn_ref if names else None
+
+
 def offloads_whole_models(pipeline: Any) -> bool:
     """Returns whether `enable_model_cpu_offload` moves models of a pipeline in and out, one at a time.
 

@@ -34,7 +34,8 @@ class ModelCall:
     grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
     that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
     latents along a token's side. branches: how many branches of guidance come as images of one batch; `evaluate`
-    returns all of them, one after the other, (branches * B, M, D). ranks: who divides the tokens of each forward.
+    returns all of them, one after the other, (branches * B, M, D). mixes: whether the pipeline's guidance weighs whole
+    pictures, so that each branch is lifted before it. ranks: who divides the tokens of each forward.
     """
 
     state: Tensor
@@ -45,6 +46,7 @@ class ModelCall:
     mask: Callable[[], Tensor | None] = lambda: None
     multiple: int = 1
     branches: int = 1
+    mixes: bool = False
     ranks: Ranks = ALONE
     patch: int
     evaluate: Network

@@ -9,7 +9,19 @@ from jitaccel.errors import ConfigError
 from jitaccel.generation.ranks import ALONE, Ranks
 from jitaccel.method.config import JiTConfig
 
-from .diffusers_private import context_parallelism, divided_group, is_divided_around
+from .diffusers_private import context_parallelism, divided_group, is_divided_around, is_parallel
+
+DIVIDED = (
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "WanTransformer3DModel",
+    "QwenImageTransformer2DModel",
+)
+"""Transformers whose tokens ranks may divide; the others have no plan in diffusers, or were not tried."""
+_LATE = (
+    "jitaccel: apply must be called after enable_parallelism, got a transformer whose tokens are divided among ranks "
+    "before the patch sees them; call jitaccel.apply again now"
+)
 
 
 def ranks_of(model: Any) -> Ranks:
@@ -29,13 +41,15 @@ def ranks_multiple(model: Any) -> int:
 
 def rank_problems(model: Any, *, is_known: bool) -> list[str]:
     """Returns why a model's ranks cannot run it; nothing where they can. `is_known`: whether its kind was tried."""
+    if not is_parallel(model):
+        return []
     settings = context_parallelism(model)
     if settings is None:
-        return []
+        return ["transformer must not be split over devices (tensor parallel), got a parallel configuration"]
     if not is_known:
         return [
-            "transformer must not be split over devices (context parallel), got a parallel configuration, which is "
-            "known to be right for FluxTransformer2DModel alone"
+            f"transformer must not be split over devices (context parallel), got a parallel configuration; it is "
+            f"tested for {', '.join(DIVIDED)}"
         ]
     heads, degree = model.config.num_attention_heads, settings.ulysses_degree
     if heads % degree == 0 or _takes_anything(settings):
@@ -49,10 +63,13 @@ def rank_problems(model: Any, *, is_known: bool) -> list[str]:
 def check_order(model: Any, hook: Any) -> None:
     """Raises ConfigError on every rank, before any waits, where tokens are divided around our hook on a model."""
     if is_divided_around(model, hook):
-        raise ConfigError(
-            "jitaccel: apply must be called after enable_parallelism, got a transformer whose tokens are divided "
-            "among ranks before the patch sees them; call jitaccel.apply again now"
-        )
+        raise ConfigError(_LATE)
+
+
+def check_still(model: Any, *, was_parallel: bool) -> None:
+    """Raises as `check_order` for a model that is cut and was divided after that."""
+    if is_parallel(model) and not was_parallel:
+        raise ConfigError(_LATE)
 
 
 def check_divided(

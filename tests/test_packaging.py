@@ -1,6 +1,7 @@
 """What is installed: names, version, command, package data, and a wheel built from this checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,30 @@ def test_embedded_pipeline_is_found() -> None:
     if not (ROOT / "assets" / "tiny-flux").exists():
         pytest.skip("this checkout has no embedded pipeline")
     assert (folder / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("repository", [None, "https://example.org/a"])
+def test_readme_has_no_relative_link_on_a_package_index(tmp_path: Path, repository: str | None) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    other = shutil.ignore_patterns("*.so", "patches", "assets", "benchmarks")
+    shutil.copytree(ROOT / "jitaccel", tmp_path / "jitaccel", ignore=other)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    if repository is not None:
+        project = tmp_path / "pyproject.toml"
+        project.write_text(
+            project.read_text().replace("[project.urls]", f'[project.urls]\nRepository = "{repository}"')
+        )
+    make = "from setuptools import build_meta as b; import sys; print(b.prepare_metadata_for_build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", make, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    text = (tmp_path / done.stdout.splitlines()[-1] / "METADATA").read_text()
+    assert "Description-Content-Type: text/markdown" in text and "# jitaccel" in text
+    relative = re.findall(r"\]\((?!https?://|#)[^)]*\)", text)
+    assert relative == []
+    assert ("[an exact calculation](https://example.org/a/blob/main/docs/exact-lab.md)" in text) == bool(repository)
+    assert "an exact calculation" in text
 
 
 @pytest.fixture(scope="module", params=["links", "no links", "sdist"])

@@ -35,6 +35,7 @@ ENTRIES: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "apply: an argument": (lambda word: jitaccel.apply(nn.Linear(1, 1), **{word: 1}), "executon", "execution"),
     "apply: a field": (lambda word: jitaccel.apply(nn.Linear(1, 1), **{word: 1}), "step", "steps"),
     "apply: preset": (_apply("preset"), "7x-papers", "7x-paper"),
+    "apply: auto": (_apply("preset"), "atuo", "auto"),
     "apply: execution": (_apply("execution"), "pakced", "packed"),
     "apply: attention": (_apply("attention"), "xformer", "xformers"),
     "apply: on_unsupported": (_apply("on_unsupported"), "dens", "dense"),

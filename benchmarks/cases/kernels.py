@@ -1,4 +1,7 @@
-"""Each operator against the torch operations of the released code, the compiled reference, and the memory limit."""
+"""Each operator against the torch operations of the released code, the compiled reference, and the memory limit.
+
+All calls are of the same inputs, which small grids leave in the caches: "warm". `targets.py` rotates them.
+"""
 
 from __future__ import annotations
 
@@ -220,14 +223,14 @@ KERNELS = (
 
 
 def measure(size: str, options: Options) -> Iterator[Measurement]:
-    """Yields a row for each operator, width and density."""
+    """Yields a row for each operator whose name holds `options.only`, each width and density."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     bandwidth = copy_bandwidth(options)
     for channels in CHANNELS:
         for density in DENSITIES:
             x = make_inputs(GRIDS[size], channels, density, dtype, options)
-            plan_s = percentiles(_seconds(lambda x=x: KERNELS[0].run(x), options))[0]
-            for kernel in KERNELS:
+            plan_s = percentiles(seconds(lambda x=x: KERNELS[0].run(x), options))[0]
+            for kernel in (kernel for kernel in KERNELS if options.only in kernel.name):
                 yield _row(kernel, x, density, plan_s / _STEPS_PER_PLAN if kernel.lifts else 0.0, bandwidth, options)
 
 
@@ -235,7 +238,7 @@ def _row(
     kernel: Kernel, x: KernelInputs, density: float, plan_s: float, bandwidth: float, options: Options
 ) -> Measurement:
     with torch.no_grad():
-        own = percentiles(_seconds(lambda: kernel.run(x), options))
+        own = percentiles(seconds(lambda: kernel.run(x), options))
         released = _released_seconds(kernel, x, options)
         fused = _compiled_seconds(kernel, x, options)
     limit = kernel.bytes_moved(x) / bandwidth
@@ -247,6 +250,7 @@ def _row(
         "density": density,
         "dtype": str(x.state.dtype).removeprefix("torch."),
         "seed": options.seed,
+        "inputs": "warm",
         "is_graph_replay": options.device.type == "cuda",
         "compiled_kernel": options.device.type in ops.compiled(),
         "median_ms": 1e3 * own[0],
@@ -282,7 +286,7 @@ def _released_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> floa
         return None
     if released is None or ((kernel.lifts or kernel.name == "nearest_anchor") and matrix_gib > _RELEASED_MATRIX_GIB):
         return None
-    return percentiles(_seconds(lambda: released(x), options, in_graph=False))[0]
+    return percentiles(seconds(lambda: released(x), options, in_graph=False))[0]
 
 
 def _compiled_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> float | None:
@@ -290,17 +294,17 @@ def _compiled_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> floa
         return None
     torch._dynamo.reset()
     fused = torch.compile(kernel.reference, dynamic=False, fullgraph=True)
-    return percentiles(_seconds(lambda: fused(x), options))[0]
+    return percentiles(seconds(lambda: fused(x), options))[0]
 
 
 def copy_bandwidth(options: Options) -> float:
     """Returns bytes read and written a second by a copy too large for any cache."""
     source = torch.empty(2**28 if options.device.type == "cuda" else 2**26, dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / percentiles(_seconds(lambda: target.copy_(source), options))[0]
+    return 2 * source.numel() / percentiles(seconds(lambda: target.copy_(source), options))[0]
 
 
-def _seconds(function: Callable[[], Any], options: Options, in_graph: bool = True) -> list[float]:
+def seconds(function: Callable[[], Any], options: Options, in_graph: bool = True) -> list[float]:
     """Returns the seconds of one call, `options.repeat` times over: each the mean of a batch of calls.
 
     On CUDA the calls are replays of one graph, where that is possible, between two events.
@@ -348,6 +352,7 @@ CASES = tuple(
         name=f"operators on a grid of {'x'.join(map(str, grid))}",
         run=functools.partial(measure, size),
         why_not=lambda options: None,
+        parts=tuple(kernel.name for kernel in KERNELS),
     )
     for size, grid in GRIDS.items()
 )

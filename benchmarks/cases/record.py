@@ -13,7 +13,7 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,23 @@ def measure(options: Options, contender: Contender, make: Make, grid: tuple[int,
     try:
         fields |= _measured(options, contender, *make(options, contender.way == "float8"))
     except Exception as error:  # one case that fails must not keep the others from being measured
-        fields["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        fields["error"] = _reason(error)
+    if "error" in fields and contender.way == "captured":
+        fields |= _without_graphs(options, contender, make, fields.pop("error"))
     yield Measurement(line=_line(fields), fields=fields)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _without_graphs(options: Options, contender: Contender, make: Make, reason: str) -> dict[str, Any]:
+    """Returns the fields of a contender that could not be captured: compiled alone, and why it was not captured."""
+    try:
+        found = _measured(options, replace(contender, way="compiled"), *make(options, False))
+    except Exception as error:
+        return {"error": f"{reason}; without graphs: {_reason(error)}"}
+    return {**found, "way": "compiled", "not_captured": reason}
 
 
 def _measured(options: Options, contender: Contender, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +228,7 @@ def _line(f: Mapping[str, Any]) -> str:
     ]
     parts += [] if outside is None else [f"outside {100 * outside:.1f} % of sparse steps"]
     parts += [] if peak is None else [f"peak {peak:,.0f} MiB"]
+    parts += [f"without graphs, since {f['not_captured']}"] if "not_captured" in f else []
     return ", ".join(parts)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -37,9 +37,10 @@ from ..execution.options import Attention
 from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
-from ..method.config import JiTConfig, arguments_of, check_fields
+from ..limits import MOST_BATCH, MOST_TEXT_TOKENS
+from ..method.config import JiTConfig, Overrides, arguments_of, check_fields
 from ..method.grid import num_tokens_of
-from ..method.presets import resolve
+from ..method.presets import PresetName, resolve
 from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 
 Stage = Callable[..., Sequence[Tensor]]
@@ -65,7 +66,7 @@ class Exportable:
 def export(
     target: Any,
     folder: str | Path,
-    preset: str | JiTConfig = "7x",
+    preset: PresetName | str | JiTConfig = "7x",
     *,
     size: tuple[int, int],
     format: Format = "aoti",
@@ -73,19 +74,31 @@ def export(
     text_tokens: int = 512,
     attention: Attention = "sdpa",
     options: Mapping[str, Any] | None = None,
-    **overrides: Any,
+    progress: Callable[[int, int], None] | None = None,
+    **overrides: Unpack[Overrides],
 ) -> Path:
     """Writes one artefact for each stage of a preset, the weights and a manifest into a new folder, and returns it.
 
-    target: a diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales. size: (height,
-        width) in pixels. format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each);
-        "torchscript" traces it, for runtimes that still load that. batch_size, text_tokens: of every later call; both
-        branches of true CFG are calls of their own. attention: "sdpa" runs anywhere torch does. options: of inductor.
-    overrides: fields of JiTConfig.
-
     What is exported serves this size, batch, dtype, device type, processor and torch only.
 
-    Raises ConfigError for bad settings and a folder that exists, UnsupportedModelError for what cannot be exported.
+    Args:
+        target: A diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales.
+        folder: Must not exist.
+        preset: Name of a preset, or a JiTConfig.
+        size: (height, width) in pixels.
+        format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each); "torchscript" traces
+            it, for runtimes that still load that.
+        batch_size: Images of every later call; both branches of true CFG are calls of their own.
+        text_tokens: Length of the prompts of every later call, padding counted.
+        attention: "sdpa" runs anywhere torch does.
+        options: Of Inductor.
+        progress: Called with the number of stages written so far and the number of all, before the first and after
+            each.
+        **overrides: Fields of JiTConfig.
+
+    Raises:
+        ConfigError: For bad settings and a folder that exists.
+        UnsupportedModelError: For a pipeline that cannot be exported.
     """
     from .. import patches
 
@@ -99,20 +112,26 @@ def export(
     _check_export(size, attention, options)
     if folder.exists():
         raise ConfigError(f"export: folder must not exist, got {str(folder)!r}; give another name, or remove it")
-    for name, value in (("batch_size", batch_size), ("text_tokens", text_tokens)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"export: {name} must be a whole number above 0, got {value!r}; give that of later calls")
+    for name, value, most in (("batch_size", batch_size, MOST_BATCH), ("text_tokens", text_tokens, MOST_TEXT_TOKENS)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(
+                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give that of later calls"
+            )
+    if format == "aoti":
+        check_compiler_paths()
     patch = patches.find(target)
     if patch.export is None:
         raise UnsupportedModelError(
-            f"export: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
+            f"export: target must be a FluxPipeline, whose stages alone can be written, got {type(target).__name__}; "
+            f"apply(pipeline, compile=True) compiles the stages of other models as they run"
         )
     exportable: Exportable = patch.export(target, config, size, batch_size, text_tokens, attention)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside it and moved, so that an export that is cut off leaves no folder that looks whole.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {})
+        told = progress or (lambda done, total: None)
+        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {}, told)
         partial.chmod(_mode_of_folders(partial))
         partial.rename(folder)
     except BaseException:
@@ -123,11 +142,16 @@ def export(
 
 def _path(function: str, folder: Any) -> Path:
     try:
-        return Path(folder)
-    except TypeError:
+        path = Path(folder)
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except (TypeError, ValueError, OSError) as error:  # no path, a null character, a name that is too long
         raise ConfigError(
-            f"{function}: folder must be a path, got {folder!r}; give its name, for example 'flux-7x'"
+            f"{function}: folder must be a path, got {folder!r:.200} ({error!s:.200}); "
+            f"give its name, for example 'flux-7x'"
         ) from None
+    return path
 
 
 def _check_export(size: Any, attention: Any, options: Any) -> None:
@@ -143,6 +167,16 @@ def _check_export(size: Any, attention: Any, options: Any) -> None:
         raise ConfigError(f"export: options must be a mapping of Inductor's options, got {options!r}; leave it out")
 
 
+def check_compiler_paths() -> None:
+    """Raises ConfigError where Inductor could not call its compiler: it does not quote the path of torch."""
+    where = str(Path(torch.__file__).parent)
+    if any(letter.isspace() for letter in where):
+        raise ConfigError(
+            f'export: torch must lie in a folder without spaces for format="aoti", got {where!r}; make the environment '
+            f'in another folder, or use format="torchscript"'
+        )
+
+
 def _write(
     folder: Path,
     exportable: Exportable,
@@ -152,6 +186,7 @@ def _write(
     text_tokens: int,
     attention: str,
     options: Mapping[str, Any],
+    progress: Callable[[int, int], None],
 ) -> None:
     weights = weights_of(exportable.stages[0][0])
     write_tensors(folder / WEIGHTS, weights)
@@ -179,8 +214,10 @@ def _write(
         model=exportable.model,
         files={},
     )
-    for (stage, arguments), name in zip(exportable.stages, manifest.stage_files, strict=True):
+    for done, ((stage, arguments), name) in enumerate(zip(exportable.stages, manifest.stage_files, strict=True)):
+        progress(done, len(exportable.stages))
         _lower(stage, weights, tuple(arguments.values()), folder / name, format, options)
+    progress(len(exportable.stages), len(exportable.stages))
     names = (WEIGHTS, TENSORS, *manifest.stage_files)
     replace(manifest, files={name: file_digest(folder / name) for name in names}).write(folder)
 
@@ -295,16 +332,19 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
 
     Stages are native programs: load only folders that you would run a program from. Nothing is unpickled by Python.
 
-    device: None for the kind that they were made for.
+    Args:
+        folder: That `export` wrote.
+        device: None for the kind that they were made for.
 
-    Raises ArtefactError for files that are missing, truncated or altered, and where torch, device or processor are not
-    those that the stages were made for.
+    Raises:
+        ArtefactError: For files that are missing, truncated or altered, and where torch, device or processor are not
+            those that the stages were made for.
     """
     folder = _path("load_exported", folder)
     manifest = Manifest.read(folder)
     try:
         where = torch.device(manifest.device if device is None else device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"load_exported: device must be a device of torch, got {device!r} ({error}); leave it out"
         ) from error

@@ -120,6 +120,7 @@ class Manifest:
             )
             content["config"] = JiTConfig.from_dict(content["config"])
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
+            manifest.check_types()
             named, expected = set(manifest.files), {WEIGHTS, TENSORS, *manifest.stage_files}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(
@@ -132,6 +133,20 @@ class Manifest:
                 f"{', '.join(sorted(map(str, named))) or 'none'}; export anew"
             )
         return manifest
+
+    def check_types(self) -> None:
+        """Raises TypeError for a field of another type than it must have."""
+        texts = ("codebase", "dtype", "device", "processor", "torch_version", "attention")
+        for name in (*texts, "batch", "text_tokens"):
+            value, kind = getattr(self, name), str if name in texts else int
+            if type(value) is not kind:
+                raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")
+        if any(type(count) is not int for count in (*self.tokens, *self.grid)):
+            raise TypeError(f"tokens and grid must be whole numbers, got {self.tokens} and {self.grid}")
+        if any(type(level) is not float for level in self.levels):
+            raise TypeError(f"levels must be numbers, got {self.levels}")
+        if len(self.inputs) != len(self.tokens):
+            raise TypeError(f"inputs must be of {len(self.tokens)} stages, got {len(self.inputs)}")
 
     def check_files(self, folder: Path) -> None:
         """Raises ArtefactError for the first file that is missing or is not the one that was written."""

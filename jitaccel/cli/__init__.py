@@ -1,4 +1,4 @@
-"""The `jitaccel` command: generate a picture, run the demonstration, export, measure, look at the installation."""
+"""The `jitaccel` command: generate a picture, list presets, demonstrate, export, measure, check the installation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from ..errors import ArtefactError, CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError
-from . import bench, demo, doctor, eval, export, generate
+from . import app, bench, demo, doctor, eval, export, generate, messages, presets, serve, view
+from .outputs import UNWRITABLE
 
 _COMMANDS = {
     "generate": generate,
+    "presets": presets,
     "demo": demo,
+    "view": view,
+    "app": app,
     "eval": eval,
     "export": export,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }
-_EXPECTED = (CommandError, ArtefactError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
+_OF_LIBRARY = (ArtefactError, ConfigError, UnsupportedModelError, NonFiniteVelocityError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for bad input, told in one line without a traceback."""
+    """Runs one command and returns its exit status: 0, or 2 for bad input, reported in one line without a traceback."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -31,15 +36,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return int(_COMMANDS[arguments.command].run(arguments))
-    except _EXPECTED as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        print(f"jitaccel {arguments.command}: {reason}", file=sys.stderr)
-        return 2
+    except CommandError as error:
+        return _refuse(arguments.command, str(error))
+    except _OF_LIBRARY as error:
+        return _refuse(arguments.command, messages.as_options(str(error), vars(arguments)))
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not messages.is_out_of_memory(error):
+            raise
+        return _refuse(arguments.command, messages.out_of_memory(error, vars(arguments)))
     except BrokenPipeError:  # `jitaccel doctor | head`: nobody reads on, and the interpreter must not say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = error.filename or "a file"
+        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
+
+
+def _refuse(command: str, reason: str) -> int:
+    line = "; ".join(line.strip() for line in reason.splitlines() if line.strip())
+    print(f"jitaccel {command}: {line}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

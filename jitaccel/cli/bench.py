@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -11,12 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments, which `python -m benchmarks` shares."""
     parser.add_argument("group", nargs="?", help="auto, denoise, kernels, ... (--list); without it all but long ones")
     parser.add_argument("--size", help="which size of model, such as small, large, flux; without it all")
-    parser.add_argument("--only", metavar="TEXT", help="only cases whose name holds this text")
+    parser.add_argument("--only", metavar="TEXT", help="only cases, or operators, whose name holds this text")
     parser.add_argument("--repeat", type=_positive, default=5, help="how often each method is timed")
     parser.add_argument("--seed", type=int, default=0, help="of noise and random weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add one JSON line for each measurement to this file")
-    parser.add_argument("--resume", action="store_true", help="leave out cases that --json's file has from this commit")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that --json's file holds whole")
     parser.add_argument("--within", type=_ratio, metavar="SECONDS", help="begin no case after so many seconds")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON lines of an earlier run to compare with")
     parser.add_argument(
@@ -27,8 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the cases that are asked for; 0, 1 where one is slower than --fail-above allows, 2 for bad input."""
+    if arguments.list:
+        return list_cases()
     # By its name: in a checkout the same folder is the package `benchmarks`, which type checkers would see twice.
     return int(importlib.import_module("jitaccel.benchmarks.__main__").run(arguments))
+
+
+def list_cases(more: Sequence[Sequence[str]] = ()) -> int:
+    """Prints group, size and name of each case and of `more`, and imports no torch for it."""
+    listing = importlib.import_module("jitaccel.benchmarks.listing")
+    for group, size, name in (*listing.CASES, *more):
+        print(f"{group:10} {size:8} {name}")
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CommandError
+from .limits import check_numbers
+from .outputs import check_folder, save_picture
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Method, TimedCall
@@ -45,10 +46,8 @@ class _Result:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table and writes the two pictures."""
-    if arguments.prompts < 1:
-        raise CommandError(f"--prompts must be at least 1, got {arguments.prompts}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise CommandError(f"--out must be a folder, got the file {arguments.out}")
+    check_numbers(arguments)
+    check_folder(arguments.out)
     from ..evaluation.judging import load_judge
     from ..loading import load_pipeline, pick_device
 
@@ -64,9 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     scores = _scores(load_judge(), results, [claims for _, claims in prompts])
     for line in table(results, scores):
         print(line)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for name, sheet in (("demo.png", _demo_sheet(results, prompts)), ("tokens.png", _token_sheet(results, prompts))):
-        sheet.save(arguments.out / name)
+        save_picture(sheet, arguments.out / name)
         print(f"wrote {arguments.out / name}")
     return 0
 

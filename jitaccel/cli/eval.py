@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
-from ..loading import DTYPES, EMBEDDED_TEXT_TOKENS
+from ..loading import EMBEDDED_TEXT_TOKENS
+from . import options
+from .limits import check_numbers, check_size
+from .outputs import check_folder
 
 if TYPE_CHECKING:
     from ..evaluation.prompts import Prompt
@@ -45,10 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="separated by commas: psnr, ssim, spectrum, and with the extra [eval] imagereward, clip-iqa, hpsv2, "
         "clip, lpips; or package.module:attribute for one of your own",
     )
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
-    parser.add_argument("--size", metavar="N|HxW", help="of pictures, in pixels; without it the model's own")
+    options.add_model_options(parser, offload=False)
+    options.add_size_option(parser)
     parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
     parser.add_argument(
         "--max-sequence-length",
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"prompt length with padding; without it the pipeline's (embedded: {EMBEDDED_TEXT_TOKENS})",
     )
-    parser.add_argument("--batch", type=int, help=f"prompts in one call; without it 1 (embedded: {_BATCH})")
+    parser.add_argument("--batch-size", type=int, help=f"prompts in one call; without it 1 (embedded: {_BATCH})")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of rows, pictures and table")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt k has seed + k")
     parser.add_argument("--any-commit", action="store_true", help="take up rows that other commits made, too")
@@ -113,20 +114,19 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
 def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
     """Returns the size asked for, (height, width). Raises CommandError for what cannot be, with every reason."""
     reasons = []
-    for name, least in (("--batch", 1), ("--max-sequence-length", 1), ("--seed", 0)):
-        value = getattr(arguments, name[2:].replace("-", "_"))
-        if value is not None and value < least:
-            reasons.append(f"{name} must be at least {least}, got {value}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        reasons.append(f"--out must be a folder, got the file {arguments.out}")
-    sides = [] if arguments.size is None else arguments.size.lower().split("x")
-    if arguments.size is not None and not (
-        len(sides) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in sides)
-    ):
-        reasons.append(f"--size must be N or HxW in pixels, got {arguments.size!r}")
+    checks: list[tuple[Callable[[Any], None], Any]] = [(check_numbers, arguments), (check_folder, arguments.out)]
+    for check, given in checks:
+        try:
+            check(given)
+        except CommandError as error:
+            reasons.append(str(error))
     if reasons:
         raise CommandError("\n".join(reasons))
-    return (int(sides[0]), int(sides[-1])) if sides else None
+    if arguments.size is None:
+        return None
+    size = options.parse_size(arguments.size)
+    check_size(size)
+    return size
 
 
 def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device: Any) -> Setting:
@@ -136,13 +136,14 @@ def _setting(arguments: argparse.Namespace, size: tuple[int, int] | None, device
     is_known = arguments.model is None or judge_folder(arguments.model) is not None
     return Setting(
         model=arguments.model,
+        pickle=arguments.pickle,
         device=device,
         dtype=dtype_of(arguments.dtype, device),
         size=size,
         guidance=arguments.guidance,
         text_tokens=arguments.max_sequence_length or (EMBEDDED_TEXT_TOKENS if is_known else None),
         seed=arguments.seed,
-        batch=arguments.batch or (_BATCH if is_known else 1),
+        batch=arguments.batch_size or (_BATCH if is_known else 1),
     )
 
 

@@ -1,8 +1,9 @@
-"""Generate one picture from a prompt, accelerated."""
+"""Generate one picture or video from a prompt, accelerated."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,21 +12,21 @@ from typing import Any
 from ..errors import CommandError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
+from . import made, options
+from .limits import check_numbers
+from .progress import bar
+from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
-_MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from ..loading import DTYPES
-
     parser.add_argument("--prompt", required=True, help="what to show")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write; its folder is made where missing")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    parser.add_argument("--out", type=Path, required=True, help="picture or clip to write, with its folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out and --tokens where they exist")
+    options.add_model_options(parser, offload=True)
     presets = ", ".join((*PRESETS, _AUTO, _UNTOUCHED))
     parser.add_argument(
         "--preset",
@@ -36,57 +37,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-ms", type=float, help=f"of --preset {_AUTO}: milliseconds of denoising; --true-cfg takes twice that"
     )
+    made.add_arguments(parser)
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
-    parser.add_argument("--height", type=int, help="in pixels; without it the model's own")
-    parser.add_argument("--width", type=int, help="in pixels; without it the model's own")
-    parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
+    options.add_size_option(parser)
+    parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline's call; without it its own")
     parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
     parser.add_argument("--negative-prompt", help="what to lead away from; needs --true-cfg")
-    parser.add_argument("--text-tokens", type=int, help="prompt length with padding; without it 512 (embedded: 48)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    options.add_length_option(parser)
+    parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the picture and says what it cost."""
-    _check_numbers(arguments)
+    check_numbers(arguments)
     config = _config(arguments)
-    _check_out(arguments.out, arguments.overwrite)
-    guidance = _guidance(arguments)
+    made.check(arguments)
+    _check_report(arguments)
+    guidance, text_tokens = _guidance(arguments), options.length_of(arguments)
 
     import torch
 
     import jitaccel
 
-    from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
-
-    pipe = load_pipeline(arguments.model, arguments.dtype, arguments.device)
+    size = options.size_of(arguments, config)
+    pipe = options.load(arguments)
+    made.check_pipeline(pipe, arguments)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    side = picture_side(pipe)
-    size = (arguments.height or side, arguments.width or side)
-    _check_sides(*size, 2 * pipe.vae_scale_factor)
-    text_tokens = arguments.text_tokens or (EMBEDDED_TEXT_TOKENS if arguments.model is None else _MOST_TEXT_TOKENS)
+    size = made.size_of(pipe, size)
     if arguments.preset == _AUTO:
-        choice = jitaccel.auto_config(pipe, **_target(arguments), size=size, text_tokens=text_tokens)
+        with bar("timing steps") as progress:
+            choice = jitaccel.auto_config(
+                pipe, **_target(arguments), size=size, text_tokens=text_tokens, progress=progress
+            )
         print(f"auto: {choice}")
         config = choice.config
-    handle = None if config is None else jitaccel.apply(pipe, config)
-    call = {"height": size[0], "width": size[1], **guidance}
-    steps = arguments.steps if config is None else config.steps
-    if steps is not None:
-        call["num_inference_steps"] = steps
+    handle = None
+    if config is not None:  # a preset by its name, so that the model's own noise levels stay where it has them
+        overrides = {} if arguments.steps is None else {"steps": arguments.steps}
+        handle = jitaccel.apply(pipe, config if arguments.preset == _AUTO else arguments.preset, **overrides)
+        if arguments.report is not None:
+            handle.record()
+    steps = arguments.steps if handle is None else handle.config.steps
+    call = made.call_of(
+        pipe,
+        arguments,
+        {
+            "height": None if size is None else size[0],
+            "width": None if size is None else size[1],
+            "num_inference_steps": steps,
+            "max_sequence_length": text_tokens if arguments.model is None else arguments.max_sequence_length,
+            **guidance,
+        },
+    )
     generator = torch.Generator().manual_seed(arguments.seed)
     start = time.perf_counter()
-    picture = pipe(arguments.prompt, generator=generator, max_sequence_length=text_tokens, **call).images[0]
+    result = pipe(arguments.prompt, generator=generator, **call)
     seconds = time.perf_counter() - start
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.out)
-    print(f"{arguments.out}: {picture.width}x{picture.height}, preset {arguments.preset}, {seconds:.2f} s")
+    stats = None if handle is None else handle.stats()
+    described = made.save(result, arguments, stats)
+    print(f"{arguments.out}: {described}, preset {arguments.preset}, {seconds:.2f} s")
+    if handle is not None and arguments.report is not None:
+        report = handle.report(arguments.report, prompt=arguments.prompt)
+        print(f"{report}: {report.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if arguments.stats:
-        print("no statistics: the pipeline ran untouched" if handle is None else handle.stats())
+        print("no statistics: the pipeline ran untouched" if stats is None else stats)
     return 0
 
 
@@ -101,6 +118,7 @@ def _of_unknown_words(prompt: str) -> str | None:
 
 
 def _config(arguments: argparse.Namespace) -> JiTConfig | None:
+    options.checked_preset(arguments.preset, _AUTO, _UNTOUCHED)
     if arguments.preset == _AUTO:
         _check_target(arguments)
         return None
@@ -126,26 +144,12 @@ def _check_target(arguments: argparse.Namespace) -> None:
     check_target(arguments.target_speedup, arguments.target_ms, {})
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    if arguments.steps is not None and arguments.steps < 1:
-        raise CommandError(f"--steps must be at least 1, got {arguments.steps}")
-    if arguments.text_tokens is not None and not 1 <= arguments.text_tokens <= _MOST_TEXT_TOKENS:
-        raise CommandError(f"--text-tokens must be in 1..{_MOST_TEXT_TOKENS}, got {arguments.text_tokens}")
-    if not 0 <= arguments.seed < 2**63:
-        raise CommandError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raises CommandError for a file that could not be written, before any compute."""
-    if out.suffix.lower() not in _SUFFIXES:
-        raise CommandError(f"--out must end in one of {', '.join(_SUFFIXES)}, got {str(out)!r}")
-    if out.is_dir():
-        raise CommandError(f"--out must be a file, got the folder {str(out)!r}")
-    if out.exists() and not overwrite:
-        raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or --overwrite")
-    existing = next((folder for folder in out.absolute().parents if folder.exists()), None)
-    if existing is None or not existing.is_dir():
-        raise CommandError(f"--out must lie in a folder, got {str(out)!r} below the file {existing}")
+def _check_report(arguments: argparse.Namespace) -> None:
+    if arguments.report is None:
+        return
+    if arguments.preset == _UNTOUCHED:
+        raise CommandError(f"--report must come with a preset, got --preset {_UNTOUCHED}; --preset dense runs the same")
+    check_report(arguments.report, arguments.overwrite, "--report")
 
 
 def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,16 +157,12 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.guidance is not None:
         call["guidance_scale"] = arguments.guidance
     if arguments.true_cfg is not None:
-        if arguments.true_cfg <= 1.0:
-            raise CommandError(f"--true-cfg must be above 1, got {arguments.true_cfg}; 1 is the same as leaving it out")
+        if not 1.0 < arguments.true_cfg < math.inf:
+            raise CommandError(
+                f"--true-cfg must be above 1 and finite, got {arguments.true_cfg}; 1 is the same as leaving it out"
+            )
         call["true_cfg_scale"] = arguments.true_cfg
         call["negative_prompt"] = arguments.negative_prompt or ""
     elif arguments.negative_prompt is not None:
         raise CommandError("--negative-prompt must come with --true-cfg above 1, got it alone; it would do nothing")
     return call
-
-
-def _check_sides(height: int, width: int, unit: int) -> None:
-    for name, side in (("--height", height), ("--width", width)):
-        if side < unit or side % unit:
-            raise CommandError(f"{name} must be a multiple of {unit} pixels for this model, got {side}")

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CommandError
-from ..method.config import JiTConfig
+from ..method.config import JiTConfig, Overrides
 from ..method.presets import PRESETS
 from .comparison import Method
 from .rivals import FORMS, find_rival
 
-_DENSE: Mapping[str, Mapping[str, str]] = {
+_DENSE: Mapping[str, Overrides] = {
     "dense": {"schedule": "native"},
     "beta": {"schedule": "beta"},
     "dpm": {"schedule": "beta", "solver": "dpmpp_2m"},
@@ -29,7 +29,8 @@ def parse_methods(text: str) -> tuple[Method, ...]:
             methods.append(Method(name=word, steps=rival.steps, rival=rival))
             continue
         if kind in _DENSE and count.isdigit() and int(count) > 0:
-            config = PRESETS["dense"].replace(steps=int(count), **_DENSE[kind])
+            fields: Overrides = {**_DENSE[kind], "steps": int(count)}
+            config = PRESETS["dense"].replace(**fields)
         elif word in PRESETS:
             config = PRESETS[word]
         elif word.endswith(".json") and Path(word).is_file():

@@ -13,6 +13,8 @@ from ..errors import CommandError
 if TYPE_CHECKING:
     from .scenes.captions import Claims
 
+_MOST = 10_000  # different prompts of the drawn world, which has not endlessly many
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -29,14 +31,14 @@ def read_prompts(word: str, *, is_judged: bool) -> tuple[Prompt, ...]:
 
     Raises CommandError for fewer than two, and for lines that hold no prompt, with their numbers.
     """
-    if word.lstrip("-").isdigit():
+    if word.isascii() and word.lstrip("-").isdigit():
         if not is_judged:
             raise CommandError(
                 f"--prompts must be a file for a model without a judge of drawn landscapes, got {word}; "
                 f"the held-out prompts are of that world, as the embedded model is"
             )
-        if int(word) < 2:
-            raise CommandError(f"--prompts must be at least 2, got {word}")
+        if len(word) > 18 or not 2 <= int(word) <= _MOST:
+            raise CommandError(f"--prompts must be at least 2 and at most {_MOST}, got {word[:40]}")
         from .scenes.prompts import held_out
 
         return tuple(Prompt(text=text, claims=claims) for text, claims in held_out(int(word)))

@@ -18,11 +18,10 @@ from typing import Any
 
 from ..errors import CommandError
 from ..loading import require_diffusers
+from ..method.checks import MAX_STEPS
 from .comparison import Rival
 from .half import HalfFirst
 from .one_by_one import CachedRun
-
-_MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +121,7 @@ def find_rival(word: str) -> Rival | None:
     return rival
 
 
-def _whole(text: str, most: int = _MOST_STEPS) -> int:
+def _whole(text: str, most: int = MAX_STEPS) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= most):
         raise ValueError(text)
     return int(text)

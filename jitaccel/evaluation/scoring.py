@@ -16,6 +16,7 @@ from .quality.scorers import Scorer, scorer_factory
 from .study import append_lines, read_lines
 
 _BATCH = 8
+_KEYS = ("metric", "version", "prompt", "picture", "reference")
 
 
 def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
@@ -56,7 +57,11 @@ def score_rows(
     the reference's where the metric needs it, are the same; rows of the reference have no number of such a metric.
     reference: the method whose pictures others are compared with. picture_of: where the picture of a row is.
     """
-    known = {_key(entry): entry["score"] for entry in read_lines(folder / "scores.jsonl")}
+    known = {
+        _key(entry): entry["score"]
+        for entry in read_lines(folder / "scores.jsonl")
+        if {*_KEYS} <= entry.keys() and isinstance(entry.get("score"), (int, float))
+    }
     references = {row["prompt_index"]: row for row in rows if row["method"] == reference}
     found = [dict(row) for row in rows]
     with append_lines(folder / "scores.jsonl") as file:
@@ -109,4 +114,4 @@ def _entry(scorer: Scorer, row: Row, reference: Row) -> Row:
 
 
 def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in ("metric", "version", "prompt", "picture", "reference"))
+    return tuple(str(entry[name]) for name in _KEYS)

@@ -30,7 +30,10 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all rows of a run have in common. model: None for the embedded one; size: None for the pipeline's own."""
+    """What all rows of a run have in common. model: None for the embedded one; size: None for the pipeline's own.
+
+    pickle: whether the model's weights may be other files than safetensors.
+    """
 
     model: str | None
     device: Any
@@ -40,6 +43,7 @@ class Setting:
     text_tokens: int | None
     seed: int
     batch: int
+    pickle: bool = False
 
     @property
     def is_judged(self) -> bool:
@@ -60,7 +64,7 @@ class Setting:
 
     def load(self) -> Any:
         """Returns the pipeline. Raises CommandError where it is none, or makes no pictures of that size."""
-        pipe = load_pipeline(self.model, self.dtype, str(self.device))
+        pipe = load_pipeline(self.model, self.dtype, str(self.device), pickle=self.pickle)
         pipe.set_progress_bar_config(disable=True)
         unit = 2 * getattr(pipe, "vae_scale_factor", 8)
         if self.size is not None and any(side % unit for side in self.size):
@@ -122,6 +126,8 @@ class Study:
         settings = {method.name: json.loads(json.dumps(method.settings)) for method in self.methods}
         texts = {k: prompt.text for k, prompt in enumerate(self.prompts)}
         for row in read_lines(self.folder / "rows.jsonl"):
+            if not _is_row(row):
+                continue
             if (
                 row["method"] in settings
                 and settings_as_now(row["config"] or {}) == (settings[row["method"]] or {})
@@ -280,12 +286,28 @@ def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None,
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file of JSON lines, none where there is no file; a line that was cut off is passed by."""
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Yields the objects of a file of JSON lines, none where there is no file.
+
+    What is no object of JSON is passed by: a line that was cut off, or that something else has written.
+    """
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):  # UnicodeDecodeError is one, too
             continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _is_row(found: Mapping[str, Any]) -> bool:
+    """Whether an object has what a row of this file must have; another program's lines have not."""
+    return (
+        isinstance(found.get("method"), str)
+        and isinstance(found.get("prompt"), str)
+        and type(found.get("prompt_index")) is int
+        and "config" in found
+        and isinstance(found["config"], (dict, type(None)))
+    )
 
 
 def append_lines(path: Path) -> Any:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError, suggestion
 from .graphs import CallRecorder, Counts, CudaGraphs, RepeatedCalls, Replayed
@@ -43,7 +44,8 @@ class CompileStats:
 
     `calls`: of compiled functions. `eager_calls`: where a graph could not be made, or must not be. `captures`,
     `replays`: CUDA graphs recorded, and calls that ran on one. `dropped`: graphs thrown away, since what they rested on
-    had changed.
+    had changed. `what`: a graph is a whole stage ("stages"), or a kind of block in it ("blocks"), which is never
+    captured.
     """
 
     signatures: int = 0
@@ -53,6 +55,7 @@ class CompileStats:
     captures: int = 0
     replays: int = 0
     dropped: int = 0
+    what: Literal["stages", "blocks"] = "stages"
 
 
 def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -71,7 +74,7 @@ def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | N
             f"apply: compile must be True, False, a mode or a dict of torch.compile's arguments without "
             f"{' and '.join(_FIXED)}, got {value!r}; shapes are static and every stage is one graph"
         )
-    unknown = sorted(set(options) - set(_KNOWN))
+    unknown = sorted(map(str, set(options) - set(_KNOWN)))
     if unknown:
         raise ConfigError(
             f"apply: compile must hold {', '.join(_KNOWN)}, got {', '.join(unknown)}; leave the others out"
@@ -181,7 +184,7 @@ class Compiler:
         compiled = self._compiled.get(signature)
         if compiled is None:
             use_regions = regional is not None and self._options.get("regions", True)
-            compiled = self._compile(signature, regional if use_regions else function, use_regions)
+            compiled = self._compile(signature, regional if use_regions else function, use_regions, _buffers_of(args))
         try:
             result = compiled.run(*args)
         except CompilationError as error:
@@ -190,7 +193,7 @@ class Compiler:
                 self._notes.append(f"compiled without regions, since {what}")
                 _log.info("jitaccel: a stage is %s", self._notes[-1])
                 self._forget(signature)
-                self._compile(signature, function, is_regional=False)
+                self._compile(signature, function, False, _buffers_of(args))
                 return self.run(signature, function, *args)
             self._fail(signature, what)
             self._eager_calls += 1
@@ -201,13 +204,15 @@ class Compiler:
             self._forget(signature)
         return result
 
-    def _compile(self, signature: Hashable, function: Any, is_regional: bool) -> _Compiled:
+    def _compile(
+        self, signature: Hashable, function: Any, is_regional: bool, buffers: Callable[[], Iterable[Tensor]]
+    ) -> _Compiled:
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self._graphs += 1
             compiled.variants += 1
             run = self._run_of(graph, inputs)
             recorder = self._recorder_for(inputs)
-            return run if recorder is None else Replayed(run, recorder, self._counts, self._note_unrecorded)
+            return run if recorder is None else Replayed(run, recorder, self._counts, self._note_unrecorded, buffers)
 
         self._signatures.add(signature)
         copy = _copy(function, self._copies)
@@ -261,6 +266,12 @@ class Compiler:
         if (signature, reason) not in self._eager_reasons:
             _log.warning("jitaccel: a stage runs eagerly, since %s", reason)
         self._eager_reasons[signature, reason] = None
+
+
+def _buffers_of(args: Sequence[Any]) -> Callable[[], Iterable[Tensor]]:
+    """Returns what looks up the buffers of the modules among the arguments, as they are when it is called."""
+    modules = [weakref.ref(x) for x in args if isinstance(x, nn.Module)]
+    return lambda: [x for module in modules if (held := module()) is not None for x in held.buffers()]
 
 
 def _copy(function: Callable[..., Any], number: int) -> types.FunctionType:

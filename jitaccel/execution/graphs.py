@@ -2,12 +2,13 @@
 
 A recording reads and writes the same memory at every replay. So what changes from call to call is copied to where it
 reads, its results are copied from where it writes, and where a weight has moved, it is dropped and made anew.
+Parameters, buffers, and what is too large to be copied each time are read where they stand.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from .private import inner_tensors
 
 Function = Callable[..., Sequence[Any]]
+_MOST_COPIED = 256 * 2**20  # bytes of an input; 0.1 ms at 4.8 TB/s
+_MOST_DROPPED = 3  # recordings of one function, before inputs that move are a reason to record it no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,7 @@ class CudaGraphs:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        refuse_capture()
         with self._lock, torch.cuda.device(self._device):
             if self._done is not None:
                 torch.cuda.current_stream().wait_event(self._done)  # another thread's stream may be at work
@@ -72,6 +76,15 @@ class CudaGraphs:
             finally:
                 self._done = torch.cuda.Event()
                 self._done.record()
+
+
+def refuse_capture() -> None:
+    """Raises RuntimeError where the current stream is being captured by someone else: a capture cannot hold another."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "jitaccel: a stage that is captured as a CUDA graph must run outside of other captures, got a call within "
+            "one; use compile={'graphs': False} to capture it yourself, or leave your torch.cuda.graph out"
+        )
 
 
 class RepeatedCalls:
@@ -108,47 +121,65 @@ class Counts:
 class Replayed:
     """A function of tensors alone that runs once, is recorded, and from then on replayed.
 
-    Parameters are read where they stand; all other inputs are copied. function: reads nothing but its inputs, and
-    writes none. on_failure: told once why it cannot be recorded; it runs as it is from then on.
+    Parameters, buffers and inputs of more than `most_copied` bytes are read where they stand, others are copied.
+
+    Args:
+        function: Reads nothing but its inputs, and writes none.
+        recorder: What records its calls.
+        counts: What is counted in.
+        on_failure: Called once with the reason why it cannot be recorded; it runs as it is from then on.
+        buffers: Returns the buffers that inputs may be, looked up when a call is recorded.
+        most_copied: Size in bytes of the largest input that is copied at each replay.
     """
 
     def __init__(
-        self, function: Function, recorder: CallRecorder, counts: Counts, on_failure: Callable[[str], None]
+        self,
+        function: Function,
+        recorder: CallRecorder,
+        counts: Counts,
+        on_failure: Callable[[str], None],
+        buffers: Callable[[], Iterable[Tensor]] = tuple,
+        most_copied: int = _MOST_COPIED,
     ) -> None:
         self._function, self._recorder, self._counts, self._on_failure = function, recorder, counts, on_failure
+        self._buffers, self._most_copied = buffers, most_copied
         self._recording: Recording | None = None
         self._inputs: list[Any] = []
+        self._stands: list[bool] = []
         self._addresses: list[int] = []
-        self._is_recordable = True
+        self._is_recordable, self._dropped = True, 0
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if not self._is_recordable or torch.is_grad_enabled():
             return self._function(*inputs)
         with self._recorder.turn():
-            if self._recording is not None and _addresses(inputs) != self._addresses:
+            if self._recording is not None and self._addresses_of(inputs) != self._addresses:
                 self._drop()
+            if not self._is_recordable:
+                return self._function(*inputs)
             if self._recording is None:
                 return self._first(inputs)
             return self._replay(inputs)
 
     def _first(self, inputs: Sequence[Any]) -> Sequence[Any]:
         results = self._function(*inputs)  # kernels are loaded and tuned here, which cannot be recorded
+        buffers = {id(x) for x in self._buffers()}
+        self._stands = [self._stands_still(x, buffers) for x in inputs]
         try:
-            self._inputs = [_own(x) for x in inputs]
+            self._inputs = [x if stands else _own(x) for x, stands in zip(inputs, self._stands, strict=True)]
             self._recording = self._recorder.record(lambda: self._function(*self._inputs))
         except RuntimeError as error:
-            self._is_recordable, self._inputs = False, []
-            self._on_failure(f"a stage cannot be recorded: {str(error).strip().splitlines()[0]}")
+            self._give_up(str(error).strip().splitlines()[0])
             return results
-        self._addresses = _addresses(inputs)
+        self._addresses = self._addresses_of(inputs)
         self._counts.captures += 1
         return results
 
     def _replay(self, inputs: Sequence[Any]) -> Sequence[Any]:
         assert self._recording is not None
         try:
-            for kept, new in zip(self._inputs, inputs, strict=True):
-                if kept is not new and isinstance(kept, Tensor):
+            for kept, new, stands in zip(self._inputs, inputs, self._stands, strict=True):
+                if not stands and kept is not new and isinstance(kept, Tensor):
                     kept.copy_(new)
             self._recording.replay()
             results = [x.clone() if isinstance(x, Tensor) else x for x in self._recording.outputs]
@@ -159,21 +190,39 @@ class Replayed:
         return results
 
     def _drop(self) -> None:
+        large = [x for x, stands in zip(self._inputs, self._stands, strict=True) if stands and self._is_large(x)]
         self._recording, self._inputs, self._addresses = None, [], []
         self._counts.dropped += 1
+        self._dropped += 1
+        if large and self._dropped >= _MOST_DROPPED:
+            size = max(x.numel() * x.element_size() for x in large) / 2**20
+            self._give_up(f"an input of {size:.0f} MiB, too large to be copied at each replay, moves between calls")
+
+    def _give_up(self, reason: str) -> None:
+        self._is_recordable, self._inputs = False, []
+        self._on_failure(f"a stage cannot be recorded: {reason}")
+
+    def _stands_still(self, x: Any, buffers: Collection[int]) -> bool:
+        return isinstance(x, nn.Parameter) or id(x) in buffers or self._is_large(x)
+
+    def _is_large(self, x: Any) -> bool:
+        """Whether an input is no parameter and too large to be copied each time."""
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+            return False
+        return x.numel() * x.element_size() > self._most_copied
+
+    def _addresses_of(self, inputs: Sequence[Any]) -> list[int]:
+        """Returns where the inputs are that are read where they stand."""
+        standing = (x for x, stands in zip(inputs, self._stands, strict=True) if stands)
+        return [address for x in standing for address in _addresses_of(x)]
 
 
 def _own(x: Any) -> Any:
-    """Returns a copy of an input, laid out alike, or the input itself where it is a parameter, or no tensor."""
-    if isinstance(x, nn.Parameter) or not isinstance(x, Tensor):
+    """Returns a copy of an input, laid out alike, or the input itself where it is no tensor."""
+    if not isinstance(x, Tensor):
         return x
     copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return copy.copy_(x)  # a RuntimeError where elements of x share memory
-
-
-def _addresses(inputs: Sequence[Any]) -> list[int]:
-    """Returns where the parameters stand."""
-    return [address for x in inputs if isinstance(x, nn.Parameter) for address in _addresses_of(x)]
 
 
 def _addresses_of(x: Tensor) -> list[int]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..limits import MOST_SIDE
 from ..method.checks import is_finite_number
 from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 OutputType = Literal["pil", "latent"]
+OnBatchStep = Callable[[int, int, int], None]
+"""Called after each step of each request: (index of the request, steps done, steps in all)."""
+OnOutcome = Callable[[int, "Outcome"], None]
+"""Called as soon as a request has its outcome: (index of the request, outcome)."""
+
 _MAX_TEXT = 512  # T5 tokens, of FluxPipeline
 _WHOLE = {  # fields that are whole numbers, with the least and the greatest
-    "height": (1, 2**31 - 1),
-    "width": (1, 2**31 - 1),
+    "height": (1, MOST_SIDE),
+    "width": (1, MOST_SIDE),
     "seed": (0, 2**64 - 1),
     "max_sequence_length": (1, _MAX_TEXT),
 }
@@ -26,11 +32,18 @@ _WHOLE = {  # fields that are whole numbers, with the least and the greatest
 class Request:
     """One picture to make. Every request of a batch may differ from the others in every field.
 
-    prompt: one text; a batch of several is several requests. height, width: pixels. seed: of the noise, from 0 to
-    2^64 - 1; the same seed gives the picture that the pipeline makes with
-    `torch.Generator().manual_seed(seed)`. preset: a name of `PRESETS` or a JiTConfig. steps: overrides its
-    number. negative_prompt, true_cfg_scale: true CFG, where a prompt is given and the scale is above 1.
-    guidance_scale: of models with embedded guidance. max_sequence_length: T5 tokens of the prompt.
+    Attributes:
+        prompt: One text; a batch of several is several requests.
+        height: In pixels.
+        width: In pixels.
+        seed: Of the noise, from 0 to 2^64 - 1; the same seed gives the picture that the pipeline makes with
+            `torch.Generator().manual_seed(seed)`.
+        preset: A name of `PRESETS` or a JiTConfig.
+        steps: Overrides its number.
+        negative_prompt: For true CFG, with a scale above 1.
+        true_cfg_scale: Of true CFG.
+        guidance_scale: Of models with embedded guidance.
+        max_sequence_length: T5 tokens of the prompt.
     """
 
     prompt: str
@@ -119,17 +132,30 @@ def generate_batch(
     attention: Attention = "auto",
     strict: bool = False,
     output_type: OutputType = "pil",
+    on_step: OnBatchStep | None = None,
+    on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns one outcome for each request, in their order; all share each forward of the network.
 
     Requests may differ in size, text length, preset and hence stage. Outcome k is what request k gives alone, to
     rounding. A request that fails on its way (a velocity that is not finite, say) fails alone.
 
-    target: a diffusers `FluxPipeline` that is not patched. execution, attention, strict: as in `apply`; "indexed" runs
-        the requests' forwards one after the other.
+    Args:
+        target: A diffusers `FluxPipeline` that is not patched.
+        requests: Any number of them.
+        execution: As in `apply`; "indexed" runs the requests' forwards one after the other, and outcome k is then what
+            request k gives alone bit for bit.
+        attention: As in `apply`.
+        strict: As in `apply`.
+        output_type: "pil", or "latent" for tokens (N, D).
+        on_step: Called after each step of each request with the request's index, the steps done and the steps in all.
+            An Exception that it raises ends that request alone and is its error: how a server drops one that nobody
+            awaits.
+        on_outcome: Called as soon as a request has its outcome, with the request's index; others may go on for long.
 
-    Raises ConfigError with every request that cannot be run, by index, before any is run; UnsupportedModelError for
-    pipelines that cannot be accelerated correctly.
+    Raises:
+        ConfigError: With every request that cannot be run, by index, before any is run.
+        UnsupportedModelError: For pipelines that cannot be accelerated correctly.
     """
     from .. import patches
 
@@ -139,20 +165,23 @@ def generate_batch(
     patch = patches.find(target)
     if patch.generate_batch is None:
         raise UnsupportedModelError(
-            f"generate_batch: target must be a pipeline, got {type(target).__name__}; pass the FluxPipeline itself"
+            f"generate_batch: target must be a FluxPipeline, the one that packed execution knows, got "
+            f"{type(target).__name__}; apply(pipeline), and call it with a list of prompts"
         )
-    return list(patch.generate_batch(target, checked_requests(requests), how, output_type))
+    return list(patch.generate_batch(target, checked_requests(requests), how, output_type, on_step, on_outcome))
 
 
 def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:
     """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
-    if not isinstance(requests, Iterable):
+    try:
+        given = [*requests]
+    except TypeError:
         raise ConfigError(
             f"generate_batch: requests must be a list of jitaccel.Request, got {type(requests).__name__}; "
             f"put it in a list"
-        )
+        ) from None
     checked, problems = [], []
-    for index, request in enumerate(requests):
+    for index, request in enumerate(given):
         where = f"generate_batch: requests[{index}]:"
         if not isinstance(request, Request):
             problems.append(f"{where} must be a jitaccel.Request, got {type(request).__name__}; build one")

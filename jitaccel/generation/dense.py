@@ -19,6 +19,7 @@ class DenseRoute:
     def __init__(self, config: JiTConfig, reason: str) -> None:
         self.config = config
         self._reason = reason
+        self.history = None  # of a target that was not patched nothing is seen
 
     def stats(self) -> Stats:
         """Returns statistics without a generation; the note says why nothing is accelerated."""

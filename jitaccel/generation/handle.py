@@ -15,7 +15,14 @@ from . import registry
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
+    from torch import Tensor
+
     from ..speed.auto import Choice
+    from ..view.playback import Playback, Previews
+    from .route import History
 
 MISSING = object()
 HANDLE = "_jitaccel_handle"  # the attribute under which a replaced method knows its handle
@@ -26,6 +33,9 @@ class Route(Protocol):
     """What a patch runs calls through; a handle asks it for statistics and tells it to forget a generation."""
 
     config: JiTConfig
+
+    @property
+    def history(self) -> History | None: ...
 
     def stats(self) -> Stats: ...
 
@@ -72,16 +82,21 @@ class Installation:
         route: What calls will run through.
         install: Makes the changes to a target through a handle, which undoes them. It must not hold the target.
         release: Lets go of what was built (compiled graphs); called when the changes are undone.
+        check_idle: Raises where the changes must not be undone now, since another thread depends on them.
         replaces: Handles to remove first, besides the one of the same target.
         generate: Makes pictures of an empty prompt, (target, height, width, batch, further arguments), for a warm-up;
             None where only a loop of somebody's own makes any.
+        decode: Makes pictures for a report, (target, tokens (1, N, D), grid, latents along a token's side) to
+            (frames, H, W, 3) in [0, 1]; None where there is no autoencoder to ask.
     """
 
     route: Route
     install: Callable[[Any, Handle], None]
     release: Callable[[], None] = _release_nothing
+    check_idle: Callable[[], None] = _release_nothing
     replaces: tuple[Handle, ...] = ()
     generate: Callable[[Any, int, int, int, Mapping[str, Any]], object] | None = None
+    decode: Callable[[Any, Tensor, tuple[int, ...], int], Tensor] | None = None
 
 
 class Handle:
@@ -89,7 +104,8 @@ class Handle:
 
     It keeps neither its target nor a part of it alive.
 
-    choice: what `preset="auto"` picked, and why; None for other presets.
+    Attributes:
+        choice: What `preset="auto"` picked, and why; None for other presets.
     """
 
     def __init__(self, target: Any, installation: Installation) -> None:
@@ -161,14 +177,28 @@ class Handle:
     ) -> Stats:
         """Makes one picture of each size and batch, and drops it: compiles every stage before the first request.
 
-        sizes: (height, width) in pixels. call: further arguments of the pipeline, as requests will have them: the
-            length of prompts (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
-        Returns the statistics. Raises ConfigError where what was patched is no pipeline: call your own loop once.
+        Args:
+            sizes: (height, width) in pixels.
+            batch_sizes: Images of each call.
+            progress: Shows a bar.
+            **call: Further arguments of the pipeline, as requests will have them: the length of prompts
+                (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ConfigError: If what was patched is no pipeline: call your own loop once.
         """
         pipeline, generate = self.target, self._installation.generate
         if generate is None:
             raise ConfigError(
                 f"Handle.warmup: what was patched must be a pipeline, got {self._kind}; run your own loop once instead"
+            )
+        if pipeline is None:
+            raise ConfigError(
+                f"Handle.warmup: the pipeline must be alive, got a {self._kind} that is gone; keep it in a "
+                f"variable, for a handle does not"
             )
         todo = [(*size, batch) for size in _checked_sizes(sizes) for batch in _checked_batches(batch_sizes)]
         if progress:
@@ -183,6 +213,103 @@ class Handle:
         """Returns what the last generation did: tokens, operations and time of each step, and what ran and why."""
         return self.route.stats()
 
+    def record(self, image: int | None = 0) -> Handle:
+        """Keeps what a report shows of each generation from the next one on: one image's state at each step.
+
+        Nothing is kept unless this is called. Copies of state and clean estimate are made in float16 on the CPU, 1 MiB
+        a step for FLUX.1 at 1024x1024. The picture stays the same, bit for bit. Only the last generation is kept.
+
+        Args:
+            image: Which image of a batch, from 0; None stops recording and drops what was kept.
+
+        Returns:
+            This handle.
+
+        Raises:
+            ConfigError: For what is no index, and for a target that `on_unsupported="dense"` left unpatched.
+        """
+        if image is not None and (not isinstance(image, int) or isinstance(image, bool) or image < 0):
+            raise ConfigError(f"Handle.record: image must be an index from 0, or None, got {image!r}")
+        history = self.route.history
+        if history is None:
+            raise ConfigError(
+                f"Handle.record: the target must be patched, got a {self._kind} that runs dense, untouched; "
+                f"handle.stats() says why"
+            )
+        history.record(image)
+        return self
+
+    def playback(
+        self,
+        name: str | None = None,
+        *,
+        prompt: str | None = None,
+        previews: Previews = "auto",
+        frames: int = 12,
+        progress: bool = True,
+    ) -> Playback:
+        """Returns the pictures of each step of the last generation, for `jitaccel.view.write_report`.
+
+        Args:
+            name: What the report calls it; without it the preset's name.
+            prompt: What was asked for.
+            previews: "vae" decodes each step by the pipeline's own autoencoder, "colours" shows the main directions of
+                the latents as colours, which costs nothing; "auto" takes the autoencoder if there is one.
+            frames: At most so many frames of a video.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ConfigError: Where nothing was recorded, and for `previews="vae"` without an autoencoder.
+        """
+        from ..view.playback import make_playback
+
+        history, target = self.route.history, self.target
+        if history is None or history.tape is None or not history.tape.frames:
+            raise ConfigError(
+                "Handle.report: a generation must have been recorded, got none; call handle.record() before it"
+            )
+        decode = self._installation.decode if getattr(target, "vae", None) is not None else None
+        return make_playback(
+            history.tape,
+            self.stats(),
+            decode=None if decode is None else functools.partial(decode, target),
+            name=name,
+            prompt=prompt,
+            previews=previews,
+            most_frames=frames,
+            progress=progress,
+        )
+
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        name: str | None = None,
+        prompt: str | None = None,
+        previews: Previews = "auto",
+        progress: bool = True,
+    ) -> Path:
+        """Writes the last generation as one HTML file that needs nothing else: a slider over its steps.
+
+        Call `record()` before the generation. docs/report.md shows how to put several next to each other.
+
+        Args:
+            path: The file to write, at most 5 MB.
+            name: What the report calls the generation; without it the preset's name.
+            prompt: What was asked for.
+            previews: As in `playback`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: As `playback`, and where Pillow is missing.
+        """
+        from ..view.page import write_report
+
+        return write_report(path, [self.playback(name, prompt=prompt, previews=previews, progress=progress)])
+
     def reset(self) -> None:
         """Forgets a generation that was left unfinished; a loop that knows no pipeline may call it before a new one."""
         self.route.reset()
@@ -190,9 +317,12 @@ class Handle:
     def remove(self) -> None:
         """Takes every change back, the last first.
 
+        Raises RuntimeError, and undoes nothing, while another thread makes a picture with what is patched.
+
         An undo that fails does not keep the others from being done; its error is raised at the end. What has failed or
         was interrupted is done again by the next call.
         """
+        self._installation.check_idle()
         self._changes.clear()
         failed: list[Callable[[], None]] = []
         error: Exception | None = None
@@ -225,10 +355,15 @@ class Handle:
         auto = "" if self.choice is None else f"; auto: {self.choice}"
         return f"<jitaccel.Handle of {self._kind}: {changes}{auto}>"
 
+    def _repr_html_(self) -> str:
+        from ..view.notebook import handle_html
+
+        return handle_html(repr(self), self.stats())
+
 
 def _checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Returns sizes as pairs. Raises ConfigError for what is no list of pairs: one size alone, say."""
-    pairs = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, (str, bytes)) else None
+    pairs = _listed(sizes)
     if pairs is None or not all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side) for side in pair) for pair in pairs
     ):
@@ -240,13 +375,23 @@ def _checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _checked_batches(batch_sizes: Sequence[int]) -> list[int]:
-    batches = list(batch_sizes) if isinstance(batch_sizes, Iterable) else None
+    batches = _listed(batch_sizes)
     if batches is None or not all(_is_count(batch) for batch in batches):
         raise ConfigError(
             f"Handle.warmup: batch_sizes must be a list of whole numbers above 0, got {batch_sizes!r}; "
             f"give for example (1, 2)"
         )
     return batches
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """Returns the items of what has some; None of anything else, a text too."""
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # a tensor without dimensions says that it has items
+        return None
 
 
 def _is_count(value: object) -> bool:

@@ -20,6 +20,7 @@ from ..method.run import Run
 from ..method.steps import Step
 from .ranks import ALONE, Ranks, begun_alike, eight_bytes
 from .stats import Cost, Recorder, Stats, summarize
+from .tape import Tape
 
 if TYPE_CHECKING:
     from ..execution.compile import CompileStats
@@ -103,6 +104,8 @@ class Generation:
 
         with self.recorder.outside(step.index):
             self.run = begun_alike(ranks, state.device, begin, number)
+        self.tape: Tape | None = None
+        self._patch = patch
 
     def enter(self, step: Step, state: Tensor) -> Tensor:
         """Returns the state (B, N, D) from which `step` starts: the given one, or a moved copy where a stage begins."""
@@ -124,9 +127,17 @@ class Generation:
     def leave(self, step: Step, state: Tensor, answer: Answer) -> Tensor:
         """Returns the velocity (B, N, D) that an Euler step from `state`, the one the network saw, is to take."""
         with self.recorder.outside(step.index):
-            if answer.lifted is None:
-                return self.run.leave(step, state, answer.values)
-            return self.run.remember(step, state, answer.lifted)
+            velocity = answer.lifted
+            if velocity is None:
+                velocity = self.run.lift(step, state, answer.values)
+            corrected = self.run.remember(step, state, velocity)
+        if self.tape is not None:
+            self.tape.see(step, state, velocity, corrected)
+        return corrected
+
+    def record(self, image: int) -> None:
+        """Keeps from now on what a report shows of one image of the batch. Raises ConfigError where it has fewer."""
+        self.tape = Tape(image, self.recorder.batch, self.run.grid, self._patch)
 
 
 def fold_move(velocity: Tensor, move: Tensor | None, step: Step) -> Tensor:
@@ -147,7 +158,8 @@ def fold_move(velocity: Tensor, move: Tensor | None, step: Step) -> Tensor:
 class History:
     """What the generations of one route did: how many there were, and the record of the last one.
 
-    `notes` are the route's own remarks on it.
+    `notes` are the route's own remarks on it. `image`: which image of a batch to keep for a report; None keeps nothing.
+    `tape`: what was kept of the last generation, None where nothing was.
     """
 
     def __init__(self, config: JiTConfig, codebase: str, executor: Executor) -> None:
@@ -155,15 +167,26 @@ class History:
         self._recorder: Recorder | None = None
         self._generations = 0
         self.notes: tuple[str, ...] = ()
+        self.image: int | None = None
+        self.tape: Tape | None = None
 
     def begin(self, generation: Generation) -> None:
         """Counts a generation, which is the last one from now on."""
         self._generations += 1
+        if self.image is not None:
+            generation.record(self.image)
         self.show(generation)
+
+    def record(self, image: int | None) -> None:
+        """Keeps this image of each generation from the next one on; None drops what was kept."""
+        self.image = image
+        if image is None:
+            self.tape = None
 
     def show(self, generation: Generation | None) -> None:
         """Makes statistics those of this generation; of None, where the last one ran dense."""
         self._recorder = None if generation is None else generation.recorder
+        self.tape = None if generation is None else generation.tape
 
     def stats(self) -> Stats:
         """Returns what the last generation did."""

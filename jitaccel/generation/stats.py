@@ -104,14 +104,19 @@ class Stats:
         tokens = next((step.tokens for step in self.steps if step.stage == stage), 0)
         return "dense" if tokens == num_tokens_of(self.grid) else "subset"
 
+    def _repr_html_(self) -> str:
+        from ..view.notebook import stats_html
+
+        return stats_html(self)
+
     def __str__(self) -> str:
         how = f"{self.execution} execution" + (f" with {self.attention}" if self.attention else "")
         lines = [f"{self.codebase}, {how}, {self.generations} generations"]
         if self.compiled is not None:
             c = self.compiled
             lines.append(
-                f"compiled: {c.graphs} graphs for {c.signatures} signatures, {c.calls} calls, {c.eager_calls} eager; "
-                f"{c.captures} captured, {c.replays} replays, {c.dropped} dropped"
+                f"compiled {c.what}: {c.graphs} graphs for {c.signatures} signatures, {c.calls} calls, "
+                f"{c.eager_calls} eager; {c.captures} captured, {c.replays} replays, {c.dropped} dropped"
             )
         lines += [f"note: {note}" for note in self.notes]
         if not self.steps:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import ConfigError, suggestion
+from ..limits import MOST_SHARED
 from .checks import MAX_STEPS, check_steps, choice_problems, is_finite_number, is_step_count, is_whole, stage_problems
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -18,13 +19,34 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lifter": ("velocity", "clean"),
         "micro_flow": ("exact", "released", "none"),
         "noise": ("fresh", "own"),
-        "solver": ("euler", "dpmpp_2m"),
+        "solver": ("euler", "dpmpp_2m", "caller"),
     }
 )
 _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
 MAX_WINDOW = 1023  # the operators' own limit
 _MAX_TOKENS = 2**40  # the operators' own limit
+
+
+class Overrides(TypedDict, total=False):
+    """The fields of JiTConfig as keywords, so that editors complete them; JiTConfig says what each is."""
+
+    densities: tuple[float, ...]
+    boundaries: tuple[float, ...]
+    steps: int | Literal["caller"]
+    schedule: Literal["beta", "log_snr", "native"] | tuple[float, ...]
+    alpha: float
+    beta: float
+    log_snr: tuple[float, float]
+    lifter: Literal["velocity", "clean"]
+    micro_flow: Literal["exact", "released", "none"]
+    relax_steps: int
+    noise: Literal["fresh", "own"]
+    solver: Literal["euler", "dpmpp_2m", "caller"]
+    importance_window: int
+    blur_scale: float
+    pooling: tuple[int, ...]
+    multiple: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +72,8 @@ class JiTConfig:
         noise: Noise of the target: "fresh" (paper) or the token's "own" initial noise.
         solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
             estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
+            "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and DPM-Solver++ then keep their
+            own solver, and newly activated tokens start it anew.
         importance_window: Side of the window of the local variance, in tokens, odd.
         blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
             sqrt(density), as in every preset, the width is 1 token whatever the scale.
@@ -74,7 +98,7 @@ class JiTConfig:
     micro_flow: Literal["exact", "released", "none"] = "released"
     relax_steps: int = 3
     noise: Literal["fresh", "own"] = "fresh"
-    solver: Literal["euler", "dpmpp_2m"] = "euler"
+    solver: Literal["euler", "dpmpp_2m", "caller"] = "euler"
     importance_window: int = 3
     blur_scale: float = 0.4
     pooling: tuple[int, ...] = ()
@@ -194,9 +218,9 @@ class JiTConfig:
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
                 f"the released code's is 3"
             )
-        if not is_whole(self.multiple) or self.multiple < 1:
+        if not is_whole(self.multiple) or not 1 <= self.multiple <= MOST_SHARED:
             problems.append(
-                f"JiTConfig: multiple must be a whole number above 0, got {self.multiple!r}; "
+                f"JiTConfig: multiple must be a whole number in 1..{MOST_SHARED}, got {self.multiple!r}; "
                 f"give the number of ranks that divide the tokens, or 1"
             )
         window = self.importance_window
@@ -273,6 +297,16 @@ class JiTConfig:
                 f"token_counts: num_tokens must be a whole number from 1 to 2^40, got {num_tokens!r}; "
                 f"pass grid_h * grid_w"
             )
+        if not is_whole(num_forced) or not 0 <= num_forced <= num_tokens:
+            raise ConfigError(
+                f"token_counts: num_forced must be a whole number in 0..{num_tokens}, the tokens, got {num_forced!r}; "
+                f"count those under the mask"
+            )
+        if not is_whole(multiple) or not 1 <= multiple <= MOST_SHARED:
+            raise ConfigError(
+                f"token_counts: multiple must be a whole number in 1..{MOST_SHARED}, got {multiple!r}; leave it "
+                f"out for 1"
+            )
         others = num_tokens - num_forced
         counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
         if counts[0] < 1:
@@ -326,14 +360,14 @@ class JiTConfig:
                 found += [size for size in [next(fits, None)] if size is not None]
         return tuple(found)
 
-    def replace(self, **overrides: Any) -> "JiTConfig":
+    def replace(self, **overrides: Unpack[Overrides]) -> "JiTConfig":
         """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError.
 
         Densities make new stages: without `pooling` beside them none of these pools.
         """
         check_fields("replace", overrides)
-        new_stages = {"pooling": ()} if "densities" in overrides else {}
-        return dataclasses.replace(self, **{**new_stages, **overrides})
+        changes: dict[str, Any] = {"pooling": ()} if "densities" in overrides else {}
+        return dataclasses.replace(self, **{**changes, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict of numbers, strings and lists, ready for JSON."""

@@ -79,12 +79,20 @@ class PooledPlan:
         """Returns the level at which the network sees a state at `level`."""
         return pooled_level(level, self.factor)
 
-    def lift(self, values: Tensor, state: Tensor, level: float | Tensor, lifter: str = "clean") -> Tensor:
+    def lift(
+        self,
+        values: Tensor,
+        state: Tensor,
+        level: float | Tensor,
+        lifter: str = "clean",
+        shown: Tensor | None = None,
+    ) -> Tensor:
         """Returns the velocity at every token (B, N, D) from the network's values (B, M, D): `ops.lift_pooled`.
 
-        lifter: not looked at, a pooled stage always lifts the clean estimate.
+        lifter: not looked at, a pooled stage always lifts the clean estimate. shown: what `show` gave for this state
+        and level, (B, M, D), where that was kept.
         """
-        pooled = self.show(state, level)
+        pooled = self.show(state, level) if shown is None else shown
         return ops.lift_pooled(values, pooled, state, self.grid, self.patch, self.factor, level)
 
 

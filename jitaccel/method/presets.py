@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ConfigError, suggestion
 from .config import JiTConfig
@@ -72,6 +72,9 @@ POOLED_PLANS: Mapping[tuple[int, int], JiTConfig] = MappingProxyType(
     {(pooled, dense): pooled_start(pooled, dense, alpha, beta) for pooled, dense, alpha, beta in _PLANS}
 )
 """Configurations by their numbers of pooled and dense steps, the dearest first."""
+
+PresetName = Literal["4x", "7x", "10x", "few-steps", "4x-paper", "7x-paper", "dense"]
+"""The names of PRESETS, for type checkers and editors."""
 
 PRESETS: Mapping[str, JiTConfig] = MappingProxyType(
     {

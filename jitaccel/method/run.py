@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteVelocityError
+from .. import ops
+from ..errors import ConfigError, NonFiniteVelocityError, UnsupportedModelError
 from ..tokens import gather_tokens, scatter_tokens
-from .anchors import activate, first_anchors, merge_anchors
+from .anchors import first_anchors, merge_anchors
 from .config import JiTConfig
 from .grid import lattice, name_of, num_tokens_of
 from .importance import importance
@@ -37,7 +38,7 @@ def importance_of(run: Run, left: Left) -> Tensor:
 
 def lifted(run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
     """Returns the velocity at every token, (B, N, D), as the stage and `JiTConfig.lifter` say."""
-    return run.plan.lift(values, state, step.noise_level, run.config.lifter)
+    return run.plan.lift(values, state, step.noise_level, run.config.lifter, run.shown_of(state))
 
 
 def moved(run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: LiftPlan) -> Tensor:
@@ -75,7 +76,8 @@ class Run:
     (`benchmarks/lab`). `noise_level` is that of the step entered last; `generators`, one for each image, are where its
     random choices come from.
 
-    Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1.
+    Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1;
+    UnsupportedModelError where the images' masks give them stages of different numbers of tokens.
     """
 
     def __init__(
@@ -105,35 +107,50 @@ class Run:
             )
         self.config, self.grid, self.stage = config, grid, step.stage
         self.noise_level = step.noise_level
-        num_forced = 0 if forced is None else int(forced.sum(dim=1).max())
-        self._counts = config.stage_tokens(grid, num_forced, multiple)
+        self._counts = stage_tokens_of(config, grid, forced, multiple)
         self._forced, self._patch = forced, patch
         self._parts = parts
         self.generators = image_generators(state)
         self._noise = state.clone() if noise is None and config.noise == "own" else noise
         self._left: Left | None = None
+        self._last_step = step.index
         self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
+        self._shown: tuple[Tensor, Tensor] | None = None  # a state of the step entered last, and what was shown of it
+        self._has_shared_anchors: bool | None
         self.plan: LiftPlan | PooledPlan
         if self.factor > 1:
             self._plan_pooled(state)
         else:
-            self._plan(self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors)
+            own = self._first_anchors(state, self._counts[self.stage]) if anchors is None else anchors
+            self._plan(own, is_checked=anchors is None)
 
-    def _first_anchors(self, state: Tensor, count: int) -> Tensor:
-        """Returns `count` anchors for each image, (B, count), before anything is known of the picture."""
+    def _first_anchors(self, state: Tensor, count: int, image: int | None = None) -> Tensor:
+        """Returns `count` anchors for each image, (B, count), before anything is known of the picture.
+
+        image: the one for which they are, (1, count); None for all.
+        """
         masks = [None] * len(self.generators) if self._forced is None else self._forced.cpu().unbind(0)
-        drawn = [first_anchors(self.grid, count, g, m) for g, m in zip(self.generators, masks, strict=True)]
+        each = [*zip(self.generators, masks, strict=True)]
+        drawn = [first_anchors(self.grid, count, g, m) for g, m in (each if image is None else [each[image]])]
         return torch.stack(drawn).to(state.device)
 
-    def _plan(self, anchors: Tensor) -> None:
+    def _plan(self, anchors: Tensor, is_checked: bool = True) -> None:
         """Makes all that depends on the anchors alone, once a stage."""
-        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale)
-        self.has_shared_anchors = bool((anchors == anchors[:1]).all())
+        self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale, is_checked)
+        self._has_shared_anchors = None
 
     def _plan_pooled(self, state: Tensor) -> None:
         self.plan = make_pooled_plan(state.shape[0], self.grid, self.factor, self._patch, state.device)
-        self.has_shared_anchors = True
+        self._has_shared_anchors = True
+
+    @property
+    def has_shared_anchors(self) -> bool:
+        """Whether all images have the same anchors. Waits for the device once a stage where there are several."""
+        if self._has_shared_anchors is None:
+            first, *others = self.anchors
+            self._has_shared_anchors = not others or bool((self.anchors == first).all())
+        return self._has_shared_anchors
 
     @property
     def factor(self) -> int:
@@ -165,7 +182,13 @@ class Run:
 
     def show(self, state: Tensor) -> Tensor:
         """Returns what the network sees of a state (B, N, D) of the step entered last, (B, M, D)."""
-        return self.plan.show(state, self.noise_level)
+        shown = self.plan.show(state, self.noise_level)
+        self._shown = (state, shown)
+        return shown
+
+    def shown_of(self, state: Tensor) -> Tensor | None:
+        """Returns what `show` gave for this state, the same object, in the step entered last; None where it has not."""
+        return self._shown[1] if self._shown is not None and self._shown[0] is state else None
 
     def show_beside(self, x: Tensor) -> Tensor:
         """Returns what the network sees of latents beside the state, (B, N, C): a mask, another picture; (B, M, C)."""
@@ -188,7 +211,7 @@ class Run:
 
         Importance-guided activation and the deterministic micro-flow (arXiv:2603.10744). `state` is not written.
         """
-        self.noise_level = step.noise_level
+        self.noise_level, self._shown = step.noise_level, None
         while self.stage < step.stage:
             state = self._start_stage(step, state)
         return state
@@ -197,7 +220,6 @@ class Run:
         left = self._left
         if left is None:
             raise RuntimeError(f"Run.enter: a step must be left before stage {self.stage + 1} starts, got none")
-        self.check_finite()
         self.stage += 1
         old = self.plan
         if isinstance(old, PooledPlan):
@@ -217,13 +239,26 @@ class Run:
         """Makes the plan of a stage before which every token was shown: of its anchors the most important are chosen
         beside the regular ones."""
         if self.factor > 1:
+            self.check_finite()
             self._plan_pooled(state)
             return
-        regular = lattice(self.grid)
+        regular = lattice(self.grid).expand(state.shape[0], -1)
         if self._forced is not None:
-            regular = (regular | self._forced.cpu()).sum(dim=1).max()
-        anchors = self._first_anchors(state, min(self._counts[self.stage], int(regular.sum())))
-        self._plan(merge_anchors(anchors, self._activated(left, anchors)))
+            regular = regular | self._forced.cpu()
+        counts = [min(self._counts[self.stage], count) for count in regular.sum(dim=1).tolist()]
+        if len(set(counts)) == 1:
+            anchors = self._first_anchors(state, counts[0])
+            self._plan(merge_anchors(anchors, self._activated(left, anchors)))
+            return
+        # Masks hold different numbers of regular places: each image has the anchors that it has alone.
+        rows = []
+        for image, count in enumerate(counts):
+            anchors = self._first_anchors(state, count, image)
+            alone = Left(
+                state=left.state[image, None], velocity=left.velocity[image, None], noise_level=left.noise_level
+            )
+            rows.append(merge_anchors(anchors, self._activated(alone, anchors)))
+        self._plan(torch.cat(rows))
 
     def _activated(self, left: Left, anchors: Tensor) -> Tensor:
         """Returns the tokens that a stage activates beside `anchors` (B, M), (B, count); all of them where it pools.
@@ -232,9 +267,12 @@ class Run:
         """
         inactive = num_tokens_of(self.grid) - anchors.shape[1]
         count = inactive if self.factor > 1 else self._counts[self.stage] - anchors.shape[1]
-        is_choice = 0 < count < inactive
-        scores = self._parts.scores(self, left) if is_choice else torch.zeros_like(left.velocity[..., 0]).float()
-        return activate(scores, anchors, count)
+        if not 0 < count < inactive:
+            self.check_finite()
+            return ops.activate(torch.zeros_like(left.velocity[..., 0]).float(), anchors, count)
+        scores = self._parts.scores(self, left)
+        self.check_finite(scores)
+        return ops.activate(scores, anchors, count)
 
     def target_noise(self, state: Tensor) -> Tensor:
         """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
@@ -251,13 +289,18 @@ class Run:
         Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744), but for what a solver beyond Euler
         adds to it. state: the one the network saw.
         """
-        return self.remember(step, state, self._parts.lift(self, step, state, values))
+        return self.remember(step, state, self.lift(step, state, values))
+
+    def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
+        """Returns the velocity at every token, (B, N, D), before the solver; nothing is kept."""
+        return self._parts.lift(self, step, state, values)
 
     def remember(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
         """Keeps what later steps need of a full velocity: copies, since samplers may write in place.
 
         Returns the velocity whose Euler step is the solver's: the same one, but with `dpmpp_2m`.
         """
+        self._last_step, self._shown = step.index, None
         self._finite.append((step.index, torch.isfinite(velocity).all()))
         if step.may_end_stage:
             self._left = Left(state=state.clone(), velocity=velocity.clone(), noise_level=step.noise_level)
@@ -273,21 +316,57 @@ class Run:
         """Returns the velocity that `remember` got where it returned this one, at the step that was left last."""
         return self._solver.uncorrect(step, state, velocity)
 
-    def check_finite(self) -> None:
+    def check_finite(self, scores: Tensor | None = None) -> None:
         """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.
 
-        Waits for the device, so it is asked only where a stage starts and at the end.
+        Waits for the device, so it is asked only where a stage starts and at the end. scores: by which that stage
+        chooses its tokens, (B, N), looked at in the same wait.
         """
         checked, self._finite = self._finite, []
-        if not checked:
+        chosen = [] if scores is None else [torch.isfinite(scores).all()]
+        if not checked and not chosen:
             return
-        flags = torch.stack([flag for _, flag in checked]).tolist()
-        for (index, _), is_finite in zip(checked, flags, strict=True):
+        flags = torch.stack([*(flag for _, flag in checked), *chosen]).tolist()
+        for (index, _), is_finite in zip(checked, flags[: len(checked)], strict=True):
             if not is_finite:
                 raise NonFiniteVelocityError(
                     f"Run: the velocity must be finite, got NaN or infinity at step {index}; "
                     f"float16 overflows in some FLUX models, load it in bfloat16"
                 )
+        if not all(flags):
+            level = "" if self._left is None else f" at noise level {self._left.noise_level:g}"
+            raise NonFiniteVelocityError(
+                f"Run: what stage {self.stage} activates must be chosen by finite importance, got NaN or infinity of "
+                f"the step{level}, the last of stage {self.stage - 1} (step {self._last_step}); the model's velocity "
+                f"overflowed, try bfloat16 or float32"
+            )
+
+
+def stage_tokens_of(
+    config: JiTConfig, grid: tuple[int, ...], forced: Tensor | None, multiple: int = 1
+) -> tuple[int, ...]:
+    """Returns the number of tokens that each stage gives the network, the same for every image of a batch.
+
+    Args:
+        config: What runs.
+        grid: The token grid.
+        forced: (B, N) bool, tokens that are anchors in every stage; None for none. Waits for the device.
+        multiple: As in `JiTConfig.token_counts`.
+
+    Raises:
+        ConfigError: As `JiTConfig.stage_tokens` does.
+        UnsupportedModelError: Where masks of different sizes would give the images different numbers: one of them
+            would not be the picture that is made alone.
+    """
+    numbers = [0] if forced is None else [int(number) for number in forced.sum(dim=1).tolist()]
+    counts = {number: config.stage_tokens(grid, number, multiple) for number in numbers or [0]}
+    if len(set(counts.values())) > 1:
+        raise UnsupportedModelError(
+            f"jitaccel: masks of a batch must cover equally many tokens in every image, got "
+            f"{', '.join(map(str, numbers))} of {num_tokens_of(grid)}; make the images one after "
+            f"the other, or give all of them one mask"
+        )
+    return next(iter(counts.values()))
 
 
 def image_generators(state: Tensor) -> list[torch.Generator]:

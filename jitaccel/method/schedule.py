@@ -55,11 +55,18 @@ def log_snr_levels(num_steps: int, first: float, last: float) -> tuple[float, ..
 def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ...]:
     """Returns the noise levels of a configuration, one more than it has steps, the last 0.
 
-    steps: number of steps; needed where `config.steps` is "caller", and takes precedence otherwise.
+    Args:
+        config: Its schedule, alpha, beta and log_snr count.
+        steps: Number of steps; needed if `config.steps` is "caller", and takes precedence otherwise.
 
-    Raises ConfigError for the "native" schedule, whose levels only the sampler knows, for a missing step
-    count, and for one that an explicit schedule does not have.
+    Raises:
+        ConfigError: For the "native" schedule, whose levels only the sampler knows, for a missing step count, and for
+            one that an explicit schedule does not have.
     """
+    if not isinstance(config, JiTConfig):
+        raise ConfigError(
+            f"noise_levels: config must be a JiTConfig, got {config!r}; pass one, for example jitaccel.PRESETS['7x']"
+        )
     if config.schedule == "native":
         raise ConfigError(
             'noise_levels: schedule must be "beta", "log_snr" or explicit levels, got "native"; '

@@ -144,6 +144,6 @@ class Multistep:
         return each.scatter_(1, computed, weight)[..., None]
 
 
-def make_solver(name: Literal["euler", "dpmpp_2m"]) -> Solver:
-    """Returns a fresh solver of one generation, by `JiTConfig.solver`."""
-    return Euler() if name == "euler" else Multistep()
+def make_solver(name: Literal["euler", "dpmpp_2m", "caller"]) -> Solver:
+    """Returns a fresh solver of one generation, by `JiTConfig.solver`; where the sampler has its own, none is added."""
+    return Multistep() if name == "dpmpp_2m" else Euler()

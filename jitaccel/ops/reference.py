@@ -134,7 +134,8 @@ def lift_clean(
     """Returns the velocity (B, N, D), in the dtype of `values`, whose clean estimate is the anchors' one, lifted."""
     dtype = torch.promote_types(torch.promote_types(values.dtype, state.dtype), torch.float32)
     at_anchors = gather_tokens(state, anchors).to(dtype) - level * values.to(dtype)
-    velocity = (state.to(dtype) - lift(at_anchors, nearest, anchors, grid, weights, stack)) / level
+    # In place: on a CPU each new tensor of this size costs as much as an operation.
+    velocity = lift(at_anchors, nearest, anchors, grid, weights, stack).neg_().add_(state).div_(level)
     return put_tokens_(velocity.to(values.dtype).contiguous(), values, anchors)
 
 

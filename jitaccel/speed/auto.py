@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
+from ..limits import MOST_TEXT_TOKENS
 from ..method.checks import is_finite_number
-from ..method.config import JiTConfig, arguments_of, check_fields
+from ..method.config import JiTConfig, Overrides, arguments_of, check_fields
 from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
 from .cost import Costs, Seconds, loop_seconds, measure
 from .target import target_problems
@@ -85,7 +86,7 @@ def decide(
     target_speedup: float | None = None,
     target_ms: float | None = None,
     family: Sequence[JiTConfig] = FAMILY,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Choice:
     """Returns the choice for a target from costs measured before; arguments and errors are those of `auto_config`."""
     check_target(target_speedup, target_ms, overrides)
@@ -122,30 +123,36 @@ def auto_config(
     execution: Mode = "auto",
     attention: Attention = "auto",
     clock: Callable[[], float] | None = None,
-    **overrides: Any,
+    progress: Callable[[int, int], None] | None = None,
+    **overrides: Unpack[Overrides],
 ) -> Choice:
     """Returns the configuration that reaches a speed on this machine, and what is expected of it; applies nothing.
 
     A few steps of `target` are timed, on its own device and dtype, at four densities, as `apply` would run them:
     about five dense steps' time, four times over. What a speed leaves room for is spent on steps first.
 
-    target: what `apply` takes; FLUX.1, FLUX.2 and Chroma of diffusers, text to image, or their transformers.
-    target_speedup: against 50 dense steps of the untouched model, above 1. target_ms: milliseconds for the denoising
-        loop of one image, one branch: true CFG takes twice that, a batch as many times more; text encoding and
-        decoding are not in it, nor are a ControlNet or reference pictures. Give one of both.
-    size: (height, width) of the pictures in pixels; without it the pipeline's default. A bare transformer needs it, and
-        is taken to make 16 x 16 pixels of a token.
-    text_tokens: length of prompts with padding; without it what the pipeline pads to by default, or 512.
-    execution, attention: as `apply` gets them. Compilation is not measured: its gain comes on top.
-    clock: returns seconds, for tests. overrides: fields of JiTConfig beside densities, boundaries and steps.
+    Args:
+        target: What `apply` takes; FLUX.1, FLUX.2 and Chroma of diffusers, text to image, or their transformers.
+        target_speedup: Against 50 dense steps of the untouched model, above 1. Give this or `target_ms`.
+        target_ms: Milliseconds for the denoising loop of one image, one branch: true CFG takes twice that, a batch as
+            many times more; text encoding and decoding are not in it, nor are a ControlNet or reference pictures.
+        size: (height, width) of the pictures in pixels; without it the pipeline's default. A bare transformer needs it,
+            and is taken to make 16 x 16 pixels of a token.
+        text_tokens: Length of prompts with padding; without it what the pipeline pads to by default, or 512.
+        execution: As in `apply`. Compilation is not measured: its gain comes on top.
+        attention: As in `apply`.
+        clock: Returns seconds, for tests.
+        progress: Called with the number of forwards that have run and the number expected, as they run.
+        **overrides: Fields of JiTConfig other than densities, boundaries, steps and pooling.
 
-    Raises ConfigError for a target that is out of reach, naming the fastest that is not; UnsupportedModelError for
-    what is not measured.
+    Raises:
+        ConfigError: For a target that is out of reach, naming the fastest that is not.
+        UnsupportedModelError: For a model that cannot be measured.
     """
     check_fields("auto_config", overrides, arguments_of(auto_config))
     check_target(target_speedup, target_ms, overrides)
     how = Execution(execution=execution, attention=attention)
-    costs = measure_costs(target, size, text_tokens, how, clock)
+    costs = measure_costs(target, size, text_tokens, how, clock, progress)
     return decide(costs, target_speedup=target_speedup, target_ms=target_ms, **overrides)
 
 
@@ -155,23 +162,26 @@ def measure_costs(
     text_tokens: int | None = None,
     execution: Execution | None = None,
     clock: Callable[[], float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Costs:
     """Returns what steps of a target cost on this machine; `auto_config` says more of the arguments."""
     from .. import patches
 
-    if text_tokens is not None and (not isinstance(text_tokens, int) or text_tokens < 1):
+    is_length = isinstance(text_tokens, int) and not isinstance(text_tokens, bool)
+    if text_tokens is not None and not (is_length and 1 <= text_tokens <= MOST_TEXT_TOKENS):
         raise ConfigError(
-            f"auto_config: text_tokens must be a whole number above 0, got {text_tokens!r}; count the padding too"
+            f"auto_config: text_tokens must be a whole number in 1..{MOST_TEXT_TOKENS}, got {text_tokens!r}; "
+            f"count the padding too"
         )
     patch = patches.find(target)
     if patch.probe is None:
         raise UnsupportedModelError(
-            f"auto_config: target must be one whose steps can be measured, got {type(target).__name__} ({patch.name}); "
-            f'give a preset ("4x", "7x") or a JiTConfig instead'
+            f"auto_config: target must be of FLUX.1, FLUX.2 or Chroma, whose steps can be timed beforehand, got "
+            f'{type(target).__name__}; give a preset ("4x", "7x") or a JiTConfig instead'
         )
     probe = patch.probe(target, size, text_tokens, execution or Execution())
     try:
-        return measure(probe, clock)
+        return measure(probe, clock, progress)
     finally:
         probe.release()
 

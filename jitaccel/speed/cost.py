@@ -62,25 +62,32 @@ class Costs:
         return constant + linear * tokens + square * tokens**2
 
 
-def measure(probe: Probe, clock: Callable[[], float] | None = None) -> Costs:
+def measure(
+    probe: Probe, clock: Callable[[], float] | None = None, progress: Callable[[int, int], None] | None = None
+) -> Costs:
     """Returns the medians of what a probe's forwards take, each warmed up once; rounds over all take turns.
 
     Three rounds at least, more of what is fast, one of what takes 20 s or more. Waits for the device around each.
-    clock: returns seconds; without one, the wall's.
+    clock: returns seconds; without one, the wall's. progress: called with the number of forwards that have run and the
+    number expected, after each.
     """
     counts = measured_counts(probe.num_tokens, probe.multiple)
     runs: list[Callable[[], object]] = [probe.dense, *(probe.sparse(count) for count in counts)]
     seen: list[list[float]] = []
     clock = perf_counter if clock is None else clock
+    least, most = _ROUNDS
     with torch.no_grad():
-        for run in runs:  # kernels are chosen and memory is taken here
+        for done, run in enumerate(runs, start=1):  # kernels are chosen and memory is taken here
             _timed(run, probe.device, clock)
-        least, most = _ROUNDS
+            if progress is not None:
+                progress(done, len(runs) * (1 + least))
         while len(seen) < least or (len(seen) < most and sum(map(sum, seen)) < _ENOUGH_S):
             # Each round starts with another one: what interrupts regularly must not always hit the same.
             turn = [(k + len(seen)) % len(runs) for k in range(len(runs))]
             times = {k: _timed(runs[k], probe.device, clock) for k in turn}
             seen.append([times[k] for k in range(len(runs))])
+            if progress is not None:
+                progress(len(runs) * (1 + len(seen)), len(runs) * (1 + max(least, len(seen))))
             if sum(seen[0]) >= _SLOW_S:
                 break
     dense, *sparse = (statistics.median(times) for times in zip(*seen, strict=True))

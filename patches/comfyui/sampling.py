@@ -77,6 +77,11 @@ class ComfyRoute:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise refuse_copy()
 
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
+
     def stats(self) -> Stats:
         """Returns what the last sampling did."""
         return self._history.stats()
@@ -101,7 +106,13 @@ class ComfyRoute:
         """Wraps a sampler's `sample`. Raises UnsupportedModelError for what cannot be right, or leaves it dense."""
         given = (guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
         problems = sampling_problems(executor.class_obj, guider, sigmas, extra_args, noise)
-        if problems:
+        now = None
+        if not problems:
+            model, keeps_rest = guider.inner_model.diffusion_model, denoise_mask is not None
+            mask = denoise_mask if keeps_rest else fill_mask(guider, noise.shape[1])
+            now = UnderWay(self.config, model, sigmas.tolist(), noise, self._history, mask, keeps_rest)
+            problems = now.mask_problems(noise)
+        if now is None or problems:
             reason = "jitaccel: this sampling cannot be accelerated correctly: " + "; ".join(problems)
             if not self._may_be_dense:
                 raise UnsupportedModelError(f'{reason}; JiT Apply with on_unsupported="dense" runs it without')
@@ -109,13 +120,11 @@ class ComfyRoute:
             self._history.show(None)
             self._history.notes = (f"the last sampling ran dense: {'; '.join(problems)}",)
             return executor(*given, **more)
-        model, keeps_rest = guider.inner_model.diffusion_model, denoise_mask is not None
-        mask = denoise_mask if keeps_rest else fill_mask(guider, noise.shape[1])
-        now = UnderWay(self.config, model, sigmas.tolist(), noise, self._history, mask, keeps_rest)
         self._note_steps(now.num_steps)
         before, self._now = self._now, now
+        seen = None if callback is None else now.shown_to(callback)
         try:
-            result = executor(*given, **more)
+            result = executor(guider, sigmas, extra_args, seen, *given[4:], **more)
             now.check_finite()
         finally:
             self._now = before

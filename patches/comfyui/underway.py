@@ -14,7 +14,7 @@ from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer, Generation, History, fold_move
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
-from jitaccel.method.run import Run
+from jitaccel.method.run import Run, stage_tokens_of
 from jitaccel.method.steps import KnownLevels, Step
 
 from ..flux.arguments import shown_timestep
@@ -51,7 +51,7 @@ class UnderWay:
         self._clock = KnownLevels(config, levels)
         self._model = uncompiled(model)
         self._patch: int = self._model.patch_size
-        self._mask = mask
+        self._mask, self._keeps_rest = mask, keeps_rest
         self._size = tuple(noise.shape[2:])
         self._grid = (-(-noise.shape[2] // self._patch), -(-noise.shape[3] // self._patch))
         self._images = noise.shape[0]
@@ -59,6 +59,7 @@ class UnderWay:
         self._history = history
         self._generation: Generation | None = None
         self._has_run = False
+        self._preview: Tensor | None = None  # what the network takes the picture for, where something else is returned
 
     @property
     def num_steps(self) -> int:
@@ -69,6 +70,34 @@ class UnderWay:
         """Raises NonFiniteVelocityError where the network returned NaN or infinity since the last stage."""
         if self._generation is not None:
             self._generation.run.check_finite()
+
+    def mask_problems(self, noise: Tensor) -> list[str]:
+        """Returns why the masks of a batch cannot be accelerated correctly, if so. Waits for the device."""
+        try:
+            stage_tokens_of(self._config, self._grid, self._forced(to_tokens(noise, self._patch)))
+        except UnsupportedModelError as error:
+            return [str(error).removeprefix("jitaccel: ")]
+        return []
+
+    def shown_to(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a sampler's callback that is shown what the network takes the picture for.
+
+        The estimate that the sampler gets carries the move of new tokens, or a solver's correction, so that its Euler
+        step ends where it should: it is no picture.
+
+        Args:
+            callback: (step, denoised, state, number of steps), or with one argument, a dict that holds "denoised".
+        """
+
+        def shown(first: Any, *rest: Any, **more: Any) -> Any:
+            preview = self._preview
+            if preview is None:
+                return callback(first, *rest, **more)
+            if isinstance(first, dict) and "denoised" in first:
+                return callback({**first, "denoised": preview}, *rest, **more)
+            return callback(first, preview, *rest[1:], **more) if rest else callback(first, **more)
+
+        return shown
 
     # The guider's side: states and estimates in float32
 
@@ -81,7 +110,7 @@ class UnderWay:
         state = to_tokens(x, self._patch)
         generation = self._generation = self._generation or self._begin(step, state)
         entered = generation.enter(step, state)
-        is_moved, self._has_run = entered is not state, False
+        is_moved, self._has_run, self._preview = entered is not state, False, None
         seen = to_picture(entered, self._grid, self._patch, self._size) if is_moved else x
         estimate = denoise(seen)
         if not self._has_run:
@@ -90,6 +119,9 @@ class UnderWay:
         lifted = generation.leave(step, entered, Answer(generation.run.gather(velocity)))
         if lifted is velocity and not is_moved:
             return estimate
+        if not self._keeps_rest:  # the sampler puts the rest into the estimate that it is given, and nothing is moved
+            shown = entered - step.noise_level * generation.run.before_solver(step, entered, lifted)
+            self._preview = to_picture(shown, self._grid, self._patch, self._size).to(estimate.dtype)
         lifted = fold_move(lifted, entered - state if is_moved else None, step)
         returned = to_picture(state - step.noise_level * lifted, self._grid, self._patch, self._size)
         return returned.to(estimate.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.attention.choice import choose_backend
 from jitaccel.execution.options import Execution
-from jitaccel.generation.batch import Outcome, OutputType, Request
+from jitaccel.generation.batch import OnBatchStep, OnOutcome, Outcome, OutputType, Request
 from jitaccel.generation.route import Answer, Generation
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.run import Run
@@ -91,7 +91,8 @@ class Job:
             velocity = branches[1] + self.request.true_cfg_scale * (branches[0] - branches[1])
         self.token_steps += self.run.num_active
         full = generation.leave(step, self.state, Answer(velocity[None]))
-        moved = self.state.float() + (step.next_level - step.noise_level) * full
+        change = float(np.float32(step.next_level) - np.float32(step.noise_level))  # as a scheduler of diffusers has it
+        moved = self.state.float() + change * full
         self.state = moved.to(full.dtype)
         self.index += 1
         if self.index == self.clock.num_steps:
@@ -102,7 +103,12 @@ class Job:
 
 
 def generate_batch(
-    pipeline: FluxPipeline, requests: Sequence[tuple[Request, JiTConfig]], how: Execution, output_type: OutputType
+    pipeline: FluxPipeline,
+    requests: Sequence[tuple[Request, JiTConfig]],
+    how: Execution,
+    output_type: OutputType,
+    on_step: OnBatchStep | None = None,
+    on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
     check_text_to_image(pipeline)
@@ -113,7 +119,7 @@ def generate_batch(
         )
     forward = _forward_of(pipeline, how)
     _check_sizes(pipeline, requests)
-    outcomes: dict[int, Outcome] = {}
+    outcomes = _Outcomes(on_outcome)
     with torch.no_grad():
         jobs: dict[int, Job] = {}
         for index, (request, config) in enumerate(requests):
@@ -124,14 +130,36 @@ def generate_batch(
             velocities = _forward_each(forward, jobs, outcomes)
             for index, branches in velocities.items():
                 job = jobs[index]
-                is_over = _attempt(outcomes, index, job.request, functools.partial(job.advance, branches))
+                advance = functools.partial(_advance, index, job, branches, on_step)
+                is_over = _attempt(outcomes, index, job.request, advance)
                 if is_over:
                     finish = functools.partial(_finish, pipeline, job, output_type)
                     image = _attempt(outcomes, index, job.request, finish)
-                    outcomes.setdefault(index, Outcome(job.request, None, job.token_steps, image))
+                    if index not in outcomes:
+                        outcomes[index] = Outcome(job.request, None, job.token_steps, image)
             jobs = {index: job for index, job in jobs.items() if index not in outcomes}
     pipeline.maybe_free_model_hooks()
     return [outcomes[index] for index in range(len(requests))]
+
+
+class _Outcomes(dict[int, Outcome]):
+    """Outcomes by the index of their request; each is told once it is known."""
+
+    def __init__(self, on_outcome: OnOutcome | None) -> None:
+        super().__init__()
+        self._on_outcome = on_outcome
+
+    def __setitem__(self, index: int, outcome: Outcome) -> None:
+        super().__setitem__(index, outcome)
+        if self._on_outcome is not None:
+            self._on_outcome(index, outcome)
+
+
+def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnBatchStep | None) -> bool:
+    is_over = job.advance(branches)
+    if on_step is not None:
+        on_step(index, job.index, job.clock.num_steps)
+    return is_over
 
 
 def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Callable[[], Result]) -> Result | None:
@@ -205,7 +233,7 @@ def _encode(pipeline: FluxPipeline, text: str | None, length: int, device: torch
 def levels_of(pipeline: FluxPipeline, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
     """Returns the noise levels that a pipeline's scheduler gets for pictures of so many tokens; `steps` is a number."""
     if config.schedule != "native":
-        return noise_levels(config)
+        return tuple(np.asarray(noise_levels(config), dtype=np.float32).tolist())  # as a scheduler's tensor has them
     assert config.steps != "caller"
     scheduler = copy.deepcopy(pipeline.scheduler)
     settings = scheduler.config

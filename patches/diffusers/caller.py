@@ -7,6 +7,7 @@ calls. The call stack knows, exactly: so a patch on one pipeline leaves the othe
 from __future__ import annotations
 
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,31 @@ def _calling_frame() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def argument_of_call(name: str) -> Any:
+    """Returns an argument of the innermost pipeline's call on this thread's call stack, or None without one."""
+    frame = _calling_frame()
+    while frame is not None and frame.f_code.co_name != "__call__":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
+
+
+def is_called_elsewhere(pipeline: Any, thread: int | None) -> bool:
+    """Returns whether a thread, not this one, is inside a call of a pipeline.
+
+    Args:
+        pipeline: The very instance.
+        thread: The thread's identity, as `threading.get_ident` returns it; None for none.
+    """
+    if thread is None or thread == threading.get_ident():
+        return False
+    frame: FrameType | None = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def calling_guider() -> Any:

@@ -22,12 +22,14 @@ from ..models import MODELS, model_of, model_of_pipeline
 from ..models.calls import CutCalls
 from ..models.model import Model
 from ..network import answered, cache_problem
+from ..ranks import rank_problems
 from .caller import calling_pipeline
+from .decoding import decode_tokens
+from .guidance import guidance_problem, mixes_tokens
 from .hook import Route, SharedHook, install, named_arguments
 from .latents import LatentsRoute
 from .multistep import scheduler_problems
 from .pipelines import explain, handles_of, refuse_shared_scheduler
-from .refused import guider_problem
 from .warm import generate_once
 
 _NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2 has one for each half of the levels
@@ -50,7 +52,7 @@ def prepare_pipeline(
     model = model_of_pipeline(pipeline)
     assert model is not None
     networks = networks_of(pipeline)
-    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler)]
+    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler, config.solver)]
     if not networks:
         problems.append("pipeline must have a transformer, got none")
     for name, network in networks.items():
@@ -77,7 +79,13 @@ def prepare_pipeline(
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        check_idle=route.check_idle,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 
@@ -115,7 +123,7 @@ def networks_of(pipeline: object) -> dict[str, nn.Module]:
 
 
 def _install_cut(calls: CutCalls, model: Model, handle: Handle) -> None:
-    places = ", ".join((*model.adapter.outputs, *model.adapter.blocks))
+    places = ", ".join((*model.adapter.outputs, *model.adapter.blocks, *model.adapter.methods))
     handle.change(f"{model.name} cut at {places}", calls.remove)
     calls.install()
 
@@ -125,6 +133,7 @@ def _model_problems(transformer: nn.Module, model: Model) -> list[str]:
     if found is not model:
         return [f"transformer must be a {model.name}, got {type(transformer).__name__}"]
     problems = problems_of(uncompiled(transformer), model.adapter)
+    problems += rank_problems(uncompiled(transformer), is_known=model.divides)
     if (reason := model.problem(uncompiled(transformer).config)) is not None:
         problems.append(reason)
     if (problem := cache_problem(transformer)) is not None:
@@ -155,24 +164,19 @@ class _Hook(SharedHook[CutCalls]):
 def _sparse(
     module: nn.Module, original: Forward, route: Route[CutCalls], arguments: Arguments, caller: object
 ) -> object:
-    if (problem := _guidance_problem(caller)) is not None:
+    model = route.calls.model
+    if (problem := guidance_problem(caller)) is not None:
         raise UnsupportedModelError(
             f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
         )
-    branches = 1
-    if route.calls.model.branches == "batch" and isinstance(route, LatentsRoute):
+    arguments, branches = model.words.read(arguments), 1
+    if model.branches == "batch" and isinstance(route, LatentsRoute):
         branches = route.branches_of(arguments["hidden_states"].shape[0])
-    given = route.calls.given(module, arguments, branches)
-    output = given.output(route.forward(route.calls.call(module, original, given)))
+    given = route.calls.given(module, arguments, branches, mixes_tokens(caller))
+    route.calls.check_divided(module, given, route.config)
+    output = model.words.returned(given.output(route.forward(route.calls.call(module, original, given))))
     return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
-
-
-def _guidance_problem(caller: object) -> str | None:
-    """Returns why the guidance of a pipeline is not made token by token: zeros elsewhere would reach the anchors."""
-    if rescale := getattr(caller, "guidance_rescale", None):
-        return f"a guided result that is rescaled as a whole (guidance_rescale={rescale:g})"
-    return guider_problem(caller)
 
 
 def _is_compiled_around(module: nn.Module, caller: object) -> bool:

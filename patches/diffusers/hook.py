@@ -35,6 +35,7 @@ class SharedHook(ModelHook, Generic[Calls]):  # type: ignore[misc]
         super().__init__()
         self.handles: dict[Route[Calls], Handle] = {}
         self.before: dict[str, object] = {}
+        self.registry: Any = None  # that the hook was put into, until the module is as it was before
         self.class_forward: Forward | None = None  # of the module's class, when the hook was put on
 
     @property
@@ -100,12 +101,14 @@ def _register(module: nn.Module, hook: SharedHook[Calls]) -> None:
         registry = put_hook_registry(module, HookRegistry(module))
         forward = module.forward
         hook.class_forward = type(module).forward
+        hook.registry = registry
         registry.register_hook(hook, _NAME)
         functools.update_wrapper(module.forward, forward)  # diffusers before 0.40 hides the signature
     except BaseException:
         if hook_of(module) is hook:
             hook_registry(module).remove_hook(_NAME, recurse=False)
         _restore(module, hook.before)
+        hook.registry = None
         raise
 
 
@@ -120,7 +123,10 @@ def _restore(module: nn.Module, before: Mapping[str, object]) -> None:
 def _uninstall(
     of: weakref.ref[nn.Module], by: weakref.ref[SharedHook[Calls]], route: weakref.ref[Route[Calls]]
 ) -> None:
-    """Removes the route, and after the last one the hook and all that registering it left on the instance."""
+    """Removes the route, and after the last one the hook and all that registering it left on the instance.
+
+    Goes on where it was interrupted.
+    """
     module, hook = of(), by()
     if module is None or hook is None:
         return
@@ -128,12 +134,13 @@ def _uninstall(
     if gone is not None:
         hook.handles.pop(gone, None)
     registry = hook_registry(module)
-    if hook.handles or registry is None or registry.get_hook(_NAME) is not hook:
+    if hook.handles or registry is None or registry is not hook.registry:
         return
-    registry.remove_hook(_NAME, recurse=False)
-    if registry.hooks:
-        return
-    _restore(module, hook.before)
+    if registry.get_hook(_NAME) is hook:
+        registry.remove_hook(_NAME, recurse=False)
+    if not registry.hooks:
+        _restore(module, hook.before)
+    hook.registry = None
 
 
 def named_arguments(

@@ -6,17 +6,23 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jitaccel.generation.handle import MISSING, Handle, restore_attributes
 from jitaccel.method.config import JiTConfig
+from jitaccel.method.lift import LiftPlan
+from jitaccel.method.pool import PooledPlan
+from jitaccel.method.run import Run
 
 from ..foreign import Forward, Pipeline
 from ..layout import Layout
 from ..loops.velocity import Calls
-from .multistep import STATE, euler_step, full_noise, is_multistep
+from .caller import argument_of_call
+from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
 from .scheduler import SchedulerRoute, with_state
 
+_GUIDED = "do_classifier_free_guidance"  # of a pipeline, or a variable of its call
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
 _LOWERED = 1e-6  # what multistep schedulers take off a first level of 1
 
@@ -49,7 +55,10 @@ class LatentsRoute(SchedulerRoute[Calls]):
         self._networks = {name: weakref.ref(network) for name, network in networks.items()}
         self._layout = layout
         self._is_multistep = is_multistep(pipeline.scheduler)
-        self._is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
+        is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
+        self._makes_step = self._is_multistep and is_sparse and config.solver != "caller"
+        self._keeps_solver = self._is_multistep and is_sparse and config.solver == "caller"
+        self._activated: Tensor | None = None  # (B, N) bool, the tokens that the step under way is the first one of
 
     def branches_of(self, rows: int) -> int:
         """Returns how many branches of guidance a call with this many rows holds, where they come in one batch.
@@ -58,7 +67,9 @@ class LatentsRoute(SchedulerRoute[Calls]):
         """
         if self._generation is not None:
             return rows // self._generation.run.anchors.shape[0]
-        return 2 if getattr(self._pipeline(), "do_classifier_free_guidance", False) else 1
+        pipeline = self._pipeline()
+        said = getattr(pipeline, _GUIDED, None)
+        return 2 if (argument_of_call(_GUIDED) if said is None else said) else 1
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
@@ -86,7 +97,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
             self._levels = full_noise(self._levels)
 
     def _write_levels(self, levels: tuple[float, ...]) -> None:
-        if self._is_multistep and not self._is_sparse and levels[0] == 1.0:
+        if self._is_multistep and not self._makes_step and levels[0] == 1.0:
             levels = (1.0 - _LOWERED, *levels[1:])
         super()._write_levels(levels)
 
@@ -97,7 +108,8 @@ class LatentsRoute(SchedulerRoute[Calls]):
         made: list[tuple[Any, Tensor]] = []  # the scheduler's result, and its state as tokens
 
         def step(velocity: Tensor, timestep: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            if self._is_multistep and not self._is_sparse:  # the scheduler's own solver, and no other on top of it
+            if self._is_multistep and not self._makes_step and not self._keeps_solver:
+                # Dense: the scheduler's own solver, and no other on top of it.
                 output = original(model_output, timestep, sample, *args, **kwargs)
             else:
                 latents = layout.to_latents(velocity, like=sample)
@@ -106,7 +118,12 @@ class LatentsRoute(SchedulerRoute[Calls]):
             return (made[0][1],)
 
         velocity, tokens = layout.to_tokens(model_output), layout.to_tokens(sample)
+        generation = self._generation
+        before = None if generation is None else generation.run.plan
         moved = super()._sparse_step(step, velocity, timestep, tokens, *args, **kwargs)[0]
+        self._activated = None
+        if self._keeps_solver and generation is not None and generation.run.plan is not before:
+            self._activated = _activated(before, generation.run, tokens)
         output, unmoved = made[0]
         if moved is unmoved:
             return output
@@ -116,6 +133,36 @@ class LatentsRoute(SchedulerRoute[Calls]):
         """Returns what makes the step: the scheduler, or Euler's step where that would keep what it must not."""
         if not self._is_multistep:
             return original
+        if self._keeps_solver:
+            return self._own_step_of(original)
         assert self._levels is not None
         index = self._index()
         return euler_step(self._scheduler, original, index, self._levels[index + 1] - self._levels[index])
+
+    def _own_step_of(self, original: Any) -> Any:
+        """Returns the scheduler's step, which is the first one of the tokens that were just activated."""
+
+        def step(latents: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._activated is None:
+                return original(latents, timestep, sample, *args, **kwargs)
+            width = self._layout.to_tokens(sample).shape[2]
+            tokens = self._layout.to_latents(self._activated[..., None].expand(-1, -1, width), like=sample)
+            with begun_again(self._scheduler, tokens):
+                return original(latents, timestep, sample, *args, **kwargs)
+
+        return step
+
+    def reset(self) -> None:
+        """Forgets the generation; what it did stays in the statistics."""
+        super().reset()
+        self._activated = None
+
+
+def _activated(before: LiftPlan | PooledPlan | None, run: Run, tokens: Tensor) -> Tensor | None:
+    """Returns the tokens (B, N) that were lifted until now and are computed from now on; None after a pooled stage."""
+    if not isinstance(before, LiftPlan):
+        return None
+    lifted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    lifted.scatter_(1, before.anchors, False)
+    computed = torch.zeros_like(lifted).scatter_(1, run.anchors, True)
+    return lifted & computed

@@ -2,18 +2,23 @@
 
 UniPC (Wan's default) and DPM-Solver++ keep what the network said at earlier steps. UniPC rebuilds even the state from
 that, so a move of newly activated tokens would be lost. With anything sparse, their levels stay (`flow_shift`
-included) and jitaccel makes the step: Euler's, on the velocity that `JiTConfig.solver` corrects. A dense
-configuration leaves the step to the scheduler, bit for bit.
+included) and jitaccel makes the step: Euler's, on the velocity that `JiTConfig.solver` corrects. With
+`solver="caller"` the scheduler makes it, and forgets what it has kept of newly activated tokens (`begun_again`). A
+dense configuration leaves the step to the scheduler, bit for bit.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
+
+from jitaccel.generation.handle import MISSING, restore_attributes
 
 from ..diffusers_private import count_step
 from ..foreign import Forward, Scheduler
@@ -30,14 +35,17 @@ def is_multistep(scheduler: Scheduler) -> bool:
     return any(kind.__name__ in _KINDS for kind in type(scheduler).__mro__)
 
 
-def scheduler_problems(scheduler: Scheduler) -> list[str]:
-    """Returns why a scheduler is neither first-order Euler nor a known multistep one on flow-matching levels."""
+def scheduler_problems(scheduler: Scheduler, solver: str) -> list[str]:
+    """Returns why a scheduler is neither first-order Euler nor a known multistep one on flow-matching levels.
+
+    solver: of JiTConfig; "caller" asks more of the scheduler.
+    """
     if not is_multistep(scheduler):
         problems = check_scheduler(scheduler)
         is_other = bool(problems) and "must be a FlowMatch" in problems[0]
         return [f"{problems[0]}; {' and '.join(_KINDS)} with flow sigmas are known as well"] if is_other else problems
     config = scheduler.config
-    wanted = {
+    wanted: dict[str, tuple[Any, ...]] = {
         "prediction_type": ("flow_prediction",),
         "use_flow_sigmas": (True,),
         "thresholding": (False,),
@@ -45,6 +53,8 @@ def scheduler_problems(scheduler: Scheduler) -> list[str]:
         "algorithm_type": ("dpmsolver++", "dpmsolver"),
         "solver_p": (None,),
     }
+    if solver == "caller":
+        wanted |= {"predict_x0": (True,), "solver_order": (1, 2)}  # a third order would reach across an activation
     return [
         f"its {type(scheduler).__name__} must have {name}={' or '.join(map(repr, allowed))}, got {config[name]!r}"
         for name, allowed in wanted.items()
@@ -75,3 +85,37 @@ def euler_step(scheduler: Scheduler, original: Forward, index: int, length: floa
         return SchedulerOutput(prev_sample=after) if given.arguments["return_dict"] else (after,)
 
     return step
+
+
+@contextmanager
+def begun_again(scheduler: Any, tokens: Tensor) -> Iterator[None]:
+    """Lets one step of a multistep scheduler be the first one of some tokens; for others no bit changes.
+
+    What it has kept of these tokens becomes what the network says of them now: no derivative is taken across their
+    activation. UniPC rebuilds the state from the one before, `last_sample`, which becomes that from which its corrector
+    arrives at the state given. DPM-Solver++ that begins in the middle does the same; UniPC that begins there would
+    correct the step after with other weights.
+
+    Args:
+        scheduler: Whose `step` is called inside, once.
+        tokens: Bool, of the shape of its sample or broadcast to it.
+    """
+    convert, before = scheduler.convert_model_output, vars(scheduler).get("convert_model_output", MISSING)
+
+    def converted(model_output: Tensor, *args: Any, sample: Tensor, **kwargs: Any) -> Tensor:
+        clean: Tensor = convert(model_output, *args, sample=sample, **kwargs)
+        kept = scheduler.model_outputs
+        scheduler.model_outputs = [None if each is None else torch.where(tokens, clean, each) for each in kept]
+        if getattr(scheduler, "last_sample", None) is not None:
+            level_before, level = scheduler.sigmas[scheduler.step_index - 1], scheduler.sigmas[scheduler.step_index]
+            ratio = (level_before / level).to(sample.device)
+            clean_part = ((1.0 - level) * ratio - (1.0 - level_before)).to(sample.device)
+            start = (sample * ratio - clean_part * clean).to(scheduler.last_sample.dtype)
+            scheduler.last_sample = torch.where(tokens, start, scheduler.last_sample)
+        return clean
+
+    scheduler.convert_model_output = converted
+    try:
+        yield
+    finally:
+        restore_attributes(vars(scheduler), {"convert_model_output": before})

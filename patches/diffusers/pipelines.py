@@ -18,7 +18,7 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
 from .. import is_instance_of
-from ..flux.arguments import SeenIds, grid_of_ids, one_image, single_level
+from ..flux.arguments import SeenIds, check_guidance, grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.kinds import MODELS, PIPELINES, channels_of, kind_of, token_multiple
 from ..foreign import Arguments, Forward, Pipeline, settings_of
@@ -30,6 +30,7 @@ from ..ranks import check_divided, check_order, rank_problems, ranks_multiple, r
 from ..split import Split
 from .caller import calling_pipeline
 from .controlnet import apply_to_controlnet, check_controlnet
+from .decoding import decode_tokens
 from .hook import Route, SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
 from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
@@ -64,7 +65,13 @@ def prepare_pipeline(
         route.install(handle)
 
     return Installation(
-        route=route, install=put, release=calls.release, replaces=replaces, generate=generate_once
+        route=route,
+        install=put,
+        release=calls.release,
+        check_idle=route.check_idle,
+        replaces=replaces,
+        generate=generate_once,
+        decode=decode_tokens,
     )
 
 
@@ -232,6 +239,7 @@ def _model_call(
     text_tokens = arguments["encoder_hidden_states"].shape[1]
 
     def grid() -> tuple[int, ...]:
+        check_guidance(arguments.get("guidance"))
         return grid_of_ids(one_image(arguments["img_ids"])[: split.num_tokens], state.shape[1])
 
     check_divided(

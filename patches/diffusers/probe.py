@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
+from jitaccel.limits import MOST_SIDE
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.presets import PRESETS
 from jitaccel.method.run import Run
@@ -52,6 +53,12 @@ def probe_pipeline(
         )
     scale = pipeline.vae_scale_factor
     side = pipeline.default_sample_size * scale
+    made_for = getattr(getattr(pipeline.vae, "config", None), "sample_size", side)
+    if size is None and made_for != side:
+        raise ConfigError(
+            f"auto_config: size must be given for this {type(pipeline).__name__}, whose calls without one make {side} "
+            f"pixels a side and whose autoencoder was made for {made_for}, got None; give (height, width) in pixels"
+        )
     grid = _grid((side, side) if size is None else size, 2 * scale)
     text_tokens = text_tokens or _default_text_tokens(pipeline)
     return dataclasses.replace(
@@ -140,9 +147,12 @@ def _arguments(model: ModelMixin, grid: tuple[int, int], text_tokens: int, devic
 
 def _grid(size: tuple[int, int], unit: int) -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(sides) != 2 or any(not isinstance(side, int) or side < unit or side % unit for side in sides):
+    if len(sides) != 2 or any(
+        not isinstance(side, int) or not unit <= side <= MOST_SIDE or side % unit for side in sides
+    ):
         raise ConfigError(
-            f"auto_config: size must be (height, width) in multiples of {unit} pixels, got {size!r}; round it"
+            f"auto_config: size must be (height, width) in multiples of {unit} pixels, {MOST_SIDE} at most, "
+            f"got {size!r}; round it"
         )
     return sides[0] // unit, sides[1] // unit
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any, Generic
@@ -21,6 +22,7 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
 from jitaccel.generation.route import Answer, Generation, History
 from jitaccel.generation.stats import Stats
+from jitaccel.method.checks import MAX_STEPS
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
@@ -32,7 +34,7 @@ from ..foreign import Arguments, Forward, Pipeline, Scheduler
 from ..loops.velocity import Calls
 from ..network import ModelCall
 from ..split import Branches
-from .caller import calling_pipeline
+from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
 _log = logging.getLogger(__name__)
 _SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
@@ -63,6 +65,7 @@ class SchedulerRoute(Generic[Calls]):
         self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
         self._first = 0  # the scheduler's index of the step that the generation starts with
+        self._thread: int | None = None  # that has begun the generation
         self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
         self._generation: Generation | None = None
         self._seen = -1
@@ -91,6 +94,23 @@ class SchedulerRoute(Generic[Calls]):
         if is_needed and getattr(caller, "scheduler", None) is self._scheduler:
             return
         restore_attributes(vars(self._scheduler), before)
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError where another thread is making a picture: half of it is sparse."""
+        if self._levels is not None and is_called_elsewhere(self._pipeline(), self._thread):
+            raise RuntimeError(
+                "Handle.remove: the pipeline must not be making a picture in another thread, got one under way; wait "
+                "for that thread, or call remove() in its callback_on_step_end"
+            )
+
+    def _check_thread(self, pipeline: object) -> None:
+        """Raises RuntimeError where another thread makes a picture with this pipeline, and goes on."""
+        if self._levels is not None and is_called_elsewhere(pipeline, self._thread):
+            raise RuntimeError(
+                "jitaccel: a pipeline must make one picture at a time, got calls in two threads; give each thread a "
+                "pipeline of its own (type(pipe)(**{**pipe.components, 'scheduler': "
+                "pipe.scheduler.from_config(pipe.scheduler.config)}) shares the weights), or take turns with a lock"
+            )
 
     def is_of(self, pipeline: object) -> bool:
         """Returns whether this route is that pipeline's."""
@@ -140,6 +160,11 @@ class SchedulerRoute(Generic[Calls]):
         """Forgets the generation whose call failed."""
         self.reset()
 
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
+
     def stats(self) -> Stats:
         """Returns what the last generation did."""
         return self._history.stats()
@@ -153,6 +178,9 @@ class SchedulerRoute(Generic[Calls]):
         self._seen, self._lifted = index, None
         if answer.lifted is None:
             with generation.recorder.outside(step.index):
+                if call.mixes:
+                    branches = answer.values.chunk(call.branches)
+                    return torch.cat([generation.run.lift(step, call.state, values) for values in branches])
                 return Branches(generation.run, call.branches).scatter(answer.values)
         if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
             self._lifted = answer.lifted, answer.lifted._version
@@ -195,10 +223,31 @@ class SchedulerRoute(Generic[Calls]):
                 "start the generation with it, and give it a scheduler that no other one uses meanwhile"
             )
         self._first, self._seen = index, index - 1
-        self._clock = KnownLevels(self.config, self._levels[index:])
+        try:
+            self._clock = KnownLevels(self.config, self._levels[index:])
+        except ConfigError as error:
+            if self._is_by_hand:
+                raise
+            raise ConfigError(self._late_start(index, len(self._levels) - 1)) from error
         generation = call.begin(self.config, self._clock.step(0))
         self._history.begin(generation)
         return generation
+
+    def _late_start(self, index: int, steps: int) -> str:
+        """Returns what to say where the steps after `index`, of all `steps`, are too few for every stage."""
+        strength = argument_of_call("strength")
+        is_known = isinstance(strength, (int, float)) and 0.0 < strength <= 1.0
+        share = strength if is_known else (steps - index) / steps
+        enough = enough_steps(self.config, share, steps)
+        how = "num_inference_steps=" if self.config.steps == "caller" else "jitaccel.apply(..., steps="
+        advice = "a higher strength"
+        if enough is not None:
+            advice = f"use {how}{enough}{')' if how.endswith('steps=') and '(' in how else ''}, or {advice}"
+        given = f" at strength {strength:g}" if is_known else ""
+        return (
+            f"jitaccel: a call that starts late must leave every stage a step, got {steps - index} of {steps} steps"
+            f"{given} for {self.config.num_stages} stages; {advice}"
+        )
 
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
         """Returns the tokens (batch, num_tokens) under the mask that the pipeline has prepared, or None without one."""
@@ -258,6 +307,8 @@ class SchedulerRoute(Generic[Calls]):
         caller = calling_pipeline()
         if not (caller is None or self.is_of(caller)):
             return original(*args, **kwargs)
+        if caller is not None:
+            self._check_thread(caller)
         self.reset()
         if caller is not None:
             self._check_transformer(caller)
@@ -278,6 +329,7 @@ class SchedulerRoute(Generic[Calls]):
         else:
             levels = tuple(self._scheduler.sigmas.tolist())
         self._levels, self._is_by_hand = levels, caller is None
+        self._thread = threading.get_ident()
 
     def _check_transformer(self, pipeline: Pipeline) -> None:
         """Raises where the pipeline would run another network; a wrapper around the patched one is none."""
@@ -304,6 +356,18 @@ class SchedulerRoute(Generic[Calls]):
         scale = scheduler.config.num_train_timesteps
         scheduler.timesteps = (scheduler.sigmas[:-1] * scale).to(scheduler.timesteps.device)
         scheduler.num_inference_steps = len(levels) - 1
+
+
+def enough_steps(config: JiTConfig, share: float, more_than: int) -> int | None:
+    """Returns the smallest number of steps whose last `share`, counted as pipelines do, gives every stage a step."""
+    for steps in range(more_than + 1, min(int(4 * more_than / share) + 2, MAX_STEPS)):
+        left = steps - int(max(steps - min(steps * share, steps), 0))
+        try:
+            config.stage_ends(left)
+        except ConfigError:
+            continue
+        return steps
+    return None
 
 
 def check_scheduler(scheduler: Scheduler) -> list[str]:

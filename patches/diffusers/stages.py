@@ -17,6 +17,7 @@ from jitaccel.execution.attention.choice import Backend, choose_backend
 from jitaccel.execution.packing import PackedLayout
 from jitaccel.generation.handle import Handle, Installation
 from jitaccel.generation.route import Answer
+from jitaccel.limits import MOST_SIDE
 from jitaccel.method.anchors import first_anchors
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import LiftPlan, make_lift_plan
@@ -31,6 +32,7 @@ from ..flux.unpackable import reasons_unpackable
 from ..foreign import Arguments
 from ..network import ModelCall, answered
 from .batch import levels_of
+from .decoding import decode_tokens
 from .hook import hook_of
 from .pipelines import check_text_to_image
 from .scheduler import SchedulerRoute, scheduler_handle
@@ -107,9 +109,9 @@ class FluxStage(nn.Module):
             guidance=guidance if self.model.config.guidance_embeds else None,
         )
         pack = Pack(self._layout, rotary, hooked=False)
-        tokens = plan.show(state, levels[0]).flatten(0, 1)
-        values = run_packed(self.model, pack, tokens, given, self._attention).unflatten(0, (batch, -1))
-        velocity = plan.lift(values, state, levels[0], self._config.lifter)
+        shown = plan.show(state, levels[0])
+        values = run_packed(self.model, pack, shown.flatten(0, 1), given, self._attention).unflatten(0, (batch, -1))
+        velocity = plan.lift(values, state, levels[0], self._config.lifter, shown)
         moved = state.float() + (levels[1] - levels[0]) * velocity.float()
         return velocity, moved.to(state.dtype)
 
@@ -145,8 +147,13 @@ def export(
         raise ConfigError("export: target must not be patched, got a pipeline that is; remove() its handle first")
     if reasons := reasons_unpackable(model):
         raise UnsupportedModelError(f"export: the transformer must be diffusers' own, got: {'; '.join(reasons)}")
-    if len(size) != 2 or any(not isinstance(side, int) or side < unit or side % unit for side in size):
-        raise ConfigError(f"export: size must be (height, width) in multiples of {unit} pixels, got {size!r}; round it")
+    if len(size) != 2 or any(
+        not isinstance(side, int) or not unit <= side <= MOST_SIDE or side % unit for side in size
+    ):
+        raise ConfigError(
+            f"export: size must be (height, width) in multiples of {unit} pixels, {MOST_SIDE} at most, got {size!r}; "
+            f"round it"
+        )
     if config.steps == "caller":
         raise ConfigError("export: steps must be a number, got what the caller will ask for; give steps=")
     grid = (size[0] // unit, size[1] // unit)
@@ -213,7 +220,9 @@ def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation
         handle.set_attribute(pipeline, "transformer", stand_in)
         route.install(handle)
 
-    return Installation(route=route, install=put, generate=generate_once)
+    return Installation(
+        route=route, install=put, check_idle=route.check_idle, generate=generate_once, decode=decode_tokens
+    )
 
 
 class _Calls:

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from jitaccel.errors import UnsupportedModelError
+from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.method.run import Run
 
 
@@ -97,3 +97,11 @@ def num_generated(ids: Tensor) -> int:
             "remove() the handle for this call"
         )
     return count
+
+
+def check_guidance(guidance: Tensor | None) -> None:
+    """Raises ConfigError for embedded guidance (B,) that is not finite. Waits for the device."""
+    if guidance is not None and not bool(torch.isfinite(guidance).all()):
+        raise ConfigError(
+            f"jitaccel: guidance must be finite, got {guidance.flatten().tolist()}; give guidance_scale a number"
+        )

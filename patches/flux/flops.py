@@ -7,6 +7,24 @@ from typing import Any
 
 _MLP_RATIO = 4
 _TIME_CHANNELS = 256
+FLUX_DEV: Mapping[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+"""What the configuration of FLUX.1-dev's transformer says."""
+FLUX_DEV_TEXT_TOKENS = 512  # that FluxPipeline pads prompts to
+
+
+def flux_dev_flops(image_tokens: int) -> int:
+    """Returns the operations of one forward of FLUX.1-dev by the image tokens that enter."""
+    return flux_flops(FLUX_DEV, image_tokens, FLUX_DEV_TEXT_TOKENS)
 
 
 def flux_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, batch: int = 1) -> int:

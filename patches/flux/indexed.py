@@ -20,9 +20,15 @@ def run_indexed(
 ) -> Tensor:
     """Returns the velocity (B, M, D) at a run's anchors of a state (B, N, D); image by image where anchors differ."""
     calls = calls_at_anchors(kind, arguments, split, run, state)
-    velocities = [original(**{**own, "return_dict": False})[0] for own in calls]
+    velocities = [original(**{**own, **_with_axes(kind, own), "return_dict": False})[0] for own in calls]
     velocity = velocities[0] if len(velocities) == 1 else torch.cat(velocities)
     return velocity[:, : run.num_active] if split.num_references else velocity
+
+
+def _with_axes(kind: Kind, arguments: Arguments) -> dict[str, Any]:
+    """Returns position ids with as many axes as the hooks that divide them among ranks expect."""
+    ids = {name: arguments[name] for name in ("img_ids", "txt_ids")}
+    return {name: x[None] if x.ndim < kind.ids_ndim else x for name, x in ids.items()}
 
 
 def calls_at_anchors(

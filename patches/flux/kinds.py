@@ -27,7 +27,8 @@ class Kind:
     (B, S, width). refused: arguments that cannot be accelerated, and
     what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
     cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it. divides:
-    whether it was tried with tokens divided among ranks. patch: latents along a token's side.
+    whether it was tried with tokens divided among ranks. ids_ndim: axes of position ids that are divided then. patch:
+    latents along a token's side.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Kind:
     attention_arguments: tuple[str, ...] = ("scale", "ip_adapter_image_embeds")
     packs: bool = False
     divides: bool = False
+    ids_ndim: int = 2
     patch: int = 2
 
 
@@ -59,6 +61,8 @@ KINDS = (
         residuals=(),
         refused={"kv_cache": "a cache of keys and values", "kv_cache_mode": "a cache of keys and values"},
         attention_arguments=("scale",),
+        divides=True,
+        ids_ndim=3,
     ),
     Kind(
         model="ChromaTransformer2DModel",

@@ -189,12 +189,13 @@ def run_stage(
             level: Tensor | float,
         ) -> tuple[Tensor, Tensor | None]:
             extra = None if shown.extra is None else plan.show_beside(shown.extra)
-            tokens = beside(plan.show(state, level), extra, shown.references).flatten(0, 1)
+            own = plan.show(state, level)
+            tokens = beside(own, extra, shown.references).flatten(0, 1)
             velocity = run_packed(model, pack, tokens, given, attention, blocks)
             values = velocity.unflatten(0, (state.shape[0], -1))
             if shown.references is not None:
                 values = values[:, : plan.anchors.shape[1]]
-            return values, None if lifter is None else plan.lift(values, state, level, lifter)
+            return values, None if lifter is None else plan.lift(values, state, level, lifter, own)
 
         return stage
 

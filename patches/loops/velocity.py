@@ -60,6 +60,11 @@ class VelocityRoute(Generic[Calls]):
                 f"apply: noise_levels must be given for a bare transformer with schedule={config.schedule!r}, "
                 f"steps={config.steps!r}, got None; pass the levels of your loop, 0 included"
             )
+        if config.solver == "caller":
+            raise ConfigError(
+                "apply: solver must be 'euler' or 'dpmpp_2m' for a bare network, whose loop must step by Euler, got "
+                "'caller'; apply to a diffusers pipeline to keep its scheduler's own solver"
+            )
         self._clock = PredictedLevels(config) if levels is None else KnownLevels(config, levels)
         self._history = History(config, codebase, calls)
         self._calls = 0
@@ -96,6 +101,11 @@ class VelocityRoute(Generic[Calls]):
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
         """Returns None: a loop prepares no mask that could be seen here."""
         return None
+
+    @property
+    def history(self) -> History:
+        """The record of the generations."""
+        return self._history
 
     def stats(self) -> Stats:
         """Returns what the generation that was called last did; `generations` counts all that were begun."""
@@ -167,6 +177,11 @@ class VelocityRoute(Generic[Calls]):
         """
         options: list[tuple[int, str, Tensor]] = []
         for place, generation in enumerate(known):
+            if generation.is_given_up:
+                # One that began later from the same noise brings nearly the same states, and comes first.
+                if generation.may_go_to(level):
+                    options.append((place, "next", 2.0 * _distance(state, generation.expected(level)) + 1e-6))
+                continue
             if level == generation.level:
                 options.append((place, "branch", _differs(state, generation.seen)))
                 if generation.step.index > 0:
@@ -193,6 +208,9 @@ class VelocityRoute(Generic[Calls]):
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
         self._make_room()
+        for before in self._generations:
+            if before.is_begun_by(call.state, level):
+                before.is_given_up = True
         generation = LoopGeneration(self.config, call, step, level)
         self._generations.append(generation)
         self._history.begin(generation.generation)

@@ -49,7 +49,8 @@ class _Visit:
 class LoopGeneration:
     """`call` begins it; then `begin_step` with the first call of every later step, and `answer` every call.
 
-    `last_called`: the route's count of calls when it was last called.
+    `last_called`: the route's count of calls when it was last called. `is_given_up`: whether the loop has begun
+    again from the same noise since.
     """
 
     def __init__(self, config: JiTConfig, call: ModelCall, step: Step, level: float) -> None:
@@ -58,8 +59,8 @@ class LoopGeneration:
         self._owed: Tensor | None = None  # what the state still lacks of its last move
         self._before: _Visit | None = None
         self._now = self._visit(call, step, level)
-        self.first = self._now.seen.detach()
-        self.last_called = 0
+        self.first, self.first_level = self._now.seen.detach(), level
+        self.last_called, self.is_given_up = 0, False
 
     @property
     def step(self) -> Step:
@@ -80,6 +81,10 @@ class LoopGeneration:
     def may_be_two(self) -> bool:
         """Whether the last step's calls may have been two images that started from one noise, not two branches."""
         return self._before is not None and self._before.calls > 1
+
+    def is_begun_by(self, state: Tensor, level: float) -> bool:
+        """Whether a call with this state (B, N, D) at this level begins the picture again. Waits for the device."""
+        return level == self.first_level and state.shape == self.first.shape and torch.equal(state, self.first)
 
     def may_go_to(self, level: float) -> bool:
         """Whether a step of this generation may end at `level`, as far as levels tell."""
@@ -119,10 +124,12 @@ class LoopGeneration:
             if may_be_last:
                 self._run.check_finite()
             velocity = fold_move(velocity, self._owed, now.step)
-            now.calls += 1
             # A copy: the loop may go on to write what it got.
             got = velocity.detach().to(torch.float32, copy=True)
-            now.returned = got if now.returned is None else now.returned + got
+            if now.calls != 1 or now.returned is None or not torch.equal(got, now.returned):
+                now.calls += 1
+                now.returned = got if now.returned is None else now.returned + got
+            # Else the same call once more is no other branch: the loop was stopped here, and has begun again.
         return velocity
 
     def _visit(self, call: ModelCall, step: Step, level: float) -> _Visit:

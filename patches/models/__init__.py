@@ -7,10 +7,18 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import hunyuan, ltx, qwen, sd3, wan
+from . import auraflow, hunyuan, ltx, qwen, sd3, wan, z_image
 from .model import Model
 
-MODELS: tuple[Model, ...] = (*wan.MODELS, *qwen.MODELS, *hunyuan.MODELS, *sd3.MODELS, *ltx.MODELS)
+MODELS: tuple[Model, ...] = (
+    *wan.MODELS,
+    *qwen.MODELS,
+    *hunyuan.MODELS,
+    *sd3.MODELS,
+    *z_image.MODELS,
+    *auraflow.MODELS,
+    *ltx.MODELS,
+)
 
 
 def model_of(transformer: Any) -> Model | None:

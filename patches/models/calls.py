@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Hashable, Iterator, Sequence
@@ -17,6 +18,7 @@ from jitaccel.execution.options import Execution
 from jitaccel.execution.private import uncompiled
 from jitaccel.generation.route import Answer
 from jitaccel.generation.stats import Cost
+from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
@@ -26,9 +28,11 @@ from ..cutting import Cut, Places, places_of
 from ..foreign import Arguments, Forward
 from ..layout import Layout
 from ..network import ModelCall, cache_problem, refuse_controlnet
+from ..ranks import check_divided, ranks_multiple, ranks_of
 from ..split import Branches
+from .blocks import compiled_blocks
 from .flops import OperationCounter, shapes_of
-from .model import Model
+from .model import Model, Words
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
@@ -53,6 +57,7 @@ class Given:
         latents: What is generated of `hidden_states`.
         tokens: The same as tokens (B, N, D), of one branch of guidance.
         branches: How many branches `hidden_states` holds, one after the other.
+        mixes: Whether guidance weighs whole pictures, so that each branch must be lifted before it.
     """
 
     model: Model
@@ -62,6 +67,7 @@ class Given:
     latents: Tensor
     tokens: Tensor
     branches: int = 1
+    mixes: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -145,9 +151,9 @@ class CutCalls:
         refuse_controlnet(options)
         self.model = model
         self._cuts = WeakKeyDictionary({module: Cut(uncompiled(module), model.adapter) for module in modules})
-        self._counters = WeakKeyDictionary({module: OperationCounter(module, model.adapter) for module in modules})
+        self._counters = WeakKeyDictionary({module: OperationCounter(module, model) for module in modules})
         self._stages: WeakKeyDictionary[Run, _Stage] = WeakKeyDictionary()
-        self._compiler = _compiler_of(options)
+        self._compiler = _compiler_of(options, model)
         self._notes: tuple[str, ...] = ()
         if options.execution == "packed":
             self._note_indexed(options.strict)
@@ -164,7 +170,10 @@ class CutCalls:
     @property
     def compiled(self) -> CompileStats | None:
         """What compilation did so far; None without it."""
-        return None if self._compiler is None else self._compiler.stats
+        if self._compiler is None:
+            return None
+        stats = self._compiler.stats
+        return dataclasses.replace(stats, what="blocks") if self.model.blocks else stats
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -192,24 +201,26 @@ class CutCalls:
         if self._compiler is not None:
             self._compiler.release()
 
-    def given(self, module: nn.Module, arguments: Arguments, branches: int = 1) -> Given:
+    def given(self, module: nn.Module, arguments: Arguments, branches: int = 1, mixes: bool = False) -> Given:
         """Returns what a call of a transformer holds.
 
         Args:
             module: The transformer.
             arguments: Of the call, by name.
             branches: How many branches of guidance come as images of one batch.
+            mixes: Whether guidance weighs whole pictures.
 
         Raises:
             UnsupportedModelError: For arguments that cannot be accelerated.
             ValueError: For latents that are no whole tokens.
         """
+        self._cuts[module].check()
         self._refuse(module, arguments)
         config = uncompiled(module).config
         layout, grid = self.model.layout(config), self.model.grid(config, arguments)
         latents = layout.generated(arguments["hidden_states"], num_tokens_of(grid), self.model.channels(config))
         tokens = layout.to_tokens(latents[: len(latents) // branches])
-        return Given(self.model, layout, arguments, grid, latents, tokens, branches)
+        return Given(self.model, layout, arguments, grid, latents, tokens, branches, mixes)
 
     def _refuse(self, module: nn.Module, arguments: Arguments) -> None:
         found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
@@ -224,6 +235,7 @@ class CutCalls:
     def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
         """Returns one call of a transformer in the words that every route knows."""
         model, arguments = self.model, given.arguments
+        network = uncompiled(module)
         return ModelCall(
             state=given.tokens,
             text_tokens=model.num_text(arguments),
@@ -231,9 +243,25 @@ class CutCalls:
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
             mask=lambda: model.forced(arguments),
+            multiple=ranks_multiple(network),
+            ranks=ranks_of(network),
             branches=given.branches,
+            mixes=given.mixes,
             patch=given.layout.side,
             evaluate=functools.partial(self._evaluate, module, original, given),
+        )
+
+    def check_divided(self, module: nn.Module, given: Given, config: JiTConfig) -> None:
+        """Raises ConfigError, with every reason, for a call whose tokens the ranks of a transformer cannot divide."""
+        hidden, text = given.arguments["hidden_states"], self.model.num_text(given.arguments)
+        references = hidden.shape[1] - given.num_tokens if hidden.ndim == 3 else 0
+        check_divided(
+            ranks_multiple(uncompiled(module)),
+            config,
+            lambda: given.grid,
+            given.num_tokens,
+            text if self.model.divides_text else 0,
+            references,
         )
 
     def _cost(self, module: nn.Module, given: Given) -> Cost:
@@ -292,13 +320,20 @@ class CutCalls:
     def _forward(
         self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
     ) -> Tensor:
-        """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch."""
+        """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch.
+
+        Of a forward that does not trace whole, each kind of block is a graph.
+        """
         if self._compiler is None:
-            return _output_of(original, arguments)
+            return _output_of(original, arguments, self.model.words)
+        if self.model.blocks:
+            with compiled_blocks(uncompiled(module), self.model.blocks, self._compiler):
+                return _output_of(original, arguments, self.model.words)
         count = None if places is None else (places.anchors.shape, places.shared is None)
         # In memory of their own: a captured graph writes its inputs, and pipelines expand a timestep over the batch.
         arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        output: Tensor = self._compiler.run((id(module), count, _signature(arguments)), _output_of, original, arguments)
+        key = (id(module), count, _signature(arguments))
+        output: Tensor = self._compiler.run(key, _output_of, original, arguments, self.model.words)
         return output
 
 
@@ -308,18 +343,19 @@ def _row(value: Any, image: int) -> Any:
     return value[at : at + 1]
 
 
-def _output_of(original: Forward, arguments: dict[str, Any]) -> Tensor:
-    output: Tensor = original(**arguments)[0]
-    return output
+def _output_of(original: Forward, arguments: dict[str, Any], words: Words) -> Tensor:
+    return words.tensor(original(**words.write(arguments))[0])
 
 
 def _signature(arguments: Arguments) -> Hashable:
     return repr(sorted(shapes_of(arguments).items()))
 
 
-def _compiler_of(options: Execution) -> Compiler | None:
+def _compiler_of(options: Execution, model: Model) -> Compiler | None:
     if options.compile is None:
         return None
     from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
 
-    return Compiler(options.compile, options.strict)
+    # A recorded graph reads the weights of the block that it was recorded with, and blocks share theirs.
+    uncaptured = {"graphs": False} if model.blocks else {}
+    return Compiler({**options.compile, **uncaptured}, options.strict)

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jitaccel.execution.private import uncompiled
 
-from ..cutting import Adapter, Cut, places_of
+from ..cutting import Cut, places_of
+from .model import Model
 
 
 class OperationCounter:
@@ -22,13 +23,13 @@ class OperationCounter:
 
     Args:
         module: The transformer.
-        adapter: Where it is cut.
+        model: What is known of it.
     """
 
-    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, module: nn.Module, model: Model) -> None:
         self._kind: Any = type(uncompiled(module))
         self._config: Mapping[str, Any] = dict(uncompiled(module).config)
-        self._adapter = adapter
+        self._adapter, self._words = model.adapter, model.words
         self._twin: nn.Module | None = None
         self._counted: dict[tuple[Any, ...], int] = {}
 
@@ -56,19 +57,27 @@ class OperationCounter:
                 arguments = cut.arguments(arguments, places)
             try:
                 with cut.at(places), FlopCounterMode(display=False) as counter:
-                    self._twin(**arguments)
+                    self._twin(**self._words.write(arguments))
             finally:
                 cut.remove()
         return int(counter.get_total_flops())
 
 
 def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call with (shape, dtype) in the place of each tensor."""
-    return {name: (x.shape, x.dtype) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    """Returns the arguments of a call with (shape, dtype) in the place of each tensor, in lists too."""
+    return {name: _shape_of(x) for name, x in arguments.items()}
+
+
+def _shape_of(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_shape_of(each) for each in x]
+    return (x.shape, x.dtype) if isinstance(x, Tensor) else x
 
 
 def _of_shape(value: Any) -> Any:
     """Returns a tensor without data of a shape; real numbers in the copy's own dtype, on which no count depends."""
+    if isinstance(value, list):
+        return [_of_shape(each) for each in value]
     if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.Size)):
         return value
     return torch.empty(value[0], dtype=None if value[1].is_floating_point else value[1])

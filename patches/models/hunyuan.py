@@ -1,12 +1,14 @@
-"""HunyuanVideo and HunyuanVideo-1.5 of diffusers, text to video.
+"""HunyuanVideo, HunyuanVideo-1.5 and HunyuanImage-2.1 of diffusers, from text.
 
 Attention is joint over video and text, with one rotary table (N, D) for all videos of a batch: videos whose anchors
 differ are run one by one. HunyuanVideo makes its attention mask from the number of tokens that its embedding returns,
 HunyuanVideo-1.5 makes one in each attention: both shrink with the anchors. The condition of HunyuanVideo-1.5 is further
-channels (33 of 65).
+channels (33 of 65). HunyuanImage-2.1 is guided by whole pictures, unless it is the distilled one.
 """
 
 from __future__ import annotations
+
+import math
 
 from ..cutting import Adapter, put, rows
 from ..layout import PatchLayout
@@ -30,17 +32,18 @@ def _problem(config: Config) -> str | None:
 
 
 def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
-    """Returns the operations of one forward of HunyuanVideo-1.5: it looks at values, so that it cannot be traced.
+    """Returns the operations of one forward of a model that looks at values, so that it cannot be traced.
 
     Matrix products of the blocks, the embedding of latents and the last projection; a multiply-add is two. Left out:
     what prepares the text, which is small and always the same.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens, patch = image_tokens + text_tokens, config["patch_size_t"] * config["patch_size"] ** 2
+    patch = math.prod(config["patch_size"] if "patch_size_t" not in config else _layout(config).patch)
+    tokens, blocks = image_tokens + text_tokens, config["num_layers"] + config.get("num_single_layers", 0)
     hidden = int(config["mlp_ratio"] * width)
     block = tokens * (4 * width**2 + 2 * hidden * width) + 2 * tokens**2 * width + 2 * 6 * width**2
     ends = image_tokens * patch * (config["in_channels"] + channels_out(config)) * width
-    return 2 * (config["num_layers"] * block + ends)
+    return 2 * (blocks * block + ends)
 
 
 HUNYUAN = Model(
@@ -87,5 +90,31 @@ HUNYUAN_15 = Model(
     frames="time",
     text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
     cost=_flops,
+    blocks=("transformer_blocks",),
 )
-MODELS = (HUNYUAN, HUNYUAN_15)
+HUNYUAN_IMAGE = Model(
+    name="HunyuanImageTransformer2DModel",
+    pipelines=("HunyuanImagePipeline",),
+    adapter=Adapter(
+        outputs=_OUTPUTS,
+        has_one_table=True,
+        rows=(
+            "hidden_states",
+            "timestep",
+            "timestep_r",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+            "guidance",
+        ),
+    ),
+    layout=lambda config: PatchLayout(tuple(config["patch_size"])),
+    grid=lambda config, arguments: PatchLayout(tuple(config["patch_size"])).grid(arguments["hidden_states"].shape),
+    channels=channels_out,
+    text=("encoder_hidden_states", "encoder_hidden_states_2"),
+    schedule="beta",
+    cost=_flops,
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+)
+MODELS = (HUNYUAN, HUNYUAN_15, HUNYUAN_IMAGE)

@@ -1,8 +1,8 @@
 """LTX-Video of diffusers, from text: latents are packed tokens, whose grid the call names.
 
 Self-attention is on video tokens alone, text comes by cross-attention; rotary tables are (B, N, D), so that videos may
-have anchors of their own in one forward. The pipeline brings both branches of guidance as one batch. Its rescaling of
-whole guided videos is refused.
+have anchors of their own in one forward. The pipeline brings both branches of guidance as one batch. Its rescaling
+weighs whole guided videos: each branch is lifted before it.
 """
 
 from __future__ import annotations

@@ -36,6 +36,31 @@ def no_problem(config: Config) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Words:
+    """How a call of a model that takes no tensors `hidden_states` and `timestep` is put in these words, and back.
+
+    Attributes:
+        read: The arguments as the model takes them -> with `hidden_states` (B, ...) and `timestep`.
+        write: The reverse.
+        tensor: What the model returns -> (B, ...), in the layout of `hidden_states`.
+        returned: The reverse.
+    """
+
+    read: Callable[[Arguments], Arguments]
+    write: Callable[[Arguments], Arguments]
+    tensor: Callable[[Any], Tensor]
+    returned: Callable[[Tensor], Any]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+PLAIN = Words(read=_same, write=_same, tensor=_same, returned=_same)
+"""Those of most models."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """One transformer class, and the pipelines that run it.
 
@@ -47,7 +72,9 @@ class Model:
         grid: The token grid of a call, by configuration and arguments: (h, w), or (t, h, w).
         channels: How many channels of the latents are generated, by configuration; what a model is given beyond them
             are conditions.
-        per_level: What `timestep` is at noise level 1.
+        words: How its calls are put, where they have no `hidden_states` and `timestep`.
+        per_level: What `timestep` is at noise level 1; inverted, at level 0.
+        is_inverted: Whether `timestep` rises while noise falls.
         sign: What the output is multiplied by to be a velocity, noise minus data.
         frames: What the first axis of a grid (t, h, w) is; None for (h, w).
         branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
@@ -60,6 +87,10 @@ class Model:
         refused: Arguments that cannot be accelerated, and what they are.
         cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
             copy without data (`flops.py`), which a model that looks at values does not allow.
+        blocks: Lists of blocks that `compile` compiles one by one, where the forward around them does not trace; empty:
+            the whole forward is one graph.
+        divides: Whether it was tried with tokens divided among ranks.
+        divides_text: Whether ranks divide the text too.
         problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
     """
 
@@ -69,7 +100,9 @@ class Model:
     layout: Callable[[Config], Layout]
     grid: Callable[[Config, Arguments], tuple[int, ...]]
     channels: Callable[[Config], int]
+    words: Words = PLAIN
     per_level: float = 1000.0
+    is_inverted: bool = False
     sign: Literal[1, -1] = 1
     frames: Literal["time", "layers"] | None = None
     branches: Literal["calls", "batch"] = "calls"
@@ -80,16 +113,23 @@ class Model:
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
+    blocks: tuple[str, ...] = ()
+    divides: bool = False
+    divides_text: bool = False
     problem: Callable[[Config], str | None] = no_problem
 
     def timestep_like(self, timestep: Tensor, level: float) -> Tensor:
         """Returns the `timestep` of a noise level in shape and dtype of a call's own; one of 0, of a frame that is
         given, stays."""
-        return torch.where(timestep == 0, timestep, torch.full_like(timestep, self.per_level * level))
+        given = self.per_level * (1.0 - level if self.is_inverted else level)
+        if self.is_inverted:
+            return torch.full_like(timestep, given)
+        return torch.where(timestep == 0, timestep, torch.full_like(timestep, given))
 
     def num_text(self, arguments: Arguments) -> int:
         """Returns how many tokens of text and other conditions a call has."""
-        return sum(arguments[name].shape[1] for name in self.text if arguments.get(name) is not None)
+        found = (arguments[name] for name in self.text if arguments.get(name) is not None)
+        return sum(len(each[0]) for each in found)
 
     def noise_level(self, arguments: Arguments) -> float:
         """Returns the noise level of a call; of a timestep for every token the highest. Waits for the device.
@@ -100,15 +140,17 @@ class Model:
         """
         timestep = arguments["timestep"].detach().double()
         each = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)
-        levels = [level / self.per_level for level in each.tolist()]
+        shares = [level / self.per_level for level in each.tolist()]
+        levels = [1.0 - share for share in shares] if self.is_inverted else shares
         if any(level != levels[0] for level in levels):
             raise UnsupportedModelError(
                 f"jitaccel: timestep must be one noise level for the whole batch, got {levels}; call image by image"
             )
         if not 0.0 < levels[0] <= 1.0:
+            ends = f"[0, {self.per_level:g})" if self.is_inverted else f"(0, {self.per_level:g}]"
             raise ValueError(
-                f"jitaccel: timestep must be in (0, {self.per_level:g}], got {levels[0] * self.per_level:g}; "
-                f"give the noise level times {self.per_level:g}"
+                f"jitaccel: timestep must be in {ends}, got {shares[0] * self.per_level:g}; "
+                f"give {'1 minus ' if self.is_inverted else ''}the noise level times {self.per_level:g}"
             )
         return float(levels[0])
 

@@ -58,6 +58,8 @@ QWEN = Model(
     per_level=1.0,
     resized=_resized,
     schedule="beta",
+    divides=True,
+    divides_text=True,
     refused={"controlnet_block_samples": "ControlNet residuals"},
     problem=_problem,
 )

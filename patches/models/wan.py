@@ -38,6 +38,7 @@ WAN = Model(
     frames="time",
     forced=_given_frames,
     text=("encoder_hidden_states", "encoder_hidden_states_image"),
+    divides=True,
 )
 VACE = Model(
     name="WanVACETransformer3DModel",

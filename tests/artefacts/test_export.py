@@ -301,7 +301,8 @@ def test_signed_manifest_that_names_another_file_is_refused(folder: Path) -> Non
     ("name", "value"),
     [
         ("files", []), ("files", None), ("inputs", 3), ("tokens", None), ("config", []), ("config", {}),
-        ("format", "onnx"), ("format", ["aoti"]), ("levels", 1),
+        ("format", "onnx"), ("format", ["aoti"]), ("levels", 1), ("dtype", -1), ("text_tokens", None), ("batch", True),
+        ("grid", ["a", "b"]), ("levels", [None, 0.0]), ("processor", {}), ("inputs", []),
     ],
 )  # fmt: skip
 def test_signed_manifest_with_a_field_of_another_kind_is_refused(folder: Path, name: str, value: Any) -> None:
@@ -374,7 +375,7 @@ def test_manifest_reads_what_it_wrote(exported: Path) -> None:
     [
         ({"format": "onnx"}, "must be one of aoti, torchscript, got 'onnx'"),
         ({"size": (50, 48)}, "multiples of 4 pixels"),
-        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number in 1..1024, got 0"),
         ({"text_tokens": 1.5}, "text_tokens must be a whole number"),
         ({"steps": "caller"}, "steps must be a number"),
         ({"attention": "flash"}, "attention must be one of"),

@@ -6,9 +6,6 @@ import contextlib
 import functools
 import gc
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -324,30 +321,6 @@ def test_script_that_fails_says_why() -> None:
         startup._json("raise ValueError('no such device')")
     with pytest.raises(RuntimeError, match="the process ended with 3"):
         startup._json("import sys; sys.exit(3)")
-
-
-# The script for machines with a GPU
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_gpu_script_leaves_out_what_is_done_and_begins_nothing_after_its_budget(tmp_path: Path) -> None:
-    calls, out, python = tmp_path / "calls", tmp_path / "out", tmp_path / "python"
-    left = "cases were not begun within 1 s"
-    python.write_text(f'#!/bin/sh\necho "$*" >>"{calls}"\ncase "$*" in *" packing "*) echo "3 {left}";; esac\n')
-    python.chmod(0o755)
-    script = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
-
-    def lines(*steps: str, budget: str = "540") -> list[str]:
-        environment = {**os.environ, "PYTHON": str(python), "BUDGET": budget}
-        asked = ["bash", str(script), str(out), *steps]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
-
-    assert lines("kernels", budget="0")[0] == "kernels: not begun within 0 s, run the script again"
-    assert lines("kernels", "packing")[:2] == ["kernels: done in 0 s", "packing: begun, run the script again"]
-    assert lines("kernels", "packing")[:2] == ["kernels: done before", "packing: begun, run the script again"]
-    benched = [line for line in calls.read_text().splitlines() if line.startswith("-m benchmarks ")]
-    assert [line.split()[2] for line in benched] == ["kernels", "packing", "packing"]
-    assert all(f"--device cuda --json {out}/rows.jsonl --resume --within" in line for line in benched)
 
 
 # The record

@@ -75,8 +75,9 @@ def test_generate_writes_the_same_picture_for_the_same_seed(command: Command, mo
     for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
         out = tmp_path / "new folder" / name
         status, text, err = command(
-            "generate", "--model", model, "--prompt", "a red circle", "--seed", seed, "--out", out, "--text-tokens", 8
-        )
+            "generate", "--model", model, "--prompt", "a red circle", "--seed", seed, "--out", out,
+            "--max-sequence-length", 8,
+        )  # fmt: skip
         assert (status, str(out) in text) == (0, True), err
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
@@ -90,7 +91,8 @@ def test_generate_says_which_words_the_embedded_model_does_not_know(
     from tests.support import tiny
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: tiny.pipeline())
-    call = ("generate", "--preset", "none", "--steps", 2, "--height", 32, "--width", 32, "--text-tokens", 8, "--out")
+    monkeypatch.setattr(loading, "picture_sizes", lambda _: None)
+    call = ("generate", "--preset", "none", "--steps", 2, "--size", 32, "--max-sequence-length", 8, "--out")
 
     def notes(name: str, *more: object) -> list[str]:
         status, _, err = command(*call, tmp_path / name, *more)
@@ -101,14 +103,14 @@ def test_generate_says_which_words_the_embedded_model_does_not_know(
     assert note.startswith("jitaccel generate: the embedded model draws landscapes, it does not know 'striped', 'cat',")
     assert "'by'; its words are in" in note
     assert notes("b.png", "--prompt", "Green mountains at noon with a lake.") == []
-    assert notes("c.png", "--prompt", "a cat", "--model", "some/model") == []
+    assert notes("c.png", "--prompt", "a cat", "--model", "some/model", "--dtype", "float32") == []
 
 
 def test_generate_takes_every_option_and_prints_statistics(command: Command, model: Path, tmp_path: Path) -> None:
     status, out, err = command(
-        "generate", "--model", model, "--prompt", "a red circle", "--preset", "7x", "--steps", 5, "--height", 64,
-        "--width", 48, "--true-cfg", 2, "--negative-prompt", "blue", "--guidance", 2, "--dtype", "float32", "--device",
-        "cpu", "--text-tokens", 8, "--stats", "--out", tmp_path / "a.jpg",
+        "generate", "--model", model, "--prompt", "a red circle", "--preset", "7x", "--steps", 5, "--size",
+        "64x48", "--true-cfg", 2, "--negative-prompt", "blue", "--guidance", 2, "--dtype", "float32", "--device",
+        "cpu", "--max-sequence-length", 8, "--stats", "--out", tmp_path / "a.jpg",
     )  # fmt: skip
     assert status == 0, err
     assert "48x64" in out and "grid 16x12" in out
@@ -117,8 +119,8 @@ def test_generate_takes_every_option_and_prints_statistics(command: Command, mod
 
 def test_generate_runs_the_pipeline_untouched_where_asked(command: Command, model: Path, tmp_path: Path) -> None:
     status, out, err = command(
-        "generate", "--model", model, "--prompt", "a", "--preset", "none", "--steps", 2, "--text-tokens", 8, "--stats",
-        "--out", tmp_path / "a.png",
+        "generate", "--model", model, "--prompt", "a", "--preset", "none", "--steps", 2, "--max-sequence-length", 8,
+        "--stats", "--out", tmp_path / "a.png",
     )  # fmt: skip
     assert status == 0, err
     assert "untouched" in out
@@ -127,13 +129,18 @@ def test_generate_runs_the_pipeline_untouched_where_asked(command: Command, mode
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--preset", "7xx"), "--preset must be 4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense, auto or none, got"),
         (("--preset", "7xx"), 'did you mean "7x"'),
-        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--preset", "autp"), 'did you mean "auto"'),
+        (("--preset", "non"), 'did you mean "none"'),
+        (("--size", "tall"), "--size must be HxW in pixels, got 'tall'; for example 1024x1024"),
+        (("--offload", "model", "--device", "cpu", "--size", "64"), "--offload must be none on the CPU, got model"),
+        (("--steps", "0"), "--steps must be in 1..10000, got 0"),
         (("--preset", "7x-paper", "--steps", "3"), "use 4 steps"),
         (("--out", "picture.txt"), "--out must end in"),
         (("--true-cfg", "1"), "--true-cfg must be above 1"),
         (("--negative-prompt", "blue"), "--negative-prompt must come with --true-cfg"),
-        (("--text-tokens", "513"), "--text-tokens must be in 1..512, got 513"),
+        (("--max-sequence-length", "513"), "--max-sequence-length must be in 1..512, got 513"),
         (("--seed", "-1"), "--seed must be in 0..2**63 - 1, got -1"),
         (("--model", "/no/such/folder"), "existing folder or a hub id"),
         (("--model", "."), "without model_index.json"),
@@ -152,21 +159,32 @@ def test_generate_refuses_bad_input_in_one_line(
     assert says in err and is_one_line(err)
 
 
-@pytest.mark.parametrize("side", [30, -8])
-def test_generate_refuses_sides_that_the_model_does_not_have(
-    command: Command, model: Path, tmp_path: Path, side: int
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("30x48", "a multiple of 4 pixels on both sides, got 30x48; the nearest for this model is 32x48"),
+        ("0x48", "a multiple of 4 pixels on both sides, above 0, got 0x48; the nearest for this model is 4x48"),
+        ("-8", "a multiple of 4 pixels on both sides, above 0, got -8x-8; the nearest for this model is 8x8"),
+        ("4x4", "at least 8x8 for this preset, got 4x4; the nearest for this model is 8x8"),
+        ("90000x90000", "at most 1024x1024 pixels in all, got 90000x90000; the nearest for this model is 1024x1024"),
+        ("4096x1024", "at most 1024x1024 pixels in all, got 4096x1024; the nearest for this model is 2048x512"),
+    ],
+)
+def test_generate_refuses_sizes_that_the_model_does_not_make_before_it_loads_weights(
+    command: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, says: str
 ) -> None:
+    from jitaccel import loading
+
+    monkeypatch.setattr(loading, "load_pipeline", None)
     out = tmp_path / "a.png"
-    status, _, err = command("generate", "--model", model, "--prompt", "a", "--out", out, f"--height={side}")
-    assert status == 2
-    last = err.splitlines()[-1]  # above it, the bars of loading
-    assert last == f"jitaccel generate: --height must be a multiple of 4 pixels for this model, got {side}"
+    status, _, err = command("generate", "--model", model, "--prompt", "a", "--out", out, f"--size={size}")
+    assert (status, err) == (2, f"jitaccel generate: --size must be {says}\n")
 
 
 def test_generate_keeps_an_existing_picture_unless_told(command: Command, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     out.write_text("mine")
-    arguments = ("generate", "--model", model, "--prompt", "a", "--text-tokens", 8, "--steps", 4, "--out", out)
+    arguments = ("generate", "--model", model, "--prompt=a", "--steps=4", "--max-sequence-length", 8, "--out", out)
     status, _, err = command(*arguments)
     assert status == 2 and "--overwrite" in err and out.read_text() == "mine"
     assert command(*arguments, "--overwrite")[0] == 0
@@ -286,11 +304,12 @@ def test_export_writes_stages_that_run_without_the_transformer(command: Command,
     from tests.support.tiny import generate
 
     folder = tmp_path / "stages of it"
-    status, out, _ = command(
-        "export", "--model", model, "--size", "48x40", "--format", "torchscript", "--out", folder, "--text-tokens", 8,
-        "--device", "cpu",
+    status, out, err = command(
+        "export", "--model", model, "--size", "48x40", "--format", "torchscript", "--out", folder,
+        "--max-sequence-length", 8, "--device", "cpu",
     )  # fmt: skip
     assert status == 0 and out.startswith(f"{folder}: manifest.json, manifest.safetensors, stage0.pt, ")
+    assert "writing stages: 100%" in err
     call = {"grid": (12, 10), "seed": 1}
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
@@ -305,11 +324,11 @@ def test_export_writes_stages_that_run_without_the_transformer(command: Command,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--size", "1024"), "--size must be HEIGHTxWIDTH in pixels, got '1024'"),
-        (("--size", "50x48"), "multiples of 4 pixels"),
+        (("--size", "10x24x3"), "--size must be HxW in pixels, got '10x24x3'"),
+        (("--size", "50x48"), "the nearest for this model is 52x48"),
         (("--preset", "9x"), "preset"),
-        (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
-        (("--text-tokens", 513), "--text-tokens must be in 1..512, got 513"),
+        (("--batch-size", 0), "--batch-size must be in 1..1024, got 0"),
+        (("--max-sequence-length", 513), "--max-sequence-length must be in 1..512, got 513"),
     ],
 )
 def test_export_refuses_bad_input_in_one_line(

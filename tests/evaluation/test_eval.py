@@ -127,7 +127,7 @@ def test_methods_are_presets_dense_steps_or_files(in_folder: Path) -> None:
 def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_folder / "file").touch()
     for arguments, words in (
-        (["--prompts", "1"], "at least 2, got 1"),
+        (["--prompts", "1"], "at least 2 and at most 10000, got 1"),
         (["--out", "file"], "must be a folder"),
         (["--methods", "fast"], "got 'fast'"),
     ):

@@ -233,10 +233,13 @@ def test_prompts_that_are_none_are_told_with_their_line(
 def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told: Callable[[], str] = lambda: capsys.readouterr().err  # noqa: E731
     for changes, words in (
-        (["--size", "64x"], "--size must be N or HxW"),
-        (["--size", "0"], "--size must be N or HxW"),
-        (["--batch", "0", "--seed", "-1"], "--batch must be at least 1, got 0; --seed must be at least 0"),
-        (["--max-sequence-length", "0"], "--max-sequence-length must be at least 1"),
+        (["--size", "64x"], "--size must be HxW in pixels, got '64x'"),
+        (["--size", "0"], "--size must be of sides in 1..16384 pixels, got 0x0"),
+        (
+            ["--batch-size", "0", "--seed", "-1"],
+            "--batch-size must be in 1..1024, got 0; --seed must be in 0..2**63 - 1, got -1",
+        ),
+        (["--max-sequence-length", "0"], "--max-sequence-length must be in 1..512, got 0"),
         (["--size", "60x64"], "--size must be of multiples of 8 pixels"),
         (["--model", "nowhere"], "--model must be an existing folder or a hub id"),
     ):

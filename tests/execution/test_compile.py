@@ -97,7 +97,7 @@ def test_inductor_is_as_exact_as_eager(pipe: Any, lifter: Any) -> None:
     with jitaccel.apply(half, config, compile={"graphs": True}, strict=True) as handle:
         compiled = [generate(half, **call) for call in calls]
         assert handle.stats().compiled.graphs == 4
-        assert "compiled: 4 graphs for 4 signatures, 4 calls, 0 eager; 4 captured" in str(handle.stats())
+        assert "compiled stages: 4 graphs for 4 signatures, 4 calls, 0 eager; 4 captured" in str(handle.stats())
     for made, usual, expected in zip(compiled, eager, exact, strict=True):
         assert relative_error(made, expected) <= 2 * relative_error(usual, expected)
 

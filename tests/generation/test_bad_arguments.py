@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -54,3 +55,10 @@ def test_sizes_of_a_warm_up_that_are_no_pairs_are_refused_before_any_is_made(pip
 def test_batches_of_a_warm_up_that_are_no_counts_are_refused(pipe: Any, batches: Any) -> None:
     with jitaccel.apply(pipe, SHORT) as handle, pytest.raises(ConfigError, match="warmup: batch_sizes must be a list"):
         handle.warmup([(48, 48)], batches, progress=False)
+
+
+def test_warm_up_of_a_pipeline_that_is_gone_is_told() -> None:
+    handle = jitaccel.apply(tiny.pipeline(), SHORT)
+    gc.collect()
+    with pytest.raises(ConfigError, match=r"Handle\.warmup: the pipeline must be alive"):
+        handle.warmup([(48, 48)], progress=False)

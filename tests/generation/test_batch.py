@@ -328,3 +328,47 @@ def test_strict_refuses_a_model_that_is_not_covered(pipe: Any) -> None:
     assert relative_error(outcome.image, through_pipeline(pipe, request())) < 1e-5
     with pytest.raises(UnsupportedModelError, match="has forward hooks"):
         generate_batch(pipe, [request()], strict=True)
+
+
+def test_steps_and_outcomes_are_told_as_they_come(pipe: Any) -> None:
+    steps: list[tuple[int, int, int]] = []
+    told: list[tuple[int, int]] = []
+    outcomes = generate_batch(
+        pipe,
+        [request(preset=LONGER), request()],
+        output_type="latent",
+        on_step=lambda *step: steps.append(step),
+        on_outcome=lambda index, outcome: told.append((index, len(steps))),
+    )
+    assert [step for step in steps if step[0] == 0] == [(0, k, 7) for k in range(1, 8)]
+    assert [step for step in steps if step[0] == 1] == [(1, k, 5) for k in range(1, 6)]
+    assert told == [(1, 10), (0, 12)]  # the shorter one does not wait for the other
+    assert all(outcome.error is None for outcome in outcomes)
+
+
+@pytest.mark.parametrize("execution", ["auto", "indexed"])
+def test_request_that_is_dropped_at_a_step_ends_alone(pipe: Any, execution: Any) -> None:
+    asked = [request(), request("blue", seed=1), request(grid=(6, 6), seed=2)]
+    told: dict[int, Any] = {}
+
+    def drop(index: int, step: int, steps: int) -> None:
+        if (index, step) == (1, 2):
+            raise ArithmeticError("nobody awaits it")
+
+    with counted(pipe.transformer) as seen:
+        outcomes = generate_batch(
+            pipe, asked, execution=execution, output_type="latent", on_step=drop, on_outcome=told.__setitem__
+        )
+    assert isinstance(outcomes[1].error, ArithmeticError) and len(seen) == (5 if execution == "auto" else 12)
+    assert [told[k] for k in range(3)] == outcomes
+    for k in (0, 2):
+        assert relative_error(outcomes[k].image, through_pipeline(pipe, asked[k])) < 1e-5
+
+
+def test_outcome_of_indexed_execution_is_that_of_the_request_alone_bit_for_bit(pipe: Any) -> None:
+    for asked, outcome in zip(
+        BATCHES["all"], generate_batch(pipe, BATCHES["all"], execution="indexed", output_type="latent"), strict=True
+    ):
+        alone = generate_batch(pipe, [asked], execution="indexed", output_type="latent")[0]
+        assert torch.equal(outcome.image, alone.image)
+        assert torch.equal(outcome.image, through_pipeline(pipe, asked))  # no pooled stage among these

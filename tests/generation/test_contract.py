@@ -1,23 +1,19 @@
 """What holds of every patch: one handle a target, applied and removed in any order, whole or not at all.
 
-Every registered patch is here, that of the tutorial included; `test_no_patch_is_left_out` sees to it.
+Every registered patch is in `tests/support/patched.py`, that of the tutorial included;
+`test_no_patch_is_left_out` sees to it.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import pickle
-import re
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import jitaccel
@@ -25,72 +21,8 @@ from jitaccel import ConfigError, patches
 from jitaccel.generation import registry
 from jitaccel.generation.handle import Handle
 from tests.support import comfy_stand_in as comfy
-from tests.support import tiny
-from tests.support.comfy_stand_in import BaseModel, ModelPatcher
-from tests.support.every_model import wan_transformer
-from tests.support.models import chroma_transformer, flux2_transformer
-from tests.support.pipelines import chroma_pipeline, flux2_pipeline
-from tests.support.tiny import CHANNELS, SHORT
-from tests.support.video import wan_pipeline
-
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
-
-
-@dataclass(frozen=True)
-class Case:
-    """patch: its place in the registry. make: returns a new target. parts: the modules that hold its weights."""
-
-    patch: str
-    make: Callable[[], Any]
-    parts: Callable[[Any], list[nn.Module]] = lambda target: [target]
-
-
-@functools.cache
-def _tutorial() -> tuple[type[nn.Module], patches.Patch]:
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(next(block for block in blocks if "class Toy" in block), names)
-    return names["Toy"], patches._REGISTERED[0]
-
-
-def _toy() -> Any:
-    kind, patch = _tutorial()
-    patches.register(patch)
-    return kind()
-
-
-def _bfl() -> Any:
-    from tests.support.bfl_wrapped import Flux
-
-    return Flux().eval()
-
-
-def _comfy() -> Any:
-    model = comfy.Flux(tiny.transformer(), patch_size=2, channels=CHANNELS // 4).eval()
-    return ModelPatcher(BaseModel(model))
-
-
-CASES = {
-    "FluxPipeline": Case("diffusers FluxPipeline", tiny.pipeline, lambda pipe: [pipe.transformer]),
-    "Flux2Pipeline": Case(
-        "diffusers FluxPipeline", lambda: flux2_pipeline("Flux2Pipeline"), lambda pipe: [pipe.transformer]
-    ),
-    "ChromaPipeline": Case(
-        "diffusers FluxPipeline", lambda: chroma_pipeline("ChromaPipeline"), lambda pipe: [pipe.transformer]
-    ),
-    "FLUX.1 transformer": Case("diffusers FluxTransformer2DModel", tiny.transformer),
-    "FLUX.2 transformer": Case("diffusers FluxTransformer2DModel", flux2_transformer),
-    "Chroma transformer": Case("diffusers FluxTransformer2DModel", chroma_transformer),
-    "WanPipeline": Case(
-        "diffusers WanPipeline",
-        lambda: wan_pipeline(boundary=0.8),
-        lambda pipe: [pipe.transformer, pipe.transformer_2],
-    ),
-    "Wan transformer": Case("diffusers WanTransformer3DModel", wan_transformer),
-    "BFL Flux": Case("black-forest-labs", _bfl),
-    "ComfyUI": Case("ComfyUI", _comfy, lambda patcher: [patcher.model.diffusion_model]),
-    "tutorial": Case("toy", _toy),
-}
+from tests.support.patched import CASES, Case, picture_of
+from tests.support.tiny import SHORT
 
 
 @pytest.fixture(params=CASES)
@@ -99,26 +31,6 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(patches, "_REGISTERED", [])
     yield CASES[request.param]
     gc.collect()
-
-
-def picture_of(target: Any) -> dict[str, Any]:
-    """Returns everything on a target's instances that a patch could have changed."""
-    owners = [target, *(getattr(target, name, None) for name in ("transformer", "transformer_2", "scheduler"))]
-    found: dict[str, Any] = {}
-    for place, owner in enumerate(owners):
-        if owner is None:
-            continue
-        own = {name: value for name, value in vars(owner).items() if not isinstance(value, torch.Tensor)}
-        found |= {f"{place}.{name}": _shown(value) for name, value in own.items()}
-    return found
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, dict):  # ComfyUI itself keeps an empty entry for a key whose wrappers were removed
-        return {key: _shown(each) for key, each in value.items() if each != {}}
-    if isinstance(value, (list, tuple)):
-        return [_shown(each) for each in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else (type(value).__name__, id(value))
 
 
 def test_no_patch_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -404,3 +404,13 @@ def test_run_reproduces_the_released_trajectory(name: str, golden_model: Any) ->
     assert len(states) == len(recorded["steps"])
     for actual, released in zip(states, recorded["steps"], strict=True):
         assert float((actual[0] - released).abs().max() / released.abs().max()) < 1e-4
+
+
+def test_importance_that_is_not_finite_names_the_step() -> None:
+    clock, state = KnownLevels(SEVEN, noise_levels(SEVEN)), noise()
+    run = Run(SEVEN, GRID, clock.step(0), state)
+    step = next(clock.step(i) for i in range(clock.num_steps) if clock.step(i).may_end_stage)
+    run.enter(step, state)
+    run.leave(step, state, run.gather(state) * 1e25)  # finite, and its square is not
+    with pytest.raises(NonFiniteVelocityError, match=rf"finite importance.* \(step {step.index}\)"):
+        run.enter(clock.step(step.index + 1), state)

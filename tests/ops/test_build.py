@@ -86,6 +86,16 @@ def test_torch_is_found_without_importing_it_and_an_old_one_refused(
         build.find_torch()
 
 
+def test_torch_that_uv_hides_is_missed_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_torch_folders", lambda: iter(()))
+    monkeypatch.delenv("UV", raising=False)
+    with pytest.raises(build.MissingToolError, match=r"with headers beside \S+$"):
+        build.find_torch()
+    monkeypatch.setenv("UV", "/usr/bin/uv")
+    with pytest.raises(build.MissingToolError, match="--no-build-isolation or JITACCEL_TORCH=FOLDER"):
+        build.find_torch()
+
+
 @needs_compiler
 def test_failing_compiler_is_a_warning_or_an_error_where_asked_for_and_keeps_the_old_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ seeds, batches, guidance, VAE flags, printing and undo in diffusers/test_pipelin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,6 +20,7 @@ from torch import Tensor
 import jitaccel
 from jitaccel import PRESETS, ConfigError, JiTConfig, NonFiniteVelocityError, UnsupportedModelError
 from tests.support import tiny
+from tests.support.pipelines import flux_pipeline, run_pipeline
 from tests.support.tiny import SHORT, forwards, generate
 
 LEVELS = jitaccel.noise_levels(PRESETS["7x-paper"])
@@ -438,3 +440,46 @@ def test_batch_that_changes_within_a_generation_is_refused(pipe: Any) -> None:
 
     with jitaccel.apply(pipe, SHORT), refused(RuntimeError, "2 images of 144 tokens", "1 of 144"):
         generate(pipe, (1, 2), prompt=["a", "red"], callback_on_step_end=halve)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_guidance_that_is_not_finite_is_named(pipe: Any, value: float) -> None:
+    with jitaccel.apply(pipe, SHORT):
+        with refused(ConfigError, "guidance must be finite", f"{value:g}", "guidance_scale", model=pipe.transformer):
+            generate(pipe, guidance_scale=value)
+        assert generate(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [{}, {"steps": "caller"}], ids=["own", "caller's"])
+@pytest.mark.parametrize("strength", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("preset", ["7x", "4x-paper"])
+def test_late_start_that_leaves_a_stage_no_step_names_the_steps_that_do(
+    preset: str, strength: float, steps: dict[str, Any]
+) -> None:
+    pipe = flux_pipeline("FluxImg2ImgPipeline")
+    with jitaccel.apply(pipe, preset, **steps):
+        try:
+            run_pipeline(pipe, strength=strength)
+            return
+        except ConfigError as error:
+            message = str(error)
+    assert f"at strength {strength:g}" in message and "a higher strength" in message
+    found = re.search(r"steps=(\d+)\)" if not steps else r"num_inference_steps=(\d+)", message)
+    assert found is not None, message
+    enough = int(found[1])
+    with jitaccel.apply(pipe, preset, **(steps or {"steps": enough})):
+        assert run_pipeline(pipe, strength=strength, num_inference_steps=enough).isfinite().all()
+
+
+def test_torch_in_a_folder_with_spaces_is_refused_before_anything_is_compiled(
+    pipe: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__file__", "/opt/my apps/torch/__init__.py")
+    with refused(ConfigError, "torch must lie in a folder without spaces", "/opt/my apps/torch", "torchscript"):
+        jitaccel.export(pipe, tmp_path / "a", SHORT, size=(48, 48))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_speed_for_a_size_that_the_model_was_not_made_for_must_be_asked_for(pipe: Any) -> None:
+    with refused(ConfigError, "size must be given", "256 pixels", "made for 32", model=pipe.transformer):
+        jitaccel.apply(pipe, jitaccel.Auto(speedup=2))

@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from jitaccel import ConfigError, UnsupportedModelError
+from jitaccel import ConfigError
 from jitaccel.generation.ranks import ALONE, begun_alike, eight_bytes
 from jitaccel.patches import ranks as of_models
 from jitaccel.patches.cutting import Adapter, Cut, rows
@@ -202,5 +202,5 @@ def test_model_that_is_cut_refuses_ranks_that_come_after_the_patch() -> None:
     with cut.at(None):
         pass
     model._parallel_config = _parallel(2)._parallel_config
-    with pytest.raises(UnsupportedModelError, match="enable_parallelism after apply"), cut.at(None):
+    with pytest.raises(ConfigError, match="apply must be called after enable_parallelism"), cut.at(None):
         pass

@@ -117,20 +117,21 @@ def test_generate_measures_and_says_what_it_chose(
     pipe.save_pretrained(tmp_path / "model")
     out = tmp_path / "a.png"
     status = main([
-        "generate", "--model", str(tmp_path / "model"), "--prompt", "a", "--preset", "auto", target, "--height=48",
-        "--width=48", "--text-tokens=8", "--out", str(out), "--stats",
+        "generate", "--model", str(tmp_path / "model"), "--prompt", "a", "--preset", "auto", target, "--size=48x48",
+        "--max-sequence-length=8", "--out", str(out), "--stats",
     ])  # fmt: skip
     said = capsys.readouterr()
     assert status == 0, said.err
     assert "auto: " in said.out and "predicted" in said.out and out.exists()
+    assert "timing steps: 100%" in said.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--preset=auto"], "one of target_speedup and target_ms must be given"),
+        (["--preset=auto"], "one of --target-speedup and --target-ms must be given"),
         (["--preset=auto", "--target-ms=5", "--steps=5"], "--steps must be left out with --preset auto"),
-        (["--preset=auto", "--target-speedup=1"], "target_speedup must be a finite number above 1, got 1.0"),
+        (["--preset=auto", "--target-speedup=1"], "above 1, got 1.0; use --preset dense for 1"),
         (["--target-ms=5"], "--target-ms must come with --preset auto, got --preset 7x"),
         (["--preset=none", "--target-speedup=5"], "--target-speedup must come with --preset auto"),
     ],

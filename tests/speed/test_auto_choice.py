@@ -160,9 +160,9 @@ def test_limit_that_an_error_names_can_be_asked_for(curve: str, target: str) -> 
         ({"target_ms": 1.0, "densities": (1.0,)}, "densities must be left out"),
         ({"target_ms": 1.0, "step": 9}, 'did you mean "steps"'),
         ({"target_ms": 1e9, "noise_levels": (1.0, 0.0)}, "noise_levels must be left out"),
-        ({"target_ms": 1e9, "size": (48, 47)}, "size must be (height, width) in multiples of 4 pixels, got (48, 47)"),
+        ({"target_ms": 1e9, "size": (48, 47)}, "of 4 pixels, 16384 at most, got (48, 47)"),
         ({"target_ms": 1e9, "size": 48}, "size must be (height, width)"),
-        ({"target_ms": 1e9, "text_tokens": 0}, "text_tokens must be a whole number above 0, got 0"),
+        ({"target_ms": 1e9, "text_tokens": 0}, "text_tokens must be a whole number in 1..4096, got 0"),
     ],
 )
 def test_apply_refuses_bad_targets_and_changes_nothing(pipe: Any, arguments: dict[str, Any], says: str) -> None:

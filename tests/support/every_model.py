@@ -221,7 +221,71 @@ def _crop_tokens(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": kept, "num_frames": frames, "height": height, "width": width}
 
 
+def auraflow_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1,
+        "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16,
+        "joint_attention_dim": 16, "pos_embed_max_size": 576,
+    }  # fmt: skip
+    return randomised(diffusers.AuraFlowTransformer2DModel(**{**settings, **overrides}))
+
+
+def _auraflow_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    call = {name: value for name, value in _sd3_call(grid, batch).items() if name != "pooled_projections"}
+    return {**call, "timestep": torch.full((batch,), 0.7)}
+
+
+def z_image_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 16, "n_layers": 2,
+        "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [4, 2, 2],
+        "axes_lens": [256, 32, 32],
+    }  # fmt: skip
+    return randomised(diffusers.ZImageTransformer2DModel(**{**settings, **overrides}))
+
+
+def _z_image_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, 2 * grid[0], 2 * grid[1]),
+        "timestep": torch.full((batch,), 0.3),
+        "cap_feats": [noise(2 + image, TEXT + image, 16) for image in range(batch)],
+    }
+
+
+def hunyuan_image_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
+        "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": (1, 1), "text_embed_dim": 16,
+        "text_embed_2_dim": 8, "rope_axes_dim": (4, 4),
+    }  # fmt: skip
+    return randomised(diffusers.HunyuanImageTransformer2DModel(**{**settings, **overrides}))
+
+
+def _hunyuan_image_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, *grid),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT),
+        "encoder_hidden_states_2": noise(3, batch, 4, 8),
+        "encoder_attention_mask_2": _text_mask(batch, 4),
+    }
+
+
+def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    return {**call, "hidden_states": call["hidden_states"][:, :, : 2 * small[0], : 2 * small[1]]}
+
+
 CASES: dict[str, Case] = {
+    "AuraFlowTransformer2DModel": Case(
+        auraflow_transformer, (10, 14), _auraflow_call, (6, 8), _crop_centre, is_centred=True
+    ),
+    "ZImageTransformer2DModel": Case(
+        z_image_transformer, (8, 12), _z_image_call, (4, 8), _crop_corner, is_one_graph=False
+    ),
+    "HunyuanImageTransformer2DModel": Case(
+        hunyuan_image_transformer, (10, 14), _hunyuan_image_call, (6, 8), _crop_plain, is_one_graph=False
+    ),
     "LTXVideoTransformer3DModel": Case(ltx_transformer, VIDEO, _ltx_call, (2, 3, 4), _crop_tokens),
     "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
     "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),

@@ -65,10 +65,10 @@ def prompts(batch: int = 1) -> tuple[Tensor, Tensor]:
     return noise(1, batch, TEXT, 16), noise(2, batch, TEXT, 16)
 
 
-def picture(name: str) -> Any:
+def picture(name: str, batch: int = 1) -> Any:
     values = noise(3, 1, 3, PIXELS * GRID[0], PIXELS * GRID[1]).clamp(-1, 1) / 2 + 0.5
     if "Edit" not in name:
-        return values
+        return values.expand(batch, -1, -1, -1)
     return PIL.Image.fromarray((values[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
 
 
@@ -81,7 +81,7 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
         "prompt_embeds": positive, "prompt_embeds_mask": mask, "negative_prompt_embeds": negative,
         "negative_prompt_embeds_mask": mask, "true_cfg_scale": 3.0, "height": PIXELS * GRID[0],
         "width": PIXELS * GRID[1], "num_inference_steps": steps, "output_type": "latent", "return_dict": False,
-        "image": picture(name), "strength": 0.8,
+        "image": picture(name, batch), "strength": 0.8,
         "generator": [torch.Generator().manual_seed(seed + image) for image in range(batch)],
     }  # fmt: skip
     known = inspect.signature(type(pipe).__call__).parameters

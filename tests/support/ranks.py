@@ -71,7 +71,7 @@ def _waited(process: subprocess.Popen[bytes], begun: float, seconds: float) -> t
     return code, time.monotonic() - begun
 
 
-def _divided(pipe: Any, mode: str) -> Any:
+def divided(pipe: Any, mode: str) -> Any:
     """Returns a pipeline whose transformer's tokens all ranks divide."""
     from diffusers import ContextParallelConfig
 
@@ -95,8 +95,10 @@ def _attention_with_lse(
     **__: Any,
 ) -> Any:
     """Attention in plain torch that says its log-sum-exp, which the ring needs and SDPA keeps; (B, T, heads, D)."""
-    assert attn_mask is None and not is_causal and not enable_gqa and dropout_p == 0.0
+    assert not is_causal and not enable_gqa and dropout_p == 0.0
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (scale or query.shape[-1] ** -0.5)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
     return (out, scores.logsumexp(dim=-1).transpose(1, 2)) if return_lse else out
 
@@ -150,7 +152,7 @@ def pictures(rank: int) -> Any:
         with jitaccel.apply(alone, config, multiple=distributed.get_world_size()) as handle:
             expected, own = _picture(alone, grid=grid, **call), handle.stats()
         for mode in ("ulysses", "ring"):
-            pipe = _divided(tiny.pipeline(), mode)
+            pipe = divided(tiny.pipeline(), mode)
             handle = jitaccel.apply(pipe, config)
             with tiny.counted(pipe.transformer) as seen:
                 picture = _picture(pipe, grid=grid, **call)
@@ -170,7 +172,7 @@ def pictures(rank: int) -> Any:
     return found
 
 
-def _error_of(run: Callable[[], Any]) -> str:
+def error_of(run: Callable[[], Any]) -> str:
     """Returns kind and message of what a function raises, once every rank is there: none waits in a collective."""
     try:
         run()
@@ -190,30 +192,31 @@ def refusals(rank: int) -> Any:
     found: dict[str, Any] = {}
 
     def made(config: Any = config, pipe: Any = None, **call: Any) -> Tensor:
-        pipe = _divided(tiny.pipeline(), "ulysses") if pipe is None else pipe
+        pipe = divided(tiny.pipeline(), "ulysses") if pipe is None else pipe
         jitaccel.apply(pipe, config)
         return _picture(pipe, **call)
 
     early = tiny.pipeline()
     handle = jitaccel.apply(early, config)
-    _divided(early, "ulysses")
-    found["order"] = _error_of(lambda: _picture(early))
-    found["order, again"] = _error_of(lambda: _picture(early))
+    divided(early, "ulysses")
+    found["order"] = error_of(lambda: _picture(early))
+    found["order, again"] = error_of(lambda: _picture(early))
     found["picture, applied again"] = made(pipe=early)
     handle.remove()
-    late = _divided(tiny.pipeline(), "ulysses")
-    found["noise"] = _error_of(lambda: made(pipe=late, seed=rank))
+    late = divided(tiny.pipeline(), "ulysses")
+    found["noise"] = error_of(lambda: made(pipe=late, seed=rank))
     found["picture, same noise"] = made(pipe=late)
-    found["noise of one image"] = _error_of(lambda: made(seed=[0, rank], **_prompts(2)))
-    found["settings"] = _error_of(lambda: made(config.replace(blur_scale=0.4 + rank)))
+    found["noise of one image"] = error_of(lambda: made(seed=[0, rank], **_prompts(2)))
+    found["settings"] = error_of(lambda: made(config.replace(blur_scale=0.4 + rank)))
     levels = {"schedule": (0.9, 0.8, 0.6, 0.4, 0.2, 0.0)}
-    found["one rank"] = _error_of(lambda: made(config.replace(**levels, noise=("fresh", "own")[rank])))
-    found["pooled size"] = _error_of(lambda: made(pooled, grid=(10, 10)))
-    found["size"] = _error_of(lambda: made(grid=(11, 11)))
-    found["prompt"] = _error_of(lambda: made(**_prompts(1, tokens=7)))
-    found["heads"] = _error_of(lambda: made(pipe=_three_heads()))
-    found["auto"] = _error_of(lambda: jitaccel.apply(_divided(tiny.pipeline(), "ulysses"), jitaccel.Auto(speedup=2.0)))
-    found["residuals"] = _error_of(_with_residuals)
+    found["one rank"] = error_of(lambda: made(config.replace(**levels, noise=("fresh", "own")[rank])))
+    found["pooled size"] = error_of(lambda: made(pooled, grid=(10, 10)))
+    found["size"] = error_of(lambda: made(grid=(11, 11)))
+    found["prompt"] = error_of(lambda: made(**_prompts(1, tokens=7)))
+    found["heads"] = error_of(lambda: made(pipe=_three_heads()))
+    wanted = jitaccel.Auto(speedup=2.0, size=(48, 48))
+    found["auto"] = error_of(lambda: jitaccel.apply(divided(tiny.pipeline(), "ulysses"), wanted))
+    found["residuals"] = error_of(_with_residuals)
     found["picture, at the end"] = made()
     plain = tiny.pipeline()
     jitaccel.apply(plain, config, multiple=2)
@@ -224,7 +227,7 @@ def refusals(rank: int) -> Any:
 def _three_heads() -> Any:
     from tests.support import tiny
 
-    return _divided(tiny.pipeline(transformer=tiny.transformer(num_attention_heads=3)), "ulysses")
+    return divided(tiny.pipeline(transformer=tiny.transformer(num_attention_heads=3)), "ulysses")
 
 
 def _with_residuals() -> None:
@@ -232,7 +235,7 @@ def _with_residuals() -> None:
     import jitaccel
     from tests.support import tiny
 
-    pipe = _divided(tiny.pipeline(), "ulysses")
+    pipe = divided(tiny.pipeline(), "ulysses")
     jitaccel.apply(pipe.transformer, _cases()["subset"][0])
     pipe.transformer(
         hidden_states=tiny.start(),
@@ -251,7 +254,7 @@ def fault(rank: int) -> Any:
     import jitaccel
     from tests.support import tiny
 
-    pipe = _divided(tiny.pipeline(), "ulysses")
+    pipe = divided(tiny.pipeline(), "ulysses")
     jitaccel.apply(pipe, _cases()["subset"][0])
     calls: list[int] = []
 
@@ -281,7 +284,10 @@ def main(suite: str, folder: str, rank: str, ranks: str) -> None:
         world_size=int(ranks),
         timeout=timedelta(seconds=GROUP_S),
     )
-    torch.save(SUITES[suite](int(rank)), Path(folder) / f"{rank}.pt")
+    from tests.support import divided as other_models
+
+    suites = {**SUITES, **other_models.SUITES}
+    torch.save(suites[suite](int(rank)), Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.support import tiny
 from tests.support.every_model import TEXT, vace_transformer, wan_transformer
 from tests.support.models import noise
 
@@ -59,6 +60,28 @@ def autoencoder() -> Any:
     return vae.eval()
 
 
+def text_pipeline(transformer: Any) -> Any:
+    """Returns a WanPipeline with every part, the text encoder and tokenizer too: one that can be saved and loaded."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = tiny.pipeline().tokenizer_2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        width = transformer.config.text_dim
+        encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
+    pipe = diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=autoencoder(),
+        scheduler=unipc(),
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def vace_pipeline() -> Any:
     """Returns a WanVACEPipeline, which makes its control video itself where none is given."""
     pipe = diffusers.WanVACEPipeline(
@@ -72,8 +95,12 @@ def vace_pipeline() -> Any:
     return pipe
 
 
-def image_pipeline(*, expand_timesteps: bool) -> Any:
-    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V)."""
+def image_pipeline(*, expand_timesteps: bool, boundary: float | None = None, **transformer: Any) -> Any:
+    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V).
+
+    boundary: of two transformers. transformer: further settings of it.
+    """
+    channels = {"in_channels": 16 if expand_timesteps else 36, "out_channels": 16}
     pipe = diffusers.WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -81,7 +108,9 @@ def image_pipeline(*, expand_timesteps: bool) -> Any:
         scheduler=unipc(),
         image_processor=None,
         image_encoder=None,
-        transformer=wan_transformer(in_channels=16 if expand_timesteps else 36, out_channels=16),
+        transformer=wan_transformer(**channels, **transformer),
+        transformer_2=None if boundary is None else wan_transformer(1, **channels, **transformer),
+        boundary_ratio=boundary,
         expand_timesteps=expand_timesteps,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import jitaccel
+from jitaccel.method.run import Run
 from jitaccel.patches.flux.flops import chroma_flops, flux_flops
 from jitaccel.patches.layout import to_picture, to_tokens
 from tests.support import comfy_stand_in as comfy
 from tests.support import tiny
-from tests.support.comfy_models import applied, by_hand, condition, flux1, flux2, on_tokens, sample, start
-from tests.support.comfy_stand_in import BaseModel, ModelPatcher
+from tests.support.comfy_models import LEVELS, SIZE, applied, by_hand, condition, flux1, flux2, on_tokens, sample, start
+from tests.support.comfy_stand_in import KSAMPLER, BaseModel, CFGGuider, ModelPatcher
 from tests.support.models import chroma_transformer, noise
 from tests.support.pooled import POOLED, denoise_pooled
 from tests.support.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TOKENS, WIDTH, relative_error
@@ -169,3 +170,45 @@ def test_pooled_stages_are_the_smaller_picture_made_by_hand(make: Any) -> None:
     with applied(model, POOLED) as handle:
         made = sample(handle.target, x, torch.tensor(levels))
     assert relative_error(made, to_picture(end, GRID, patch, x.shape[2:])) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_preview_of_a_step_is_what_the_network_takes_the_picture_for(solver: Any) -> None:
+    model, previews = flux1(), []
+    config = SHORT.replace(solver=solver)
+    levels, seen = LEVELS.tolist(), []
+
+    def keep(state: dict[str, Any]) -> None:
+        previews.append(state["denoised"].clone())
+
+    with applied(model, config) as handle:
+        remembered = Run.remember
+
+        def remember(self: Run, step: Any, state: Tensor, velocity: Tensor) -> Tensor:
+            seen.append(state - levels[step.index] * velocity)
+            return remembered(self, step, state, velocity)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "remember", remember)
+            final = sample(handle.target, start(model), callback=keep)
+        assert torch.equal(final, sample(handle.target, start(model)))
+    assert len(previews) == len(levels) - 1
+    for preview, clean in zip(previews, seen, strict=True):
+        torch.testing.assert_close(preview, to_picture(clean, GRID, 2, SIZE), rtol=1e-4, atol=1e-4)
+
+
+def test_callback_of_four_arguments_gets_the_preview_too() -> None:
+    model, previews = flux1(), []
+    with applied(model, SHORT) as handle:
+        guider = CFGGuider(handle.target, {"positive": [condition(model=model)]})
+
+        class Sampler(KSAMPLER):
+            def sample(self, guider: Any, sigmas: Any, extra: Any, callback: Any, *rest: Any) -> Tensor:
+                shown = lambda x: callback(x["i"], x["denoised"], x["x"], len(sigmas) - 1)  # noqa: E731
+                return super().sample(guider, sigmas, extra, shown, *rest)
+
+        final = guider.sample(start(model), Sampler(), LEVELS, callback=lambda *given: previews.append(given))
+    assert [(given[0], given[3]) for given in previews] == [(i, len(LEVELS) - 1) for i in range(len(LEVELS) - 1)]
+    # A preview that carried the move would be far from the picture; all are estimates of one and the same.
+    spread = [float(given[1].square().mean().sqrt()) for given in previews]
+    assert max(spread) < 2.5 * float(final.square().mean().sqrt())

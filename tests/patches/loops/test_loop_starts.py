@@ -83,3 +83,30 @@ def test_level_that_is_not_one_of_those_given_raises(loop: Loop, at: int) -> Non
         with pytest.raises(ConfigError, match=r"noise_levels given to apply, got level 0\.5"):
             loop.velocity(state, 0.5)
         assert not seen
+
+
+@pytest.mark.parametrize("order", ["none", "positive first", "batch"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_loop_stopped_after_any_step_and_begun_again_makes_the_same_bits(solver: str, given: bool, order: str) -> None:
+    config = SHORT.replace(solver=solver, densities=(0.35, 1.0), boundaries=(0.4, 1.0), steps=4)
+    loop, levels = Loop(), noise_levels(config)
+    loop.velocity = on_small_grid(loop.velocity)  # type: ignore[method-assign]
+    noise = tiny.start(1, (6, 6))
+    with jitaccel.apply(loop.model, config, noise_levels=levels if given else None) as handle:
+        clean = loop.run(levels, noise, order)[-1]
+        for stopped_after in range(len(levels) - 1):
+            handle.reset()
+            loop.run(levels, noise, order, steps=stopped_after)
+            for again in range(2):
+                assert torch.equal(loop.run(levels, noise, order)[-1], clean), (stopped_after, again)
+
+
+def test_loop_begun_again_with_another_prompt_is_the_picture_made_alone() -> None:
+    loop, levels = Loop(), noise_levels(SHORT)
+    with jitaccel.apply(loop.model, SHORT) as handle:
+        guided = loop.run(levels, tiny.start(), "positive first")[-1]
+        for stopped_after in (1, 2, 3):
+            handle.reset()
+            loop.run(levels, tiny.start(), steps=stopped_after)
+            assert torch.equal(loop.run(levels, tiny.start(), "positive first")[-1], guided), stopped_after

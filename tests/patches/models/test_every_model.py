@@ -37,15 +37,15 @@ class Subject:
 
     def plain(self, call: dict[str, Any]) -> Tensor:
         with torch.no_grad():
-            out: Tensor = self.module(**call, return_dict=False)[0]
-        return out
+            out = self.module(**self.model.words.write(call), return_dict=False)[0]
+        return self.model.words.tensor(out)
 
     def at(self, places: Places | None, call: dict[str, Any], run: Any = None) -> Tensor:
         """Returns the model's output of a call cut to places."""
         given = call if places is None else self.cut.arguments(call, places)
         with torch.no_grad(), self.cut.at(places):
-            out: Tensor = (self.module if run is None else run)(**given, return_dict=False)[0]
-        return out
+            out = (self.module if run is None else run)(**self.model.words.write(given), return_dict=False)[0]
+        return self.model.words.tensor(out)
 
     def tokens(self, out: Tensor) -> Tensor:
         return self.layout.to_tokens(out)[:, : self.num_tokens]

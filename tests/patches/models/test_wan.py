@@ -112,24 +112,28 @@ def test_sparse_generation_of_other_kinds_is_the_methods(scheduler: str, variant
         assert relative_error(generate(pipe, config.steps, **low), expected) < 1e-5
 
 
-def test_video_of_a_batch_is_the_one_made_alone() -> None:
-    pipe = wan_pipeline()
-    with jitaccel.apply(pipe, SHORT):
-        together = generate(pipe, batch=2)
-        anchors = jitaccel.handle_of(pipe).stats().anchors
-        for image in range(2):
-            text = {name: each[image : image + 1] for name, each in prompts(2).items()}
-            alone = generate(pipe, seed=image, **text)
-            assert relative_error(together[image : image + 1], alone) < 1e-5
-    assert not torch.equal(anchors[1][0], anchors[1][1])
-
-
-@pytest.mark.parametrize("expand", [False, True], ids=["further channels", "a frame at timestep 0"])
-def test_image_to_video_is_the_unpatched_one_at_density_one(expand: bool) -> None:
-    pipe = video.image_pipeline(expand_timesteps=expand)
-    plain = generate(pipe, 4, image=video.image())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"expand_timesteps": False},
+        {"expand_timesteps": True},
+        {"expand_timesteps": False, "boundary": 0.8},
+        {"expand_timesteps": False, "added_kv_proj_dim": 24, "image_dim": 8},
+    ],
+    ids=["further channels", "a frame at timestep 0", "two transformers", "image tokens"],
+)
+def test_image_to_video_is_the_unpatched_one_at_density_one(settings: dict[str, Any]) -> None:
+    pipe, call = video.image_pipeline(**settings), {"image": video.image()}
+    if "image_dim" in settings:  # the model takes the last 512 tokens for text, and those before for the image's
+        text = {name: video.noise(seed, 1, 512, 16) for seed, name in enumerate(prompts())}
+        call |= text
+        pipe.encode_image = lambda *_: video.noise(3, 1, 5, 8)  # in the place of CLIP, which is not there
+    plain = generate(pipe, 4, **call)
     with jitaccel.apply(pipe, DENSE):
-        assert torch.equal(generate(pipe, 4, image=video.image()), plain)
+        assert torch.equal(generate(pipe, 4, **call), plain)
+    with jitaccel.apply(pipe, SHORT) as handle:
+        assert generate(pipe, 5, **call).isfinite().all()
+        assert all(step.calls == 2 for step in handle.stats().steps)
 
 
 def test_image_in_further_channels_goes_with_the_anchors() -> None:
@@ -236,18 +240,6 @@ def test_named_presets_keep_the_models_own_levels() -> None:
     assert jitaccel.apply(pipe, PRESETS["few-steps"]).config == PRESETS["few-steps"]
     with pytest.raises(jitaccel.ConfigError, match="noise_levels must be given for a bare transformer"):
         jitaccel.apply(pipe.transformer, "7x")
-
-
-def test_compiled_stages_are_one_graph_each() -> None:
-    pipe = wan_pipeline()
-    with jitaccel.apply(pipe, SHORT):
-        eager = generate(pipe)
-    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
-        assert relative_error(generate(pipe), eager) < 1e-6
-        assert relative_error(generate(pipe, seed=1), eager) > 1e-2
-        compiled = handle.stats().compiled
-    assert compiled is not None and compiled.graphs == compiled.signatures == 3
-    assert compiled.eager_calls == 0 and compiled.calls == 2 * 2 * 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,93 @@
+"""The operators at the size of video against the times that are aimed at on an H200, on inputs that no cache holds.
+
+21 x 45 x 80 tokens of 64 channels are a clip of five seconds at 720p. Calls take turns over copies of the inputs,
+several times an H200's second cache in all; on the CPU too. "tiny" is for trying the case itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..registry import Case, Measurement, Options, percentiles
+from .kernels import KERNELS, Kernel, KernelInputs, make_inputs, seconds
+
+GRIDS = {"targets": (21, 45, 80), "tiny": (2, 6, 8)}
+AIMS_US = {
+    "lift": 25.0,
+    "importance": 15.0,
+    "activate": 25.0,
+    "micro_flow_into": 40.0,
+    "pool": 5.0,
+    "lift_pooled": 5.0,
+}
+CHANNELS, DENSITY = 64, 0.32
+COPIES = 6  # of 40 MB in bfloat16
+
+
+def measure(size: str, options: Options) -> Iterator[Measurement]:
+    """Yields a row for each operator that has an aim."""
+    dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
+    copies = [make_inputs(GRIDS[size], CHANNELS, DENSITY, dtype, options) for _ in range(COPIES)]
+    for kernel in KERNELS:
+        if kernel.name in AIMS_US:
+            yield _row(kernel, copies, options)
+
+
+def _row(kernel: Kernel, copies: list[KernelInputs], options: Options) -> Measurement:
+    turns = itertools.cycle(copies)
+
+    def call() -> Any:
+        return kernel.run(next(turns))
+
+    with torch.no_grad():
+        median, low, high = (1e6 * x for x in percentiles(seconds(call, options)))
+        parts = device_kernels(call) if options.device.type == "cuda" else {}
+    x = copies[0]
+    fields: dict[str, Any] = {
+        "operator": kernel.name,
+        "grid": list(x.grid),
+        "channels": CHANNELS,
+        "density": DENSITY,
+        "dtype": str(x.state.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "inputs": f"rotated over {COPIES} copies",
+        "median_ms": median / 1e3,
+        "p20_ms": low / 1e3,
+        "p80_ms": high / 1e3,
+        "aim_us": AIMS_US[kernel.name],
+        "moved_mb": kernel.bytes_moved(x) / 1e6,
+        "device_kernels_us": parts,
+    }
+    line = f"{kernel.name:16} {median:9.1f} us ({low:.1f} to {high:.1f}), aim {AIMS_US[kernel.name]:.0f} us on an H200"
+    return Measurement(line=line + "".join(f"\n    {us:8.1f} us {name}" for name, us in parts.items()), fields=fields)
+
+
+def device_kernels(call: Callable[[], Any]) -> dict[str, float]:
+    """Returns the time on the device of each kernel of a call, in microseconds, by name: the mean of six calls."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(COPIES):
+            call()
+        torch.cuda.synchronize()
+    return {
+        event.key[:100]: round(event.device_time_total / COPIES, 2)
+        for event in profile.key_averages()
+        if event.device_time_total > 0
+    }
+
+
+CASES = tuple(
+    Case(
+        group="targets",
+        size=size,
+        name=f"operators on a grid of {'x'.join(map(str, grid))}, inputs that no cache holds",
+        run=functools.partial(measure, size),
+        why_not=lambda options: None,
+    )
+    for size, grid in GRIDS.items()
+)

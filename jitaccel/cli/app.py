@@ -1,0 +1,34 @@
+"""Open the app in a browser: prompts, presets to compare, reports."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from ..errors import CommandError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    from ..loading import DTYPES
+
+    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, help="port to listen on; without it the first free one from 7860")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves the app until it is stopped."""
+    if importlib.util.find_spec("gradio") is None:
+        raise CommandError('Gradio must be installed for the app, got none; pip install "jitaccel[app]"')
+    if arguments.port is not None and not 0 < arguments.port < 65536:
+        raise CommandError(f"--port must be in 1..65535, got {arguments.port}")
+    from ..app.page import build
+    from ..app.studio import Studio
+
+    page = build(Studio.open(arguments.model, arguments.dtype, arguments.device))
+    page.launch(server_name=arguments.host, server_port=arguments.port, inbrowser=not arguments.no_browser)
+    return 0

@@ -1,0 +1,63 @@
+"""What errors of the library say to somebody who typed a command: options in place of arguments, and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_OPTIONS = {"text_tokens": "max_sequence_length", "folder": "out", "target": "model"}  # by the library's argument
+_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*: ", re.MULTILINE)
+_SETTING = re.compile(r'\b(\w+)=(?:"([\w-]+)"|([\d.]+))')
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+
+
+def as_options(reason: str, options: Mapping[str, Any]) -> str:
+    """Returns an error of the library with the command's own names: no functions, and options for arguments.
+
+    Args:
+        reason: One problem a line, `<function>: <argument> must <rule>, got <value>; <what to do>`.
+        options: The command's arguments by their names.
+    """
+
+    def option(name: str) -> str | None:
+        name = _OPTIONS.get(name, name)
+        return f"--{name.replace('_', '-')}" if name in options else None
+
+    def setting(match: re.Match[str]) -> str:
+        found = option(match[1])
+        return match[0] if found is None else f"{found} {match[2] or match[3]}"
+
+    def words(match: re.Match[str]) -> str:
+        return option(match[0]) or match[0]
+
+    lines = _SETTING.sub(setting, _FUNCTION.sub("", reason)).splitlines()
+    lines = [re.sub(r"^\w+(?= must\b)", words, line) for line in lines]
+    return "\n".join(re.sub(r"(?<!-)\b[a-z]+(?:_[a-z]+)+\b", words, line) for line in lines)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether a device or the machine ran out of memory."""
+    is_named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return isinstance(error, MemoryError) or is_named or any(words in str(error) for words in _NO_MEMORY)
+
+
+def out_of_memory(error: BaseException, options: Mapping[str, Any]) -> str:
+    """Returns what to try next, the remedy that costs least first.
+
+    Args:
+        error: Of which `is_out_of_memory`.
+        options: The command's arguments by their names.
+    """
+    remedies = []
+    following = {"none": "--offload model, then --offload sequential", "model": "--offload sequential"}
+    if options.get("offload") in following:
+        remedies.append(following[options["offload"]])
+    if options.get("dtype") in ("auto", "float32"):
+        remedies.append("--dtype bfloat16")
+    if "batch_size" in options:
+        remedies.append("a smaller --batch-size")
+    if "size" in options:
+        remedies.append("a smaller --size")
+    first = (str(error).strip().splitlines() or ["no details"])[0]
+    return f"out of memory; try {', '.join(remedies) or 'a smaller model'} ({first})"

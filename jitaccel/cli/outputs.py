@@ -1,0 +1,103 @@
+"""Where commands write: tried before anything is computed; a finished picture that cannot be saved is not lost."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import CommandError
+
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+_TRIED_BYTES = 1 << 16
+# What says of the place that is written to, and nothing of the program.
+UNWRITABLE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
+)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises CommandError where `--out` or what is above it takes no file, by writing one there for a moment.
+
+    Args:
+        folder: That files are to be written in; it and folders above it may be missing.
+    """
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise CommandError(f"--out must be a folder, got the file {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0" * _TRIED_BYTES)
+            file.flush()
+    except OSError as error:
+        raise CommandError(
+            f"--out must be writable, got {str(folder)!r} ({_reason(error)}); give another folder, or make room"
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raises CommandError where nothing of this name can be written, as `check_folder` does."""
+    _existing(path)
+    check_folder(path.parent)
+
+
+def _existing(path: Path) -> Path:
+    """Returns what exists of this path and those above, the nearest. Raises CommandError for names that none has."""
+    try:
+        if "\0" in str(path):
+            raise ValueError("it holds a null character")
+        existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        for part in path.absolute().relative_to(existing).parts:
+            (existing / part).exists()  # raises for a name that is too long, which is asked for only where it stands
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"--out must be a name that a file can have, got {str(path)[:80]!r} ({_reason(error)}); give another"
+        ) from error
+    if existing != path.absolute() and not existing.is_dir():
+        raise CommandError(f"--out must lie in a folder, got {str(path)!r} below the file {existing}")
+    return existing
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Writes a PIL picture, whole or not at all; its folder is made where missing.
+
+    Raises:
+        CommandError: Where it cannot be written; the picture then lies in the temporary folder, as the error says.
+    """
+    suffix = path.suffix.lower()
+    content = io.BytesIO()
+    picture.save(content, format=_FORMATS.get(suffix, suffix[1:].upper()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content.getvalue())
+    except OSError as error:
+        raise CommandError(
+            f"--out could not be written, got {path} ({_reason(error)}); {_rescued(path, content)}"
+        ) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file beside its place and moves it there, so that nothing that was cut off has its name."""
+    partial = path.with_name(f".{os.getpid()}{path.suffix}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _rescued(path: Path, content: io.BytesIO) -> str:
+    try:
+        found = Path(tempfile.mkdtemp(prefix="jitaccel-")) / f"picture{path.suffix}"
+        found.write_bytes(content.getvalue())
+    except OSError as error:
+        return f"nor could the picture be kept in {tempfile.gettempdir()} ({_reason(error)})"
+    return f"the picture is in {found}"
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,134 @@
+"""Serve pictures over HTTP from one or more replicas, on Ray Serve."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from ..errors import CommandError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    from ..loading import DTYPES
+    from ..serving.limits import Limits
+
+    limits = Limits()
+    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    parser.add_argument("--replicas", default="1", help="how many pipelines, or FEWEST-MOST for as many as are needed")
+    parser.add_argument("--gpus", type=float, default=0.0, help="of one replica; 1 on machines with GPUs")
+    parser.add_argument("--cpus", type=float, default=1.0, help="of one replica")
+    parser.add_argument("--threads", type=int, help="of torch in one replica; without it torch's own")
+    parser.add_argument("--batch", type=int, default=4, help="requests of one replica that run together at most")
+    parser.add_argument("--packed", action="store_true", help="one forward for a batch; pictures the same to rounding")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
+    parser.add_argument("--port", type=int, default=8000, help="to listen on")
+    parser.add_argument("--address", help="of a Ray cluster that runs already; without it one is started here")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto: CUDA where there is one")
+    parser.add_argument("--preset", default="7x", help="where a request names none")
+    parser.add_argument("--max-waiting", type=int, default=limits.waiting, help="accepted requests; more get 429")
+    parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of one request; then it gets 504")
+    parser.add_argument("--max-pixels", type=int, default=limits.pixels, help="of one picture")
+    parser.add_argument("--max-steps", type=int, default=limits.steps, help="of one picture")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until it is interrupted."""
+    from ..serving.deployment import NAME, application, require_serve
+
+    serving = serving_of(arguments)
+    if arguments.address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts, and asks nobody
+    serve = require_serve()
+    import ray
+    from ray.serve.config import HTTPOptions
+
+    ray.init(address=arguments.address, include_dashboard=False, _node_ip_address=_own_address(arguments))
+    try:
+        with suppress(TimeoutError):  # it waits a minute for its HTTP process, which takes longer on a busy machine
+            serve.start(http_options=HTTPOptions(host=arguments.host, port=arguments.port))
+        serve.run(application(serving), name=NAME, route_prefix="/")
+        wait_for_port(arguments.host, arguments.port)
+        print(f"http://{arguments.host}:{arguments.port}/generate and /health; Ctrl-C ends it", flush=True)
+        wait_for_the_end()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def wait_for_port(host: str, port: int, seconds: float = 120.0) -> None:
+    """Waits until a port takes connections. Raises CommandError where it takes none in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+            return
+        time.sleep(0.2)
+    raise CommandError(f"--port must be free and take connections, got none on {host}:{port} within {seconds:g} s")
+
+
+def wait_for_the_end() -> None:
+    """Waits for an interrupt, or for what a process manager sends in its place."""
+    ended = threading.Event()
+
+    def end(*_: object) -> None:
+        ended.set()
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ended.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def serving_of(arguments: argparse.Namespace) -> Any:
+    """Returns what arguments ask for. Raises CommandError and ConfigError for what cannot be served."""
+    from ..method.presets import resolve
+    from ..serving.deployment import Serving
+    from ..serving.limits import Limits
+
+    resolve(arguments.preset)
+    defaults: dict[str, Any] = {"preset": arguments.preset}
+    if arguments.model is None:
+        from ..loading import EMBEDDED_TEXT_TOKENS
+
+        defaults |= {"height": 256, "width": 256, "max_sequence_length": EMBEDDED_TEXT_TOKENS}
+    return Serving(
+        model=arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        execution="auto" if arguments.packed else "indexed",
+        replicas=_replicas(arguments.replicas),
+        cpus=arguments.cpus,
+        gpus=arguments.gpus,
+        threads=arguments.threads,
+        batch=arguments.batch,
+        limits=Limits(
+            waiting=arguments.max_waiting,
+            seconds=arguments.max_seconds,
+            pixels=arguments.max_pixels,
+            steps=arguments.max_steps,
+        ),
+        defaults=defaults,
+    )
+
+
+def _replicas(text: str) -> int | tuple[int, int]:
+    fewest, _, most = text.partition("-")
+    try:
+        return (int(fewest), int(most)) if most else int(fewest)
+    except ValueError:
+        raise CommandError(f"--replicas must be a number or FEWEST-MOST, got {text!r}; use 2, or 1-4") from None
+
+
+def _own_address(arguments: argparse.Namespace) -> str | None:
+    """Returns the address of a Ray that is started here: loopback, unless it is to be reached from elsewhere."""
+    return "127.0.0.1" if arguments.address is None and arguments.host == "127.0.0.1" else None

@@ -1,0 +1,129 @@
+"""Writes clips, and shows which tokens of a video each stage computed: frames side by side, or moving."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import CommandError
+from ..method.grid import num_tokens_of
+from .pictures import Pixels, grid_picture, show_active, show_pooled, to_bytes
+
+if TYPE_CHECKING:
+    from ..generation.stats import Stats
+
+ENCODED = (".mp4", ".mkv", ".mov", ".webm")
+SUFFIXES = (*ENCODED, ".gif")
+_MOST_COLUMNS = 8  # frames that a sheet shows
+
+
+def require_encoder(path: Path) -> None:
+    """Raises CommandError where a clip of this name cannot be written, for want of a package. A GIF needs none."""
+    if path.suffix.lower() in ENCODED and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise CommandError(
+            f"imageio-ffmpeg must be installed to write {path.suffix} clips, got none; "
+            f'pip install "jitaccel[video]", or write a .gif'
+        )
+
+
+def write_clip(frames: Iterable[Pixels], path: Path, fps: float) -> None:
+    """Writes frames (h, w, 3), floats in [0, 1] or uint8, as a clip: .gif by Pillow, others by ffmpeg.
+
+    Raises:
+        CommandError: Where ffmpeg is not there, or does not write it.
+    """
+    require_encoder(path)
+    pictures = [_of_even_sides(to_bytes(frame)) for frame in frames]
+    if path.suffix.lower() == ".gif":
+        first, *others = (Image.fromarray(picture) for picture in pictures)
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        return
+    import imageio_ffmpeg
+
+    height, width = pictures[0].shape[:2]
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
+    problem = ""
+    try:
+        writer.send(None)
+        for picture in pictures:
+            writer.send(np.ascontiguousarray(picture))
+    except (OSError, RuntimeError, StopIteration) as error:
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    finally:
+        writer.close()
+    if problem or not path.is_file() or not path.stat().st_size:
+        raise CommandError(f"{path} must be a clip that ffmpeg writes, got {problem or 'no file'}; write a .gif")
+
+
+def _of_even_sides(picture: Pixels) -> Pixels:
+    """Returns a picture without its last row or column where the number of them is odd, which codecs do not take."""
+    return picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
+
+
+def latent_of(frame: int, num_frames: int, num_latents: int) -> int:
+    """Returns which frame of latents a frame of a video comes from.
+
+    Video autoencoders put the first frame alone into the first latent, and as many frames each into the others.
+    """
+    return 0 if frame == 0 else 1 + (frame - 1) * (num_latents - 1) // (num_frames - 1)
+
+
+def show_frame(frame: Pixels, stats: Stats, stage: int, latent: int, video: int = 0) -> Pixels:
+    """Returns a frame of a video as a stage showed it to the network; tokens left out are dimmed; uint8.
+
+    Args:
+        frame: (h, w, 3).
+        stats: Of the generation.
+        stage: Which one of it.
+        latent: The frame of latents that the frame comes from.
+        video: Which one of the batch.
+    """
+    if (factor := stats.config.pooling_of(stage)) > 1:
+        return show_pooled(frame, factor)
+    size = num_tokens_of(stats.grid[1:])
+    at: Any = stats.anchors[stage][video].cpu().numpy() - latent * size
+    return show_active(frame, at[(at >= 0) & (at < size)], stats.grid[1:])
+
+
+def stage_labels(stats: Stats) -> list[str]:
+    """Returns a line for each stage: its steps, and how many tokens they computed."""
+    labels = []
+    for stage in range(len(stats.anchors)):
+        steps = [step for step in stats.steps if step.stage == stage]
+        ends = dict.fromkeys((steps[0].index, steps[-1].index))
+        when = f"step{'s' if len(ends) == 2 else ''} {'-'.join(map(str, ends))}"
+        labels.append(f"{when}: {steps[0].tokens} of {num_tokens_of(stats.grid)} tokens")
+    return labels
+
+
+def token_sheet(frames: Pixels, stats: Stats) -> Image.Image:
+    """Returns one picture of a video (T, h, w, 3): a row for each stage, a column for each frame of latents.
+
+    Of many frames of latents eight are shown, spread over the video.
+    """
+    count, latents = len(frames), stats.grid[0]
+    spread = np.linspace(0, latents - 1, min(latents, _MOST_COLUMNS)).round().astype(int)
+    shown = [(k, next(i for i in range(count) if latent_of(i, count, latents) == k)) for k in spread.tolist()]
+    rows = [
+        [show_frame(frames[i], stats, stage, latent) for latent, i in shown] for stage in range(len(stats.anchors))
+    ]
+    return grid_picture(rows, [f"frame {i}" for _, i in shown], stage_labels(stats))
+
+
+def token_frames(frames: Pixels, stats: Stats) -> list[Pixels]:
+    """Returns the frames of a clip that shows the stages of a video (T, h, w, 3) beside each other."""
+    count, latents = len(frames), stats.grid[0]
+    labels = stage_labels(stats)
+    return [
+        np.asarray(
+            grid_picture(
+                [[show_frame(frame, stats, k, latent_of(i, count, latents)) for k in range(len(labels))]], labels, [""]
+            )
+        )
+        for i, frame in enumerate(frames)
+    ]

@@ -1,0 +1,110 @@
+"""What a server takes: a request's JSON, checked against limits, as a `jitaccel.Request`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import ConfigError, suggestion
+from ..generation.batch import Request
+from ..method.presets import PRESETS
+
+_FIELDS = tuple(field.name for field in fields(Request))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server allows.
+
+    Attributes:
+        waiting: Requests that are accepted and not answered yet; more are refused with 429.
+        seconds: From acceptance to answer; a request that takes longer ends with 504.
+        pixels: Height times width of one picture.
+        steps: Denoising steps of one picture.
+        characters: Of a prompt, and of a negative prompt.
+        body_bytes: Of a request.
+        tries: How often a request is given to a replica, where the one that had it ends.
+    """
+
+    waiting: int = 64
+    seconds: float = 300.0
+    pixels: int = 2048 * 2048
+    steps: int = 100
+    characters: int = 4000
+    body_bytes: int = 64 * 1024
+    tries: int = 2
+
+    def __post_init__(self) -> None:
+        if problems := [
+            f"Limits: {field.name} must be above 0, got {getattr(self, field.name)!r}; leave it out for {field.default}"
+            for field in fields(self)
+            if not getattr(self, field.name) > 0
+        ]:
+            raise ConfigError("\n".join(problems))
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error. `status`: of HTTP."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
+
+
+def request_of(body: bytes, limits: Limits, defaults: Mapping[str, Any]) -> Request:
+    """Returns the request that a body asks for.
+
+    Args:
+        body: A JSON object; its fields are those of `jitaccel.Request`, with presets by name.
+        limits: What is allowed.
+        defaults: Fields that a body may leave out, in place of the request's own defaults.
+
+    Raises:
+        RefusedError: With 413 for a body that is too long, 400 and every reason for one that cannot be run.
+    """
+    if len(body) > limits.body_bytes:
+        raise RefusedError(413, f"the body must have at most {limits.body_bytes} bytes, got {len(body)}")
+    given = {**defaults, **_object(body)}
+    if unknown := [name for name in given if name not in _FIELDS]:
+        advice = suggestion(unknown[0], _FIELDS, f"the fields are {', '.join(_FIELDS)}")
+        raise RefusedError(400, f"fields must be known, got {', '.join(map(repr, unknown))}; {advice}")
+    if "prompt" not in given:
+        raise RefusedError(400, 'prompt must be given, got none; send {"prompt": "..."}')
+    request = Request(**given)
+    if problems := _problems(request, limits):
+        raise RefusedError(400, "\n".join(problems))
+    return request
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"the body must be JSON, got an error: {error}") from None
+    if not isinstance(found, dict):
+        raise RefusedError(400, f"the body must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _problems(request: Request, limits: Limits) -> list[str]:
+    found = request.problems()
+    if not isinstance(request.preset, str):
+        found.append(f"preset must be one of {', '.join(PRESETS)}, got {type(request.preset).__name__}")
+    if request.steps is not None and (isinstance(request.steps, bool) or not isinstance(request.steps, int)):
+        found.append(f"steps must be a whole number, got {request.steps!r}")
+    if found:
+        return found
+    try:
+        steps = request.config().steps
+    except ConfigError as error:
+        return [str(error)]
+    if isinstance(steps, int) and steps > limits.steps:
+        found.append(f"steps must be at most {limits.steps}, got {steps}")
+    if request.height * request.width > limits.pixels:
+        found.append(f"height times width must be at most {limits.pixels} pixels, got {request.height}x{request.width}")
+    for name in ("prompt", "negative_prompt"):
+        if len(getattr(request, name) or "") > limits.characters:
+            found.append(f"{name} must have at most {limits.characters} characters, got {len(getattr(request, name))}")
+    return found

@@ -1,0 +1,23 @@
+"""The pages' templates, style and script, as files, and how they are read."""
+
+from __future__ import annotations
+
+import functools
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader(__package__.rpartition(".")[0], "templates"),
+        autoescape=select_autoescape(enabled_extensions=("j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def template(name: str) -> Template:
+    """Returns a template of this folder, which escapes all that is put into it."""
+    return _environment().get_template(name)

@@ -1,0 +1,41 @@
+"""Guidance of pipelines whose models are cut: token by token, of whole pictures, or unknown.
+
+Where a pipeline weighs each token alone, its branches are zero at tokens that are no anchors, and the result is lifted
+once. Where it looks at whole pictures (a norm, a standard deviation), each branch is lifted, and the anchors of the
+result are lifted again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GUIDERS = ("guider", "ocr_guider")
+_SETTINGS = ("guidance_rescale", "_cfg_normalization")
+_TOKENWISE = ("ClassifierFreeGuidance",)
+_OF_PICTURES = (
+    "AdaptiveProjectedGuidance",
+    "AdaptiveProjectedMixGuidance",
+    "ClassifierFreeZeroStarGuidance",
+    "TangentialClassifierFreeGuidance",
+)
+
+
+def guidance_problem(pipeline: Any) -> str | None:
+    """Returns which guider of a pipeline is not known to be right beside the cut; None where all are."""
+    known = (*_TOKENWISE, *_OF_PICTURES)
+    names = [type(guider).__name__ for guider in _guiders(pipeline)]
+    return next((f"a guider that is not known ({name})" for name in names if name not in known), None)
+
+
+def mixes_tokens(pipeline: Any) -> bool:
+    """Returns whether a pipeline's guidance looks at whole pictures, in its call under way."""
+    if any(getattr(pipeline, name, None) for name in _SETTINGS):
+        return True
+    return any(
+        type(guider).__name__ in _OF_PICTURES or getattr(guider, "guidance_rescale", 0.0)
+        for guider in _guiders(pipeline)
+    )
+
+
+def _guiders(pipeline: Any) -> list[Any]:
+    return [guider for name in _GUIDERS if (guider := getattr(pipeline, name, None)) is not None]

@@ -1,0 +1,87 @@
+"""The denoising loop of an engine's FLUX.1, whose network takes diffusers' arguments: one picture, or a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jitaccel.generation.route import Answer, Generation
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.run import Run
+from jitaccel.method.schedule import noise_levels
+from jitaccel.method.steps import KnownLevels
+
+from ..flux.arguments import grid_of_ids
+from ..flux.indexed import calls_at_anchors
+from ..flux.kinds import FLUX
+from ..split import Split
+
+Predict = Callable[[Mapping[str, Any], Mapping[str, Any] | None], Tensor]
+"""Runs the network on the arguments of the guided and unguided branch, and returns what guidance makes of them."""
+
+
+def own_levels(config: JiTConfig) -> tuple[float, ...] | None:
+    """Returns the noise levels of a configuration as a scheduler's tensor has them; None: the scheduler's own."""
+    if config.schedule == "native":
+        return None
+    return tuple(np.asarray(noise_levels(config), dtype=np.float32).tolist())
+
+
+class FluxLoop:
+    """One denoising of a batch: its state, and a step at a time.
+
+    Args:
+        config: What runs.
+        levels: The noise levels, first to last, 0 included.
+        latents: (B, N, D), noise.
+        ids: (N, 3), position ids of every token.
+        text_tokens: Of the prompt.
+    """
+
+    def __init__(
+        self, config: JiTConfig, levels: tuple[float, ...], latents: Tensor, ids: Tensor, text_tokens: int
+    ) -> None:
+        self._clock = KnownLevels(config, levels)
+        self.state = latents
+        self.generation = Generation(
+            config,
+            grid_of_ids(ids, latents.shape[1]),
+            self._clock.step(0),
+            latents,
+            cost=lambda image_tokens, text_tokens: image_tokens + text_tokens,  # nobody reads it: no FLOPs are told
+            text_tokens=text_tokens,
+            patch=FLUX.patch,
+        )
+
+    def advance(
+        self, index: int, positive: Mapping[str, Any], negative: Mapping[str, Any] | None, predict: Predict
+    ) -> Tensor:
+        """Returns the state (B, N, D) after step `index`.
+
+        Args:
+            index: Of the step; they come in order.
+            positive: The arguments of the network for every token.
+            negative: The same of the unguided branch; None without guidance.
+            predict: Runs the network; once for all images, or once for each where their anchors differ.
+        """
+        step, generation = self._clock.step(index), self.generation
+        self.state = generation.enter(step, self.state)
+
+        def network(run: Run, state: Tensor) -> Answer:
+            split = Split(state, state.shape[1], state.shape[2])
+            guided = calls_at_anchors(FLUX, positive, split, run, state)
+            others = None if negative is None else calls_at_anchors(FLUX, negative, split, run, state)
+            unguided = [None] * len(guided) if others is None else others
+            return Answer(torch.cat([predict(*both) for both in zip(guided, unguided, strict=True)]))
+
+        answer = generation.evaluate(step, self.state, network, 1 if negative is None else 2)
+        velocity = generation.leave(step, self.state, answer)
+        change = float(np.float32(step.next_level) - np.float32(step.noise_level))
+        self.state = (self.state.float() + change * velocity).to(self.state.dtype)
+        if index == self._clock.num_steps - 1:
+            generation.run.check_finite()
+        return self.state

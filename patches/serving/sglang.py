@@ -1,0 +1,47 @@
+"""SGLang-Diffusion's diffusers backend (`--backend diffusers`): the pipeline inside is patched when it is loaded.
+
+Written for sglang 0.5.23, whose plug-ins register hooks on dotted names. The hook stands around `_apply_cache_dit`,
+which divides tokens among GPUs where that is configured: jitaccel comes after it, and before torch.compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .settings import accelerate, asked
+
+TARGET = "sglang.multimodal_gen.runtime.pipelines.diffusers_pipeline.DiffusersPipeline._apply_cache_dit"
+
+
+def register() -> None:
+    """The entry point `sglang.multimodal_gen.plugins`; does nothing, and imports nothing, unless asked.
+
+    Raises:
+        ConfigError: For settings that cannot be read; the engine logs it.
+    """
+    settings = asked(os.environ)
+    if settings is None:
+        return
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookType, plugin_hook
+
+    plugin_hook(TARGET, HookType.AROUND)(functools.partial(around_cache_dit, settings))
+
+
+def around_cache_dit(
+    settings: Mapping[str, Any], original: Callable[..., Any], engine: Any, pipe: Any, server_args: Any
+) -> Any:
+    """Returns the diffusers pipeline, patched, that the engine's `_apply_cache_dit` returns.
+
+    Args:
+        settings: Arguments of `jitaccel.apply`.
+        original: The engine's method.
+        engine: Its DiffusersPipeline.
+        pipe: The diffusers pipeline that is loaded.
+        server_args: Of the engine.
+    """
+    pipe = original(engine, pipe, server_args)
+    accelerate(pipe, settings, "SGLang")
+    return pipe

@@ -1,0 +1,45 @@
+"""Runs campaigns for a time, each its share; worker processes import this file."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import sys
+import time
+import warnings
+
+import torch
+
+from tests.campaigns.campaign import Case, Result, run
+
+SHARES = {
+    "operations": 0.22, "faults": 0.30, "arguments": 0.20, "exports": 0.06, "operators": 0.06, "threads": 0.10,
+    "kills": 0.06,
+}  # fmt: skip
+"""Of the time, by campaign."""
+
+
+def case_of(name: str) -> Case:
+    """Returns the cases of a campaign."""
+    case: Case = importlib.import_module(f"tests.campaigns.{name}").case
+    return case
+
+
+def campaign(name: str, seed: int, seconds: float, start: int = 0, stride: int = 1) -> Result:
+    """Returns what came of a campaign that begins no case after so many seconds."""
+    end = time.monotonic() + seconds
+    return run(name, case_of(name), seed, itertools.count(start, stride), lambda: time.monotonic() >= end)
+
+
+def process(given: tuple[dict[str, float], int, int, int]) -> list[Result]:
+    """Runs all campaigns in one process, every `stride`-th case of each."""
+    seconds, seed, start, stride = given
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    found = []
+    for name, each in seconds.items():
+        found.append(campaign(name, seed, each, start, stride))
+        print(found[-1], file=sys.stderr, flush=True)  # what is known so far, should the run be cut off
+    return found

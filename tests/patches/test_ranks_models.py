@@ -1,0 +1,71 @@
+"""Models other than FLUX.1 on several processes: the same as one process, or the same refusal on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import divided, ranks, tiny
+
+pytestmark = pytest.mark.slow
+PAIRS = [(mode, case) for case in divided.CASES for mode in divided.modes_of(case)]
+
+
+def _finished(suite: str, folder: Path) -> list[Any]:
+    ended = ranks.start(suite, folder)
+    assert [each.code for each in ended] == [0, 0], "\n".join(each.output[-3000:] for each in ended)
+    return [each.found for each in ended]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two ranks has made."""
+    return _finished("models", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two ranks has said."""
+    return _finished("model_refusals", tmp_path_factory.mktemp("refusals"))
+
+
+@pytest.mark.parametrize(("mode", "case"), PAIRS)
+def test_picture_of_two_ranks_is_that_of_one_process(pictures: list[Any], mode: str, case: str) -> None:
+    first, second = (found[mode, case] for found in pictures)
+    assert torch.equal(first["divided"], second["divided"])
+    assert first["divided"].isfinite().all()
+    assert tiny.relative_error(first["divided"], first["alone"]) < 1e-5
+
+
+@pytest.mark.parametrize(("mode", "case"), PAIRS)
+def test_each_rank_has_half_of_the_tokens_and_says_so(pictures: list[Any], mode: str, case: str) -> None:
+    found = pictures[0][mode, case]
+    assert found["tokens"] == found["tokens alone"] and found["ranks"] == 2
+    assert found["rank_tokens"] == tuple(count // 2 for count in found["tokens"])
+    assert all(count % 2 == 0 for count in found["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("order, wan", "ConfigError: jitaccel: apply must be called after enable_parallelism"),
+        ("order, qwen", "ConfigError: jitaccel: apply must be called after enable_parallelism"),
+        ("prompt, qwen", "prompts must have a multiple of 2 tokens, one part for each rank, got 7"),
+        ("untested, ltx", "got a parallel configuration; it is tested for FluxTransformer2DModel"),
+        ("size, wan", "the picture must have a multiple of 2 tokens, one part for each rank, got 75 of 3x5x5"),
+        ("noise, wan", "ConfigError: jitaccel: ranks must start from the same noise"),
+        ("no plan, vace", "`cp_plan` must be provided"),
+        ("untested, vace", "got a parallel configuration; it is tested for FluxTransformer2DModel"),
+    ],
+)
+def test_every_rank_says_the_same_of_what_is_refused(refusals: list[Any], name: str, says: str) -> None:
+    first, second = (found[name] for found in refusals)
+    assert says in first and first == second
+
+
+def test_ranks_make_the_picture_after_a_refusal(refusals: list[Any]) -> None:
+    first, second = (found["picture, applied again"] for found in refusals)
+    assert torch.equal(first, second) and first.isfinite().all()

@@ -1,0 +1,206 @@
+"""Tiny random pipelines of picture models that are cut, one way to call each, and the method with its model by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+import jitaccel
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.lift import lift, make_lift_plan
+from jitaccel.patches.cutting import Cut, places_of
+from jitaccel.patches.models import model_of
+from tests.support import reference
+from tests.support.every_model import (
+    TEXT,
+    auraflow_transformer,
+    hunyuan_image_transformer,
+    z_image_transformer,
+)
+from tests.support.models import noise
+
+SCALE = 3.0
+GRID = (10, 14)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One pipeline.
+
+    Attributes:
+        make: The pipeline.
+        pixels: To a token's side.
+        prompts: (seed, batch) -> arguments of the pipeline for prompts; with `negative_` before each for the others.
+        text: Those of a single prompt, as its model is given them.
+        guided: What the pipeline makes of two branches.
+        guidance: Arguments of a guided call, and of one that is not.
+    """
+
+    make: Callable[[], Any]
+    pixels: int
+    prompts: Callable[[int, int], dict[str, Any]]
+    text: Callable[[dict[str, Any]], dict[str, Any]]
+    guidance: tuple[dict[str, Any], dict[str, Any]]
+    over: bool = False
+
+    def guided(self, positive: Tensor, negative: Tensor) -> Tensor:
+        return (positive if self.over else negative) + SCALE * (positive - negative)
+
+
+def _silent(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _auraflow() -> Any:
+    return _silent(
+        diffusers.AuraFlowPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            transformer=auraflow_transformer(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        )
+    )
+
+
+def _z_image() -> Any:
+    return _silent(
+        diffusers.ZImagePipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=z_image_transformer(),
+        )
+    )
+
+
+def hunyuan_image(guider: Any = None) -> Any:
+    """Returns a HunyuanImagePipeline with a guider, by default that which weighs each token alone."""
+    return _silent(
+        diffusers.HunyuanImagePipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=hunyuan_image_transformer(),
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=SCALE) if guider is None else guider,
+        )
+    )
+
+
+def _hunyuan_prompts(seed: int, batch: int) -> dict[str, Any]:
+    return {
+        "prompt_embeds": noise(seed, batch, TEXT, 16),
+        "prompt_embeds_mask": torch.ones(batch, TEXT),
+        "prompt_embeds_2": noise(seed + 1, batch, 4, 8),
+        "prompt_embeds_mask_2": torch.ones(batch, 4),
+    }
+
+
+SUBJECTS: dict[str, Subject] = {
+    "AuraFlowPipeline": Subject(
+        make=_auraflow,
+        pixels=16,
+        prompts=lambda seed, batch: {
+            "prompt_embeds": noise(seed, batch, TEXT, 16),
+            "prompt_attention_mask": torch.ones(batch, TEXT),
+        },
+        text=lambda prompts: {"encoder_hidden_states": prompts["prompt_embeds"]},
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+    ),
+    "ZImagePipeline": Subject(
+        make=_z_image,
+        pixels=16,
+        prompts=lambda seed, batch: {"prompt_embeds": [noise(seed + 7 * k, TEXT + k, 16) for k in range(batch)]},
+        text=lambda prompts: {"cap_feats": prompts["prompt_embeds"]},
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 0.0}),
+        over=True,
+    ),
+    "HunyuanImagePipeline": Subject(
+        make=hunyuan_image,
+        pixels=32,
+        prompts=_hunyuan_prompts,
+        text=lambda prompts: {
+            "encoder_hidden_states": prompts["prompt_embeds"],
+            "encoder_attention_mask": prompts["prompt_embeds_mask"],
+            "encoder_hidden_states_2": prompts["prompt_embeds_2"],
+            "encoder_attention_mask_2": prompts["prompt_embeds_mask_2"],
+        },
+        guidance=({}, {}),
+    ),
+}
+
+
+def row(prompts: dict[str, Any], image: int) -> dict[str, Any]:
+    return {name: value[image : image + 1] for name, value in prompts.items()}
+
+
+def generate(subject: Subject, pipe: Any, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
+    """Returns the final latents (B, C, H, W) of one call."""
+    positive, negative = (subject.prompts(start, batch) for start in (20, 40))
+    settings: dict[str, Any] = {
+        **positive, **{f"negative_{name}": value for name, value in negative.items()}, **subject.guidance[0],
+        "height": subject.pixels * GRID[0], "width": subject.pixels * GRID[1], "num_inference_steps": 5,
+        "generator": [torch.Generator().manual_seed(seed + image) for image in range(batch)],
+        "output_type": "latent", "return_dict": False,
+    }  # fmt: skip
+    latents: Tensor = pipe(**{**settings, **call})[0]
+    return latents
+
+
+def by_hand(
+    subject: Subject,
+    pipe: Any,
+    config: JiTConfig,
+    start: Tensor,
+    guided: Callable[[Tensor, Tensor], Tensor] | None = None,
+    mixes: bool = False,
+) -> Tensor:
+    """Returns the latents that the method gives for one picture. start: (1, C, H, W), the noise.
+
+    The model is cut by `Cut`, which test_every_model.py compares with the unpatched model on cropped latents; levels,
+    guidance, lift, moves and steps are the reference's. guided: (positive, negative) -> their sum, at anchors, or with
+    `mixes` of whole pictures (1, N, D).
+    """
+    model, module = model_of(pipe.transformer), pipe.transformer
+    assert model is not None
+    layout, cut = model.layout(module.config), Cut(module, model.adapter)
+    texts = [subject.text(subject.prompts(seed, 1)) for seed in (20, 40)]
+    weigh = subject.guided if guided is None else guided
+
+    def branch(tokens: Tensor, anchors: Tensor, level: float, text: dict[str, Any]) -> Tensor:
+        whole = torch.zeros(1, GRID[0] * GRID[1], tokens.shape[2]).index_copy(1, anchors, tokens)
+        share = 1.0 - level if model.is_inverted else level
+        arguments = {
+            "hidden_states": layout.to_latents(whole, like=start),
+            "timestep": torch.tensor([model.per_level * share]),
+            **text,
+        }
+        places = places_of(anchors[None], GRID[0] * GRID[1])
+        with cut.at(places):
+            output = module(**model.words.write(cut.arguments(arguments, places)), return_dict=False)[0]
+        return model.sign * layout.to_tokens(model.words.tensor(output))[:, anchors]
+
+    def velocity(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
+        branches = [branch(tokens, anchors, level, text) for text in texts]
+        if not mixes:
+            return weigh(*branches)
+        plan = make_lift_plan(anchors[None], GRID, config.blur_scale)
+        return weigh(*(lift(values, plan) for values in branches))[:, anchors]
+
+    try:
+        with torch.no_grad():
+            levels = jitaccel.noise_levels(config)
+            state = reference.denoise(velocity, config, GRID, layout.to_tokens(start), levels).states[-1]
+    finally:
+        cut.remove()
+    return layout.to_latents(state, like=start)
