@@ -47,9 +47,15 @@ def presets(rows: Sequence[Fields]) -> str:
 
 
 def quality(rows: Sequence[Fields]) -> str:
-    """What `jitaccel eval` found on the embedded model: a table for each size of picture, largest first."""
-    sides = sorted({row["pixels"][0] for row in _evaluated(rows)}, reverse=True)
-    return "\n".join(_quality(side, _evaluated(rows, side)) for side in sides)
+    """What `jitaccel eval` found on the embedded model: a table for each size of picture and number of prompts.
+
+    The embedded model's main size first, then from small to large; the most prompts first.
+    """
+    found: dict[tuple[int, int], list[Fields]] = {}
+    for row in _evaluated(rows):
+        found.setdefault((row["pixels"][0], row["prompts"]), []).append(row)
+    order = sorted(found, key=lambda kind: (kind[0] != _SIDE_PX, kind[0], -kind[1]))
+    return "\n".join(_quality(side, found[side, prompts]) for side, prompts in order)
 
 
 def _evaluated(rows: Sequence[Fields], side: int | None = None) -> list[Fields]:
@@ -59,9 +65,9 @@ def _evaluated(rows: Sequence[Fields], side: int | None = None) -> list[Fields]:
 
 
 def _quality(side: int, rows: Sequence[Fields]) -> str:
-    """Returns the table of a size. Raises ValueError for rows of different runs, which are not to be compared."""
-    if len({(row["prompts"], row["weights"]) for row in rows}) > 1:
-        raise ValueError(f"rows of {side} pixels must be of the same prompts and weights; commit those of one run")
+    """Returns the table of a size. Raises ValueError for rows of different weights, which are not to be compared."""
+    if len({row["weights"] for row in rows}) > 1:
+        raise ValueError(f"rows of {side} pixels must be of the same weights; commit those of one model")
     lines = [["method", "cost in dense steps", *(title for _, title, _, _ in _COLUMNS), "more than", "p"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:

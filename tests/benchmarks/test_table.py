@@ -92,7 +92,10 @@ def test_evaluations_have_a_table_for_each_size_and_paired_differences(tmp_path:
     card = next(card for card in TABLES["presets"](rows).split("### ") if card.startswith("`7x`"))
     assert "| `7x` | 7.00 | 90.0 (85.0 to 95.0) |" in card and "9 held-out prompts" in card
     write(tmp_path, "quality-2026-12-02.jsonl", summary("4x", 256, prompts=10))
-    with pytest.raises(ValueError, match="256 pixels must be of the same prompts"):
+    more = TABLES["quality"](read_results(tmp_path))
+    assert more.startswith("256x256 pixels, 32x32 tokens (10 held-out") and more.endswith(TABLES["quality"](rows))
+    write(tmp_path, "quality-2026-12-03.jsonl", summary("10x", 256, weights="1" * 64))
+    with pytest.raises(ValueError, match="256 pixels must be of the same weights"):
         TABLES["quality"](read_results(tmp_path))
 
 
