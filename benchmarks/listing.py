@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 CASES: tuple[tuple[str, str, str], ...] = (
+    ("agreement", "small", "embedded model, 32x32 tokens, this device against the CPU"),
     ("auto", "small", "embedded model, 32x32 tokens"),
     ("auto", "large", "embedded model, 64x64 tokens"),
     ("denoise", "small", "embedded model, 32x32 tokens"),
@@ -85,10 +86,14 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("startup", "small", "embedded model, fresh processes"),
     ("startup", "small", "embedded model, 32x32 tokens, compilation"),
     ("startup", "flux", "FLUX.1-dev's size, 1024x1024, compilation"),
+    ("targets", "tiny", "operators on a grid of 2x6x8, inputs that no cache holds"),
+    ("targets", "targets", "operators on a grid of 21x45x80, inputs that no cache holds"),
 )
 OF_CHECKOUT: tuple[tuple[str, str, str], ...] = (
     ("codebases", "small", "embedded model, 32x32 tokens"),
     ("codebases", "large", "random transformer of width 768 and 3 blocks, 64x64 tokens"),
+    ("codebases", "video", "random transformer of Wan's shape, width 512 and 3 blocks, 4x16x16 tokens"),
+    ("codebases", "video-480p", "random transformer of Wan 1.3B's shape, 21x30x52 tokens"),
     ("serving", "small", "200 requests, 8 at a time, two replicas of a tiny random FLUX.1"),
 )
 """Those that are there in a checkout alone, where they run as `python -m benchmarks`."""

@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--") and word.endswith("=--"):  # argparse takes it for the end of options, and gives a list
+            return _refuse(arguments.command, f"{word[:-3]} must have a value, got '--'; give another")
     try:
         return int(_COMMANDS[arguments.command].run(arguments))
     except CommandError as error:

@@ -10,7 +10,7 @@ from ..errors import CommandError
 from ..method.presets import PRESETS, resolve
 from . import options
 from .limits import check_numbers
-from .outputs import check_file
+from .outputs import check_name
 from .progress import bar
 
 
@@ -57,6 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_out(out: Path) -> None:
     """Raises CommandError for a folder that cannot be made, before a model is loaded."""
-    check_file(out)
+    check_name(out)
     if out.exists():
         raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or remove it")

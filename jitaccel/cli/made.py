@@ -45,13 +45,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def _check_file(name: str, path: Path, overwrite: bool) -> None:
-    if path.suffix.lower() not in (*PICTURES, *CLIPS):
-        raise CommandError(f"{name} must end in one of {', '.join((*PICTURES, *CLIPS))}, got {str(path)!r}")
-    if path.is_dir():
-        raise CommandError(f"{name} must be a file, got the folder {str(path)!r}")
-    if path.exists() and not overwrite:
-        raise CommandError(f"{name} must not exist, got {str(path)!r}; give another name, or --overwrite")
-    check_file(path)
+    check_file(path, name, (*PICTURES, *CLIPS), overwrite=overwrite)
     if path.suffix.lower() in CLIPS:
         from ..loading import require_diffusers
 

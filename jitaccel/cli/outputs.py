@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,52 @@ UNWRITABLE = frozenset(
 )
 
 
-def check_folder(folder: Path) -> None:
-    """Raises CommandError where `--out` or what is above it takes no file, by writing one there for a moment.
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Raises CommandError where a folder or what is above it takes no file, by writing one there for a moment.
 
     Args:
         folder: That files are to be written in; it and folders above it may be missing.
+        option: Whose value it is.
     """
-    existing = _existing(folder)
+    existing = _existing(folder, option)
     if not existing.is_dir():
-        raise CommandError(f"--out must be a folder, got the file {folder}")
+        raise CommandError(f"{option} must be a folder, got the file {folder}")
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0" * _TRIED_BYTES)
             file.flush()
     except OSError as error:
         raise CommandError(
-            f"--out must be writable, got {str(folder)!r} ({_reason(error)}); give another folder, or make room"
+            f"{option} must be writable, got {str(folder)!r} ({_reason(error)}); give another folder, or make room"
         ) from error
 
 
-def check_file(path: Path) -> None:
+def check_name(path: Path, option: str = "--out") -> None:
     """Raises CommandError where nothing of this name can be written, as `check_folder` does."""
-    _existing(path)
-    check_folder(path.parent)
+    _existing(path, option)
+    check_folder(path.parent, option)
 
 
-def _existing(path: Path) -> Path:
+def check_file(path: Path, option: str, suffixes: Sequence[str], *, overwrite: bool) -> None:
+    """Raises CommandError, before any compute, for a file that could not be written.
+
+    Args:
+        path: The file.
+        option: Whose value it is.
+        suffixes: What its name may end in, in lower case.
+        overwrite: Whether it may exist.
+    """
+    check_name(path, option)
+    if path.suffix.lower() not in suffixes:
+        listed = " or ".join(suffixes) if len(suffixes) < 3 else f"one of {', '.join(suffixes)}"
+        raise CommandError(f"{option} must end in {listed}, got {str(path)!r}")
+    if path.is_dir():
+        raise CommandError(f"{option} must be a file, got the folder {str(path)!r}")
+    if path.exists() and not overwrite:
+        raise CommandError(f"{option} must not exist, got {str(path)!r}; give another name, or --overwrite")
+
+
+def _existing(path: Path, option: str) -> Path:
     """Returns what exists of this path and those above, the nearest. Raises CommandError for names that none has."""
     try:
         if "\0" in str(path):
@@ -54,10 +75,10 @@ def _existing(path: Path) -> Path:
             (existing / part).exists()  # raises for a name that is too long, which is asked for only where it stands
     except (OSError, ValueError) as error:
         raise CommandError(
-            f"--out must be a name that a file can have, got {str(path)[:80]!r} ({_reason(error)}); give another"
+            f"{option} must be a name that a file can have, got {str(path)[:80]!r} ({_reason(error)}); give another"
         ) from error
     if existing != path.absolute() and not existing.is_dir():
-        raise CommandError(f"--out must lie in a folder, got {str(path)!r} below the file {existing}")
+        raise CommandError(f"{option} must lie in a folder, got {str(path)!r} below the file {existing}")
     return existing
 
 

@@ -38,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes the pictures and writes the page."""
     presets = _presets(arguments.presets)
     check_report(arguments.out, arguments.overwrite, "--out")
-    check_file(arguments.out)
     check_numbers(arguments)
 
     from tqdm import tqdm
@@ -79,12 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check_report(path: Path, overwrite: bool, option: str) -> None:
     """Raises CommandError for a report that could not be written, before any compute."""
-    if path.suffix.lower() not in _SUFFIXES:
-        raise CommandError(f"{option} must end in {' or '.join(_SUFFIXES)}, got {str(path)!r}")
-    if path.is_dir():
-        raise CommandError(f"{option} must be a file, got the folder {str(path)!r}")
-    if path.exists() and not overwrite:
-        raise CommandError(f"{option} must not exist, got {str(path)!r}; give another name, or --overwrite")
+    check_file(path, option, _SUFFIXES, overwrite=overwrite)
 
 
 def _presets(names: str) -> list[str]:

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(results))
     for result in results:
         for survivor in result.survivors:
-            print(f"{result.name}: {survivor}")
+            print(ascii(f"{result.name}: {survivor}")[1:-1])
     _write(options.out, results, {**provenance(), "seed": options.seed}, is_whole=options.only is None)
     return int(any(result.survivors for result in results))
 

@@ -5,7 +5,9 @@ What is public is read off `jitaccel.__all__` and its signatures; a function tha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import inspect
 import io
 import random
@@ -201,23 +203,14 @@ def _short(value: Any) -> str:
 
 # The command line
 
-_COMMANDS: dict[str, dict[str, str]] = {
-    "generate": {
-        "--prompt": "a", "--out": "a.png", "--preset": "7x", "--target-speedup": "", "--target-ms": "", "--steps": "",
-        "--seed": "0", "--height": "", "--width": "", "--guidance": "", "--true-cfg": "", "--negative-prompt": "",
-        "--text-tokens": "", "--dtype": "auto", "--device": "cpu",
-    },
-    "demo": {"--prompts": "1", "--out": "out", "--seed": "0", "--device": "cpu"},
-    "eval": {
-        "--prompts": "2", "--methods": "", "--metrics": "psnr", "--dtype": "auto", "--device": "cpu", "--size": "",
-        "--guidance": "", "--max-sequence-length": "", "--batch": "", "--out": "out", "--seed": "0",
-    },
-    "export": {
-        "--out": "out", "--preset": "7x", "--size": "", "--format": "torchscript", "--batch-size": "1",
-        "--text-tokens": "", "--dtype": "auto", "--device": "cpu",
-    },
-    "bench": {"--repeat": "1", "--seed": "0", "--within": "", "--fail-above": "", "--list": ""},
-}  # fmt: skip
+_COMMANDS: dict[str, dict[str, str]] = {  # with the values that keep a command from doing much
+    "generate": {"--prompt": "a", "--out": "a.png", "--device": "cpu"},
+    "view": {"--prompt": "a", "--out": "a.html", "--device": "cpu"},
+    "demo": {"--prompts": "1", "--out": "out", "--device": "cpu"},
+    "eval": {"--prompts": "2", "--metrics": "psnr", "--out": "out", "--device": "cpu"},
+    "export": {"--out": "out", "--format": "torchscript", "--device": "cpu"},
+    "bench": {"--repeat": "1"},
+}
 _WORDS = (
     "", " ", "0", "-1", "1e9", "nan", "inf", "-inf", "9" * 25, "9" * 5000, "1.5", "abc", "x", "0x10", "1x", "x1",
     "1x2x3",
@@ -226,10 +219,19 @@ _WORDS = (
 )  # fmt: skip
 
 
+def _options_of(name: str) -> list[str]:
+    """Returns the options of a command that take a value, as its help names them."""
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"jitaccel.cli.{name}").add_arguments(parser)
+    found = re.findall(r"^  (--[a-z-]+) [A-Z{]", parser.format_help(), re.MULTILINE)
+    assert len(found) > 3, f"the help of {name} has another form"
+    return sorted(set(found) - {"--model"})
+
+
 def _command(rng: random.Random) -> None:
     name = rng.choice([*_COMMANDS])
-    options = {option: value for option, value in _COMMANDS[name].items() if value}
-    changed = {option: rng.choice(_WORDS) for option in rng.sample([*_COMMANDS[name]], rng.choice((1, 1, 2)))}
+    options = dict(_COMMANDS[name])
+    changed = {option: rng.choice(_WORDS) for option in rng.sample(_options_of(name), rng.choice((1, 1, 2)))}
     if name == "bench":
         options["--list"] = ""
     with tempfile.TemporaryDirectory() as folder:

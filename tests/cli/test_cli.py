@@ -345,3 +345,8 @@ def test_export_refuses_bad_input_in_one_line(
 def test_export_keeps_a_folder_that_exists(command: Command, tmp_path: Path) -> None:
     status, _, err = command("export", "--out", tmp_path)
     assert status == 2 and "--out must not exist" in err
+
+
+def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--prompt=a", "--out=--"]) == 2
+    assert capsys.readouterr().err == "jitaccel generate: --out must have a value, got '--'; give another\n"

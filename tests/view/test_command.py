@@ -47,7 +47,7 @@ def test_view_writes_the_presets_next_to_each_other(command: Any, model: Path, t
 
 def test_generate_writes_a_report(command: Any, model: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "picture.png", tmp_path / "report.html"
-    call = ("--model", model, "--height", 48, "--width", 48, "--text-tokens", 8, "--prompt", "a red <circle>")
+    call = ("--model", model, "--size", "48x48", "--max-sequence-length", 8, "--prompt", "a red <circle>")
     status, said, _ = command("generate", *call, "--out", out, "--report", report)
     assert status == 0
     assert str(report) in said
