@@ -348,5 +348,5 @@ def test_export_keeps_a_folder_that_exists(command: Command, tmp_path: Path) -> 
 
 
 def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", "--prompt=a", "--out=--"]) == 2
+    assert main(["generate", "--prompt=a", "--out=--"]) == 2
     assert capsys.readouterr().err == "jitaccel generate: --out must have a value, got '--'; give another\n"
