@@ -92,7 +92,7 @@ def test_nothing_that_ships_imports_tests() -> None:
 def test_test_files_import_each_other_through_support_alone() -> None:
     support = {f"tests.support.{path.stem}" for path in (ROOT / "tests" / "support").glob("*.py")}
     names = {path.stem for path in (ROOT / "tests" / "campaigns").glob("*.py") if not path.stem.startswith("test_")}
-    campaigns = {f"tests.campaigns.{name}" for name in names}
+    campaigns = {"tests.campaigns", *(f"tests.campaigns.{name}" for name in names)}
     for path in (ROOT / "tests").rglob("*.py"):
         shared = {"tests", "tests.support", *support, *(campaigns if path.parent.name == "campaigns" else ())}
         for node in ast.walk(ast.parse(path.read_text())):
