@@ -14,7 +14,8 @@ from .errors import ConfigError, UnsupportedModelError, suggestion
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, Overrides, arguments_of, check_fields
+from .method.config import JiTConfig, arguments_of, check_fields
+from .method.overrides import Overrides
 from .method.presets import PRESETS, PresetName, resolve
 from .speed.target import Auto
 

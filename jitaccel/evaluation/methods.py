@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CommandError
-from ..method.config import JiTConfig, Overrides
+from ..method.config import JiTConfig
+from ..method.overrides import Overrides
 from ..method.presets import PRESETS
 from .comparison import Method
 from .rivals import FORMS, find_rival

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..method.config import JiTConfig
 from . import registry
 from .stats import Stats
+from .warm_sizes import checked_batches, checked_sizes
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -200,7 +201,7 @@ class Handle:
                 f"Handle.warmup: the pipeline must be alive, got a {self._kind} that is gone; keep it in a "
                 f"variable, for a handle does not"
             )
-        todo = [(*size, batch) for size in _checked_sizes(sizes) for batch in _checked_batches(batch_sizes)]
+        todo = [(*size, batch) for size in checked_sizes(sizes) for batch in checked_batches(batch_sizes)]
         if progress:
             from tqdm import tqdm
 
@@ -359,43 +360,6 @@ class Handle:
         from ..view.notebook import handle_html
 
         return handle_html(repr(self), self.stats())
-
-
-def _checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns sizes as pairs. Raises ConfigError for what is no list of pairs: one size alone, say."""
-    pairs = _listed(sizes)
-    if pairs is None or not all(
-        isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side) for side in pair) for pair in pairs
-    ):
-        raise ConfigError(
-            f"Handle.warmup: sizes must be a list of (height, width) in pixels, got {sizes!r}; "
-            f"give for example [(1024, 1024)]"
-        )
-    return [(height, width) for height, width in pairs]
-
-
-def _checked_batches(batch_sizes: Sequence[int]) -> list[int]:
-    batches = _listed(batch_sizes)
-    if batches is None or not all(_is_count(batch) for batch in batches):
-        raise ConfigError(
-            f"Handle.warmup: batch_sizes must be a list of whole numbers above 0, got {batch_sizes!r}; "
-            f"give for example (1, 2)"
-        )
-    return batches
-
-
-def _listed(value: Any) -> list[Any] | None:
-    """Returns the items of what has some; None of anything else, a text too."""
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-        return None
-    try:
-        return list(value)
-    except TypeError:  # a tensor without dimensions says that it has items
-        return None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _put_back(owner: weakref.ref[Any], name: str, ours: weakref.ref[Any]) -> None:

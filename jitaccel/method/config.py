@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 from ..errors import ConfigError, suggestion
 from ..limits import MOST_SHARED
 from .checks import MAX_STEPS, check_steps, choice_problems, is_finite_number, is_step_count, is_whole, stage_problems
+from .counts import has_empty_stage, pooled_count, whole_part, with_side
+from .overrides import Overrides
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -26,27 +28,6 @@ _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
 MAX_WINDOW = 1023  # the operators' own limit
 _MAX_TOKENS = 2**40  # the operators' own limit
-
-
-class Overrides(TypedDict, total=False):
-    """The fields of JiTConfig as keywords, so that editors complete them; JiTConfig says what each is."""
-
-    densities: tuple[float, ...]
-    boundaries: tuple[float, ...]
-    steps: int | Literal["caller"]
-    schedule: Literal["beta", "log_snr", "native"] | tuple[float, ...]
-    alpha: float
-    beta: float
-    log_snr: tuple[float, float]
-    lifter: Literal["velocity", "clean"]
-    micro_flow: Literal["exact", "released", "none"]
-    relax_steps: int
-    noise: Literal["fresh", "own"]
-    solver: Literal["euler", "dpmpp_2m", "caller"]
-    importance_window: int
-    blur_scale: float
-    pooling: tuple[int, ...]
-    multiple: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +214,9 @@ class JiTConfig:
 
     def _empty_stage_problems(self, steps: int, function: str) -> list[str]:
         ends = self._ends(steps)
-        if not _has_empty_stage(ends):
+        if not has_empty_stage(ends):
             return []
-        enough = next((n for n in range(steps, MAX_STEPS + 1) if not _has_empty_stage(self._ends(n))), None)
+        enough = next((n for n in range(steps, MAX_STEPS + 1) if not has_empty_stage(self._ends(n))), None)
         remedy = "space the boundaries further apart" if enough is None else f"use {enough} steps"
         return [
             f"{function}: steps must give every stage at least one step, got {steps} "
@@ -243,7 +224,7 @@ class JiTConfig:
         ]
 
     def _ends(self, steps: int) -> tuple[int, ...]:
-        return tuple(_whole_part(boundary, steps) for boundary in self.boundaries)
+        return tuple(whole_part(boundary, steps) for boundary in self.boundaries)
 
     @property
     def num_stages(self) -> int:
@@ -308,7 +289,7 @@ class JiTConfig:
                 f"out for 1"
             )
         others = num_tokens - num_forced
-        counts = tuple(num_forced + _whole_part(density, others) for density in self.densities)
+        counts = tuple(num_forced + whole_part(density, others) for density in self.densities)
         if counts[0] < 1:
             raise ConfigError(
                 f"token_counts: num_tokens must give every stage a token, got {num_tokens} tokens at "
@@ -332,7 +313,7 @@ class JiTConfig:
         )
 
     def _pooled_tokens(self, grid: Sequence[int], factor: int, multiple: int) -> int:
-        count, unit = _pooled_count(grid, factor), math.lcm(self.multiple, multiple)
+        count, unit = pooled_count(grid, factor), math.lcm(self.multiple, multiple)
         if count % unit:
             sizes = " or ".join("x".join(map(str, size)) for size in self.sizes_near(grid, multiple))
             raise ConfigError(
@@ -355,8 +336,8 @@ class JiTConfig:
         found = []
         for axis in (-2, -1):
             for sign in (-1, 1):
-                sizes = (_with_side(grid, axis, grid[axis] + sign * change) for change in reach)
-                fits = (s for s in sizes if s[axis] > 0 and all(_pooled_count(s, f) % unit == 0 for f in factors))
+                sizes = (with_side(grid, axis, grid[axis] + sign * change) for change in reach)
+                fits = (s for s in sizes if s[axis] > 0 and all(pooled_count(s, f) % unit == 0 for f in factors))
                 found += [size for size in [next(fits, None)] if size is not None]
         return tuple(found)
 
@@ -387,25 +368,6 @@ class JiTConfig:
         if missing:
             raise ConfigError(f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them")
         return cls(**fields)
-
-
-def _whole_part(fraction: float, count: int) -> int:
-    return int(fraction * count + 1e-9)
-
-
-def _pooled_count(grid: Sequence[int], factor: int) -> int:
-    *frames, rows, columns = grid
-    return math.prod(frames) * -(-rows // factor) * -(-columns // factor)
-
-
-def _with_side(grid: Sequence[int], axis: int, side: int) -> tuple[int, ...]:
-    sides = list(grid)
-    sides[axis] = side
-    return tuple(sides)
-
-
-def _has_empty_stage(ends: tuple[int, ...]) -> bool:
-    return any(end <= start for start, end in pairwise((0, *ends)))
 
 
 def _field_names() -> tuple[str, ...]:

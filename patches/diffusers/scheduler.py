@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Generic
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
 from jitaccel.generation.route import Answer, Generation, History
 from jitaccel.generation.stats import Stats
-from jitaccel.method.checks import MAX_STEPS
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.method.run import Run
@@ -34,6 +32,7 @@ from ..foreign import Arguments, Forward, Pipeline, Scheduler
 from ..loops.velocity import Calls
 from ..network import ModelCall
 from ..split import Branches
+from .asked import default_steps, enough_steps, refuse_custom_levels, requested_steps, with_steps
 from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
 _log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class SchedulerRoute(Generic[Calls]):
         self._pipeline = weakref.ref(pipeline)
         self._transformer = weakref.ref(pipeline.transformer if transformer is None else transformer)
         self._scheduler = pipeline.scheduler
-        self._default_steps = _default_steps(pipeline)
+        self._default_steps = default_steps(pipeline)
         self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
         self._first = 0  # the scheduler's index of the step that the generation starts with
@@ -313,15 +312,15 @@ class SchedulerRoute(Generic[Calls]):
         if caller is not None:
             self._check_transformer(caller)
         asked: Arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-        requested = _requested_steps(asked)
+        requested = requested_steps(asked)
         steps = requested if self.config.steps == "caller" else self.config.steps
         self.config.stage_ends(steps)  # raises before anything is set
         self._note_steps(requested, steps)
         own_levels = self.config.schedule != "native"
         if own_levels or steps != requested:
-            _refuse_custom_levels(asked, requested)
+            refuse_custom_levels(asked, requested)
         if not own_levels and steps != requested:
-            asked = _with_steps(asked, steps)
+            asked = with_steps(asked, steps)
         original(**asked)
         if own_levels:
             levels = noise_levels(self.config, steps)
@@ -358,18 +357,6 @@ class SchedulerRoute(Generic[Calls]):
         scheduler.num_inference_steps = len(levels) - 1
 
 
-def enough_steps(config: JiTConfig, share: float, more_than: int) -> int | None:
-    """Returns the smallest number of steps whose last `share`, counted as pipelines do, gives every stage a step."""
-    for steps in range(more_than + 1, min(int(4 * more_than / share) + 2, MAX_STEPS)):
-        left = steps - int(max(steps - min(steps * share, steps), 0))
-        try:
-            config.stage_ends(left)
-        except ConfigError:
-            continue
-        return steps
-    return None
-
-
 def check_scheduler(scheduler: Scheduler) -> list[str]:
     """Returns why a scheduler is not first-order Euler on flow-matching levels; nothing where it is."""
     kind = type(scheduler).__name__
@@ -404,31 +391,3 @@ def with_state(output: Any, state: Tensor) -> Any:
     if isinstance(output, tuple):
         return (state, *output[1:])
     return type(output)(prev_sample=state)
-
-
-def _default_steps(pipeline: Pipeline) -> object:
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
-    return None if parameter is None else parameter.default
-
-
-def _requested_steps(asked: Arguments) -> int:
-    for name in ("sigmas", "timesteps"):
-        if asked.get(name) is not None:
-            return len(asked[name])
-    return int(asked["num_inference_steps"])
-
-
-def _refuse_custom_levels(asked: Arguments, requested: int) -> None:
-    sigmas = asked.get("sigmas")
-    usual = np.linspace(1.0, 1.0 / requested, requested)
-    if asked.get("timesteps") is not None or (sigmas is not None and not np.allclose(sigmas, usual, atol=1e-6)):
-        raise ConfigError(
-            "jitaccel: levels must come from one place, got sigmas in the call beside those of the configuration; "
-            "use schedule='native', steps='caller' to keep the call's"
-        )
-
-
-def _with_steps(asked: Arguments, steps: int) -> Arguments:
-    if asked.get("sigmas") is not None:
-        return {**asked, "sigmas": np.linspace(1.0, 1.0 / steps, steps)}
-    return {**asked, "num_inference_steps": steps}

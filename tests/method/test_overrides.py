@@ -8,7 +8,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import jitaccel
-from jitaccel.method.config import JiTConfig, Overrides
+from jitaccel.method.config import JiTConfig
+from jitaccel.method.overrides import Overrides
 from jitaccel.method.presets import PresetName
 
 
