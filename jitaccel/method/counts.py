@@ -6,7 +6,7 @@ from itertools import pairwise
 
 
 def whole_part(fraction: float, count: int) -> int:
-    """Returns the whole part of a share of a count; what floating point leaves a hair below a whole number is that number."""
+    """Returns the whole part of a share of a count; a product that rounding left a hair below a whole number is it."""
     return int(fraction * count + 1e-9)
 
 

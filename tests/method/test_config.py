@@ -105,7 +105,7 @@ def test_presets_are_read_only() -> None:
         ("relax_steps", 1.5, "whole number"),
         ("importance_window", 4, "odd"),
         ("importance_window", -3, "odd"),
-        ("multiple", 0, "above 0"),
+        ("multiple", 0, "in 1..4096"),
         ("multiple", 1.5, "whole number"),
         ("importance_window", 1025, "1..1023"),
         ("importance_window", 2**63 + 1, "1..1023"),
