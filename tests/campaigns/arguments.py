@@ -234,7 +234,7 @@ def _command(rng: random.Random) -> None:
     changed = {option: rng.choice(_WORDS) for option in rng.sample(_options_of(name), rng.choice((1, 1, 2)))}
     if name == "bench":
         options["--list"] = ""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         options |= {"--out": f"{folder}/{options['--out']}"} if "--out" in options else {}
         argv = [name, *(f"{option}={value}" if value or option in changed else option
                         for option, value in {**options, **changed}.items())]  # fmt: skip
