@@ -12,7 +12,7 @@ from jitaccel.errors import CommandError, ConfigError, NonFiniteVelocityError, U
 from jitaccel.method.presets import PRESETS
 
 _EXPECTED = (CommandError, ConfigError, NonFiniteVelocityError, UnsupportedModelError)
-_PROMPT = "snowy mountains at dusk with a lake, pines and a red boat on the left"
+_PROMPT = "autumn mountains at dawn with a meadow with yellow flowers, a yellow balloon on the left and the sea"
 _PROGRESS = gr.Progress()  # as a default, by which Gradio knows where to put the request's own
 _ABOUT = (
     "# jitaccel\nThe same prompt by several presets, from the same noise. The report's slider shows, step by step, "
