@@ -304,7 +304,7 @@ def test_bad_sizes_are_all_named_before_any_is_run(pipe: Any) -> None:
 def test_patched_pipelines_and_bare_transformers_are_refused(pipe: Any) -> None:
     with jitaccel.apply(pipe, SHORT), pytest.raises(ConfigError, match="must not be patched"):
         generate_batch(pipe, [request()])
-    with pytest.raises(UnsupportedModelError, match="must be a pipeline"):
+    with pytest.raises(UnsupportedModelError, match=r"must be a FluxPipeline, .*got FluxTransformer2DModel"):
         generate_batch(pipe.transformer, [request()])
     with pytest.raises(ConfigError, match="output_type must be one of"):
         generate_batch(pipe, [request()], output_type="np")  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ def test_exported_gains_take_the_same_steps() -> None:
 
 
 def test_other_solvers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="solver must be one of euler, dpmpp_2m, got 'heun'"):
+    with pytest.raises(ConfigError, match="solver must be one of euler, dpmpp_2m, caller, got 'heun'"):
         PRESETS["7x"].replace(solver="heun")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jitaccel import PRESETS, JiTConfig, noise_levels
+from jitaccel.method import run as run_module
 from jitaccel.method.run import Run
 from jitaccel.method.steps import KnownLevels
 
@@ -52,6 +53,8 @@ def test_start_of_a_stage_waits_once_and_steps_never_do(name: str, monkeypatch: 
         return plain(x)
 
     monkeypatch.setattr(Tensor, "tolist", tolist)
+    # Places are drawn on the CPU, where nothing waits.
+    monkeypatch.setattr(run_module, "first_anchors", lambda grid, count, *_: torch.arange(count))
     for i in range(clock.num_steps):
         before, stage = len(lists), run.stage
         with Waits() as waits:

@@ -66,7 +66,7 @@ def test_generate_writes_a_report(command: Any, model: Path, tmp_path: Path) -> 
         (("--presets", "7x,8y"), "8y"),
         (("--presets", ","), "--presets"),
         (("--presets", "7x,7x"), "--presets"),
-        (("--size", "48"), "--size"),
+        (("--size", "48x"), "--size"),
         (("--out", "report.png"), "--out"),
         (("--seed", -1), "--seed"),
         (("--max-sequence-length", 0), "--max-sequence-length"),
@@ -83,7 +83,7 @@ def test_size_that_is_no_multiple_is_refused(command: Any, model: Path, tmp_path
     call = ("--prompt", "a", "--model", model, "--size", "50x48", "--out", tmp_path / "r.html")
     status, _, error = command("view", *call)
     assert status == 2
-    assert "multiples of 4 pixels" in error
+    assert "a multiple of 4 pixels" in error
 
 
 def test_report_that_exists_is_not_replaced_unasked(command: Any, tmp_path: Path) -> None:
