@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,3 +24,19 @@ def _attention_of_the_process() -> Iterator[None]:
     if (dispatch := sys.modules.get("diffusers.models.attention_dispatch")) is not None:
         default = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
         dispatch._AttentionBackendRegistry._active_backend = default
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command of the command line and returns its status, output and errors."""
+    from jitaccel.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -23,21 +23,6 @@ Outcome = tuple[int, str, str]
 Command = Callable[..., Outcome]
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command and returns its status, output and errors."""
-
-    def run(*arguments: object) -> Outcome:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline in a folder with a space in its name."""

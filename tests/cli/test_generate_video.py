@@ -10,23 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jitaccel.cli import main
 from jitaccel.errors import CommandError
 from jitaccel.evaluation.clips import latent_of, token_sheet, write_clip
 from jitaccel.generation.stats import Stats
 
 Command = Callable[..., tuple[int, str, str]]
 SIZE = ("--frames", 9, "--size", "96x128", "--max-sequence-length", 16, "--prompt", "a lake", "--steps", 5)
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -30,22 +30,16 @@ CASES = (
 )
 
 
-def _finished(suite: str, folder: Path) -> list[Any]:
-    ended = ranks.start(suite, folder)
-    assert [each.code for each in ended] == [0, 0], "\n".join(each.output[-3000:] for each in ended)
-    return [each.found for each in ended]
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two ranks has made."""
-    return _finished("pictures", tmp_path_factory.mktemp("pictures"))
+    return ranks.finished("pictures", tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two ranks has said."""
-    return _finished("refusals", tmp_path_factory.mktemp("refusals"))
+    return ranks.finished("refusals", tmp_path_factory.mktemp("refusals"))
 
 
 @pytest.mark.slow

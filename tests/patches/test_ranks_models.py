@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,22 +13,16 @@ pytestmark = pytest.mark.slow
 PAIRS = [(mode, case) for case in divided.CASES for mode in divided.modes_of(case)]
 
 
-def _finished(suite: str, folder: Path) -> list[Any]:
-    ended = ranks.start(suite, folder)
-    assert [each.code for each in ended] == [0, 0], "\n".join(each.output[-3000:] for each in ended)
-    return [each.found for each in ended]
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two ranks has made."""
-    return _finished("models", tmp_path_factory.mktemp("models"))
+    return ranks.finished("models", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two ranks has said."""
-    return _finished("model_refusals", tmp_path_factory.mktemp("refusals"))
+    return ranks.finished("model_refusals", tmp_path_factory.mktemp("refusals"))
 
 
 @pytest.mark.parametrize(("mode", "case"), PAIRS)

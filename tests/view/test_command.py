@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jitaccel.app.making import Wanted, make_each, steps_of
-from jitaccel.cli import main
 from tests.support import tiny
 from tests.support.reports import data_of
 
 SMALL = ("--size", "48x48", "--max-sequence-length", 8, "--prompt", "a red circle")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command and returns its status, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
