@@ -17,6 +17,9 @@ from tests.support.tiny import generate
 
 _NAMED = ("one picture at a time", "making a picture in another thread")
 _WAITS_S = 100
+# Of the largest value. Side by side torch rounds otherwise than alone, unpatched pipelines too, and activation may then
+# take other tokens; another thread's tokens or steps would make another picture, at about 1.
+_OTHERWISE = 0.4
 
 
 def case(rng: random.Random, counts: Counts) -> None:
@@ -54,7 +57,7 @@ def _together(rng: random.Random, counts: Counts) -> None:
     found = _in_threads([lambda seed=seed, pipe=pipe: generate(pipe, seed) for seed, pipe in enumerate(pipes)])  # type: ignore[misc]
     counts.operations += len(pipes)
     for seed, (picture, wanted) in enumerate(zip(found, expected, strict=True)):
-        if not isinstance(picture, torch.Tensor) or not torch.equal(picture, wanted):
+        if not isinstance(picture, torch.Tensor) or tiny.relative_error(picture, wanted) > _OTHERWISE:
             raise Survivor(f"thread {seed} of {len(pipes)} on shared weights: {_said(picture)}")
     for handle in handles:
         handle.remove()
