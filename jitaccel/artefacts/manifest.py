@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArtefactError
+from ..limits import MOST_BATCH, MOST_TEXT_TOKENS
 from ..method.config import JiTConfig
 from ..method.grid import num_tokens_of
 from ..method.lift import blur_weights
@@ -27,6 +28,7 @@ from ..method.solver import make_solver
 
 Format = Literal["aoti", "torchscript"]
 VERSION = 3
+_DTYPES = ("float32", "bfloat16", "float16")
 JSON, TENSORS, WEIGHTS = "manifest.json", "manifest.safetensors", "weights.safetensors"
 
 
@@ -121,6 +123,7 @@ class Manifest:
             content["config"] = JiTConfig.from_dict(content["config"])
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
             manifest.check_types()
+            manifest.check_values()
             named, expected = set(manifest.files), {WEIGHTS, TENSORS, *manifest.stage_files}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(
@@ -147,6 +150,22 @@ class Manifest:
             raise TypeError(f"levels must be numbers, got {self.levels}")
         if len(self.inputs) != len(self.tokens):
             raise TypeError(f"inputs must be of {len(self.tokens)} stages, got {len(self.inputs)}")
+        if any(type(digest) is not str for digest in self.files.values()):
+            raise TypeError(f"files must have digests of text, got {self.files}")
+
+    def check_values(self) -> None:
+        """Raises ValueError for a field of its type with a value that no export writes."""
+        for name, most in (("batch", MOST_BATCH), ("text_tokens", MOST_TEXT_TOKENS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be in 1..{most}, got {getattr(self, name)}")
+        if len(self.grid) not in (2, 3) or min(self.grid) < 1:
+            raise ValueError(f"grid must have two or three sides above 0, got {self.grid}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if set(self.operators) - {"cpu", "cuda"}:
+            raise ValueError(f"operators must be of cpu and cuda, got {self.operators}")
+        if len(self.levels) != (self.config.steps if isinstance(self.config.steps, int) else len(self.levels) - 1) + 1:
+            raise ValueError(f"levels must be one more than the {self.config.steps} steps, got {len(self.levels)}")
 
     def check_files(self, folder: Path) -> None:
         """Raises ArtefactError for the first file that is missing or is not the one that was written."""

@@ -121,7 +121,8 @@ def _signed_again(folder: Path, rng: random.Random) -> str:
     name = rng.choice(sorted(content))
     if kind == "field":
         name = rng.choice([each for each in sorted(content) if each not in ("model", "codebase", "attention")])
-        content[name] = rng.choice([odd for odd in _ODD if odd != content[name]])
+        none = name == "operators"  # a plan without operators is a plan
+        content[name] = rng.choice([odd for odd in _ODD if odd != content[name] and not (none and odd in ([], {}))])
     elif kind == "drop":
         del content[name]
     elif kind == "file dropped":
