@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for word in sys.argv[1:] if argv is None else argv:
         if word.startswith("--") and word.endswith("=--"):  # argparse takes it for the end of options, and gives a list
             return _refuse(arguments.command, f"{word[:-3]} must have a value, got '--'; give another")
+        if not _is_encodable(word):
+            return _refuse(arguments.command, f"an argument must be text, got {word!a}; give another")
     try:
         return int(_COMMANDS[arguments.command].run(arguments))
     except CommandError as error:
@@ -57,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = error.filename or "a file"
         return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
+
+
+def _is_encodable(word: str) -> bool:
+    """Whether a word can be a name or a text: half of a surrogate pair can be neither."""
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(command: str, reason: str) -> int:

@@ -23,6 +23,9 @@ _HANGS_AFTER_S = 120  # one case; on a busy machine the slowest takes a few seco
 class Survivor(AssertionError):
     """Something that a campaign must not find: a wrong picture, an error without a name, a file half written."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(ascii(what)[1:-1])  # halves of surrogate pairs cannot be printed
+
 
 class _Hangs(BaseException):
     """A case that takes too long; no `except Exception` may swallow it."""

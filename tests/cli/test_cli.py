@@ -335,3 +335,8 @@ def test_export_keeps_a_folder_that_exists(command: Command, tmp_path: Path) -> 
 def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt=a", "--out=--"]) == 2
     assert capsys.readouterr().err == "jitaccel generate: --out must have a value, got '--'; give another\n"
+
+
+def test_half_a_character_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a", "--out", "\ud800.png"]) == 2
+    assert "an argument must be text" in capsys.readouterr().err
