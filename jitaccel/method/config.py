@@ -255,6 +255,10 @@ class JiTConfig:
             raise ConfigError("\n".join(problems))
         return self._ends(steps)
 
+    def stage_lengths(self, steps: int) -> tuple[int, ...]:
+        """Returns the number of steps of each stage. Raises ConfigError as `stage_ends` does."""
+        return tuple(end - start for start, end in pairwise((0, *self.stage_ends(steps))))
+
     def stage_of_step(self, step: int, steps: int) -> int:
         """Returns the stage, 0 the sparsest, that runs step `step` (counted from 0) of `steps`."""
         ends = self.stage_ends(steps)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from ..generation.stats import Cost
 from ..method.config import JiTConfig
+
+if TYPE_CHECKING:  # it imports torch, which the list of presets does without
+    from ..generation.stats import Cost
+
+Number = TypeVar("Number", int, float)
+
+
+def loop_cost(config: JiTConfig, counts: Sequence[int], cost: Callable[[int], Number], steps: int) -> Number:
+    """Returns what `steps` steps cost together, of one image, one call of the network each.
+
+    Args:
+        config: Its stages count.
+        counts: Tokens of a step of each stage.
+        cost: Of one step by its tokens: operations or seconds.
+        steps: Of the sampler.
+    """
+    return sum(length * cost(count) for length, count in zip(config.stage_lengths(steps), counts, strict=True))
 
 
 def schedule_flops(config: JiTConfig, num_tokens: int, text_tokens: int, cost: Cost, steps: int) -> int:
     """Returns the operations of one image over `steps` steps, one call of the network each (no true CFG)."""
-    lengths = [end - start for start, end in pairwise((0, *config.stage_ends(steps)))]
-    counts = config.token_counts(num_tokens)
-    return sum(n * cost(count, text_tokens) for n, count in zip(lengths, counts, strict=True))
+    return loop_cost(config, config.token_counts(num_tokens), lambda count: cost(count, text_tokens), steps)
 
 
 def equivalent_dense_steps(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from ..generation.stats import Cost
 from ..generation.stopwatch import wait_for
 from ..method.config import JiTConfig
+from .control import loop_cost
 
 Seconds = Callable[[int], float]
 """Seconds of one step of one image, one branch, by its number of tokens M."""
@@ -131,9 +131,7 @@ def loop_seconds(config: JiTConfig, num_tokens: int, seconds: Seconds, multiple:
     """Returns what the steps of a configuration with a number of steps take, of one image and one branch."""
     if isinstance(config.steps, str):
         raise ValueError('loop_seconds: config.steps must be a number, got "caller"; use config.replace(steps=...)')
-    lengths = (end - start for start, end in pairwise((0, *config.stage_ends(config.steps))))
-    counts = config.token_counts(num_tokens, multiple=multiple)
-    return sum(length * seconds(count) for length, count in zip(lengths, counts, strict=True))
+    return loop_cost(config, config.token_counts(num_tokens, multiple=multiple), seconds, config.steps)
 
 
 def _timed(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from ..method.config import JiTConfig
 from ..method.presets import DENSE_STEPS, PRESETS
+from .control import loop_cost
 
 FEWER_STEPS = 28  # with which FLUX.1-dev is often run, where it is not run with DENSE_STEPS
 _POOLED = {2: "half the size", 4: "a quarter of the size"}
@@ -34,8 +34,7 @@ def stages(config: JiTConfig) -> tuple[str, ...]:
     Args:
         config: With a number of steps of its own.
     """
-    ends = config.stage_ends(int(config.steps))
-    lengths = (end - start for start, end in pairwise((0, *ends)))
+    lengths = config.stage_lengths(int(config.steps))
     return tuple(f"{n} {_seen(config, stage)}" for stage, n in enumerate(lengths))
 
 
@@ -57,7 +56,6 @@ def overview(grid: Sequence[int], cost: Callable[[int], int]) -> tuple[PresetRow
     rows = []
     for name, config in PRESETS.items():
         steps = int(config.steps)
-        lengths = (end - start for start, end in pairwise((0, *config.stage_ends(steps))))
-        operations = sum(n * cost(count) for n, count in zip(lengths, config.stage_tokens(grid), strict=True))
+        operations = loop_cost(config, config.stage_tokens(grid), cost, steps)
         rows.append(PresetRow(name=name, steps=steps, shown=", then ".join(stages(config)), cost=operations / dense))
     return tuple(rows)

@@ -15,6 +15,15 @@ from ..layout import PatchLayout
 from .model import Arguments, Config, Model, channels_out
 
 _OUTPUTS = {"x_embedder": rows(1), "rope": rows(0), "proj_out": put}
+_TWO_TEXTS = (
+    "hidden_states",
+    "timestep",
+    "timestep_r",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_hidden_states_2",
+    "encoder_attention_mask_2",
+)
 
 
 def _layout(config: Config) -> PatchLayout:
@@ -73,16 +82,7 @@ HUNYUAN_15 = Model(
     adapter=Adapter(
         outputs=_OUTPUTS,
         has_one_table=True,
-        rows=(
-            "hidden_states",
-            "timestep",
-            "timestep_r",
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "encoder_hidden_states_2",
-            "encoder_attention_mask_2",
-            "image_embeds",
-        ),
+        rows=(*_TWO_TEXTS, "image_embeds"),
     ),
     layout=_layout,
     grid=_grid,
@@ -98,16 +98,7 @@ HUNYUAN_IMAGE = Model(
     adapter=Adapter(
         outputs=_OUTPUTS,
         has_one_table=True,
-        rows=(
-            "hidden_states",
-            "timestep",
-            "timestep_r",
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "encoder_hidden_states_2",
-            "encoder_attention_mask_2",
-            "guidance",
-        ),
+        rows=(*_TWO_TEXTS, "guidance"),
     ),
     layout=lambda config: PatchLayout(tuple(config["patch_size"])),
     grid=lambda config, arguments: PatchLayout(tuple(config["patch_size"])).grid(arguments["hidden_states"].shape),
