@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.generation.handle import refuse_copy
+from jitaccel.generation.handle import Uncopied
 
 from .diffusers_private import divides_output, is_parallel
 from .ranks import check_still
@@ -211,7 +211,7 @@ class _Now:
         self.places: Places | None = None
 
 
-class _Hook:
+class _Hook(Uncopied):
     """A forward hook; `way` changes the output."""
 
     def __init__(self, now: _Now, way: Way) -> None:
@@ -221,14 +221,8 @@ class _Hook:
         places = self._now.places
         return None if places is None else self._way(output, places)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise refuse_copy()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise refuse_copy()
-
-
-class _Method:
+class _Method(Uncopied):
     """A method of an instance; `way` changes what the class's returns."""
 
     def __init__(self, now: _Now, way: Way, model: nn.Module, name: str) -> None:
@@ -239,14 +233,8 @@ class _Method:
         output = getattr(type(model), self._name)(model, *args, **kwargs)
         return output if places is None else self._way(output, places)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise refuse_copy()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise refuse_copy()
-
-
-class _CutFirst:
+class _CutFirst(Uncopied):
     """Stands before a hook that divides a module's output among ranks: the output is cut, then divided."""
 
     def __init__(self, reference: Any, hook: _Hook) -> None:
@@ -262,7 +250,7 @@ class _CutFirst:
             self._reference.post_forward = self._divide
 
 
-class _BlockHook:
+class _BlockHook(Uncopied):
     """A hook before a block's forward; `ways` change keyword arguments by name."""
 
     def __init__(self, now: _Now, ways: Mapping[str, Way]) -> None:
@@ -271,12 +259,6 @@ class _BlockHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = self._now.places
         return None if places is None else (args, cut_arguments(kwargs, self._ways, places))
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise refuse_copy()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise refuse_copy()
 
 
 def cut_arguments(arguments: Mapping[str, Any], ways: Mapping[str, Way], places: Places) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ..errors import ConfigError
 from ..method.config import JiTConfig
@@ -43,11 +43,19 @@ class Route(Protocol):
     def reset(self) -> None: ...
 
 
-class Patched:
-    """A function in place of a method of one instance, which a copy of the instance must not take along.
+class Uncopied:
+    """Stands on a patched instance, and goes into no copy of it: there it would run the original."""
 
-    It would run what it was copied from.
-    """
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raises TypeError; `copy.deepcopy` asks here, too."""
+        raise TypeError(
+            "jitaccel: what is copied or pickled must not be patched, since the copy would run the original's weights; "
+            "remove() the handle, copy, and apply to each"
+        )
+
+
+class Patched(Uncopied):
+    """A function in place of a method of one instance."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -55,20 +63,6 @@ class Patched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise refuse_copy()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise refuse_copy()
-
-
-def refuse_copy() -> TypeError:
-    """Returns the error of copying or pickling what is patched."""
-    return TypeError(
-        "jitaccel: what is copied or pickled must not be patched, since the copy would run the original's weights; "
-        "remove() the handle, copy, and apply to each"
-    )
 
 
 def _release_nothing() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
 from jitaccel.execution.options import Execution
-from jitaccel.generation.handle import Handle, Installation, refuse_copy
+from jitaccel.generation.handle import Handle, Installation, Uncopied
 from jitaccel.generation.route import History
 from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
@@ -61,7 +61,7 @@ def _remove(of: weakref.ref[Any], name: str, wrapper: Any) -> None:
         patcher.remove_wrappers_with_key(name, _KEY)
 
 
-class ComfyRoute:
+class ComfyRoute(Uncopied):
     """The samplings of one model and its clones, one at a time."""
 
     def __init__(self, config: JiTConfig, calls: IndexedCalls, execution: Execution) -> None:
@@ -70,12 +70,6 @@ class ComfyRoute:
         self._may_be_dense = execution.may_be_dense
         self._now: UnderWay | None = None
         self._history = History(config, "ComfyUI", calls)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise refuse_copy()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise refuse_copy()
 
     @property
     def history(self) -> History:

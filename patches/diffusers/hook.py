@@ -7,14 +7,14 @@ import inspect
 import types
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NoReturn, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.private import uncompiled
-from jitaccel.generation.handle import Handle, refuse_copy
+from jitaccel.generation.handle import Handle, Uncopied
 
 from ..diffusers_private import HOOK_REGISTRY, forward_beneath_hooks, hook_registry, put_hook_registry
 from ..foreign import Arguments, Forward
@@ -26,7 +26,7 @@ Route: TypeAlias = SchedulerRoute[Calls] | VelocityRoute[Calls]
 _NAME = "jitaccel"
 
 
-class SharedHook(ModelHook, Generic[Calls]):  # type: ignore[misc]
+class SharedHook(Uncopied, ModelHook, Generic[Calls]):  # type: ignore[misc]
     """Finds the route of a call; derived ones define `new_forward`."""
 
     _is_stateful = True
@@ -65,12 +65,6 @@ class SharedHook(ModelHook, Generic[Calls]):  # type: ignore[misc]
             f"jitaccel: {type(module).__name__}.forward must be replaced before apply where the model has hooks "
             f"(offloading), got one that was replaced since; remove() the handle, and apply again"
         )
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise refuse_copy()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise refuse_copy()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
