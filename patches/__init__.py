@@ -26,15 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """How one codebase is patched. `matches` must not import it.
+    """How one codebase is patched. A function that a codebase does not have is None.
 
-    prepare: gets target, settings, known levels and execution; checks all that can fail, builds, and returns what is to
-    be installed, without changing anything. generate_batch: gets pipeline, requests with their settings, execution and
-    the kind of output. export: gets pipeline, settings, size, batch, text length and attention, and returns the stages.
-    prepare_exported: as prepare, for a pipeline and loaded stages. probe: gets target, size in pixels and length of
-    prompts (either may be None) and execution, and returns forwards to time. defaults: gets a target, and returns the
-    fields of JiTConfig that its kind of model has in presets given by name. cost: gets a target, and returns the
-    operations of one forward of its network by numbers of tokens. None where there is none.
+    Attributes:
+        name: Of the codebase, in messages.
+        matches: Whether a target belongs to it; must not import the codebase.
+        prepare: Takes target, settings, known levels and execution. Checks everything that can fail, builds, and
+            returns what to install, without changing anything.
+        generate_batch: Takes pipeline, requests with their settings, execution and type of output.
+        export: Takes pipeline, settings, size, batch, text length and attention; returns the stages.
+        prepare_exported: As `prepare`, for a pipeline and loaded stages.
+        probe: Takes target, size in pixels and length of prompts (either may be None), and execution; returns forwards
+            to time.
+        defaults: Takes a target; returns the fields of JiTConfig that its model has in presets given by name.
+        cost: Takes a target; returns the operations of one forward of its network by numbers of tokens.
     """
 
     name: str

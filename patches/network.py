@@ -30,12 +30,19 @@ Result = TypeVar("Result")
 class ModelCall:
     """What a patch tells of one call of its model.
 
-    state: (B, N, D) as the sampler gave it. evaluate: runs the model on a run's anchors of a state.
-    grid, noise_level, mask: read from the arguments, and checked; all may wait for the device. mask: the tokens (B, N)
-    that are painted anew where only those are, or None. multiple: what numbers of anchors are rounded up to. patch:
-    latents along a token's side. branches: how many branches of guidance come as images of one batch; `evaluate`
-    returns all of them, one after the other, (branches * B, M, D). mixes: whether the pipeline's guidance weighs whole
-    pictures, so that each branch is lifted before it. ranks: who divides the tokens of each forward.
+    Attributes:
+        state: (B, N, D), as the sampler gave it.
+        text_tokens: Number of text tokens.
+        cost: Operations of one forward by numbers of tokens.
+        grid: Reads the token grid from the arguments and checks it; may wait for the device.
+        noise_level: The same for the noise level.
+        mask: The same for the tokens (B, N) to inpaint; returns None if there is no mask.
+        multiple: Numbers of anchors are rounded up to a multiple of it.
+        branches: Number of guidance branches in the batch; `evaluate` returns all of them, (branches * B, M, D).
+        mixes: Whether the pipeline's guidance weighs whole pictures, so that each branch is lifted before it.
+        ranks: Who divides the tokens of each forward.
+        patch: Latents along a token's side.
+        evaluate: Runs the model on the anchors of a state.
     """
 
     state: Tensor

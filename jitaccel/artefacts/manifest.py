@@ -1,8 +1,8 @@
 """What exported folders hold and were made for: `manifest.json` for people, `manifest.safetensors` for programs.
 
 Every file is named in the manifest with its SHA-256, and the manifest with its own, so that a folder that is damaged or
-put together from several is refused. Checksums guard against accidents: they lie beside what they check, so load only
-what you would run.
+put together from several is refused. Checksums guard against accidents: they are stored next to what they check, so
+load only what you would run.
 """
 
 from __future__ import annotations
@@ -54,10 +54,24 @@ class Input:
 class Manifest:
     """What the stages in a folder compute, and what they were made for.
 
-    config, levels, tokens: the method's settings, the S + 1 noise levels, the anchors of each stage. inputs: what each
-    stage is called with, in order, the state (B, N, D) first. grid, batch, text_tokens, dtype: of every call. device,
-    processor, torch_version: of the machine. attention: what is compiled in. operators: device types whose compiled
-    operators the stages call. model: the network's own configuration. files: SHA-256 of every other file.
+    Attributes:
+        codebase: Name of the pipeline in statistics.
+        format: "aoti" (native code) or "torchscript".
+        config: Settings of the method.
+        levels: Noise levels of the steps, the final 0 included.
+        tokens: Number of anchors of each stage.
+        grid: Token grid of every call.
+        batch: Images of every call.
+        text_tokens: Length of prompts of every call, with padding.
+        inputs: Inputs of each stage, in order; the state (B, N, D) comes first.
+        dtype: Of states and weights.
+        device: Type of device that the stages run on.
+        processor: Processor or GPU that they were compiled for.
+        torch_version: Version of torch that compiled them.
+        attention: Attention backend that is compiled in.
+        operators: Types of device whose compiled operators the stages call.
+        model: Configuration of the network.
+        files: SHA-256 of every other file, by name.
     """
 
     format: Format
@@ -100,19 +114,21 @@ class Manifest:
         """Returns the manifest of a folder. Raises ArtefactError where it is missing, damaged or of another version."""
         path = folder / JSON
         if not path.is_file():
-            raise ArtefactError(f"load_exported: folder must hold {JSON}, got {folder} without it; export anew")
+            raise ArtefactError(f"load_exported: folder must hold {JSON}, got {folder} without it; export again")
         try:
             content = dict(json.loads(path.read_text()).items())
             digest = content.pop("sha256")
             version = content.pop("version")
         except (ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise ArtefactError(f"load_exported: {path} must be a manifest, got something else; export anew") from error
+            raise ArtefactError(
+                f"load_exported: {path} must be a manifest, got something else; export again"
+            ) from error
         if version != VERSION:
             raise ArtefactError(
-                f"load_exported: manifests must be of version {VERSION}, got {version!r} in {path}; export anew"
+                f"load_exported: manifests must be of version {VERSION}, got {version!r} in {path}; export again"
             )
         if digest != _digest({"version": version, **content}):
-            raise ArtefactError(f"load_exported: {path} must be as it was written, got an altered one; export anew")
+            raise ArtefactError(f"load_exported: {path} must be unchanged, got an altered one; export again")
         try:
             for name in ("levels", "tokens", "grid", "operators"):
                 content[name] = tuple(content[name])
@@ -128,12 +144,12 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(
                 f"load_exported: {path} must hold every field of a manifest, got {type(error).__name__}: {error}; "
-                f"export anew"
+                f"export again"
             ) from error
         if named != expected:
             raise ArtefactError(
                 f"load_exported: files of {path} must be {', '.join(sorted(expected))}, got "
-                f"{', '.join(sorted(map(str, named))) or 'none'}; export anew"
+                f"{', '.join(sorted(map(str, named))) or 'none'}; export again"
             )
         return manifest
 
@@ -172,11 +188,11 @@ class Manifest:
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
-                raise ArtefactError(f"load_exported: {folder} must hold {name}, got no such file; export anew")
+                raise ArtefactError(f"load_exported: {folder} must hold {name}, got no such file; export again")
             if file_digest(path) != expected:
                 raise ArtefactError(
                     f"load_exported: {path} must be as it was written (SHA-256 {expected[:12]}...), got another "
-                    f"content; copy the folder again, or export anew"
+                    f"content; copy the folder again, or export again"
                 )
 
     def check_machine(self, device: torch.device) -> None:

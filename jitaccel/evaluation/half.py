@@ -20,7 +20,7 @@ class HalfFirst:
     """`steps` dense steps on the levels of the presets, the first `half_steps` at half the height and width.
 
     The last half-size step goes on to level 0, which is Euler's clean estimate; that is upsampled, bicubic in the
-    autoencoder's space, and noised anew to the level where the remaining steps start. No part of the method decides
+    autoencoder's space, and noised again to the level where the remaining steps start. No part of the method decides
     by what an image shows, so batches are as they come. Fresh noise comes from the caller's generator.
     """
 

@@ -54,7 +54,7 @@ class JiTConfig:
         solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
             estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
             "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and DPM-Solver++ then keep their
-            own solver, and newly activated tokens start it anew.
+            own solver, which starts again at newly activated tokens.
         importance_window: Side of the window of the local variance, in tokens, odd.
         blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
             sqrt(density), as in every preset, the width is 1 token whatever the scale.
@@ -346,9 +346,9 @@ class JiTConfig:
         return tuple(found)
 
     def replace(self, **overrides: Unpack[Overrides]) -> "JiTConfig":
-        """Returns a copy with the named fields changed, validated anew; unknown names raise ConfigError.
+        """Returns a copy with the named fields changed and validated; unknown names raise ConfigError.
 
-        Densities make new stages: without `pooling` beside them none of these pools.
+        Densities make new stages: unless `pooling` is given too, none of these pools.
         """
         check_fields("replace", overrides)
         changes: dict[str, Any] = {"pooling": ()} if "densities" in overrides else {}

@@ -45,7 +45,7 @@ class Choice:
         measured = ", ".join(f"{tokens} tokens {1000 * seconds:.2f} ms" for tokens, seconds in costs.measured)
         return (
             f"{_describe(self.config)}: predicted {self.predicted_ms:.1f} ms, {self.predicted_speedup:.2f}x against "
-            f"{DENSE_STEPS} dense steps of {1000 * costs.dense_s:.2f} ms; measured, beside {costs.text_tokens} text "
+            f"{DENSE_STEPS} dense steps of {1000 * costs.dense_s:.2f} ms; measured with {costs.text_tokens} text "
             f"tokens: {measured}"
         )
 

@@ -28,12 +28,12 @@ def requested_steps(asked: Arguments) -> int:
 
 
 def refuse_custom_levels(asked: Arguments, requested: int) -> None:
-    """Raises ConfigError for a call that brings levels of its own, beside those of the configuration."""
+    """Raises ConfigError for a call that brings its own levels next to those of the configuration."""
     sigmas = asked.get("sigmas")
     usual = np.linspace(1.0, 1.0 / requested, requested)
     if asked.get("timesteps") is not None or (sigmas is not None and not np.allclose(sigmas, usual, atol=1e-6)):
         raise ConfigError(
-            "jitaccel: levels must come from one place, got sigmas in the call beside those of the configuration; "
+            "jitaccel: levels must come from one place, got sigmas in the call and in the configuration; "
             "use schedule='native', steps='caller' to keep the call's"
         )
 

@@ -24,9 +24,9 @@ def refuse_arguments(module: nn.Module, kind: Kind, arguments: Arguments) -> Non
         found.add(problem)
     if ranks_of(module).size > 1:
         divided = (*kind.residuals, *kind.masks)
-        found |= {f"{name} beside context parallelism" for name in divided if arguments.get(name) is not None}
+        found |= {f"{name} with context parallelism" for name in divided if arguments.get(name) is not None}
         if "ip_adapter_image_embeds" in extra:
-            found.add("an IP-Adapter beside context parallelism")
+            found.add("an IP-Adapter with context parallelism")
     if (problem := guider_problem(calling_pipeline())) is not None:
         found.add(problem)
     if found:

@@ -22,13 +22,19 @@ from jitaccel.patches.ranks import ranks_multiple
 class Kind:
     """One transformer class.
 
-    per_image: arguments with a row for each image, or one for all. masks: those over text and image tokens, (B, T + S).
-    tokens: what is given of every image token beside the state, (B, S, C). residuals: lists of what is added to them,
-    (B, S, width). refused: arguments that cannot be accelerated, and
-    what they are. attention_arguments: entries of joint_attention_kwargs that any subset of the tokens may have.
-    cost: (configuration, image tokens, text tokens) to operations. packs: whether packed execution knows it. divides:
-    whether it was tried with tokens divided among ranks. ids_ndim: axes of position ids that are divided then. patch:
-    latents along a token's side.
+    Attributes:
+        model: Name of the class.
+        cost: (configuration, image tokens, text tokens) to operations.
+        per_image: Arguments with a row for each image, or one for all.
+        masks: Arguments over text and image tokens, (B, T + S).
+        tokens: Further arguments with a row for each image token, (B, S, C).
+        residuals: Arguments that are lists of what is added to image tokens, (B, S, width).
+        refused: Arguments that cannot be accelerated, with what they are.
+        attention_arguments: Entries of joint_attention_kwargs that any subset of the tokens may have.
+        packs: Whether packed execution supports it.
+        divides: Whether it was tested with tokens divided among ranks.
+        ids_ndim: Axes that the position ids must have where ranks divide them.
+        patch: Latents along a token's side.
     """
 
     model: str

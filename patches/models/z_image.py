@@ -74,8 +74,8 @@ Z_IMAGE = Model(
     schedule="beta",
     refused={
         "controlnet_block_samples": "ControlNet residuals",
-        "siglip_feats": "pictures beside the one that is generated (siglip_feats)",
-        "image_noise_mask": "pictures beside the one that is generated (image_noise_mask)",
+        "siglip_feats": "reference pictures (siglip_feats)",
+        "image_noise_mask": "reference pictures (image_noise_mask)",
     },
     blocks=("noise_refiner", "context_refiner", "layers"),
     problem=_problem,

@@ -285,7 +285,7 @@ def test_signed_manifest_that_names_fewer_files_is_refused(folder: Path, name: s
     jitaccel.load_exported(folder)
     del content["files"][name]
     _signed(folder, content)
-    with pytest.raises(ArtefactError, match=r"files of .* must be .*stage0\.pt.*; export anew"):
+    with pytest.raises(ArtefactError, match=r"files of .* must be .*stage0\.pt.*; export again"):
         jitaccel.load_exported(folder)
 
 

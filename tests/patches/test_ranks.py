@@ -89,7 +89,7 @@ def test_images_of_a_batch_have_anchors_of_their_own_on_ranks(pictures: list[Any
         ("prompt", "prompts must have a multiple of 2 tokens, one part for each rank, got 7"),
         ("heads", "heads that ulysses_degree divides, got 3 heads and 2 ranks"),
         ("auto", "give every rank the same preset"),
-        ("residuals", "controlnet_block_samples beside context parallelism"),
+        ("residuals", "controlnet_block_samples with context parallelism"),
     ],
 )
 def test_every_rank_says_the_same_of_what_is_refused(refusals: list[Any], name: str, says: str) -> None:
