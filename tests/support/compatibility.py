@@ -285,7 +285,7 @@ def _cell(company: Company, codebase: str) -> str:
 
 def table() -> str:
     """Returns the table in Markdown."""
-    lines = [f"| beside it | {' | '.join(CODEBASES)} |", "|---" * (len(CODEBASES) + 1) + "|"]
+    lines = [f"| together with | {' | '.join(CODEBASES)} |", "|---" * (len(CODEBASES) + 1) + "|"]
     for name, company in COMPANY.items():
         cells = [_cell(company, codebase) for codebase in CODEBASES]
         lines.append(f"| {name} | {' | '.join(cells)} |")
