@@ -32,7 +32,7 @@ def measure(options: Options) -> Iterator[Measurement]:
 
     with tempfile.TemporaryDirectory() as folder:
         tiny.pipeline().save_pretrained(folder)
-        arguments = {"--model": folder, "--replicas": REPLICAS, "--cpus": 0.4, "--threads": 1, "--batch": BATCH}
+        arguments = {"--model": folder, "--replicas": REPLICAS, "--cpus": 0.4, "--threads": 1, "--batch-size": BATCH}
         pairs = {**arguments, "--device": "cpu", "--dtype": "float32"}.items()
         with served.served(*(str(part) for pair in pairs for part in pair)) as server:
             yield _row(_load(server, tiny.TEXT_TOKENS), options)

@@ -12,7 +12,6 @@ from ..method.checks import MAX_STEPS
 MOST_PROMPTS = 10_000  # of the drawn world, which has not endlessly many
 MOST_SEED = 2**63 - 1
 _WHOLE: Mapping[str, tuple[int, int]] = {
-    "batch": (1, MOST_BATCH),
     "batch_size": (1, MOST_BATCH),
     "max_sequence_length": (1, 512),  # that FLUX.1 takes
     "prompts": (1, MOST_PROMPTS),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CommandError, suggestion
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS
-from .arguments import add_pickle
 
 if TYPE_CHECKING:
     from ..loading import PictureSizes
@@ -27,7 +26,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, offload: bool) -> None
 
     parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    add_pickle(parser)
+    parser.add_argument(
+        "--pickle", action="store_true", help="load weights that are not safetensors; this runs code stored in them"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA if present")
     if offload:
         parser.add_argument(

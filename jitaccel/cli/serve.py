@@ -12,26 +12,25 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import CommandError
+from . import options
+from .limits import check_numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from ..loading import DTYPES
     from ..serving.limits import Limits
 
     limits = Limits()
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    options.add_model_options(parser, offload=False)
     parser.add_argument("--replicas", default="1", help="how many pipelines, or FEWEST-MOST for as many as are needed")
     parser.add_argument("--gpus", type=float, default=0.0, help="of one replica; 1 on machines with GPUs")
     parser.add_argument("--cpus", type=float, default=1.0, help="of one replica")
     parser.add_argument("--threads", type=int, help="of torch in one replica; without it torch's own")
-    parser.add_argument("--batch", type=int, default=4, help="requests of one replica that run together at most")
+    parser.add_argument("--batch-size", type=int, default=4, help="requests of one replica that run together at most")
     parser.add_argument("--packed", action="store_true", help="one forward for a batch; pictures the same to rounding")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
     parser.add_argument("--port", type=int, default=8000, help="to listen on")
     parser.add_argument("--address", help="of a Ray cluster that runs already; without it one is started here")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--device", default="auto", help="cpu, cuda; auto: CUDA where there is one")
     parser.add_argument("--preset", default="7x", help="where a request names none")
     parser.add_argument("--max-waiting", type=int, default=limits.waiting, help="accepted requests; more get 429")
     parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of one request; then it gets 504")
@@ -91,12 +90,11 @@ def wait_for_the_end() -> None:
 
 def serving_of(arguments: argparse.Namespace) -> Any:
     """Returns what arguments ask for. Raises CommandError and ConfigError for what cannot be served."""
-    from ..method.presets import resolve
     from ..serving.deployment import Serving
     from ..serving.limits import Limits
 
-    resolve(arguments.preset)
-    defaults: dict[str, Any] = {"preset": arguments.preset}
+    check_numbers(arguments)
+    defaults: dict[str, Any] = {"preset": options.checked_preset(arguments.preset)}
     if arguments.model is None:
         from ..loading import EMBEDDED_TEXT_TOKENS
 
@@ -105,12 +103,13 @@ def serving_of(arguments: argparse.Namespace) -> Any:
         model=arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
+        pickle=arguments.pickle,
         execution="auto" if arguments.packed else "indexed",
         replicas=_replicas(arguments.replicas),
         cpus=arguments.cpus,
         gpus=arguments.gpus,
         threads=arguments.threads,
-        batch=arguments.batch,
+        batch=arguments.batch_size,
         limits=Limits(
             waiting=arguments.max_waiting,
             seconds=arguments.max_seconds,

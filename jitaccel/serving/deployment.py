@@ -32,7 +32,7 @@ class Serving:
 
     Attributes:
         model: Folder or hub id of a FluxPipeline; None for the embedded one.
-        dtype, device: As `jitaccel generate` has them.
+        dtype, device, pickle: As `jitaccel generate` has them.
         execution: "indexed": a picture is the same bit for bit whatever else is in its batch. "auto" packs a batch into
             one forward, which is faster on a GPU; pictures are then the same to rounding.
         replicas: How many, or (fewest, most) of them: Serve adds and removes replicas by `target_ongoing`.
@@ -46,6 +46,7 @@ class Serving:
     model: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    pickle: bool = False
     execution: Mode = "indexed"
     replicas: int | tuple[int, int] = 1
     target_ongoing: int | None = None
@@ -80,7 +81,7 @@ class Replica:
 
         if serving.threads is not None:
             torch.set_num_threads(serving.threads)
-        pipe = load_pipeline(serving.model, serving.dtype, serving.device)
+        pipe = load_pipeline(serving.model, serving.dtype, serving.device, pickle=serving.pickle)
         pipe.set_progress_bar_config(disable=True)
 
         def generate(requests: Any, on_step: Any, on_outcome: Any) -> None:

@@ -38,8 +38,8 @@ def test_arguments_become_what_is_served() -> None:
         (("--replicas", "many"), CommandError, "--replicas must be a number or FEWEST-MOST, got 'many'"),
         (("--replicas", "0"), ConfigError, "replicas must be at least 1"),
         (("--replicas", "4-2"), ConfigError, "the fewest first, got"),
-        (("--batch", "0"), ConfigError, "batch must be at least 1, got 0"),
-        (("--preset", "9x"), ConfigError, "preset must be one of"),
+        (("--batch-size", "0"), CommandError, "--batch-size must be in 1..1024, got 0"),
+        (("--preset", "9x"), CommandError, "--preset must be 4x"),
         (("--max-waiting", "0"), ConfigError, "waiting must be above 0, got 0"),
     ],
 )

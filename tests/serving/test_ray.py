@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def server(folder: str) -> Iterator[Server]:
     with served(
-        *("--model", folder, "--replicas", "2", "--cpus", "0.4", "--threads", "1", "--batch", "2"),
+        *("--model", folder, "--replicas", "2", "--cpus", "0.4", "--threads", "1", "--batch-size", "2"),
         *("--dtype", "float32", "--device", "cpu", "--max-waiting", "32", "--preset", "7x"),
     ) as running:
         yield running
