@@ -2,8 +2,9 @@
 
 from jitaccel.app.page import build
 from jitaccel.app.studio import Studio
+from jitaccel.loading import load_pipeline
 
-demo = build(Studio.open())
+demo = build(Studio(load_pipeline(None), None))
 
 if __name__ == "__main__":
     demo.launch()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CommandError
-from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
+from ..loading import EMBEDDED_TEXT_TOKENS, picture_side
 from ..view import write_report
 from .making import MadePicture, Wanted, make_each, steps_of
 
@@ -53,12 +53,8 @@ class Studio:
     model: str | None
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
-    @classmethod
-    def open(cls, model: str | None = None, dtype: str = "auto", device: str = "auto") -> Studio:
-        """Returns a studio of a model. Raises CommandError as `load_pipeline` does."""
-        pipe = load_pipeline(model, dtype, device)
-        pipe.set_progress_bar_config(disable=True)
-        return cls(pipe, model)
+    def __post_init__(self) -> None:
+        self.pipe.set_progress_bar_config(disable=True)
 
     @property
     def size(self) -> str:

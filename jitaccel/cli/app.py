@@ -6,18 +6,15 @@ import argparse
 import importlib.util
 
 from ..errors import CommandError
+from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    from ..loading import DTYPES
-
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    options.add_model_options(parser, offload=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="port to listen on; without it the first free one from 7860")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,6 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..app.page import build
     from ..app.studio import Studio
 
-    page = build(Studio.open(arguments.model, arguments.dtype, arguments.device))
+    page = build(Studio(options.load(arguments), arguments.model))
     page.launch(server_name=arguments.host, server_port=arguments.port, inbrowser=not arguments.no_browser)
     return 0
