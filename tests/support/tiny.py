@@ -6,6 +6,7 @@ pictures have grids worth thinning out.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,18 @@ def pipeline(seed: int = 0, **components: Any) -> FluxPipeline:
     pipe = FluxPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def beside(pipe: FluxPipeline) -> FluxPipeline:
+    """Returns a silent pipeline on the same weights that may run in another thread, as docs/reliability.md shows."""
+    own = {
+        "scheduler": pipe.scheduler.from_config(pipe.scheduler.config),
+        "tokenizer": copy.deepcopy(pipe.tokenizer),
+        "tokenizer_2": copy.deepcopy(pipe.tokenizer_2),
+    }
+    other = type(pipe)(**{**pipe.components, **own})
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 @functools.cache

@@ -79,10 +79,8 @@ def test_thread_that_failed_leaves_the_pipeline_to_others(pipe: Any) -> None:
 
 
 def test_pipelines_that_share_weights_make_their_pictures_in_threads(pipe: Any) -> None:
-    others = [pipe, *(type(pipe)(**{**pipe.components, "scheduler": tiny.scheduler()}) for _ in range(2))]
+    others = [pipe, *(tiny.beside(pipe) for _ in range(2))]
     handles = [jitaccel.apply(each, SHORT) for each in others]
-    for each in others:
-        each.set_progress_bar_config(disable=True)
     expected = [generate(each, seed) for seed, each in enumerate(others)]
     found: dict[int, Any] = {}
     barrier = threading.Barrier(len(others))
