@@ -106,9 +106,9 @@ class SchedulerRoute(Generic[Calls]):
         """Raises RuntimeError where another thread makes a picture with this pipeline, and goes on."""
         if self._levels is not None and is_called_elsewhere(pipeline, self._thread):
             raise RuntimeError(
-                "jitaccel: a pipeline must make one picture at a time, got calls in two threads; take turns with a "
-                "lock, or give each thread a pipeline of its own, which may share the weights, but neither scheduler nor "
-                "tokenizers (docs/reliability.md shows how)"
+                "jitaccel: a pipeline must make one picture at a time, got calls in two threads; take turns with "
+                "a lock, or give each thread a pipeline of its own, which may share the weights, but neither scheduler "
+                "nor tokenizers (docs/reliability.md shows how)"
             )
 
     def is_of(self, pipeline: object) -> bool:
