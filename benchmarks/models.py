@@ -42,6 +42,7 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "ZImageTransformer2DModel": ("Z-Image", "images"),
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
+    "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -195,6 +196,15 @@ ROWS: tuple[Row, ...] = (
             **_text(1000, 3584, encoder_hidden_states_2=_empty(1, 128, 1472)),
         },
     ),
+    Row(
+        name="Lumina Image 2.0",
+        size="1024x1024",
+        kind="Lumina2Transformer2DModel",
+        config={"cap_feat_dim": 2304},
+        grid=(64, 64),
+        call=lambda g: {"hidden_states": _empty(1, 16, 2 * g[0], 2 * g[1]), **_text(256, 2304)},
+        steps=30,
+    ),
 )
 
 
@@ -217,9 +227,11 @@ def counted(row: Row) -> Counted:
         text = row.model.num_text(call)
         if row.model.cost is not None:  # it looks at values, which tensors without data do not have
             formula = functools.partial(row.model.cost, module.config, text_tokens=text)
-            width = module.config["num_attention_heads"] * module.config["attention_head_dim"]
-            blocks = module.config["num_layers"] + module.config.get("num_single_layers", 0)
-            attention = 4 * (num_tokens + text) ** 2 * width * blocks
+            # What grows with the square of the tokens: of blocks that see no text a hundredth too much.
+            curve = (
+                formula(image_tokens=2 * num_tokens) - 2 * formula(image_tokens=num_tokens) + formula(image_tokens=0)
+            )
+            attention = curve / 2 / num_tokens**2 * (num_tokens + text) ** 2
             return Counted(lambda tokens: float(formula(image_tokens=tokens)), attention, text)
         tokens = (num_tokens // 4, num_tokens // 2, num_tokens)
         counts = [_count(module, row.model, call, num_tokens, active) for active in tokens]
@@ -351,7 +363,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream, Bria, the layers of
+Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, HiDream, Bria, the layers of
 Qwen-Image Layered, and HunyuanVideo from an image.
 """
 

@@ -276,7 +276,28 @@ def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": call["hidden_states"][:, :, : 2 * small[0], : 2 * small[1]]}
 
 
+def lumina2_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 2,
+        "num_refiner_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16,
+        "axes_dim_rope": (2, 2, 2), "axes_lens": (32, 32, 32), "cap_feat_dim": 16,
+    }  # fmt: skip
+    return randomised(diffusers.Lumina2Transformer2DModel(**{**settings, **overrides}))
+
+
+def _lumina2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, 2 * grid[0], 2 * grid[1]),
+        "timestep": torch.full((batch,), 0.3),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT).long(),
+    }
+
+
 CASES: dict[str, Case] = {
+    "Lumina2Transformer2DModel": Case(
+        lumina2_transformer, (10, 14), _lumina2_call, (6, 8), _crop_corner, is_one_graph=False
+    ),
     "AuraFlowTransformer2DModel": Case(
         auraflow_transformer, (10, 14), _auraflow_call, (6, 8), _crop_centre, is_centred=True
     ),

@@ -20,6 +20,7 @@ from tests.support.every_model import (
     TEXT,
     auraflow_transformer,
     hunyuan_image_transformer,
+    lumina2_transformer,
     z_image_transformer,
 )
 from tests.support.models import noise
@@ -81,6 +82,25 @@ def _z_image() -> Any:
     )
 
 
+def _lumina2() -> Any:
+    return _silent(
+        diffusers.Lumina2Pipeline(
+            transformer=lumina2_transformer(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+        )
+    )
+
+
+def _lumina2_prompts(seed: int, batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT, dtype=torch.long)
+    mask[:, -2:] = seed == 20  # negative prompts are shorter, and of a batch the first one is
+    mask[0, -1] = 0
+    return {"prompt_embeds": noise(seed, batch, TEXT, 16), "prompt_attention_mask": mask}
+
+
 def hunyuan_image(guider: Any = None) -> Any:
     """Returns a HunyuanImagePipeline with a guider, by default that which weighs each token alone."""
     return _silent(
@@ -125,6 +145,16 @@ SUBJECTS: dict[str, Subject] = {
         guidance=({"guidance_scale": SCALE}, {"guidance_scale": 0.0}),
         over=True,
     ),
+    "Lumina2Pipeline": Subject(
+        make=_lumina2,
+        pixels=16,
+        prompts=_lumina2_prompts,
+        text=lambda prompts: {
+            "encoder_hidden_states": prompts["prompt_embeds"],
+            "encoder_attention_mask": prompts["prompt_attention_mask"],
+        },
+        guidance=({"guidance_scale": SCALE, "cfg_normalization": False}, {"guidance_scale": 1.0}),
+    ),
     "HunyuanImagePipeline": Subject(
         make=hunyuan_image,
         pixels=32,
@@ -164,12 +194,13 @@ def by_hand(
     start: Tensor,
     guided: Callable[[Tensor, Tensor], Tensor] | None = None,
     mixes: bool = False,
+    lifts: bool = True,
 ) -> Tensor:
     """Returns the latents that the method gives for one picture. start: (1, C, H, W), the noise.
 
     The model is cut by `Cut`, which test_every_model.py compares with the unpatched model on cropped latents; levels,
     guidance, lift, moves and steps are the reference's. guided: (positive, negative) -> their sum, at anchors, or with
-    `mixes` of whole pictures (1, N, D).
+    `mixes` of whole pictures (1, N, D): lifted ones, or zero beside the anchors.
     """
     model, module = model_of(pipe.transformer), pipe.transformer
     assert model is not None
@@ -195,7 +226,9 @@ def by_hand(
         if not mixes:
             return weigh(*branches)
         plan = make_lift_plan(anchors[None], GRID, config.blur_scale)
-        return weigh(*(lift(values, plan) for values in branches))[:, anchors]
+        zero = torch.zeros(1, GRID[0] * GRID[1], tokens.shape[2])
+        wholes = [lift(values, plan) if lifts else zero.index_copy(1, anchors, values) for values in branches]
+        return weigh(*wholes)[:, anchors]
 
     try:
         with torch.no_grad():
