@@ -43,6 +43,7 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
     "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
+    "MochiTransformer3DModel": ("Mochi", "video"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -118,6 +119,18 @@ def _sd3(name: str, layers: int, **further: Any) -> Row:
             **_text(333, 4096, pooled_projections=_empty(1, 2048)),
         },
         steps=28,
+    )
+
+
+def _mochi(frames: int, grid: tuple[int, ...]) -> Row:
+    return Row(
+        name="Mochi",
+        size=f"848x480, {frames} frames",
+        kind="MochiTransformer3DModel",
+        config={},
+        grid=grid,
+        call=lambda g: {"hidden_states": _empty(1, 12, g[0], 2 * g[1], 2 * g[2]), **_text(256, 4096)},
+        steps=64,
     )
 
 
@@ -205,6 +218,8 @@ ROWS: tuple[Row, ...] = (
         call=lambda g: {"hidden_states": _empty(1, 16, 2 * g[0], 2 * g[1]), **_text(256, 2304)},
         steps=30,
     ),
+    _mochi(19, (4, 30, 53)),
+    _mochi(163, (28, 30, 53)),
 )
 
 
@@ -363,7 +378,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, HiDream, Bria, the layers of
+Known to be possible, and not done: LTX-2, HiDream, Bria, the layers of
 Qwen-Image Layered, and HunyuanVideo from an image.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, hunyuan, ltx, lumina2, qwen, sd3, wan, z_image
+from . import auraflow, hunyuan, ltx, lumina2, mochi, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -19,6 +19,7 @@ MODELS: tuple[Model, ...] = (
     *auraflow.MODELS,
     *ltx.MODELS,
     *lumina2.MODELS,
+    *mochi.MODELS,
 )
 
 

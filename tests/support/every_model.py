@@ -294,7 +294,27 @@ def _lumina2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
     }
 
 
+def mochi_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
+        "pooled_projection_dim": 12, "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8,
+    }  # fmt: skip
+    return randomised(diffusers.MochiTransformer3DModel(**{**settings, **overrides}))
+
+
+def _mochi_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(1, batch, 4, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 300.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT).bool(),
+    }
+
+
 CASES: dict[str, Case] = {
+    # Positions within a frame depend on its size: the sub-rectangle is of fewer frames.
+    "MochiTransformer3DModel": Case(mochi_transformer, VIDEO, _mochi_call, (2, 6, 8), _crop_video),
     "Lumina2Transformer2DModel": Case(
         lumina2_transformer, (10, 14), _lumina2_call, (6, 8), _crop_corner, is_one_graph=False
     ),

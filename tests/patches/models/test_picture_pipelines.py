@@ -1,4 +1,4 @@
-"""Z-Image, AuraFlow, HunyuanImage-2.1 and Lumina2 through their pipelines: whole generations, also by hand."""
+"""Z-Image, AuraFlow, HunyuanImage-2.1, Lumina2 and Mochi through their pipelines: whole generations, also by hand."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from torch import Tensor
 
 import jitaccel
 from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
+from jitaccel.patches.diffusers.asked import evenly_spaced, refuse_custom_levels, with_steps
 from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models import model_of
-from tests.support.picture_pipelines import GRID, SCALE, SUBJECTS, Subject, by_hand, generate, hunyuan_image
+from tests.support.picture_pipelines import GRID, SCALE, SUBJECTS, Subject, by_hand, generate, hunyuan_image, noise_of
 from tests.support.tiny import DENSE, SHORT, relative_error
 
 NAMES = [*SUBJECTS]
@@ -26,19 +28,15 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
 
 
-def noise_of(subject: Subject, pipe: Any) -> Tensor:
-    side = 1 if subject.pixels == 32 else 2
-    return torch.randn(1, 4, side * GRID[0], side * GRID[1], generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("config", [PRESETS["few-steps"], SHORT], ids=["few-steps", "short"])
 def test_sparse_generation_is_the_methods(subject: Subject, config: JiTConfig) -> None:
     pipe = subject.make()
-    expected = by_hand(subject, pipe, config, noise_of(subject, pipe))
+    expected = by_hand(subject, pipe, config, noise_of(subject))
     with jitaccel.apply(pipe, config) as handle:
         assert relative_error(generate(subject, pipe), expected) < 3e-5  # Z-Image is given 1 - level
     stats = handle.stats()
-    assert stats.grid == GRID and stats.batch == 1 and 0 < stats.flops < stats.dense_step_flops * 2 * config.steps
+    assert stats.grid == subject.grid and stats.batch == 1
+    assert 0 < stats.flops < stats.dense_step_flops * 2 * config.steps
     assert all(step.calls == 2 for step in stats.steps)
 
 
@@ -65,7 +63,7 @@ def test_guidance_of_whole_pictures_weighs_lifted_branches(
 ) -> None:
     subject = SUBJECTS[name]
     pipe = subject.make()
-    expected = by_hand(subject, pipe, SHORT, noise_of(subject, pipe), guided, mixes=True)
+    expected = by_hand(subject, pipe, SHORT, noise_of(subject), guided, mixes=True)
     call = {"cfg_normalization": setting}
     plain = generate(subject, pipe, **call)
     with jitaccel.apply(pipe, DENSE):
@@ -74,13 +72,13 @@ def test_guidance_of_whole_pictures_weighs_lifted_branches(
         got = generate(subject, pipe, **call)
     assert relative_error(got, expected) < 1e-5
     # Zeros at inactive tokens would have changed the norms.
-    unlifted = by_hand(subject, pipe, SHORT, noise_of(subject, pipe), guided, mixes=True, lifts=False)
+    unlifted = by_hand(subject, pipe, SHORT, noise_of(subject), guided, mixes=True, lifts=False)
     assert relative_error(got, unlifted) > 1e-4
 
 
 def test_bare_transformer_in_an_euler_loop_is_the_methods(subject: Subject) -> None:
     pipe, levels = subject.make(), jitaccel.noise_levels(SHORT)
-    latents, model = noise_of(subject, pipe), model_of(pipe.transformer)
+    latents, model = noise_of(subject), model_of(pipe.transformer)
     assert model is not None
     expected = by_hand(subject, pipe, SHORT, latents, guided=lambda positive, negative: positive)
     with torch.no_grad(), jitaccel.apply(pipe.transformer, SHORT, noise_levels=levels):
@@ -121,3 +119,39 @@ def test_unknown_guider_is_refused() -> None:
     pipe = hunyuan_image(diffusers.SkipLayerGuidance(guidance_scale=SCALE, skip_layer_guidance_layers=[0]))
     with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match="guider that is not known"):
         generate(subject, pipe)
+
+
+def test_levels_of_mochi_are_its_own() -> None:
+    subject, config = SUBJECTS["MochiPipeline"], PRESETS["few-steps"]
+    pipe = subject.make()
+    assert jitaccel.apply(pipe, "few-steps").config == config.replace(schedule="native")
+    levels = (*linear_quadratic_schedule(config.steps, 0.025), 0.0)
+    expected = by_hand(subject, pipe, config, noise_of(subject), levels=levels)
+    for steps in (5, config.steps):  # what the pipeline asks for does not matter
+        assert relative_error(generate(subject, pipe, num_inference_steps=steps), expected) < 1e-5
+    handle = jitaccel.apply(pipe, DENSE)
+    generate(subject, pipe, num_inference_steps=4)
+    own = (*linear_quadratic_schedule(4, 0.025), 0.0)
+    assert [step.noise_level for step in handle.stats().steps] == pytest.approx(own[:-1], abs=1e-6)
+    handle.remove()
+
+
+def test_custom_levels_are_refused_next_to_others() -> None:
+    own = linear_quadratic_schedule(4, 0.025)
+    spacings = (lambda steps: linear_quadratic_schedule(steps, 0.025), evenly_spaced)
+    for sigmas in (own, evenly_spaced(4)):
+        refuse_custom_levels({"sigmas": sigmas}, 4, spacings)
+    assert with_steps({"sigmas": own}, 6, spacings)["sigmas"].tolist() == linear_quadratic_schedule(6, 0.025)
+    assert with_steps({"sigmas": evenly_spaced(4)}, 2, spacings)["sigmas"].tolist() == [1.0, 0.5]
+    with pytest.raises(jitaccel.ConfigError, match="levels must come from one place"):
+        refuse_custom_levels({"sigmas": [1.0, 0.9, 0.8, 0.3]}, 4, spacings)
+
+
+def test_clock_of_a_scheduler_has_to_be_the_models() -> None:
+    mochi, other = SUBJECTS["MochiPipeline"].make(), SUBJECTS["AuraFlowPipeline"].make()
+    other.scheduler = mochi.scheduler
+    with pytest.raises(UnsupportedModelError, match="invert_sigmas=False, got True"):
+        jitaccel.apply(other, SHORT)
+    mochi.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UnsupportedModelError, match="invert_sigmas=True, got False"):
+        jitaccel.apply(mochi, SHORT)
