@@ -44,6 +44,7 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
     "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
     "MochiTransformer3DModel": ("Mochi", "video"),
+    "BriaTransformer2DModel": ("Bria 3", "images"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -362,7 +363,7 @@ Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. B
 ## Size
 
 Operations are counted, not measured. A multiply-add is two. One forward, for one picture or video, of one branch of
-guidance.
+guidance. Bria is left out, since the configuration of its checkpoint was not at hand.
 
 {sizes}
 
@@ -378,7 +379,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: LTX-2, HiDream, Bria, the layers of
+Known to be possible, and not done: LTX-2, HiDream, the layers of
 Qwen-Image Layered, and HunyuanVideo from an image.
 """
 

@@ -13,7 +13,7 @@ from .caller import argument_of_call
 
 _GUIDERS = ("guider", "ocr_guider")
 _SETTINGS = ("guidance_rescale", "_cfg_normalization")
-_ARGUMENTS = ("cfg_normalization",)  # of calls whose pipelines keep them nowhere
+_ARGUMENTS = ("cfg_normalization", "normalize")  # of calls whose pipelines keep them nowhere
 _TOKENWISE = ("ClassifierFreeGuidance",)
 _OF_PICTURES = (
     "AdaptiveProjectedGuidance",

@@ -14,15 +14,18 @@ import jitaccel
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import lift, make_lift_plan
 from jitaccel.patches.cutting import Cut, places_of
+from jitaccel.patches.layout import patchify
 from jitaccel.patches.models import model_of
-from tests.support import reference
+from tests.support import reference, sd3
 from tests.support.every_model import (
     TEXT,
     VIDEO,
     auraflow_transformer,
+    bria_transformer,
     hunyuan_image_transformer,
     lumina2_transformer,
     mochi_transformer,
+    raster_ids,
     z_image_transformer,
 )
 from tests.support.models import noise
@@ -44,6 +47,7 @@ class Subject:
         guidance: Arguments of a guided call, and of one that is not.
         over: Whether the pipeline adds guidance to the positive branch.
         grid, patch: Of tokens.
+        is_packed: Whether the pipeline's latents are tokens.
     """
 
     make: Callable[[], Any]
@@ -54,6 +58,7 @@ class Subject:
     over: bool = False
     grid: tuple[int, ...] = GRID
     patch: tuple[int, ...] = (2, 2)
+    is_packed: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -129,6 +134,18 @@ def _mochi_prompts(seed: int, batch: int) -> dict[str, Any]:
     return {**prompts, "prompt_attention_mask": prompts["prompt_attention_mask"].bool()}
 
 
+def _bria() -> Any:
+    return _silent(
+        diffusers.BriaPipeline(
+            transformer=bria_transformer(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=sd3.pipeline().vae,
+            text_encoder=None,
+            tokenizer=None,
+        )
+    )
+
+
 def hunyuan_image(guider: Any = None) -> Any:
     """Returns a HunyuanImagePipeline with a guider, by default that which weighs each token alone."""
     return _silent(
@@ -196,6 +213,18 @@ SUBJECTS: dict[str, Subject] = {
         guidance=({}, {}),
         patch=(1, 1),
     ),
+    "BriaPipeline": Subject(
+        make=_bria,
+        pixels=4,
+        prompts=lambda seed, batch: {"prompt_embeds": noise(seed, batch, TEXT, 16)},
+        text=lambda prompts: {
+            "encoder_hidden_states": prompts["prompt_embeds"],
+            "img_ids": raster_ids(GRID),
+            "txt_ids": torch.zeros(TEXT, 3),
+        },
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        is_packed=True,
+    ),
     "MochiPipeline": Subject(
         make=_mochi,
         pixels=16,
@@ -212,8 +241,9 @@ SUBJECTS: dict[str, Subject] = {
 
 
 def noise_of(subject: Subject) -> Tensor:
-    """Returns the noise (1, C, *sizes) that a pipeline draws with the seed 0."""
-    return torch.randn(1, 4, *subject.sizes, generator=torch.Generator().manual_seed(0))
+    """Returns the noise that a pipeline starts from with the seed 0."""
+    latents = torch.randn(1, 4, *subject.sizes, generator=torch.Generator().manual_seed(0))
+    return patchify(latents, subject.patch) if subject.is_packed else latents
 
 
 def row(prompts: dict[str, Any], image: int) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
     return negative + SCALE * (positive - negative)
 
 
-# Those whose latents are tokens already have tests of their own: below, and in test_ltx.py.
-PATCHED = [name for name in CASES if not name.startswith(("QwenImage", "LTX"))]
+# Those whose latents are tokens already have tests of their own: below, in test_ltx.py and test_picture_pipelines.py.
+PATCHED = [name for name in CASES if not name.startswith(("QwenImage", "LTX", "Bria"))]
 
 
 @pytest.mark.parametrize("name", PATCHED)
