@@ -52,7 +52,8 @@ def prepare_pipeline(
     model = model_of_pipeline(pipeline)
     assert model is not None
     networks = networks_of(pipeline)
-    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler, config.solver)]
+    found = scheduler_problems(pipeline.scheduler, config.solver, model.inverts_levels)
+    problems = [f"pipeline: {reason}" for reason in found]
     if not networks:
         problems.append("pipeline must have a transformer, got none")
     for name, network in networks.items():
@@ -70,6 +71,7 @@ def prepare_pipeline(
         codebase=f"diffusers {type(pipeline).__name__}",
         calls=calls,
         may_be_dense=execution.may_be_dense,
+        spacings=model.spacings,
     )
 
     def put(pipeline: Pipeline, handle: Handle) -> None:

@@ -18,6 +18,7 @@ from jitaccel.method.run import Run
 from ..foreign import Forward, Pipeline
 from ..layout import Layout
 from ..loops.velocity import Calls
+from .asked import Spacing
 from .caller import argument_of_call
 from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
 from .scheduler import SchedulerRoute, with_state
@@ -38,6 +39,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         codebase: Its name in statistics.
         calls: What runs the transformers.
         may_be_dense: Whether a generation that cannot be accelerated correctly may run as if untouched.
+        spacings: Levels that the pipeline asks of its scheduler itself, besides evenly spaced ones.
     """
 
     def __init__(
@@ -49,11 +51,14 @@ class LatentsRoute(SchedulerRoute[Calls]):
         codebase: str,
         calls: Calls,
         may_be_dense: bool = False,
+        spacings: tuple[Spacing, ...] = (),
     ) -> None:
         first = next(iter(networks.values()))
         super().__init__(pipeline, config, codebase, calls, transformer=first, may_be_dense=may_be_dense)
         self._networks = {name: weakref.ref(network) for name, network in networks.items()}
         self._layout = layout
+        self._spacings = (*spacings, *self._spacings)
+        self._is_inverted = bool(pipeline.scheduler.config.get("invert_sigmas", False))  # levels rise, data is ahead
         self._is_multistep = is_multistep(pipeline.scheduler)
         is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
         self._makes_step = self._is_multistep and is_sparse and config.solver != "caller"
@@ -95,8 +100,12 @@ class LatentsRoute(SchedulerRoute[Calls]):
         super()._set_timesteps(original, *args, **kwargs)
         if self._is_multistep and self._levels is not None:
             self._levels = full_noise(self._levels)
+        if self._is_inverted and self._levels is not None and self.config.schedule == "native":
+            self._levels = tuple(1.0 - level for level in self._levels)
 
     def _write_levels(self, levels: tuple[float, ...]) -> None:
+        if self._is_inverted:
+            levels = tuple(1.0 - level for level in levels)
         if self._is_multistep and not self._makes_step and levels[0] == 1.0:
             levels = (1.0 - _LOWERED, *levels[1:])
         super()._write_levels(levels)
@@ -112,12 +121,13 @@ class LatentsRoute(SchedulerRoute[Calls]):
                 # Dense: the scheduler's own solver, and no other on top of it.
                 output = original(model_output, timestep, sample, *args, **kwargs)
             else:
-                latents = layout.to_latents(velocity, like=sample)
+                latents = layout.to_latents(-velocity if self._is_inverted else velocity, like=sample)
                 output = self._step_of(original)(latents, timestep, sample, *args, **kwargs)
             made.append((output, layout.to_tokens(output[0])))
             return (made[0][1],)
 
         velocity, tokens = layout.to_tokens(model_output), layout.to_tokens(sample)
+        velocity = -velocity if self._is_inverted else velocity
         generation = self._generation
         before = None if generation is None else generation.run.plan
         moved = super()._sparse_step(step, velocity, timestep, tokens, *args, **kwargs)[0]

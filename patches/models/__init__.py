@@ -7,7 +7,7 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, hunyuan, ltx, qwen, sd3, wan, z_image
+from . import auraflow, bria, hunyuan, ltx, lumina2, mochi, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -18,6 +18,9 @@ MODELS: tuple[Model, ...] = (
     *z_image.MODELS,
     *auraflow.MODELS,
     *ltx.MODELS,
+    *lumina2.MODELS,
+    *mochi.MODELS,
+    *bria.MODELS,
 )
 
 
