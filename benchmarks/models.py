@@ -351,8 +351,8 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream, Bria, the layers of
-Qwen-Image Layered, and HunyuanVideo from an image.
+Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream, Bria, and the layers
+of Qwen-Image Layered.
 """
 
 

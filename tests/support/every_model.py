@@ -25,7 +25,7 @@ class Case:
     make: the model. call: arguments for a batch of images of a grid. small: the grid of the sub-rectangle that is
     compared with the model on cropped latents; None where positions depend on the size. crop: the arguments of the
     sub-rectangle, which starts at the first token, or lies in the middle (is_centred). is_one_graph: whether the whole
-    forward compiles.
+    forward compiles. num_given: how many tokens, the first, have to be anchors, since the model is given them.
     """
 
     make: Callable[[], Any]
@@ -35,6 +35,7 @@ class Case:
     crop: Callable[[dict[str, Any], tuple[int, ...], tuple[int, ...]], dict[str, Any]]
     is_one_graph: bool = True
     is_centred: bool = False
+    num_given: int = 0
 
 
 def wan_transformer(seed: int = 0, **overrides: Any) -> Any:
@@ -297,8 +298,24 @@ CASES: dict[str, Case] = {
         (2, 3, 4),
         _crop_video,
     ),
+    "HunyuanVideoTransformer3DModel, the first frame replaced": Case(
+        lambda: hunyuan_transformer(image_condition_type="token_replace"),
+        VIDEO,
+        _hunyuan_call,
+        (2, 6, 8),
+        _crop_video,
+        num_given=48,
+    ),
     "HunyuanVideo15Transformer3DModel": Case(
         hunyuan15_transformer, VIDEO, _hunyuan15_call, (2, 3, 4), _crop_plain, is_one_graph=False
+    ),
+    "HunyuanVideo15Transformer3DModel, an image": Case(
+        hunyuan15_transformer,
+        VIDEO,
+        lambda grid, batch: {**_hunyuan15_call(grid, batch), "image_embeds": noise(4, batch, 3, 12)},
+        (2, 3, 4),
+        _crop_plain,
+        is_one_graph=False,
     ),
     "QwenImageTransformer2DModel": Case(qwen_transformer, (10, 14), _qwen_call, None, _no_crop),
     "QwenImageTransformer2DModel, references and a second modulation": Case(

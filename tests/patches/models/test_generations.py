@@ -32,7 +32,7 @@ def subject(name: str) -> Generation:
 
 def test_every_pipeline_is_here() -> None:
     known = {pipeline for model in MODELS for pipeline in model.pipelines}
-    assert known == GENERATIONS.keys() | ELSEWHERE
+    assert known == {name.partition(",")[0] for name in GENERATIONS} | ELSEWHERE
 
 
 def test_density_one_is_the_unpatched_pipeline_bit_for_bit(name: str, subject: Generation) -> None:
