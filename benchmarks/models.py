@@ -162,6 +162,18 @@ ROWS: tuple[Row, ...] = (
             **_text(256, 3584, img_shapes=[[(1, *g)]]),
         },
     ),
+    Row(
+        name="Qwen-Image Layered",
+        size="640x640, 4 layers",
+        kind="QwenImageTransformer2DModel",
+        config={"use_layer3d_rope": True, "use_additional_t_cond": True},
+        grid=(5, 40, 40),
+        call=lambda g: {
+            "hidden_states": _empty(1, num_tokens_of(g) + 1600, 64),
+            **_text(256, 3584, img_shapes=[[(1, *g[1:])] * (g[0] + 1)]),
+            "additional_t_cond": torch.zeros(1, dtype=torch.long),
+        },
+    ),
     _sd3("Stable Diffusion 3 medium", 24),
     _sd3("Stable Diffusion 3.5 large", 38, qk_norm="rms_norm"),
     Row(
@@ -351,8 +363,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream, Bria, and the layers
-of Qwen-Image Layered.
+Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream and Bria.
 """
 
 

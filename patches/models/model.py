@@ -76,7 +76,7 @@ class Model:
         per_level: What `timestep` is at noise level 1; inverted, at level 0.
         is_inverted: Whether `timestep` rises while noise falls.
         sign: What the output is multiplied by to be a velocity, noise minus data.
-        frames: What the first axis of a grid (t, h, w) is; None for (h, w).
+        frames: What the first axis of a grid (t, h, w) is; None where all grids are (h, w).
         branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
         forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by configuration and
             arguments; or None.

@@ -117,6 +117,16 @@ def _qwen_call(grid: tuple[int, ...], batch: int, references: int = 0) -> dict[s
     }
 
 
+def _qwen_layers_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    layers, height, width = grid
+    shapes = [*[(1, height, width)] * layers, (1, 2, 3)]
+    return {
+        **_qwen_call((layers * height, width), batch, references=6),
+        "img_shapes": [shapes] * batch,
+        "additional_t_cond": torch.zeros(batch, dtype=torch.long),
+    }
+
+
 def _no_crop(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
     raise AssertionError("there is no sub-rectangle to compare with")
 
@@ -322,6 +332,13 @@ CASES: dict[str, Case] = {
         lambda: qwen_transformer(zero_cond_t=True),
         (10, 14),
         functools.partial(_qwen_call, references=6),
+        None,
+        _no_crop,
+    ),
+    "QwenImageTransformer2DModel, layers": Case(
+        lambda: qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True),
+        VIDEO,
+        _qwen_layers_call,
         None,
         _no_crop,
     ),

@@ -15,6 +15,7 @@ import jitaccel
 from jitaccel.execution.options import Execution
 from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
+from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models import MODELS
 from jitaccel.patches.models.calls import CutCalls
 from tests.support import hunyuan, qwen, sd3, video
@@ -263,3 +264,29 @@ def test_qwen_is_shown_a_smaller_picture_with_its_own_shape(scale: float) -> Non
     expected = denoise_pooled(velocity, lambda s, level: velocity(s, grid, level), POOLED, start, LEVELS, grid)
     with jitaccel.apply(pipe, POOLED):
         assert relative_error(qwen.generate(pipe, true_cfg_scale=scale), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_qwen_is_shown_smaller_layers_with_the_whole_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    qwen.small_references(monkeypatch, qwen.LAYERED)
+    pipe, patch, layers = qwen.qwen_pipeline(qwen.LAYERED), (1, 2, 2), qwen.LAYERS + 1
+    start, references = qwen.first_input(pipe).split([layers * 140, 140], dim=1)
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        tokens, shape = patchify(x, patch), (1, x.shape[3] // 2, x.shape[4] // 2)
+        positive, negative = (
+            pipe.transformer(
+                hidden_states=torch.cat([tokens, references], dim=1),
+                img_shapes=[[*[shape] * layers, (1, *qwen.GRID)]],
+                timestep=torch.tensor([level]),
+                encoder_hidden_states=text,
+                additional_t_cond=torch.tensor([0]),
+                return_dict=False,
+            )[0][:, : tokens.shape[1]]
+            for text in qwen.prompts()
+        )
+        return unpatchify(negative + 3.0 * (positive - negative), (layers, *shape[1:]), patch)
+
+    expected = end_of(model, unpatchify(start, (layers, *qwen.GRID), patch))
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(qwen.generate(pipe), patchify(expected, patch)) < 1e-5
