@@ -342,7 +342,7 @@ branch is lifted to all tokens before the pipeline combines them.
 
 `jitaccel.Auto(speedup=8)` times the first call that a pipeline makes of its transformer, and plans from it. It takes
 the pipelines that start from noise; those with a `strength`, and bare transformers other than FLUX, are refused by
-name. `export` and `generate_batch` know FLUX only, and say so.
+name. `export` knows FLUX only, and says so.
 
 Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. By default jitaccel makes the steps;
 `solver="caller"` keeps the scheduler's own, which start again at newly activated tokens (orders 1 and 2).

@@ -92,6 +92,7 @@ PATCHES: tuple[Patch, ...] = (
         name="diffusers WanPipeline and other pipelines of the models of jitaccel.patches.models",
         matches=_lazily(".models", "knows_pipeline"),
         prepare=_lazily(".diffusers.cut", "prepare_pipeline"),
+        generate_batch=_lazily(".diffusers.one_by_one", "generate_batch"),
         probe=_lazily(".diffusers.probe_cut", "probe_pipeline"),
         defaults=_lazily(".models", "defaults_of_pipeline"),
     ),
