@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..cutting import Adapter
 from ..layout import PatchLayout
-from .hunyuan import OUTPUTS, TWO_TEXTS, flops
+from .hunyuan import OUTPUTS
+from .hunyuan15 import TWO_TEXTS, flops, mean_flow_problem
 from .model import Model, channels_out
 
 HUNYUAN_IMAGE = Model(
@@ -22,5 +23,6 @@ HUNYUAN_IMAGE = Model(
     schedule="beta",
     cost=flops,
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    problem=mean_flow_problem,
 )
 MODELS = (HUNYUAN_IMAGE,)

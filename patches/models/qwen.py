@@ -17,7 +17,7 @@ from .model import Arguments, Config, Model
 
 def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
     """Returns (h, w) of the generated picture, whose shape (1, h, w) comes first among an image's; or of layers."""
-    if config["use_layer3d_rope"]:
+    if config.get("use_layer3d_rope"):
         return _layers(arguments["img_shapes"])
     shapes = [each[0] if isinstance(each, list) else each for each in arguments["img_shapes"]]
     if any(tuple(shape) != tuple(shapes[0]) for shape in shapes) or shapes[0][0] != 1:

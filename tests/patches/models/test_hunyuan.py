@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jitaccel
 from jitaccel import PRESETS, JiTConfig
 from jitaccel.patches.layout import patchify, unpatchify
-from jitaccel.patches.models.hunyuan import HUNYUAN_15
+from jitaccel.patches.models.hunyuan15 import HUNYUAN_15
 from tests.support import reference
 from tests.support.every_model import CASES
 from tests.support.hunyuan import PIPELINES, arguments, generate, pipeline, prompts, velocity_on_tokens
