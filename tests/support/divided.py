@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from tests.support import sglang_ranks
 from tests.support.engines import guidance
 
 TEXT = 8  # which two ranks can divide
@@ -151,4 +152,9 @@ def model_refusals(rank: int) -> Any:
     return found
 
 
-SUITES: Mapping[str, Callable[[int], Any]] = {"models": models, "model_refusals": model_refusals, "guidance": guidance}
+SUITES: Mapping[str, Callable[[int], Any]] = {
+    "models": models,
+    "model_refusals": model_refusals,
+    "guidance": guidance,
+    **sglang_ranks.SUITES,
+}
