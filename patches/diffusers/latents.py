@@ -195,6 +195,6 @@ def _activated(before: LiftPlan | PooledPlan | None, run: Run, tokens: Tensor) -
     if not isinstance(before, LiftPlan):
         return None
     lifted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    lifted.scatter_(1, before.anchors, False)
-    computed = torch.zeros_like(lifted).scatter_(1, run.anchors, True)
+    lifted.scatter_(1, before.anchors[: len(lifted)], False)
+    computed = torch.zeros_like(lifted).scatter_(1, run.anchors[: len(lifted)], True)
     return lifted & computed
