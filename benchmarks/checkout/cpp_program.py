@@ -20,20 +20,10 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import ops
+from tests.support.benchmarks import TINY
 
 from ..pipelines import random_call, random_pipeline
 
-_MODEL = {
-    "in_channels": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 32,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 6, 6),
-}
 _GRID, _TEXT_TOKENS, _GUIDANCE = (16, 16), 8, 3.5
 _MOST_ERROR = 1e-4  # of the largest value, in float32
 _SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
@@ -64,11 +54,11 @@ def build(folder: Path) -> Path:
 @torch.no_grad()
 def difference(program: Path, folder: Path, device: torch.device, preset: str) -> float:
     """Returns the largest difference between the program's latents and Python's, over the largest value."""
-    pipe = random_pipeline(_MODEL, device, torch.float32, seed=0)
+    pipe = random_pipeline(TINY, device, torch.float32, seed=0)
     call = random_call(pipe, _GRID, 0, _TEXT_TOKENS)
     size = call["height"], call["width"]
     stages = jitaccel.export(pipe, folder / "stages", preset, size=size, format="torchscript", text_tokens=_TEXT_TOKENS)
-    state = torch.randn(1, _GRID[0] * _GRID[1], _MODEL["in_channels"], generator=torch.Generator().manual_seed(0))
+    state = torch.randn(1, _GRID[0] * _GRID[1], TINY["in_channels"], generator=torch.Generator().manual_seed(0))
     with jitaccel.apply(pipe, preset):
         expected: Tensor = pipe(**call, latents=state.to(device), guidance_scale=_GUIDANCE).images
     given = {"state": state, "text": call["prompt_embeds"], "pooled": call["pooled_prompt_embeds"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..loading import makes_videos
 from .outputs import check_file, save_picture
 
 if TYPE_CHECKING:
@@ -53,11 +54,6 @@ def _check_file(name: str, path: Path, overwrite: bool) -> None:
         from ..evaluation.clips import require_encoder
 
         require_encoder(path)
-
-
-def makes_videos(pipe: Any) -> bool:
-    """Returns whether a pipeline makes videos: its call takes a number of frames."""
-    return "num_frames" in _parameters(pipe)
 
 
 def size_of(pipe: Any, asked: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -32,7 +32,7 @@ from ..foreign import Arguments, Forward, Pipeline, Scheduler
 from ..loops.velocity import Calls
 from ..network import ModelCall
 from ..split import Branches
-from .asked import default_steps, enough_steps, refuse_custom_levels, requested_steps, with_steps
+from .asked import USUAL, default_steps, enough_steps, refuse_custom_levels, requested_steps, with_steps
 from .branches import copies_of, note_of, repeated
 from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
@@ -62,6 +62,7 @@ class SchedulerRoute(Generic[Calls]):
         self._transformer = weakref.ref(pipeline.transformer if transformer is None else transformer)
         self._scheduler = pipeline.scheduler
         self._default_steps = default_steps(pipeline)
+        self._spacings = USUAL
         self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
         self._first = 0  # the scheduler's index of the step that the generation starts with
@@ -327,9 +328,9 @@ class SchedulerRoute(Generic[Calls]):
         self._note_steps(requested, steps)
         own_levels = self.config.schedule != "native"
         if own_levels or steps != requested:
-            refuse_custom_levels(asked, requested)
+            refuse_custom_levels(asked, requested, self._spacings)
         if not own_levels and steps != requested:
-            asked = with_steps(asked, steps)
+            asked = with_steps(asked, steps, self._spacings)
         original(**asked)
         if own_levels:
             levels = noise_levels(self.config, steps)
@@ -364,15 +365,15 @@ class SchedulerRoute(Generic[Calls]):
         scheduler.num_inference_steps = len(levels) - 1
 
 
-def check_scheduler(scheduler: Scheduler) -> list[str]:
-    """Returns why a scheduler is not first-order Euler on flow-matching levels; nothing where it is."""
+def check_scheduler(scheduler: Scheduler, is_inverted: bool = False) -> list[str]:
+    """Returns why a scheduler is not first-order Euler on flow-matching levels, or their inverse; [] where it is."""
     kind = type(scheduler).__name__
     if not any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
         return [f"its scheduler must be a FlowMatchEulerDiscreteScheduler (first-order Euler), got {kind}"]
     return [
-        f"its scheduler must have {name}=False, got True"
-        for name in ("stochastic_sampling", "invert_sigmas")
-        if scheduler.config.get(name, False)
+        f"its scheduler must have {name}={wanted}, got {not wanted}"
+        for name, wanted in (("stochastic_sampling", False), ("invert_sigmas", is_inverted))
+        if bool(scheduler.config.get(name, False)) != wanted
     ]
 
 

@@ -20,7 +20,7 @@ from tests.support.tiny import SHORT
         ("height", 1, MOST_SIDE),
         ("width", 1, MOST_SIDE),
         ("seed", 0, 2**64 - 1),
-        ("max_sequence_length", 1, 512),
+        ("max_sequence_length", 1, MOST_TEXT_TOKENS),
         ("guidance_scale", 0, None),
         ("true_cfg_scale", 0, None),
     ],
