@@ -7,6 +7,7 @@ an nvcc; without one of them, or with one of other sources, nothing is left in t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -63,8 +64,17 @@ def wanted_kinds() -> list[str]:
     return ["cpu", "cuda"]
 
 
+def missing_tools(repair: bool) -> list[str]:
+    """Returns what `make` calls and does not find; it is asked before minutes of compiling."""
+    modules = ("twine", "check_wheel_contents", *(("auditwheel",) if repair else ()))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return missing + (["patchelf"] if repair and shutil.which("patchelf") is None else [])
+
+
 def make(out: Path, kinds: Sequence[str], repair: bool) -> None:
     """Leaves sdist and wheel in `out`, or nothing. Raises RuntimeError with what is wrong."""
+    if missing := missing_tools(repair):
+        raise RuntimeError(f"tools must be installed, got no {', '.join(missing)}; pip install them")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _run([sys.executable, "-c", SDIST, str(folder)], cwd=ROOT)

