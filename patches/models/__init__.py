@@ -7,7 +7,7 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, bria, hunyuan, ltx, lumina2, mochi, qwen, sd3, wan, z_image
+from . import auraflow, bria, hidream, hunyuan, ltx, lumina2, mochi, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -21,6 +21,7 @@ MODELS: tuple[Model, ...] = (
     *lumina2.MODELS,
     *mochi.MODELS,
     *bria.MODELS,
+    *hidream.MODELS,
 )
 
 

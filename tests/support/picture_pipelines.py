@@ -18,20 +18,23 @@ from jitaccel.patches.layout import patchify
 from jitaccel.patches.models import model_of
 from tests.support import reference, sd3
 from tests.support.every_model import (
-    TEXT,
-    VIDEO,
     auraflow_transformer,
-    bria_transformer,
     hunyuan_image_transformer,
+    row_of,
+    z_image_transformer,
+)
+from tests.support.models import TEXT, VIDEO, noise
+from tests.support.more_models import (
+    bria_transformer,
+    hidream_transformer,
     lumina2_transformer,
     mochi_transformer,
     raster_ids,
-    z_image_transformer,
 )
-from tests.support.models import noise
 
 SCALE = 3.0
 GRID = (10, 14)
+_SQUARE = (10, 10)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,18 @@ def _bria() -> Any:
     )
 
 
+def _hidream() -> Any:
+    parts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4")}
+    pipe = diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        transformer=hidream_transformer(),
+        **parts,
+    )
+    pipe.default_sample_size = 2 * _SQUARE[0]  # pictures have this area, whatever size is asked for
+    return _silent(pipe)
+
+
 def hunyuan_image(guider: Any = None) -> Any:
     """Returns a HunyuanImagePipeline with a guider, by default that which weighs each token alone."""
     return _silent(
@@ -213,6 +228,22 @@ SUBJECTS: dict[str, Subject] = {
         guidance=({}, {}),
         patch=(1, 1),
     ),
+    "HiDreamImagePipeline": Subject(
+        make=_hidream,
+        pixels=16,
+        prompts=lambda seed, batch: {
+            "prompt_embeds_t5": noise(seed, batch, TEXT, 16),
+            "prompt_embeds_llama3": noise(seed + 1, 2, batch, TEXT, 16),
+            "pooled_prompt_embeds": noise(seed + 2, batch, 8),
+        },
+        text=lambda prompts: {
+            "encoder_hidden_states_t5": prompts["prompt_embeds_t5"],
+            "encoder_hidden_states_llama3": prompts["prompt_embeds_llama3"],
+            "pooled_embeds": prompts["pooled_prompt_embeds"],
+        },
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        grid=_SQUARE,
+    ),
     "BriaPipeline": Subject(
         make=_bria,
         pixels=4,
@@ -247,7 +278,7 @@ def noise_of(subject: Subject) -> Tensor:
 
 
 def row(prompts: dict[str, Any], image: int) -> dict[str, Any]:
-    return {name: value[image : image + 1] for name, value in prompts.items()}
+    return row_of(prompts, image)
 
 
 def generate(subject: Subject, pipe: Any, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
