@@ -18,6 +18,7 @@ from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
 from jitaccel.patches.diffusers.asked import evenly_spaced, refuse_custom_levels, with_steps
 from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models import model_of
+from tests.support import video
 from tests.support.models import noise
 from tests.support.more_models import hidream_call, hidream_transformer, raster_ids
 from tests.support.picture_pipelines import GRID, SCALE, SUBJECTS, Subject, by_hand, generate, hunyuan_image, noise_of
@@ -167,6 +168,41 @@ def test_pictures_of_hidream_have_to_be_square() -> None:
 def test_hidream_without_experts_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="transformer must have experts"):
         jitaccel.apply(hidream_transformer(num_routed_experts=0), SHORT)
+
+
+def test_half_precision_runs(subject: Subject) -> None:
+    pipe = subject.make()
+    pipe.transformer.to(torch.bfloat16)
+
+    def half(value: Any) -> Any:
+        if isinstance(value, list):
+            return [half(each) for each in value]
+        return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def run() -> Tensor:
+        prompts = {
+            f"{sign}{name}": half(value)
+            for sign, seed in (("", 20), ("negative_", 40))
+            for name, value in subject.prompts(seed, 2).items()
+        }
+        return generate(subject, pipe, batch=2, **prompts)
+
+    plain = run()
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(run(), plain)
+    with jitaccel.apply(pipe, SHORT):
+        got = run()
+    assert got.dtype == plain.dtype and got.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [DENSE, SHORT], ids=["dense", "short"])
+def test_hidream_runs_with_its_multistep_scheduler(config: JiTConfig) -> None:
+    subject = SUBJECTS["HiDreamImagePipeline"]
+    pipe = subject.make()
+    pipe.scheduler = video.unipc()
+    expected = generate(subject, pipe) if config is DENSE else by_hand(subject, pipe, config, noise_of(subject))
+    with jitaccel.apply(pipe, config):
+        assert relative_error(generate(subject, pipe), expected) <= (0.0 if config is DENSE else 1e-5)
 
 
 def test_guidance_may_end_early_on_lumina() -> None:
