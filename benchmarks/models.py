@@ -45,6 +45,7 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
     "MochiTransformer3DModel": ("Mochi", "video"),
     "BriaTransformer2DModel": ("Bria 3", "images"),
+    "BriaFiboTransformer2DModel": ("Bria FIBO", "images"),
     "HiDreamImageTransformer2DModel": ("HiDream-I1", "images"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
@@ -377,7 +378,7 @@ Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. B
 ## Size
 
 Operations are counted, not measured. A multiply-add is two. One forward, for one picture or video, of one branch of
-guidance. Bria is left out, since the configuration of its checkpoint was not at hand.
+guidance. Bria is left out, since the configurations of its checkpoints were not at hand.
 
 {sizes}
 

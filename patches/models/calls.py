@@ -314,11 +314,13 @@ class CutCalls:
             return
         for image, own in enumerate(places):
             given = {name: arguments.get(name) for name in self.model.adapter.rows}
+            lists = {name: arguments[name] for name in self.model.adapter.lists}
             yield (
                 own,
                 {
                     **arguments,
                     **{name: _row(value, image) for name, value in given.items() if value is not None},
+                    **{name: [_row(each, image) for each in values] for name, values in lists.items()},
                 },
             )
 

@@ -19,6 +19,9 @@ from tests.support.more_models import (
     bria_call,
     bria_transformer,
     crop_bria,
+    crop_fibo,
+    fibo_call,
+    fibo_transformer,
     hidream_call,
     hidream_transformer,
     lumina2_call,
@@ -281,6 +284,7 @@ def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
 
 
 CASES: dict[str, Case] = {
+    "BriaFiboTransformer2DModel": Case(fibo_transformer, (10, 14), fibo_call, (6, 8), crop_fibo),
     # Square, as its pictures must be.
     "HiDreamImageTransformer2DModel": Case(
         hidream_transformer, (10, 10), hidream_call, (6, 6), _crop_corner, is_one_graph=False
@@ -350,6 +354,8 @@ def row_of(call: dict[str, Any], image: int) -> dict[str, Any]:
     def own(name: str, value: Any) -> Any:
         if not isinstance(value, (Tensor, list)) or name.endswith("_ids"):
             return value
+        if name.endswith("layers"):
+            return [each[image : image + 1] for each in value]
         return value[:, image : image + 1] if name.endswith("llama3") else value[image : image + 1]
 
     return {name: own(name, value) for name, value in call.items()}

@@ -76,6 +76,30 @@ def crop_bria(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...
     return {**call, "hidden_states": kept, "img_ids": raster_ids(small)}
 
 
+def fibo_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "axes_dims_rope": [0, 4, 4], "text_encoder_dim": 12,
+    }  # fmt: skip
+    return randomised(diffusers.BriaFiboTransformer2DModel(**{**settings, **overrides}))
+
+
+def fibo_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    num_tokens = torch.Size(grid).numel()
+    mask = torch.cat([text_mask(batch, TEXT), torch.ones(batch, num_tokens)], dim=1).bool()
+    return {
+        **bria_call(grid, batch),
+        "hidden_states": noise(1, batch, num_tokens, 4),
+        "text_encoder_layers": [noise(seed, batch, TEXT, 12) for seed in (3, 4)],
+        "attention_mask": mask[:, None, None],
+    }
+
+
+def crop_fibo(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    seen = TEXT + torch.Size(small).numel()
+    return {**crop_bria(call, grid, small), "attention_mask": call["attention_mask"][..., :seen]}
+
+
 def hidream_transformer(**overrides: Any) -> Any:
     settings: dict[str, Any] = {
         "patch_size": 2, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,

@@ -26,6 +26,8 @@ from tests.support.every_model import (
 from tests.support.models import TEXT, VIDEO, noise
 from tests.support.more_models import (
     bria_transformer,
+    fibo_call,
+    fibo_transformer,
     hidream_transformer,
     lumina2_transformer,
     mochi_transformer,
@@ -149,6 +151,46 @@ def _bria() -> Any:
     )
 
 
+def _fibo() -> Any:
+    pipe = diffusers.BriaFiboPipeline(
+        transformer=fibo_transformer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+    def encoded(texts: list[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        parts = [_fibo_text(text) for text in texts]
+        embeddings, masks = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        layers = [torch.cat(each).to(pipe.dtype) for each in zip(*(part[2] for part in parts), strict=True)]
+        return embeddings.to(pipe.dtype), masks, layers
+
+    def encode(prompt: list[str], negative_prompt: list[str], guidance_scale: float, **_: Any) -> tuple[Any, ...]:
+        (positive, mask, layers), negative = encoded(prompt), encoded(negative_prompt)
+        ids = torch.zeros(len(prompt), TEXT, 3)
+        others = negative if guidance_scale > 1 else (None, None, None)
+        return positive, others[0], ids, mask, others[1], layers, others[2]
+
+    pipe.encode_prompt = encode  # in the place of a language model, which is not there
+    return _silent(pipe)
+
+
+def _fibo_text(prompt: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns embeddings (1, T, E), mask (1, T) and layers (1, T, F) of a prompt, which is a number."""
+    seed = int(prompt)
+    mask = torch.ones(1, TEXT)
+    mask[:, TEXT - seed % 3 :] = 0.0
+    return noise(seed, 1, TEXT, 16), mask, [noise(seed + further, 1, TEXT, 12) for further in (1, 2)]
+
+
+def _fibo_arguments(prompts: dict[str, Any]) -> dict[str, Any]:
+    embeddings, mask, layers = _fibo_text(prompts["prompt"][0])
+    whole = torch.cat([mask, torch.ones(1, GRID[0] * GRID[1])], dim=1).bool()[:, None, None]
+    beside = {name: value for name, value in fibo_call(GRID, 1).items() if name.endswith("_ids")}
+    return {**beside, "encoder_hidden_states": embeddings, "text_encoder_layers": layers, "attention_mask": whole}
+
+
 def _hidream() -> Any:
     parts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4")}
     pipe = diffusers.HiDreamImagePipeline(
@@ -254,6 +296,15 @@ SUBJECTS: dict[str, Subject] = {
             "txt_ids": torch.zeros(TEXT, 3),
         },
         guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        is_packed=True,
+    ),
+    "BriaFiboPipeline": Subject(
+        make=_fibo,
+        pixels=16,
+        prompts=lambda seed, batch: {"prompt": [str(seed + 5 * image) for image in range(batch)]},
+        text=_fibo_arguments,
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        patch=(1, 1),
         is_packed=True,
     ),
     "MochiPipeline": Subject(

@@ -108,25 +108,28 @@ def test_bare_transformer_in_an_euler_loop_is_the_methods(subject: Subject) -> N
     assert relative_error(latents, expected) < 3e-5
 
 
+@pytest.mark.parametrize("name", ["BriaPipeline", "BriaFiboPipeline"])
 @torch.no_grad()
-def test_bria_is_shown_a_smaller_picture_with_its_own_ids() -> None:
-    subject = SUBJECTS["BriaPipeline"]
+def test_bria_is_shown_a_smaller_picture_with_its_own_ids(name: str) -> None:
+    subject = SUBJECTS[name]
     pipe = subject.make()
+    model = model_of(pipe.transformer)
+    assert model is not None
 
     def velocity(tokens: Tensor, grid: tuple[int, ...], level: float) -> Tensor:
-        positive, negative = (
-            pipe.transformer(
-                hidden_states=tokens,
-                timestep=torch.tensor([1000.0 * level]),
-                **{**subject.text(subject.prompts(seed, 1)), "img_ids": raster_ids(grid)},
-                return_dict=False,
-            )[0]
-            for seed in (20, 40)
-        )
-        return subject.guided(positive, negative)
+        branches = []
+        for seed in (20, 40):
+            call = {**subject.text(subject.prompts(seed, 1)), "img_ids": raster_ids(grid)}
+            if "attention_mask" in call:
+                call["attention_mask"] = call["attention_mask"][..., : call["txt_ids"].shape[0] + tokens.shape[1]]
+            call |= {"hidden_states": tokens, "timestep": torch.tensor([1000.0 * level])}
+            branches.append(pipe.transformer(**model.words.write(call), return_dict=False)[0])
+        return subject.guided(*branches)
 
-    levels, start = jitaccel.noise_levels(POOLED), noise_of(subject)
-    expected = denoise_pooled(velocity, lambda state, level: velocity(state, GRID, level), POOLED, start, levels, GRID)
+    levels, start, patch = jitaccel.noise_levels(POOLED), noise_of(subject), subject.patch[0]
+    expected = denoise_pooled(
+        velocity, lambda state, level: velocity(state, GRID, level), POOLED, start, levels, GRID, patch
+    )
     with jitaccel.apply(pipe, POOLED):
         assert relative_error(generate(subject, pipe), expected) < 1e-5
 
