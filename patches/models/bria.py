@@ -56,8 +56,7 @@ def _without_mask(arguments: Arguments) -> Arguments:
 def _levels(steps: int) -> Sequence[float]:
     from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
 
-    levels: Any = get_original_sigmas(num_inference_steps=steps)
-    return [float(level) for level in levels]
+    return [float(level) for level in get_original_sigmas(num_inference_steps=steps)]
 
 
 BRIA = Model(
