@@ -17,7 +17,7 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("exact", "64x64", "pooled plans, Beta levels"),
     ("exact", "64x64", "pooled plans, Beta levels, across"),
     ("exact", "64x64", "pooled plans, log-ratio levels, across"),
-    ("exact", "64x64", "pooled plans, Beta levels told apart, across"),
+    ("exact", "64x64", "pooled plans, spaced Beta levels, across"),
     ("exact", "others", "other sizes and spectra"),
     ("exact", "others", "half size that knows another spectrum"),
     ("exact", "others", "half size in doubt, 2M"),

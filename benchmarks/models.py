@@ -179,6 +179,18 @@ ROWS: tuple[Row, ...] = (
             **_text(256, 3584, img_shapes=[[(1, *g)]]),
         },
     ),
+    Row(
+        name="Qwen-Image Layered",
+        size="640x640, 4 layers",
+        kind="QwenImageTransformer2DModel",
+        config={"use_layer3d_rope": True, "use_additional_t_cond": True},
+        grid=(5, 40, 40),
+        call=lambda g: {
+            "hidden_states": _empty(1, num_tokens_of(g) + 1600, 64),
+            **_text(256, 3584, img_shapes=[[(1, *g[1:])] * (g[0] + 1)]),
+            "additional_t_cond": torch.zeros(1, dtype=torch.long),
+        },
+    ),
     _sd3("Stable Diffusion 3 medium", 24),
     _sd3("Stable Diffusion 3.5 large", 38, qk_norm="rms_norm"),
     Row(
@@ -369,8 +381,11 @@ parameters). Quality and time on the large models are not measured.
 {models}
 
 Guidance that looks at whole pictures (`guidance_rescale`, `cfg_normalization`, the APG guiders) works as well: each
-branch is lifted to all tokens before the pipeline combines them. `preset="auto"` and `export` know FLUX only, and say
-so.
+branch is lifted to all tokens before the pipeline combines them.
+
+`jitaccel.Auto(speedup=8)` times the first call that a pipeline makes of its transformer, and plans from it. It takes
+the pipelines that start from noise; those with a `strength`, and bare transformers other than FLUX, are refused by
+name. `export` knows FLUX only, and says so.
 
 Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. By default jitaccel makes the steps;
 `solver="caller"` keeps the scheduler's own, which start again at newly activated tokens (orders 1 and 2).
@@ -394,8 +409,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: LTX-2, the layers of
-Qwen-Image Layered, and HunyuanVideo from an image.
+Known to be possible, and not done: LTX-2.
 """
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, bria, hidream, hunyuan, ltx, lumina2, mochi, qwen, sd3, wan, z_image
+from . import auraflow, bria, hidream, hunyuan, hunyuan15, hunyuan_image, ltx, lumina2, mochi, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
     *wan.MODELS,
     *qwen.MODELS,
     *hunyuan.MODELS,
+    *hunyuan15.MODELS,
+    *hunyuan_image.MODELS,
     *sd3.MODELS,
     *z_image.MODELS,
     *auraflow.MODELS,

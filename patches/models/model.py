@@ -20,7 +20,7 @@ Config = Mapping[str, Any]
 """The configuration of a transformer."""
 
 
-def nothing_forced(arguments: Arguments) -> Tensor | None:
+def nothing_forced(config: Config, arguments: Arguments) -> Tensor | None:
     """Returns None: no token has to be an anchor."""
     return None
 
@@ -79,9 +79,10 @@ class Model:
         inverts_levels: Whether the scheduler of its pipelines follows the output as it is on levels that rise from 0 to
             1 (`invert_sigmas`).
         spacings: Levels that its pipelines ask of their scheduler, by the number of steps, besides evenly spaced ones.
-        frames: What the first axis of a grid (t, h, w) is; None for (h, w).
+        frames: What the first axis of a grid (t, h, w) is; None where all grids are (h, w).
         branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
-        forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
+        forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by configuration and
+            arguments; or None.
         text: Arguments (B, T, E), or (L, B, T, E), of text and other conditions, whose lengths T statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
         beside: Arguments of latents in the same layout, all of them conditions (a control video).
@@ -113,7 +114,7 @@ class Model:
     spacings: tuple[Callable[[int], Sequence[float]], ...] = ()
     frames: Literal["time", "layers"] | None = None
     branches: Literal["calls", "batch"] = "calls"
-    forced: Callable[[Arguments], Tensor | None] = nothing_forced
+    forced: Callable[[Config, Arguments], Tensor | None] = nothing_forced
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
     beside: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ class Case:
     make: the model. call: arguments for a batch of images of a grid. small: the grid of the sub-rectangle that is
     compared with the model on cropped latents; None where positions depend on the size. crop: the arguments of the
     sub-rectangle, which starts at the first token, or lies in the middle (is_centred). is_one_graph: whether the whole
-    forward compiles.
+    forward compiles. num_given: how many tokens, the first, have to be anchors, since the model is given them.
     """
 
     make: Callable[[], Any]
@@ -48,6 +48,7 @@ class Case:
     crop: Callable[[dict[str, Any], tuple[int, ...], tuple[int, ...]], dict[str, Any]]
     is_one_graph: bool = True
     is_centred: bool = False
+    num_given: int = 0
 
 
 def wan_transformer(seed: int = 0, **overrides: Any) -> Any:
@@ -126,6 +127,16 @@ def _qwen_call(grid: tuple[int, ...], batch: int, references: int = 0) -> dict[s
         "encoder_hidden_states_mask": mask,
         "timestep": torch.full((batch,), 0.7),
         "img_shapes": [shapes] * batch,
+    }
+
+
+def _qwen_layers_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    layers, height, width = grid
+    shapes = [*[(1, height, width)] * layers, (1, 2, 3)]
+    return {
+        **_qwen_call((layers * height, width), batch, references=6),
+        "img_shapes": [shapes] * batch,
+        "additional_t_cond": torch.zeros(batch, dtype=torch.long),
     }
 
 
@@ -315,14 +326,37 @@ CASES: dict[str, Case] = {
         (2, 3, 4),
         _crop_video,
     ),
+    "HunyuanVideoTransformer3DModel, the first frame replaced": Case(
+        lambda: hunyuan_transformer(image_condition_type="token_replace"),
+        VIDEO,
+        _hunyuan_call,
+        (2, 6, 8),
+        _crop_video,
+        num_given=48,
+    ),
     "HunyuanVideo15Transformer3DModel": Case(
         hunyuan15_transformer, VIDEO, _hunyuan15_call, (2, 3, 4), _crop_plain, is_one_graph=False
+    ),
+    "HunyuanVideo15Transformer3DModel, an image": Case(
+        hunyuan15_transformer,
+        VIDEO,
+        lambda grid, batch: {**_hunyuan15_call(grid, batch), "image_embeds": noise(4, batch, 3, 12)},
+        (2, 3, 4),
+        _crop_plain,
+        is_one_graph=False,
     ),
     "QwenImageTransformer2DModel": Case(qwen_transformer, (10, 14), _qwen_call, None, _no_crop),
     "QwenImageTransformer2DModel, references and a second modulation": Case(
         lambda: qwen_transformer(zero_cond_t=True),
         (10, 14),
         functools.partial(_qwen_call, references=6),
+        None,
+        _no_crop,
+    ),
+    "QwenImageTransformer2DModel, layers": Case(
+        lambda: qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True),
+        VIDEO,
+        _qwen_layers_call,
         None,
         _no_crop,
     ),

@@ -53,11 +53,11 @@ class Subject:
         return self.layout.to_tokens(out)[:, : self.num_tokens]
 
     def some(self, seed: int, batch: int = 1) -> Tensor:
-        """Returns random anchors (batch, M), sorted, others for each image."""
-        generator = torch.Generator().manual_seed(seed)
-        count = int(SHARE * self.num_tokens)
-        picked = [torch.randperm(self.num_tokens, generator=generator)[:count] for _ in range(batch)]
-        return torch.stack(picked).sort(dim=1).values
+        """Returns random anchors (batch, M), sorted, others for each image; those that are given are among them."""
+        generator, given = torch.Generator().manual_seed(seed), self.case.num_given
+        count = int(SHARE * (self.num_tokens - given))
+        picked = [given + torch.randperm(self.num_tokens - given, generator=generator)[:count] for _ in range(batch)]
+        return torch.cat([torch.arange(given).expand(batch, -1), torch.stack(picked).sort(dim=1).values], dim=1)
 
 
 @pytest.fixture(params=CASES)
@@ -76,7 +76,7 @@ def test_every_model_has_a_case() -> None:
 def test_grid_and_level_are_read_off_the_call(subject: Subject) -> None:
     call = subject.call(batch=2)
     assert subject.model.grid(subject.module.config, call) == subject.case.grid
-    assert (len(subject.case.grid) == 3) == (subject.model.frames is not None)
+    assert len(subject.case.grid) == 2 or subject.model.frames is not None
     assert subject.model.noise_level(call) == pytest.approx(0.7)
     assert subject.tokens(subject.plain(call)).shape[:2] == (2, subject.num_tokens)
 
@@ -118,8 +118,10 @@ def test_all_tokens_through_the_cut_are_the_models_bits(subject: Subject) -> Non
 
 
 def test_order_of_the_tokens_does_not_matter(subject: Subject) -> None:
-    call = subject.call()
-    order = torch.randperm(subject.num_tokens, generator=torch.Generator().manual_seed(0))[None]
+    call, given = subject.call(), subject.case.num_given
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randperm(count, generator=generator) for count in (given, subject.num_tokens - given)]
+    order = torch.cat([parts[0], given + parts[1]])[None]
     got = subject.at(places_of(order, subject.num_tokens), call)
     assert relative_error(got, subject.plain(call)) < ROUNDING
 

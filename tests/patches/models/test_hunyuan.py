@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 import jitaccel
-from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
+from jitaccel import PRESETS, JiTConfig
 from jitaccel.patches.layout import patchify, unpatchify
 from tests.support import reference
-from tests.support.every_model import hunyuan_transformer
 from tests.support.hunyuan import PIPELINES, arguments, generate, pipeline, prompts, velocity_on_tokens
 from tests.support.tiny import DENSE, SHORT, relative_error
 from tests.support.video import GRID
@@ -120,8 +119,3 @@ def test_guidance_that_mixes_tokens_weighs_lifted_branches() -> None:
         assert torch.equal(generate(pipe), plain)
     with jitaccel.apply(pipe, SHORT):
         assert generate(pipe).isfinite().all()
-
-
-def test_replaced_first_frame_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="image_condition_type='token_replace'"):
-        jitaccel.apply(hunyuan_transformer(image_condition_type="token_replace"), SHORT)
