@@ -42,6 +42,7 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "ZImageTransformer2DModel": ("Z-Image", "images"),
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
+    "LTX2VideoTransformer3DModel": ("LTX-2", "video with audio"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -150,6 +151,21 @@ ROWS: tuple[Row, ...] = (
             **_text(128, 4096, encoder_attention_mask=_empty(1, 128)),
             **dict(zip(("num_frames", "height", "width"), g, strict=True)),
         },
+    ),
+    Row(
+        name="LTX-2 19B",
+        size="768x512, 121 frames",
+        kind="LTX2VideoTransformer3DModel",
+        config={},
+        grid=(16, 16, 24),
+        call=lambda g: {
+            "hidden_states": _empty(1, num_tokens_of(g), 128),
+            "audio_hidden_states": _empty(1, 126, 128),
+            **_text(1024, 3840, audio_encoder_hidden_states=_empty(1, 1024, 3840)),
+            **dict(zip(("num_frames", "height", "width"), g, strict=True)),
+            "audio_num_frames": 126,
+        },
+        steps=30,
     ),
     Row(
         name="Qwen-Image",
@@ -366,7 +382,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream and Bria.
+Known to be possible, and not done: Mochi (its clock runs backwards), Lumina2, HiDream and Bria.
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, hunyuan, hunyuan15, hunyuan_image, ltx, qwen, sd3, wan, z_image
+from . import auraflow, hunyuan, hunyuan15, hunyuan_image, ltx, ltx2, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -20,6 +20,7 @@ MODELS: tuple[Model, ...] = (
     *z_image.MODELS,
     *auraflow.MODELS,
     *ltx.MODELS,
+    *ltx2.MODELS,
 )
 
 
