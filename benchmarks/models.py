@@ -43,6 +43,9 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
     "LTX2VideoTransformer3DModel": ("LTX-2", "video with audio"),
+    "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
+    "MochiTransformer3DModel": ("Mochi", "video"),
+    "BriaTransformer2DModel": ("Bria 3", "images"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -118,6 +121,18 @@ def _sd3(name: str, layers: int, **further: Any) -> Row:
             **_text(333, 4096, pooled_projections=_empty(1, 2048)),
         },
         steps=28,
+    )
+
+
+def _mochi(frames: int, grid: tuple[int, ...]) -> Row:
+    return Row(
+        name="Mochi",
+        size=f"848x480, {frames} frames",
+        kind="MochiTransformer3DModel",
+        config={},
+        grid=grid,
+        call=lambda g: {"hidden_states": _empty(1, 12, g[0], 2 * g[1], 2 * g[2]), **_text(256, 4096)},
+        steps=64,
     )
 
 
@@ -223,6 +238,17 @@ ROWS: tuple[Row, ...] = (
             **_text(1000, 3584, encoder_hidden_states_2=_empty(1, 128, 1472)),
         },
     ),
+    Row(
+        name="Lumina Image 2.0",
+        size="1024x1024",
+        kind="Lumina2Transformer2DModel",
+        config={"cap_feat_dim": 2304},
+        grid=(64, 64),
+        call=lambda g: {"hidden_states": _empty(1, 16, 2 * g[0], 2 * g[1]), **_text(256, 2304)},
+        steps=30,
+    ),
+    _mochi(19, (4, 30, 53)),
+    _mochi(163, (28, 30, 53)),
 )
 
 
@@ -245,9 +271,11 @@ def counted(row: Row) -> Counted:
         text = row.model.num_text(call)
         if row.model.cost is not None:  # it looks at values, which tensors without data do not have
             formula = functools.partial(row.model.cost, module.config, text_tokens=text)
-            width = module.config["num_attention_heads"] * module.config["attention_head_dim"]
-            blocks = module.config["num_layers"] + module.config.get("num_single_layers", 0)
-            attention = 4 * (num_tokens + text) ** 2 * width * blocks
+            # What grows with the square of the tokens: of blocks that see no text a hundredth too much.
+            curve = (
+                formula(image_tokens=2 * num_tokens) - 2 * formula(image_tokens=num_tokens) + formula(image_tokens=0)
+            )
+            attention = curve / 2 / num_tokens**2 * (num_tokens + text) ** 2
             return Counted(lambda tokens: float(formula(image_tokens=tokens)), attention, text)
         tokens = (num_tokens // 4, num_tokens // 2, num_tokens)
         counts = [_count(module, row.model, call, num_tokens, active) for active in tokens]
@@ -366,7 +394,7 @@ Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. B
 ## Size
 
 Operations are counted, not measured. A multiply-add is two. One forward, for one picture or video, of one branch of
-guidance.
+guidance. Bria is left out, since the configuration of its checkpoint was not at hand.
 
 {sizes}
 
@@ -382,7 +410,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), Lumina2, HiDream and Bria.
+Known to be possible, and not done: HiDream.
 """
 
 

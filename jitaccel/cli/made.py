@@ -110,7 +110,7 @@ def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
         picture = made.images[0]
         save_picture(picture, arguments.out)
         if stats is not None and arguments.tokens is not None:
-            _sheet(picture, stats).save(arguments.tokens)
+            save_picture(_sheet(picture, stats), arguments.tokens, "--tokens")
         return f"{picture.width}x{picture.height}"
     frames, fps = made.frames[0], arguments.fps or _FPS
     clips.write_clip(frames, arguments.out, fps)
@@ -118,7 +118,7 @@ def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
         if arguments.tokens.suffix.lower() in CLIPS:
             clips.write_clip(clips.token_frames(frames, stats), arguments.tokens, fps)
         else:
-            clips.token_sheet(frames, stats).save(arguments.tokens)
+            save_picture(clips.token_sheet(frames, stats), arguments.tokens, "--tokens")
     return f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
 
 

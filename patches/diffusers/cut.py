@@ -64,6 +64,7 @@ def prepare_pipeline(
         codebase=f"diffusers {type(pipeline).__name__}",
         calls=calls,
         may_be_dense=execution.may_be_dense,
+        spacings=model.spacings,
     )
 
     def put(pipeline: Pipeline, handle: Handle) -> None:
@@ -114,7 +115,8 @@ def prepare_transformer(
 def check_pipeline(pipeline: Pipeline, model: Model, config: JiTConfig) -> None:
     """Raises UnsupportedModelError with every reason why a pipeline of a model cannot be accelerated correctly."""
     networks = networks_of(pipeline)
-    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler, config.solver)]
+    found = scheduler_problems(pipeline.scheduler, config.solver, model.inverts_levels)
+    problems = [f"pipeline: {reason}" for reason in found]
     if not networks:
         problems.append("pipeline must have a transformer, got none")
     for name, network in networks.items():

@@ -19,6 +19,7 @@ from ..foreign import Forward, Pipeline, Scheduler
 from ..layout import Layout
 from ..loops.velocity import Calls
 from ..network import ModelCall
+from .asked import Spacing
 from .caller import argument_of_call, calling_pipeline
 from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
 from .scheduler import SCHEDULE, SchedulerRoute, with_state
@@ -39,6 +40,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         codebase: Its name in statistics.
         calls: What runs the transformers.
         may_be_dense: Whether a generation that cannot be accelerated correctly may run as if untouched.
+        spacings: Levels that the pipeline asks of its scheduler itself, besides evenly spaced ones.
     """
 
     def __init__(
@@ -50,18 +52,21 @@ class LatentsRoute(SchedulerRoute[Calls]):
         codebase: str,
         calls: Calls,
         may_be_dense: bool = False,
+        spacings: tuple[Spacing, ...] = (),
     ) -> None:
         first = next(iter(networks.values()))
         super().__init__(pipeline, config, codebase, calls, transformer=first, may_be_dense=may_be_dense)
         self._networks = {name: weakref.ref(network) for name, network in networks.items()}
         self._layout = layout
+        self._spacings = (*spacings, *self._spacings)
+        self._is_inverted = bool(pipeline.scheduler.config.get("invert_sigmas", False))  # levels rise, data is ahead
         self._is_multistep = is_multistep(pipeline.scheduler)
         is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
         self._makes_step = self._is_multistep and is_sparse and config.solver != "caller"
         self._keeps_solver = self._is_multistep and is_sparse and config.solver == "caller"
         self._activated: Tensor | None = None  # (B, N) bool, the tokens that the step under way is the first one of
         self._state: Tensor | None = None  # (B, N, D), that the network was given in the step under way
-        self._copies: list[Scheduler] = []  # of the scheduler, that the pipeline made in its call under way
+        self._twins: list[Scheduler] = []  # of the scheduler, that the pipeline made in its call under way
 
     def branches_of(self, rows: int) -> int:
         """Returns how many branches of guidance a call with this many rows holds, where they come in one batch.
@@ -93,7 +98,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         kind: Any = type(self._scheduler)
         twin: Scheduler = kind.from_config(self._scheduler.config)
         self._share_levels(twin)
-        self._copies.append(twin)
+        self._twins.append(twin)
         return twin
 
     def _share_levels(self, twin: Scheduler) -> None:
@@ -113,14 +118,18 @@ class LatentsRoute(SchedulerRoute[Calls]):
                 )
 
     def _set_timesteps(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
-        copies = self._copies
+        twins = self._twins
         super()._set_timesteps(original, *args, **kwargs)
-        for twin in copies:
+        for twin in twins:
             self._share_levels(twin)
         if self._is_multistep and self._levels is not None:
             self._levels = full_noise(self._levels)
+        if self._is_inverted and self._levels is not None and self.config.schedule == "native":
+            self._levels = tuple(1.0 - level for level in self._levels)
 
     def _write_levels(self, levels: tuple[float, ...]) -> None:
+        if self._is_inverted:
+            levels = tuple(1.0 - level for level in levels)
         if self._is_multistep and not self._makes_step and levels[0] == 1.0:
             levels = (1.0 - _LOWERED, *levels[1:])
         super()._write_levels(levels)
@@ -142,12 +151,14 @@ class LatentsRoute(SchedulerRoute[Calls]):
                 # Dense: the scheduler's own solver, and no other on top of it.
                 output = original(model_output, timestep, sample, *args, **kwargs)
             else:
-                latents = layout.to_latents(velocity[:, given.shape[1] :], like=sample)
+                sent = -velocity if self._is_inverted else velocity
+                latents = layout.to_latents(sent[:, given.shape[1] :], like=sample)
                 output = self._step_of(original)(latents, timestep, sample, *args, **kwargs)
             made.append((output, _after(given, layout.to_tokens(output[0]))))
             return (made[0][1],)
 
         velocity = _after(torch.zeros_like(given), layout.to_tokens(model_output))
+        velocity = -velocity if self._is_inverted else velocity
         tokens = _after(given, tokens)
         generation = self._generation
         before = None if generation is None else generation.run.plan
@@ -194,7 +205,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         """Forgets the generation; what it did stays in the statistics."""
         super().reset()
         self._activated = self._state = None
-        self._copies = []
+        self._twins = []
 
 
 def _after(given: Tensor, tokens: Tensor) -> Tensor:
@@ -207,6 +218,6 @@ def _activated(before: LiftPlan | PooledPlan | None, run: Run, tokens: Tensor) -
     if not isinstance(before, LiftPlan):
         return None
     lifted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    lifted.scatter_(1, before.anchors, False)
-    computed = torch.zeros_like(lifted).scatter_(1, run.anchors, True)
+    lifted.scatter_(1, before.anchors[: len(lifted)], False)
+    computed = torch.zeros_like(lifted).scatter_(1, run.anchors[: len(lifted)], True)
     return lifted & computed

@@ -7,7 +7,7 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, hunyuan, hunyuan15, hunyuan_image, ltx, ltx2, qwen, sd3, wan, z_image
+from . import auraflow, bria, hunyuan, hunyuan15, hunyuan_image, ltx, ltx2, lumina2, mochi, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -21,6 +21,9 @@ MODELS: tuple[Model, ...] = (
     *auraflow.MODELS,
     *ltx.MODELS,
     *ltx2.MODELS,
+    *lumina2.MODELS,
+    *mochi.MODELS,
+    *bria.MODELS,
 )
 
 

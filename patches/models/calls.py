@@ -369,5 +369,5 @@ def _compiler_of(options: Execution, model: Model) -> Compiler | None:
     from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
 
     # A recorded graph reads the weights of the block that it was recorded with, and blocks share theirs.
-    uncaptured = {"graphs": False} if model.blocks else {}
+    uncaptured = {"graphs": False} if model.blocks or not model.captures else {}
     return Compiler({**options.compile, **uncaptured}, options.strict)

@@ -61,8 +61,8 @@ def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
     return negative + SCALE * (positive - negative)
 
 
-# Those whose latents are tokens already have tests of their own: below, and in test_ltx.py.
-PATCHED = [name for name in CASES if not name.startswith(("QwenImage", "LTX"))]
+# Those whose latents are tokens already have tests of their own: below, in test_ltx.py and test_picture_pipelines.py.
+PATCHED = [name for name in CASES if not name.startswith(("QwenImage", "LTX", "Bria"))]
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -90,7 +90,7 @@ def test_every_model_is_shown_the_smaller_picture(name: str) -> None:
     small["hidden_states"] = torch.cat([shown, small["hidden_states"][:, channels:]], dim=1)
     small_level = (level / 2) / (1 - level / 2)
     shown_level = torch.where(small["timestep"] == 0, 0.0, small_level * model.per_level)
-    small["timestep"] = 1 - shown_level if model.is_inverted else shown_level
+    small["timestep"] = model.per_level - shown_level if model.is_inverted else shown_level
     output = module(**model.words.write(small), return_dict=False)[0]
     expected = given.layout.to_tokens(model.words.tensor(output))
     assert relative_error(answer.values, model.sign * expected[:, : run.num_active]) < 1e-5
