@@ -42,6 +42,7 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "ZImageTransformer2DModel": ("Z-Image", "images"),
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
+    "LTX2VideoTransformer3DModel": ("LTX-2", "video with audio"),
     "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
     "MochiTransformer3DModel": ("Mochi", "video"),
     "BriaTransformer2DModel": ("Bria 3", "images"),
@@ -167,6 +168,21 @@ ROWS: tuple[Row, ...] = (
             **_text(128, 4096, encoder_attention_mask=_empty(1, 128)),
             **dict(zip(("num_frames", "height", "width"), g, strict=True)),
         },
+    ),
+    Row(
+        name="LTX-2 19B",
+        size="768x512, 121 frames",
+        kind="LTX2VideoTransformer3DModel",
+        config={},
+        grid=(16, 16, 24),
+        call=lambda g: {
+            "hidden_states": _empty(1, num_tokens_of(g), 128),
+            "audio_hidden_states": _empty(1, 126, 128),
+            **_text(1024, 3840, audio_encoder_hidden_states=_empty(1, 1024, 3840)),
+            **dict(zip(("num_frames", "height", "width"), g, strict=True)),
+            "audio_num_frames": 126,
+        },
+        steps=30,
     ),
     Row(
         name="Qwen-Image",
@@ -408,8 +424,6 @@ anything but the network takes time.
 ## Not supported
 
 {refused}
-
-Known to be possible, and not done: LTX-2.
 """
 
 

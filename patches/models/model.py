@@ -86,6 +86,8 @@ class Model:
         text: Arguments (B, T, E), or (L, B, T, E), of text and other conditions, whose lengths T statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
         beside: Arguments of latents in the same layout, all of them conditions (a control video).
+        levels: Arguments at the noise level of what is generated, `timestep` among them.
+        result: What a call returns whose output is a dict, of all its tensors; None for a `Transformer2DModelOutput`.
         resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
             none.
         refused: Arguments that cannot be accelerated, and what they are.
@@ -118,6 +120,8 @@ class Model:
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
     beside: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ("timestep",)
+    result: Callable[..., object] | None = None
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None

@@ -239,6 +239,36 @@ def _crop_tokens(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": kept, "num_frames": frames, "height": height, "width": width}
 
 
+def ltx2_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": 16, "audio_in_channels": 6, "audio_out_channels": 6, "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": 2, "caption_channels": 16,
+    }  # fmt: skip
+    return randomised(diffusers.LTX2VideoTransformer3DModel(**{**settings, **overrides}))
+
+
+def _ltx2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    call = _ltx_call(grid, batch)
+    return {
+        **call,
+        "audio_hidden_states": noise(3, batch, 5, 6),
+        "audio_encoder_hidden_states": noise(4, batch, TEXT, 16),
+        "audio_encoder_attention_mask": call["encoder_attention_mask"],
+        "audio_num_frames": 5,
+    }
+
+
+def _ltx23_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        **_ltx2_call(grid, batch),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "audio_encoder_hidden_states": noise(4, batch, TEXT, 8),
+        "sigma": torch.full((batch,), 700.0),
+        "use_cross_timestep": True,
+    }
+
+
 def auraflow_transformer(**overrides: Any) -> Any:
     settings: dict[str, Any] = {
         "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1,
@@ -316,6 +346,16 @@ CASES: dict[str, Case] = {
         hunyuan_image_transformer, (10, 14), _hunyuan_image_call, (6, 8), _crop_plain, is_one_graph=False
     ),
     "LTXVideoTransformer3DModel": Case(ltx_transformer, VIDEO, _ltx_call, (2, 3, 4), _crop_tokens),
+    "LTX2VideoTransformer3DModel": Case(ltx2_transformer, VIDEO, _ltx2_call, (2, 3, 4), _crop_tokens),
+    "LTX2VideoTransformer3DModel, tables for each head and a level of its own for prompts": Case(
+        lambda: ltx2_transformer(
+            rope_type="split", cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False
+        ),
+        VIDEO,
+        _ltx23_call,
+        (2, 3, 4),
+        _crop_tokens,
+    ),
     "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
     "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),
     "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),
