@@ -11,7 +11,7 @@ OVERLAYS := $(VENV)/overlays
 DIFFUSERS_TESTS := $(addprefix tests/patches/,test_codebases.py test_diffusers_private.py flux diffusers)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup operators lint docs test test-lowest campaigns wheel demo bench gpu-prepare clean distclean
+.PHONY: help setup operators lint docs test test-lowest extras campaigns wheel demo bench gpu-prepare clean distclean
 
 help: ## list the targets
 	@echo "usage: make <target> [ARGS='...'] [PYTHON=python3.12]"
@@ -42,6 +42,12 @@ endif
 
 test-lowest: $(OVERLAYS)/lowest ## the tests that touch diffusers, with the lowest version that is supported
 	PYTHONPATH=$(OVERLAYS)/lowest $(PYTEST) $(DIFFUSERS_TESTS)
+
+# Not `eval`, which holds packages back in an environment of its own, nor `flash-attn`, which is compiled.
+extras: setup ## resolve each extra under requirements/constraints.txt; installs nothing
+	for extra in app video serve cache-dit xformers; do \
+		$(PIP) --quiet --dry-run --ignore-installed --no-build-isolation ".[$$extra]" || exit 1; \
+	done
 
 campaigns: operators ## an hour of random operations, faults and damage on two cores; python -m tests.campaigns $(ARGS)
 	OMP_NUM_THREADS=1 $(RUN) -m tests.campaigns $(ARGS)

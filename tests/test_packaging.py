@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -32,6 +35,44 @@ def test_installed_version_is_the_checkouts(distribution: metadata.Distribution)
 def test_console_command_resolves(distribution: metadata.Distribution) -> None:
     (command,) = distribution.entry_points.select(group="console_scripts", name="jitaccel")
     assert callable(command.load())
+
+
+def wanted_by(requirements: list[str], extras: set[str]) -> Iterator[Requirement]:
+    """Yields what a distribution asks for here, with extras."""
+    for requirement in map(Requirement, requirements):
+        environments = [{"extra": extra} for extra in extras or {""}]
+        if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
+            yield requirement
+
+
+def installed_requirements(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"].keys() - {"eval"}))  # eval has its own
+def test_constraints_let_an_extra_install(extra: str) -> None:
+    lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    asked = PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]
+    found = [("jitaccel", each) for each in wanted_by(asked, set())]
+    seen, refused = set(), []
+    while found:
+        asker, requirement = found.pop()
+        name = canonicalize_name(requirement.name)
+        if name in pins and not requirement.specifier.contains(pins[name], prereleases=True):
+            refused.append(f"{asker} asks for {requirement}, constraints.txt has {pins[name]}")
+        if name == "jitaccel":
+            more = [each for of in requirement.extras for each in PROJECT["optional-dependencies"][of]]
+        else:
+            more = installed_requirements(name)
+        if (name, *sorted(requirement.extras)) not in seen:
+            seen.add((name, *sorted(requirement.extras)))
+            found += [(name, each) for each in wanted_by(more, requirement.extras)]
+    assert refused == []
 
 
 def test_package_is_marked_typed() -> None:

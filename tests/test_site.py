@@ -80,3 +80,11 @@ def test_links_out_of_the_site_are_text_or_lead_into_the_repository(repository: 
 
     assert outside_links("see [a script](../x/y.py) here", repository) == shown
     assert outside_links("see [a page](page.md) here", repository) == "see [a page](page.md) here"
+
+
+def test_what_a_page_loads_from_other_sites_is_found_and_its_links_are_not() -> None:
+    site = pytest.importorskip("release.site")
+    page = '<script src="https://a/b.js"></script><a href="https://e">e</a>'
+    assert site.loaded_from_elsewhere(page) == ["https://a/b.js"]
+    assert site.loaded_from_elsewhere('<link rel="stylesheet" href="https://c/d.css">') == ["https://c/d.css"]
+    assert site.loaded_from_elsewhere('<img alt="x" src="7x.jpg"><link rel="icon" href="https://f">') == []

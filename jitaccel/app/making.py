@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..api import apply
-from ..method.config import JiTConfig
 from ..method.presets import resolve
 
 if TYPE_CHECKING:
-    from ..view.playback import Playback, Previews
+    from ..generation.handle import Handle
+    from ..generation.tape import Tape
+    from ..view.playback import Decode, FrameBytes, Playback, Previews
+    from ..view.underway import Glimpse
 
 AfterStep = Callable[[str, int, int], object]
 """(preset, steps done, steps) after each step."""
+
+OnGlimpse = Callable[["Glimpse"], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,7 @@ def make_each(
     wanted: Wanted,
     *,
     on_step: AfterStep | None = None,
+    on_glimpse: OnGlimpse | None = None,
     previews: Previews = "auto",
     progress: bool = False,
 ) -> Iterator[MadePicture]:
@@ -72,32 +78,43 @@ def make_each(
         presets: Their names.
         wanted: The picture.
         on_step: Called after each step.
+        on_glimpse: Called after each step with its pictures, which the pipeline's autoencoder decodes.
         previews: As in `Handle.playback`.
         progress: Whether the report's pictures have a progress bar.
     """
     for preset in presets:
-        yield _made(pipe, preset, resolve(preset), wanted, on_step, previews, progress)
+        yield _made(pipe, preset, wanted, on_step, on_glimpse, previews, progress)
 
 
 def _made(
     pipe: Any,
     preset: str,
-    config: JiTConfig,
     wanted: Wanted,
     on_step: AfterStep | None,
+    on_glimpse: OnGlimpse | None,
     previews: Previews,
     progress: bool,
 ) -> MadePicture:
     import torch
 
-    steps = steps_of(preset)
+    from ..patches.diffusers.decoding import decode_tokens
+    from ..view.playback import make_playback
+
+    steps, decode = steps_of(preset), functools.partial(decode_tokens, pipe)
+    predicted: dict[int, FrameBytes] = {}
+    shown_s = 0.0
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal shown_s
+        start = time.perf_counter()
         if on_step is not None:
             on_step(preset, index + 1, steps)
+        if on_glimpse is not None:
+            on_glimpse(_glimpse(handle, preset, steps, decode, predicted))
+        shown_s += time.perf_counter() - start
         return {}
 
-    with apply(pipe, config) as handle:
+    with apply(pipe, resolve(preset)) as handle:
         handle.record()
         start = time.perf_counter()
         image = pipe(
@@ -110,6 +127,35 @@ def _made(
             callback_on_step_end=after_step,
             **wanted.further,
         ).images[0]
-        seconds = time.perf_counter() - start
-        playback = handle.playback(preset, prompt=wanted.prompt, previews=previews, progress=progress)
+        seconds = time.perf_counter() - start - shown_s
+        playback = make_playback(
+            _tape_of(handle),
+            handle.stats(),
+            decode=decode,
+            name=preset,
+            prompt=wanted.prompt,
+            previews=previews,
+            progress=progress,
+            predicted=predicted,
+        )
     return MadePicture(preset=preset, image=image, playback=playback, seconds=seconds)
+
+
+def _glimpse(handle: Handle, preset: str, steps: int, decode: Decode, predicted: dict[int, FrameBytes]) -> Glimpse:
+    """Returns the step just done, and keeps its predicted picture."""
+    from ..evaluation.pictures import show_stage
+    from ..view.playback import predicted_picture
+    from ..view.underway import Glimpse
+
+    stats, tape = handle.stats(), _tape_of(handle)
+    picture = predicted_picture(tape, decode)
+    step = tape.frames[-1].step
+    predicted[step.index] = picture
+    tokens = show_stage(picture[0], stats, step.stage)[None]
+    return Glimpse(preset=preset, steps=steps, stats=stats, predicted=picture, tokens=tokens)
+
+
+def _tape_of(handle: Handle) -> Tape:
+    history = handle.route.history
+    assert history is not None and history.tape is not None  # the handle records, and a step is done
+    return history.tape

@@ -6,17 +6,18 @@ import html
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CommandError
 from ..loading import EMBEDDED_TEXT_TOKENS, picture_side
 from ..view import write_report
+from ..view.underway import Glimpse, underway_html
 from .making import MadePicture, Wanted, make_each, steps_of
+from .threads import yield_from_thread
 
-ShareDone = Callable[[float, str], object]
-"""(share done, in words)."""
+GlimpseOrPicture = Glimpse | MadePicture
 
 _TEXT_TOKENS = 512
 _LARGEST_PX = 1536  # of a side, so that one request does not keep others waiting for long
@@ -25,19 +26,19 @@ _REPORT_BYTES = 3_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Showing:
-    """What the page shows of the presets finished so far.
+    """What the page shows.
 
     Attributes:
-        pictures: Files of the pictures with their captions.
+        steps: As HTML: the step under way, at the end the report.
+        pictures: Files of the pictures finished so far with their captions.
         report: The file of the report, once every preset is finished; else None.
-        frame: The report as HTML to put into a page; empty until then.
-        code: What makes the last preset's picture, in Python.
+        code: What makes the pictures, in Python.
     """
 
-    pictures: tuple[tuple[str, str], ...]
-    report: str | None
-    frame: str
-    code: str
+    steps: str
+    pictures: tuple[tuple[str, str], ...] = ()
+    report: str | None = None
+    code: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,12 @@ class Studio:
     Attributes:
         pipe: The pipeline.
         model: Its folder or hub id; None for the embedded one.
+        offload: How it was loaded, one of `loading.OFFLOADS`.
     """
 
     pipe: Any
     model: str | None
+    offload: str = "none"
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def __post_init__(self) -> None:
@@ -61,17 +64,16 @@ class Studio:
         """The size that the model was made for."""
         return "{0}x{0}".format(picture_side(self.pipe))
 
-    def generate(
-        self, prompt: str, presets: Sequence[str], seed: float, size: str, progress: ShareDone
-    ) -> Iterator[Showing]:
-        """Yields what to show after each preset; the last time with the report.
+    def generate(self, prompt: str, presets: Sequence[str], seed: float, size: str) -> Iterator[Showing]:
+        """Yields what to show after each step and each preset; the last time with the report.
+
+        The pictures are made in a thread of their own, which ends when this is closed.
 
         Args:
             prompt: What to show.
             presets: Their names, one or more.
             seed: Of the noise, a whole number.
             size: HEIGHTxWIDTH in pixels.
-            progress: Called after each step.
 
         Raises:
             CommandError: For what cannot be made.
@@ -79,26 +81,25 @@ class Studio:
         wanted = self._wanted(prompt, presets, seed, size)
         total, done, made = sum(map(steps_of, presets)), 0, list[MadePicture]()
 
-        def count(preset: str, step: int, steps: int) -> None:
-            words = f"{preset}: step {step} of {steps}" if step < steps else f"{preset}: pictures of the report"
-            progress((done + step) / total, words)
+        def work(hand_over: Callable[[GlimpseOrPicture], None]) -> None:
+            for each in make_each(self.pipe, presets, wanted, on_glimpse=hand_over):
+                hand_over(each)
 
-        files: list[tuple[str, str]] = []
-        for each in make_each(self.pipe, presets, wanted, on_step=count):
-            done += steps_of(each.preset)
-            made.append(each)
-            files.append((self._saved(each), self._caption(each)))
-            if len(made) < len(presets):
-                yield Showing(pictures=tuple(files), report=None, frame="", code=self.code(each.preset, wanted))
+        shown = Showing(steps="")
+        for each in yield_from_thread(work):
+            if isinstance(each, Glimpse):
+                share = (done + len(each.stats.steps)) / total
+                shown = replace(shown, steps=underway_html(each, share))
+            else:
+                done += steps_of(each.preset)
+                made.append(each)
+                shown = replace(shown, pictures=(*shown.pictures, (self._saved(each), self._caption(each))))
+            yield shown
         report = write_report(
             Path(self._folder.name) / "report.html", [each.playback for each in made], limit=_REPORT_BYTES
         )
-        yield Showing(
-            pictures=tuple(files),
-            report=str(report),
-            frame=framed(report.read_text(encoding="utf-8")),
-            code=self.code(presets[-1], wanted),
-        )
+        frame = framed(report.read_text(encoding="utf-8"))
+        yield replace(shown, steps=frame, report=str(report), code=self.code(presets, wanted))
 
     def _wanted(self, prompt: str, presets: Sequence[str], seed: float, size: str) -> Wanted:
         if not prompt.strip():
@@ -123,31 +124,37 @@ class Studio:
         return str(path)
 
     def _caption(self, made: MadePicture) -> str:
-        stats = made.playback.stats
-        cost = f"cost {stats.dense_steps:.1f} dense steps"
-        return f"{made.preset}: {len(stats.steps)} steps, {cost}, {made.seconds:.1f} s"
+        return f"{made.preset}: {len(made.playback.stats.steps)} steps, {made.seconds:.1f} s"
 
-    def code(self, preset: str, wanted: Wanted) -> str:
-        """Returns a program that makes the picture of a preset."""
+    def code(self, presets: Sequence[str], wanted: Wanted) -> str:
+        """Returns a program that makes the pictures of presets, and a report of each."""
         source = "jitaccel.embedded_model()" if self.model is None else repr(self.model)
+        place = {
+            "none": f"pipe.to({str(self.pipe.device)!r})",
+            "model": "pipe.enable_model_cpu_offload()",
+            "sequential": "pipe.enable_sequential_cpu_offload()",
+        }[self.offload]
         return f"""import torch
 from diffusers import DiffusionPipeline
 
 import jitaccel
 
 pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype={self.pipe.transformer.dtype})
-pipe.to({str(self.pipe.device)!r})
-handle = jitaccel.apply(pipe, preset={preset!r}).record()
-image = pipe(
-    {wanted.prompt!r},
-    height={wanted.height},
-    width={wanted.width},
-    num_inference_steps={steps_of(preset)},
-    max_sequence_length={wanted.text_tokens},
-    generator=torch.Generator().manual_seed({wanted.seed}),
-).images[0]
-image.save("picture.png")
-handle.report("report.html")
+{place}
+prompt = {wanted.prompt!r}
+for preset, steps in {[(preset, steps_of(preset)) for preset in presets]}:
+    with jitaccel.apply(pipe, preset=preset) as handle:
+        handle.record()
+        image = pipe(
+            prompt,
+            height={wanted.height},
+            width={wanted.width},
+            num_inference_steps=steps,
+            max_sequence_length={wanted.text_tokens},
+            generator=torch.Generator().manual_seed({wanted.seed}),
+        ).images[0]
+        image.save(f"{{preset}}.png")
+        handle.report(f"{{preset}}.html", prompt=prompt)
 """
 
 

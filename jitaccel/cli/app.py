@@ -26,6 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..app.page import build
     from ..app.studio import Studio
 
-    page = build(Studio(options.load(arguments), arguments.model))
+    page = build(Studio(options.load(arguments), arguments.model, arguments.offload))
     page.launch(server_name=arguments.host, server_port=arguments.port, inbrowser=not arguments.no_browser)
     return 0

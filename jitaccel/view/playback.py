@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from .colours import Axes, false_colours, main_axes
 
 if TYPE_CHECKING:
     from ..generation.stats import Stats, StepStats
-    from ..generation.tape import Tape
+    from ..generation.tape import Frame, Tape
 
 Previews = Literal["auto", "vae", "colours"]
 FrameBytes = NDArray[np.uint8]
@@ -70,6 +70,7 @@ def make_playback(
     previews: Previews = "auto",
     most_frames: int = 12,
     progress: bool = True,
+    predicted: Mapping[int, FrameBytes] | None = None,
 ) -> Playback:
     """Returns the pictures of what a tape has kept.
 
@@ -82,6 +83,7 @@ def make_playback(
         previews: "vae" for `decode`, "colours" for directions of the latents as colours, "auto" for what there is.
         most_frames: At most so many frames of a video.
         progress: Whether to show a progress bar.
+        predicted: Predicted pictures that `predicted_picture` has made already, by the index of their step.
 
     Raises:
         ConfigError: For unknown previews, for "vae" where `decode` is None, and for fewer than one frame.
@@ -99,10 +101,14 @@ def make_playback(
     show = _shown_by(decode if is_decoded else None, tape, most_frames)
     by_index = {step.index: step for step in stats.steps}
     kept = [frame for frame in tape.frames if frame.step.index in by_index]
-    moments = tuple(
-        Moment(stats=by_index[frame.step.index], noisy=show(frame.state), clean=show(frame.clean))
-        for frame in _counted(kept, progress and is_decoded)
-    )
+    made = predicted if is_decoded and predicted is not None else {}
+
+    def moment(frame: Frame) -> Moment:
+        index = frame.step.index
+        clean = made[index] if index in made else show(frame.clean)
+        return Moment(stats=by_index[index], noisy=show(frame.state), clean=clean)
+
+    moments = tuple(moment(frame) for frame in _counted(kept, progress and is_decoded))
     return Playback(
         name=name or name_of_config(stats),
         prompt=prompt,
@@ -112,6 +118,17 @@ def make_playback(
         final=show(tape.final, True),
         has_true_colours=is_decoded,
     )
+
+
+def predicted_picture(tape: Tape, decode: Decode, most_frames: int = 12) -> FrameBytes:
+    """Returns the picture (frames, h, w, 3) that the last step of a tape predicts; the generation may be under way.
+
+    Args:
+        tape: Of the generation; it has seen a step.
+        decode: Makes pictures of tokens.
+        most_frames: At most so many frames of a video.
+    """
+    return _shown_by(decode, tape, most_frames)(tape.frames[-1].clean)
 
 
 def name_of_config(stats: Stats) -> str:

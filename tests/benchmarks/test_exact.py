@@ -21,11 +21,11 @@ from benchmarks.lab.exact.levels import (
     BETA,
     LEAST_GAP,
     LOG_RATIO,
-    TOLD_APART,
+    SPACED_BETA,
     Family,
     log_ratio_levels,
     native_levels,
-    told_apart,
+    spaced_beta_levels,
 )
 from benchmarks.lab.exact.linear import Solver, make_laboratory
 from benchmarks.lab.exact.plan import Plan, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
@@ -314,11 +314,11 @@ def test_presets_of_the_product_meet_their_targets(preset: str) -> None:
     assert min(level - after for level, after in pairwise(found.levels)) >= LEAST_GAP
 
 
-def test_levels_that_bfloat16_does_not_tell_apart_are_left_out() -> None:
-    assert told_apart(11, 0.86, 0.363) == beta_levels(11, 0.86, 0.363)
-    with pytest.raises(ConfigError, match="levels must lie"):
-        told_apart(11, 0.52, 0.149)
-    found = search_levels(pooled((2, 2), (2, 1)), Study((16, 16), (2.0,)), Way(TOLD_APART))
+def test_levels_that_are_equal_in_bfloat16_are_left_out() -> None:
+    assert spaced_beta_levels(11, 0.86, 0.363) == beta_levels(11, 0.86, 0.363)
+    with pytest.raises(ConfigError, match="levels must be at least"):
+        spaced_beta_levels(11, 0.52, 0.149)
+    found = search_levels(pooled((2, 2), (2, 1)), Study((16, 16), (2.0,)), Way(SPACED_BETA))
     assert min(level - after for level, after in pairwise(found.levels)) >= LEAST_GAP
 
 

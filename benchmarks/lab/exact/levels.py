@@ -67,19 +67,26 @@ BETA = Family(
 LEAST_GAP = 2.0**-9
 
 
-def told_apart(steps: int, alpha: float, beta: float) -> tuple[float, ...]:
-    """Returns Beta levels. Raises ConfigError where two lie closer than `LEAST_GAP`: timesteps of a model in bfloat16,
-    whose spacing below 1 is 2^-8, do not tell them apart, and what is searched otherwise makes steps that do nothing.
+def spaced_beta_levels(steps: int, alpha: float, beta: float) -> tuple[float, ...]:
+    """Returns Beta levels that are at least `LEAST_GAP` apart.
+
+    In bfloat16, whose spacing below 1 is 2^-8, closer timesteps round to the same number, and a step between them does
+    nothing.
+
+    Raises:
+        ConfigError: Where two of them are closer.
     """
     levels = beta_levels(steps, alpha, beta)
     if min(level - after for level, after in pairwise(levels)) < LEAST_GAP:
-        raise ConfigError(f"told_apart: levels must lie {LEAST_GAP:g} apart, got {levels}; choose larger parameters")
+        raise ConfigError(
+            f"spaced_beta_levels: levels must be at least {LEAST_GAP:g} apart, got {levels}; choose larger parameters"
+        )
     return levels
 
 
-TOLD_APART = Family(
-    "beta told apart",
-    told_apart,
+SPACED_BETA = Family(
+    "spaced beta",
+    spaced_beta_levels,
     tuple(itertools.product((0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8), (0.22, 0.32, 0.47, 0.6, 0.7, 0.85))),
     is_positive=True,
 )

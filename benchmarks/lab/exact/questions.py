@@ -12,7 +12,7 @@ from jitaccel.method.presets import POOLED_PLANS
 from jitaccel.method.presets import PRESETS as PRODUCT
 
 from ...registry import Measurement
-from .levels import BETA, LOG_RATIO, TOLD_APART, native_levels
+from .levels import BETA, LOG_RATIO, SPACED_BETA, native_levels
 from .linear import Distances, Solver
 from .mixture import SCORES, Mixture, by_truth
 from .plan import Plan, Stage, cost_by_tokens, cost_on_flux, dense, pooled, pooled_plans
@@ -38,7 +38,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "Beta levels": Way(BETA, "dpmpp_2m"),
         "Beta levels, across": Way(BETA, "dpmpp_2m_across"),
         "log-ratio levels, across": Way(LOG_RATIO, "dpmpp_2m_across"),
-        "Beta levels told apart, across": Way(TOLD_APART, "dpmpp_2m_across"),
+        "spaced Beta levels, across": Way(SPACED_BETA, "dpmpp_2m_across"),
     }
 )
 SOLVERS: Mapping[Solver, str] = MappingProxyType(
@@ -105,7 +105,7 @@ def product_presets() -> Iterator[Measurement]:
     """Yields the product's own pooled presets against their targets, and every plan of `preset="auto"`."""
     line, names = dense_line(FLUX), {config: name for name, config in PRODUCT.items()}
     for config in POOLED_PLANS.values():
-        way, parameters = WAYS["Beta levels told apart, across"], (config.alpha, config.beta)
+        way, parameters = WAYS["spaced Beta levels, across"], (config.alpha, config.beta)
         found = with_levels(product_plan(config), FLUX, way, parameters)
         ratios = ratios_to_dense(found.errors, cost_on_flux(found.plan, FLUX.num_tokens), line)
         extra: dict[str, Any] = {"ratio_to_dense": by_spectrum(FLUX, ratios)}
@@ -115,7 +115,7 @@ def product_presets() -> Iterator[Measurement]:
         yield found_row(FLUX, found, extra)
 
 
-# Two-stage plans that `plans` found, and their levels, which are not told apart in bfloat16.
+# Two-stage plans that `plans` found, and their levels, some of which are equal in bfloat16.
 PRESETS: Mapping[str, Mapping[str, tuple[Plan, tuple[float, float]]]] = MappingProxyType(
     {
         "Beta levels": {

@@ -11,7 +11,7 @@ from jitaccel.method.config import JiTConfig
 from jitaccel.method.presets import PRESETS as PRODUCT
 
 from ...registry import Measurement
-from .levels import BETA, TOLD_APART
+from .levels import BETA, SPACED_BETA
 from .linear import Distances, Solver
 from .plan import Plan, Stage, cost_on_flux, dense, pooled
 from .questions import FLUX, by_spectrum, found_row, product_plan, row, row_of
@@ -94,17 +94,17 @@ def paper_variants(study: SampledSubsetStudy = LARGE) -> Iterator[Measurement]:
 def large_subset_or_pooled(
     steps_of: Sequence[tuple[int, int]] = ((6, 5), (6, 3)), study: SampledSubsetStudy = LARGE
 ) -> Iterator[Measurement]:
-    """Yields pooled and subset plans of equal cost at the size of FLUX.1, levels that are told apart searched for each.
+    """Yields pooled and subset plans of equal cost at the size of FLUX.1, spaced levels searched for each.
 
     A pooled plan is searched exactly, a subset one on fewer pictures than its row has, from the levels of the former.
     """
     exact = Study(study.shape, study.exponents)
     for cheap, whole in steps_of:
-        across = Way(TOLD_APART, "dpmpp_2m_across")
+        across = Way(SPACED_BETA, "dpmpp_2m_across")
         by_area = search_levels(pooled((cheap, 2), (whole, 1)), exact, across)
         yield found_row(exact, by_area)
         by_subset = Plan((Stage(steps=cheap, density=0.25), Stage(steps=whole)))
-        for way in (Way(TOLD_APART), across):
+        for way in (Way(SPACED_BETA), across):
             few = replace(study, count=_SEARCHED_ON)
             yield drawn_row(study, refined(with_levels(by_subset, few, way, by_area.parameters), few))
 
