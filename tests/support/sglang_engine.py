@@ -244,6 +244,7 @@ SETTINGS = (
     {"preset": "4x-paper", "schedule": "native", "steps": 12},
     {"preset": "7x-paper", "schedule": "native", "steps": "caller"},
 )
+_HOOKED = ("__init__", "_before_denoising_loop", "_run_denoising_step")
 _REQUESTS = ((1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0))
 _STEPS = 8  # that a request asks for
 _TOLERANCE = 1e-5
@@ -269,9 +270,6 @@ class _Hooked:
         self._plugins.apply_plugin_hooks()
         registry = self._plugins.HookRegistry
         assert set(registry._hooks) == registry._patched and len(registry._patched) == (0 if settings is None else 4)
-
-
-_HOOKED = ("__init__", "_before_denoising_loop", "_run_denoising_step")
 
 
 def _declared(group: str) -> list[tuple[str, str]]:
