@@ -93,10 +93,13 @@ def size_of(arguments: argparse.Namespace, config: JiTConfig | None) -> tuple[in
         None where nothing is asked for and the model does not say.
 
     Raises:
-        CommandError: For a size that the model does not make, with the nearest that it makes.
+        CommandError: For a size that the model does not make, with the nearest that it makes; for a device that is
+            not here and offloading on the CPU, before the hub is asked.
     """
-    from ..loading import picture_sizes
+    from ..loading import check_offload, pick_device, picture_sizes, require_diffusers
 
+    require_diffusers()
+    check_offload(getattr(arguments, "offload", "none"), pick_device(arguments.device))
     asked = None if arguments.size is None else parse_size(arguments.size)
     sizes = picture_sizes(arguments.model)
     if sizes is None:
