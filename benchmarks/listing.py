@@ -27,6 +27,7 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("exact", "subsets", "the paper's 7x and its variants"),
     ("exact", "subsets", "activation where detail lies in places"),
     ("exact", "subsets", "subset or pooled steps"),
+    ("exact", "subsets", "first frame of a causal decoder"),
     ("exact", "subsets", "presets with subset stages, 64x64 tokens"),
     ("exact", "subsets", "the paper's 7x and its variants, 64x64 tokens"),
     ("exact", "subsets", "subset or pooled steps, 64x64 tokens"),

@@ -42,6 +42,9 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "ZImageTransformer2DModel": ("Z-Image", "images"),
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
+    "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
+    "MochiTransformer3DModel": ("Mochi", "video"),
+    "BriaTransformer2DModel": ("Bria 3", "images"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -120,6 +123,18 @@ def _sd3(name: str, layers: int, **further: Any) -> Row:
     )
 
 
+def _mochi(frames: int, grid: tuple[int, ...]) -> Row:
+    return Row(
+        name="Mochi",
+        size=f"848x480, {frames} frames",
+        kind="MochiTransformer3DModel",
+        config={},
+        grid=grid,
+        call=lambda g: {"hidden_states": _empty(1, 12, g[0], 2 * g[1], 2 * g[2]), **_text(256, 4096)},
+        steps=64,
+    )
+
+
 ROWS: tuple[Row, ...] = (
     _wan("Wan 2.1 T2V 1.3B", "832x480, 81 frames", 1536, 30, 8960, (21, 30, 52)),
     _wan("Wan 2.1, 2.2 T2V 14B", "832x480, 81 frames", 5120, 40, 13824, (21, 30, 52)),
@@ -162,6 +177,18 @@ ROWS: tuple[Row, ...] = (
             **_text(256, 3584, img_shapes=[[(1, *g)]]),
         },
     ),
+    Row(
+        name="Qwen-Image Layered",
+        size="640x640, 4 layers",
+        kind="QwenImageTransformer2DModel",
+        config={"use_layer3d_rope": True, "use_additional_t_cond": True},
+        grid=(5, 40, 40),
+        call=lambda g: {
+            "hidden_states": _empty(1, num_tokens_of(g) + 1600, 64),
+            **_text(256, 3584, img_shapes=[[(1, *g[1:])] * (g[0] + 1)]),
+            "additional_t_cond": torch.zeros(1, dtype=torch.long),
+        },
+    ),
     _sd3("Stable Diffusion 3 medium", 24),
     _sd3("Stable Diffusion 3.5 large", 38, qk_norm="rms_norm"),
     Row(
@@ -195,6 +222,17 @@ ROWS: tuple[Row, ...] = (
             **_text(1000, 3584, encoder_hidden_states_2=_empty(1, 128, 1472)),
         },
     ),
+    Row(
+        name="Lumina Image 2.0",
+        size="1024x1024",
+        kind="Lumina2Transformer2DModel",
+        config={"cap_feat_dim": 2304},
+        grid=(64, 64),
+        call=lambda g: {"hidden_states": _empty(1, 16, 2 * g[0], 2 * g[1]), **_text(256, 2304)},
+        steps=30,
+    ),
+    _mochi(19, (4, 30, 53)),
+    _mochi(163, (28, 30, 53)),
 )
 
 
@@ -217,9 +255,11 @@ def counted(row: Row) -> Counted:
         text = row.model.num_text(call)
         if row.model.cost is not None:  # it looks at values, which tensors without data do not have
             formula = functools.partial(row.model.cost, module.config, text_tokens=text)
-            width = module.config["num_attention_heads"] * module.config["attention_head_dim"]
-            blocks = module.config["num_layers"] + module.config.get("num_single_layers", 0)
-            attention = 4 * (num_tokens + text) ** 2 * width * blocks
+            # What grows with the square of the tokens: of blocks that see no text a hundredth too much.
+            curve = (
+                formula(image_tokens=2 * num_tokens) - 2 * formula(image_tokens=num_tokens) + formula(image_tokens=0)
+            )
+            attention = curve / 2 / num_tokens**2 * (num_tokens + text) ** 2
             return Counted(lambda tokens: float(formula(image_tokens=tokens)), attention, text)
         tokens = (num_tokens // 4, num_tokens // 2, num_tokens)
         counts = [_count(module, row.model, call, num_tokens, active) for active in tokens]
@@ -326,8 +366,11 @@ parameters). Quality and time on the large models are not measured.
 {models}
 
 Guidance that looks at whole pictures (`guidance_rescale`, `cfg_normalization`, the APG guiders) works as well: each
-branch is lifted to all tokens before the pipeline combines them. `preset="auto"`, `export` and `generate_batch` know
-FLUX only, and say so.
+branch is lifted to all tokens before the pipeline combines them.
+
+`jitaccel.Auto(speedup=8)` times the first call that a pipeline makes of its transformer, and plans from it. It takes
+the pipelines that start from noise; those with a `strength`, and bare transformers other than FLUX, are refused by
+name. `export` knows FLUX only, and says so.
 
 Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. By default jitaccel makes the steps;
 `solver="caller"` keeps the scheduler's own, which start again at newly activated tokens (orders 1 and 2).
@@ -335,7 +378,7 @@ Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. B
 ## Size
 
 Operations are counted, not measured. A multiply-add is two. One forward, for one picture or video, of one branch of
-guidance.
+guidance. Bria is left out, since the configuration of its checkpoint was not at hand.
 
 {sizes}
 
@@ -351,8 +394,7 @@ anything but the network takes time.
 
 {refused}
 
-Known to be possible, and not done: Mochi (its clock runs backwards), LTX-2, Lumina2, HiDream, Bria, the layers of
-Qwen-Image Layered, and HunyuanVideo from an image.
+Known to be possible, and not done: LTX-2 and HiDream.
 """
 
 

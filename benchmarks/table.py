@@ -78,7 +78,7 @@ def _denoise(rows: Sequence[Fields]) -> str:
 
 
 def kernels(rows: Sequence[Fields]) -> str:
-    """Operators on two grids, against the released code's way and against the compiled reference."""
+    """Operators at two picture sizes and a video's, against the released code's way and the compiled reference."""
     return _each_device([row for row in rows if row["benchmark"] == "kernels"], _kernels)
 
 
@@ -86,13 +86,13 @@ def _kernels(rows: Sequence[Fields]) -> str:
     head, lines = ["operator"], []
     found: dict[str, list[str]] = {}
     origins: dict[str, list[Fields]] = {}
-    for side in (64, 128):
-        head += [f"{side}x{side}, ms", "released", "compiled reference"]
+    for grid in ([64, 64], [128, 128], [16, 30, 52]):
+        head += [f"{_side(grid)}, ms", *(["released"] if len(grid) == 2 else []), "compiled reference"]
         for row in rows:
-            shown = {"grid": [side, side], "density": 0.32, "channels": 64, "dtype": "float32"}
+            shown = {"grid": grid, "density": 0.32, "channels": 64, "dtype": "float32"}
             if all(row[name] == value for name, value in shown.items()):
                 origins.setdefault(row["operator"], []).append(row)
-                others = (_against(row, "released"), _against(row, "compiled_reference"))
+                others = [_against(row, other) for other in ("released", "compiled_reference")][len(grid) - 2 :]
                 found.setdefault(row["operator"], []).extend([_short(row["median_ms"]), *others])
     for operator, cells in found.items():
         if len(cells) == len(head) - 1:
@@ -164,7 +164,8 @@ def _auto(rows: Sequence[Fields]) -> str:
 
 def codebases(rows: Sequence[Fields]) -> str:
     """What 7x gains through every codebase, and through the pipeline."""
-    return _each_device([row for row in rows if row["benchmark"] == "codebases"], _codebases)
+    chosen = [row for row in rows if row["benchmark"] == "codebases" and "difference_to_pipeline" in row]
+    return _each_device(chosen, _codebases)
 
 
 def _codebases(rows: Sequence[Fields]) -> str:
@@ -182,6 +183,30 @@ def _codebases(rows: Sequence[Fields]) -> str:
         for row in rows
     ]
     return _table("model|codebase|7x, s|50 dense steps, s|gain|over the pipeline's gain|differs by|measured", lines)
+
+
+def cut(rows: Sequence[Fields]) -> str:
+    """What presets gain on a model that is cut, against what its operations say and a forward written by hand."""
+    return _each_device([row for row in rows if row["benchmark"] == "codebases" and "outside_share" in row], _cut)
+
+
+def _cut(rows: Sequence[Fields]) -> str:
+    lines = [
+        [
+            row["case"],
+            row["method"],
+            _seconds(row),
+            f"{row['dense_50_s']:.2f}",
+            f"{row['speedup_to_dense']:.2f}x",
+            f"{row['speedup_over_operations']:.2f} of {row['speedup_of_operations']:.2f}x",
+            f"{100 * row['outside_share']:.1f} %",
+            "" if row["over_by_hand"] is None else f"{row['over_by_hand']:.2f}",
+            _origin(row),
+        ]
+        for row in rows
+    ]
+    head = "model|preset|denoising, s|50 dense steps, s|gain|of the gain in operations|outside the network"
+    return _table(f"{head}|a sparse forward over one by hand|measured", lines)
 
 
 _RECORD = (
@@ -245,6 +270,7 @@ def _table(head: str, lines: Iterable[Sequence[str]]) -> str:
 TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "auto": auto,
     "codebases": codebases,
+    "cut": cut,
     "denoise": denoise,
     "exact": exact_report.tables,
     "kernels": kernels,

@@ -195,7 +195,7 @@ def _wanted_speed(
 def _choice(target: Any, wanted: Auto, how: Execution, overrides: Mapping[str, Any]) -> Choice:
     from .speed.auto import decide, measure_costs
 
-    costs = measure_costs(target, wanted.size, wanted.text_tokens, how)
+    costs = measure_costs(target, wanted.size, wanted.text_tokens, how, call=wanted.call)
     choice = decide(costs, target_speedup=wanted.speedup, target_ms=wanted.ms, **overrides)
     _log.info("jitaccel: %s", choice)
     return choice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -219,3 +220,8 @@ def size_unit(pipe: Any) -> int:
     network = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
     model = model_of(network)
     return 2 * scale if model is None else model.layout(uncompiled(network).config).side * scale
+
+
+def makes_videos(pipe: Any) -> bool:
+    """Returns whether a pipeline makes videos: its call takes a number of frames."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters

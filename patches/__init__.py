@@ -36,8 +36,8 @@ class Patch:
         generate_batch: Takes pipeline, requests with their settings, execution and type of output.
         export: Takes pipeline, settings, size, batch, text length and attention; returns the stages.
         prepare_exported: As `prepare`, for a pipeline and loaded stages.
-        probe: Takes target, size in pixels and length of prompts (either may be None), and execution; returns forwards
-            to time.
+        probe: Takes target, size in pixels and length of prompts (either may be None), execution, and further arguments
+            of a pipeline's call; returns forwards to time.
         defaults: Takes a target; returns the fields of JiTConfig that its model has in presets given by name.
         cost: Takes a target; returns the operations of one forward of its network by numbers of tokens.
     """
@@ -48,7 +48,7 @@ class Patch:
     generate_batch: Callable[..., list[Outcome]] | None = None
     export: Callable[..., Exportable] | None = None
     prepare_exported: Callable[..., Installation] | None = None
-    probe: Callable[[Any, tuple[int, int] | None, int | None, Execution], Probe] | None = None
+    probe: Callable[[Any, tuple[int, int] | None, int | None, Execution, Mapping[str, Any]], Probe] | None = None
     defaults: Callable[[Any], Mapping[str, Any]] | None = None
     cost: Callable[[Any], Cost] | None = None
 
@@ -92,6 +92,8 @@ PATCHES: tuple[Patch, ...] = (
         name="diffusers WanPipeline and other pipelines of the models of jitaccel.patches.models",
         matches=_lazily(".models", "knows_pipeline"),
         prepare=_lazily(".diffusers.cut", "prepare_pipeline"),
+        generate_batch=_lazily(".diffusers.one_by_one", "generate_batch"),
+        probe=_lazily(".diffusers.probe_cut", "probe_pipeline"),
         defaults=_lazily(".models", "defaults_of_pipeline"),
     ),
     Patch(

@@ -36,12 +36,14 @@ class Places:
         num_tokens: N.
         shared: (M,) int64, the anchors of every image where all have the same; else None.
         rows: (B * M,) int64, the anchors' rows in tokens (B * N, ...).
+        kept: What one way leaves for a later one of the same forward, by name.
     """
 
     anchors: Tensor
     num_tokens: int
     shared: Tensor | None
     rows: Tensor
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def take(self, x: Tensor, dim: int, before: int = 0) -> Tensor:
         """Returns the anchors' entries of `x`, and the entries before and after those of the N tokens as they are.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -180,6 +181,23 @@ def execution_device(pipeline: Any) -> torch.device:
     """
     device: torch.device = pipeline._execution_device
     return device
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Lets a pipeline show no progress bar.
+
+    Costs: a renamed attribute would lose the settings of the pipeline's bar. Since diffusers 0.3.
+    """
+    before = vars(pipeline).get("_progress_bar_config")
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = before
 
 
 def has_packed_latents(pipeline: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
-from ..lab.exact import questions, subset_questions
+from ..lab.exact import first_frame, questions, subset_questions
 from ..registry import Case, Measurement, Options
 
 
@@ -41,6 +41,7 @@ CASES = (
     _case("subsets", "the paper's 7x and its variants", subset_questions.subset_variants),
     _case("subsets", "activation where detail lies in places", questions.activation),
     _case("subsets", "subset or pooled steps", subset_questions.subset_or_pooled),
+    _case("subsets", "first frame of a causal decoder", first_frame.first_frame),
     _case("subsets", "presets with subset stages, 64x64 tokens", subset_questions.subset_presets),
     _case("subsets", "the paper's 7x and its variants, 64x64 tokens", subset_questions.paper_variants),
     _case("subsets", "subset or pooled steps, 64x64 tokens", subset_questions.large_subset_or_pooled),

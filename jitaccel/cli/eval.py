@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..files import write_whole
 from ..loading import EMBEDDED_TEXT_TOKENS
 from . import options
 from .limits import check_numbers, check_size
@@ -102,8 +103,8 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
     known = known_qualities(scorers)
     records = summary(rows, names, data=data, known=known)
     text = table(rows, records, scorers, 0 if data is None else len(data))
-    (study.folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (study.folder / "table.md").write_text(text)
+    write_whole(study.folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(study.folder / "table.md", text)
     pairs = paired(rows, names, scorers)
     records = [{**record, "paired": pairs.get(record["method"], {})} for record in records]
     written = write_pictures(rows, records, study.folder, picture_of, known=known)

@@ -70,7 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset == _AUTO:
         with bar("timing steps") as progress:
             choice = jitaccel.auto_config(
-                pipe, **_target(arguments), size=size, text_tokens=text_tokens, progress=progress
+                pipe,
+                **_target(arguments),
+                size=size,
+                text_tokens=text_tokens,
+                call={} if arguments.frames is None else {"num_frames": arguments.frames},
+                progress=progress,
             )
         print(f"auto: {choice}")
         config = choice.config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..loading import makes_videos
 from .outputs import check_file, save_picture
 
 if TYPE_CHECKING:
@@ -53,11 +54,6 @@ def _check_file(name: str, path: Path, overwrite: bool) -> None:
         from ..evaluation.clips import require_encoder
 
         require_encoder(path)
-
-
-def makes_videos(pipe: Any) -> bool:
-    """Returns whether a pipeline makes videos: its call takes a number of frames."""
-    return "num_frames" in _parameters(pipe)
 
 
 def size_of(pipe: Any, asked: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -114,7 +110,7 @@ def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
         picture = made.images[0]
         save_picture(picture, arguments.out)
         if stats is not None and arguments.tokens is not None:
-            _sheet(picture, stats).save(arguments.tokens)
+            save_picture(_sheet(picture, stats), arguments.tokens, "--tokens")
         return f"{picture.width}x{picture.height}"
     frames, fps = made.frames[0], arguments.fps or _FPS
     clips.write_clip(frames, arguments.out, fps)
@@ -122,7 +118,7 @@ def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
         if arguments.tokens.suffix.lower() in CLIPS:
             clips.write_clip(clips.token_frames(frames, stats), arguments.tokens, fps)
         else:
-            clips.token_sheet(frames, stats).save(arguments.tokens)
+            save_picture(clips.token_sheet(frames, stats), arguments.tokens, "--tokens")
     return f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
 
 

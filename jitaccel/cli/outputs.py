@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CommandError
+from ..files import write_whole
 
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 _TRIED_BYTES = 1 << 16
@@ -82,8 +82,13 @@ def _existing(path: Path, option: str) -> Path:
     return existing
 
 
-def save_picture(picture: Any, path: Path) -> None:
+def save_picture(picture: Any, path: Path, option: str = "--out") -> None:
     """Writes a PIL picture, whole or not at all; its folder is made where missing.
+
+    Args:
+        picture: What to write.
+        path: The file.
+        option: Whose value it is.
 
     Raises:
         CommandError: Where it cannot be written; the picture then lies in the temporary folder, as the error says.
@@ -93,22 +98,11 @@ def save_picture(picture: Any, path: Path) -> None:
     picture.save(content, format=_FORMATS.get(suffix, suffix[1:].upper()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, content.getvalue())
+        write_whole(path, content.getvalue())
     except OSError as error:
         raise CommandError(
-            f"--out could not be written, got {path} ({_reason(error)}); {_rescued(path, content)}"
+            f"{option} could not be written, got {path} ({_reason(error)}); {_rescued(path, content)}"
         ) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and moves it there, so that nothing that was cut off has its name."""
-    partial = path.with_name(f".{os.getpid()}{path.suffix}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _rescued(path: Path, content: io.BytesIO) -> str:

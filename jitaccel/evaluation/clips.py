@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import CommandError
+from ..files import whole
 from ..method.grid import num_tokens_of
 from .pictures import Pixels, grid_picture, show_active, show_pooled, to_bytes
 
@@ -39,10 +40,16 @@ def write_clip(frames: Iterable[Pixels], path: Path, fps: float) -> None:
     """
     require_encoder(path)
     pictures = [_of_even_sides(to_bytes(frame)) for frame in frames]
-    if path.suffix.lower() == ".gif":
-        first, *others = (Image.fromarray(picture) for picture in pictures)
-        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
-        return
+    with whole(path) as partial:
+        if path.suffix.lower() == ".gif":
+            first, *others = (Image.fromarray(picture) for picture in pictures)
+            first.save(partial, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        elif problem := _encode(pictures, partial, fps):
+            raise CommandError(f"{path} must be a clip that ffmpeg writes, got {problem}; write a .gif")
+
+
+def _encode(pictures: Sequence[Pixels], path: Path, fps: float) -> str:
+    """Writes pictures by ffmpeg, and returns why it did not; nothing where it did."""
     import imageio_ffmpeg
 
     height, width = pictures[0].shape[:2]
@@ -56,8 +63,7 @@ def write_clip(frames: Iterable[Pixels], path: Path, fps: float) -> None:
         problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     finally:
         writer.close()
-    if problem or not path.is_file() or not path.stat().st_size:
-        raise CommandError(f"{path} must be a clip that ffmpeg writes, got {problem or 'no file'}; write a .gif")
+    return problem or ("" if path.is_file() and path.stat().st_size else "no file")
 
 
 def _of_even_sides(picture: Pixels) -> Pixels:

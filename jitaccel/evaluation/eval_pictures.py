@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import whole, write_whole
 from .quality.contact import PictureOf, contact_sheet
 from .quality.pareto import pareto_picture
 from .quality.rows import QUALITIES, Known, Quality, Rows
@@ -32,9 +33,11 @@ def write_pictures(
     pictures = {"contact.png": contact_sheet(rows, methods, picture_of, count, known=known)}
     if any(record["qualities"] for record in records):
         pictures = {"pareto.png": pareto_picture(records, known=known), **pictures}
-    (folder / "table.jsonl").write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_whole(folder / "table.jsonl", lines)
     for name, picture in pictures.items():
-        picture.save(folder / name)
+        with whole(folder / name) as partial:
+            picture.save(partial)
     return [folder / "table.jsonl", *(folder / name for name in pictures)]
 
 

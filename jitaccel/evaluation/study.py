@@ -16,6 +16,7 @@ from PIL import Image
 from ..api import embedded_model
 from ..artefacts.manifest import file_digest
 from ..errors import CommandError
+from ..files import whole
 from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 from .judging import judge_folder, load_judge
 from .quality.rows import Row, settings_as_now
@@ -198,7 +199,8 @@ class Study:
         for place, k in enumerate(chosen):
             path = self._path(method.name, k)
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pictures[place]).save(path)
+            with whole(path) as partial:
+                Image.fromarray(pictures[place]).save(partial)
             stages = _stages(made, place)
             yield {
                 "benchmark": "quality",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
-from ..limits import MOST_SIDE
+from ..limits import MOST_SIDE, MOST_TEXT_TOKENS
 from ..method.checks import is_finite_number
 from ..method.config import JiTConfig
 from ..method.presets import resolve
@@ -19,55 +19,55 @@ OnBatchStep = Callable[[int, int, int], None]
 OnOutcome = Callable[[int, "Outcome"], None]
 """Called as soon as a request has its outcome: (index of the request, outcome)."""
 
-_MAX_TEXT = 512  # T5 tokens, of FluxPipeline
 _WHOLE = {  # fields that are whole numbers, with the least and the greatest
     "height": (1, MOST_SIDE),
     "width": (1, MOST_SIDE),
     "seed": (0, 2**64 - 1),
-    "max_sequence_length": (1, _MAX_TEXT),
+    "max_sequence_length": (1, MOST_TEXT_TOKENS),
 }
+_OF_THE_PIPELINE = ("height", "width", "true_cfg_scale", "guidance_scale", "max_sequence_length")  # where they are None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture to make. Every request of a batch may differ from the others in every field.
+    """One picture or video to make. Every request of a batch may differ from the others in every field.
+
+    What is None is as the pipeline's call has it by default.
 
     Attributes:
-        prompt: One text; a batch of several is several requests.
+        prompt: One text; a batch of several is several requests. None where `options` bring `prompt_embeds`.
         height: In pixels.
         width: In pixels.
         seed: Of the noise, from 0 to 2^64 - 1; the same seed gives the picture that the pipeline makes with
             `torch.Generator().manual_seed(seed)`.
         preset: A name of `PRESETS` or a JiTConfig.
         steps: Overrides its number.
-        negative_prompt: For true CFG, with a scale above 1.
+        negative_prompt: For guidance that runs an unguided branch.
         true_cfg_scale: Of true CFG.
-        guidance_scale: Of models with embedded guidance.
-        max_sequence_length: T5 tokens of the prompt.
+        guidance_scale: Of embedded guidance, or of CFG where the pipeline calls it so.
+        max_sequence_length: Tokens of the prompt.
+        options: What else the pipeline's call takes, by name: `{"image": picture, "strength": 0.6}`,
+            `{"num_frames": 81}`. On FLUX.1 such requests run one by one.
     """
 
-    prompt: str
-    height: int = 1024
-    width: int = 1024
+    prompt: str | None
+    height: int | None = 1024
+    width: int | None = 1024
     seed: int = 0
     preset: str | JiTConfig = "7x"
     steps: int | None = None
     negative_prompt: str | None = None
-    true_cfg_scale: float = 1.0
-    guidance_scale: float = 3.5
-    max_sequence_length: int = 512
-
-    @property
-    def has_true_cfg(self) -> bool:
-        """Whether an unguided branch runs beside the guided one."""
-        return self.negative_prompt is not None and self.true_cfg_scale > 1
+    true_cfg_scale: float | None = None
+    guidance_scale: float | None = None
+    max_sequence_length: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def problems(self) -> list[str]:
-        """Returns what is wrong with the fields, but for what `config` and the size of a pipeline's tokens say."""
+        """Returns what is wrong with the fields, but for what `config` and a pipeline say."""
         found = []
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
-            if value is None and name == "negative_prompt":
+            if value is None and (name == "negative_prompt" or self._has_embeddings()):
                 continue
             if not isinstance(value, str):
                 found.append(f"{name} must be one text, got {value!r}; make a request of each")
@@ -75,23 +75,41 @@ class Request:
                 found.append(f"{name} must be text that UTF-8 can hold, got {value!r}; remove lone surrogates")
         for name, (least, most) in _WHOLE.items():
             value = getattr(self, name)
+            if value is None and name in _OF_THE_PIPELINE:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                default = type(self).__dataclass_fields__[name].default
                 found.append(
                     f"{name} must be a whole number from {least} to {most}, got {value!r}; "
-                    f"leave it out for {type(self).__dataclass_fields__[name].default}"
+                    f"leave it out for {'the default of the pipeline' if default is None else default}"
                 )
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)
-            if not is_finite_number(value) or value < 0.0:
+            if value is not None and (not is_finite_number(value) or value < 0.0):
                 found.append(
                     f"{name} must be a finite number, 0 or above, got {value!r}; "
-                    f"leave it out for {type(self).__dataclass_fields__[name].default}"
+                    f"leave it out for the default of the pipeline"
                 )
+        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
+            found.append(f'options must be a dict of arguments by name, got {self.options!r}; use {{"strength": 0.6}}')
         return found
 
-    def config(self) -> JiTConfig:
-        """Returns what runs. Raises ConfigError for an unknown preset or a number of steps that skips a stage."""
-        config = resolve(self.preset, **({} if self.steps is None else {"steps": self.steps}))
+    def _has_embeddings(self) -> bool:
+        return isinstance(self.options, Mapping) and "prompt_embeds" in self.options
+
+    def config(self, defaults: Mapping[str, Any] | None = None) -> JiTConfig:
+        """Returns what runs.
+
+        Args:
+            defaults: Fields that the pipeline's model has in presets given by name.
+
+        Raises:
+            ConfigError: For an unknown preset or a number of steps that skips a stage.
+        """
+        fields = {**(defaults or {})} if isinstance(self.preset, str) else {}
+        if self.steps is not None:
+            fields["steps"] = self.steps
+        config = resolve(self.preset, **fields)
         if config.steps == "caller":
             raise ConfigError(
                 "Request: steps must be a number where the preset leaves it to the caller, got None; give steps="
@@ -118,7 +136,10 @@ class Outcome:
 
     @property
     def image(self) -> Any:
-        """The picture, PIL or latents (N, D) as asked for. Raises the request's error where it failed."""
+        """The picture, a video's list of frames, or latents, as asked for. Raises the request's error where it failed.
+
+        Latents of FLUX.1 are tokens (N, D), those of other pipelines the first of what the pipeline returns.
+        """
         if self.error is not None:
             raise self.error
         return self._image
@@ -135,22 +156,23 @@ def generate_batch(
     on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
-    """Returns one outcome for each request, in their order; all share each forward of the network.
+    """Returns one outcome for each request, in their order.
 
-    Requests may differ in size, text length, preset and hence stage. Outcome k is what request k gives alone, to
-    rounding. A request that fails on its way (a velocity that is not finite, say) fails alone.
+    On FLUX.1 all share each forward of the network; other pipelines make one request after the other. Requests may
+    differ in size, text length, preset and hence stage. Outcome k is what request k gives alone, to rounding. A request
+    that fails on its way (a velocity that is not finite, say) fails alone.
 
     Args:
-        target: A diffusers `FluxPipeline` that is not patched.
+        target: A diffusers pipeline that `apply` takes, and that is not patched.
         requests: Any number of them.
         execution: As in `apply`; "indexed" runs the requests' forwards one after the other, and outcome k is then what
             request k gives alone bit for bit.
         attention: As in `apply`.
-        strict: As in `apply`.
-        output_type: "pil", or "latent" for tokens (N, D).
-        on_step: Called after each step of each request with the request's index, the steps done and the steps in all.
-            An Exception that it raises ends that request alone and is its error: how a server drops one that nobody
-            awaits.
+        strict: As in `apply`: requests that could not share forwards raise, unless execution="indexed" asks for it.
+        output_type: "pil" or "latent".
+        on_step: Called after each step of each request with the request's index, the steps done and the steps in all;
+            not by pipelines without `callback_on_step_end`. An Exception that it raises ends that request alone and is
+            its error: how a server drops one that nobody awaits.
         on_outcome: Called as soon as a request has its outcome, with the request's index; others may go on for long.
 
     Raises:
@@ -165,13 +187,17 @@ def generate_batch(
     patch = patches.find(target)
     if patch.generate_batch is None:
         raise UnsupportedModelError(
-            f"generate_batch: target must be a FluxPipeline, the one that packed execution knows, got "
-            f"{type(target).__name__}; apply(pipeline), and call it with a list of prompts"
+            f"generate_batch: target must be a pipeline of diffusers, which encodes prompts and decodes, got "
+            f"{type(target).__name__}; apply(target), and call it in your own loop"
         )
-    return list(patch.generate_batch(target, checked_requests(requests), how, output_type, on_step, on_outcome))
+    defaults = {} if patch.defaults is None else patch.defaults(target)
+    checked = checked_requests(requests, defaults)
+    return list(patch.generate_batch(target, checked, how, output_type, on_step, on_outcome))
 
 
-def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConfig]]:
+def checked_requests(
+    requests: Sequence[Request], defaults: Mapping[str, Any] | None = None
+) -> list[tuple[Request, JiTConfig]]:
     """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
     try:
         given = [*requests]
@@ -188,7 +214,7 @@ def checked_requests(requests: Sequence[Request]) -> list[tuple[Request, JiTConf
             continue
         found = request.problems()
         try:
-            checked.append((request, request.config()))
+            checked.append((request, request.config(defaults)))
         except ConfigError as error:
             found.append(str(error))
         problems += [f"{where} {problem}" for problem in found]

@@ -31,14 +31,14 @@ class Serving:
     """What is served, and by how many.
 
     Attributes:
-        model: Folder or hub id of a FluxPipeline; None for the embedded one.
+        model: Folder or hub id of a pipeline that makes pictures from text; None for the embedded one.
         dtype, device, pickle: As `jitaccel generate` has them.
         execution: "indexed": a picture is the same bit for bit whatever else is in its batch. "auto" packs a batch into
             one forward, which is faster on a GPU; pictures are then the same to rounding.
         replicas: How many, or (fewest, most) of them: Serve adds and removes replicas by `target_ongoing`.
         target_ongoing: With (fewest, most), the requests of a replica that Serve aims at; None: one batch.
         cpus, gpus: That Ray reserves for one replica. threads: of torch in one; None leaves torch's own.
-        batch: Requests of one batch at most.
+        batch: Requests of one batch at most; FLUX.1 alone runs them together.
         limits: What a request may ask for.
         defaults: Fields that a request may leave out.
     """
@@ -82,6 +82,7 @@ class Replica:
         if serving.threads is not None:
             torch.set_num_threads(serving.threads)
         pipe = load_pipeline(serving.model, serving.dtype, serving.device, pickle=serving.pickle)
+        check_served(pipe)
         pipe.set_progress_bar_config(disable=True)
 
         def generate(requests: Any, on_step: Any, on_outcome: Any) -> None:
@@ -102,6 +103,17 @@ class Replica:
         error = self._batcher.last_error
         if isinstance(error, torch.AcceleratorError):
             raise RuntimeError(f"jitaccel: the device failed: {error}") from error
+
+
+def check_served(pipe: Any) -> None:
+    """Raises CommandError for a pipeline that makes videos."""
+    from ..loading import makes_videos
+
+    if makes_videos(pipe):
+        raise CommandError(
+            f"--model must make pictures, got a {type(pipe).__name__}, which makes videos; make those with "
+            f"`jitaccel generate`"
+        )
 
 
 class Front:

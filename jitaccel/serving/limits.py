@@ -11,7 +11,7 @@ from ..errors import ConfigError, suggestion
 from ..generation.batch import Request
 from ..method.presets import PRESETS
 
-_FIELDS = tuple(field.name for field in fields(Request))
+_FIELDS = tuple(field.name for field in fields(Request) if field.name != "options")  # which are the server's to set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,9 @@ def request_of(body: bytes, limits: Limits, defaults: Mapping[str, Any]) -> Requ
     """
     if len(body) > limits.body_bytes:
         raise RefusedError(413, f"the body must have at most {limits.body_bytes} bytes, got {len(body)}")
-    given = {**defaults, **_object(body)}
-    if unknown := [name for name in given if name not in _FIELDS]:
+    asked = _object(body)
+    given = {**defaults, **asked}
+    if unknown := [name for name in asked if name not in _FIELDS]:
         advice = suggestion(unknown[0], _FIELDS, f"the fields are {', '.join(_FIELDS)}")
         raise RefusedError(400, f"fields must be known, got {', '.join(map(repr, unknown))}; {advice}")
     if "prompt" not in given:
@@ -102,7 +103,9 @@ def _problems(request: Request, limits: Limits) -> list[str]:
         return [str(error)]
     if isinstance(steps, int) and steps > limits.steps:
         found.append(f"steps must be at most {limits.steps}, got {steps}")
-    if request.height * request.width > limits.pixels:
+    if request.height is None or request.width is None:
+        found.append(f"height and width must be numbers of pixels, got {request.height} and {request.width}")
+    elif request.height * request.width > limits.pixels:
         found.append(f"height times width must be at most {limits.pixels} pixels, got {request.height}x{request.width}")
     for name in ("prompt", "negative_prompt"):
         if len(getattr(request, name) or "") > limits.characters:

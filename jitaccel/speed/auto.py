@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from ..errors import ConfigError, UnsupportedModelError
@@ -14,7 +14,7 @@ from ..method.checks import is_finite_number
 from ..method.config import JiTConfig, arguments_of, check_fields
 from ..method.overrides import Overrides
 from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
-from .cost import Costs, Seconds, loop_seconds, measure
+from .cost import Costs, Seconds, StageTokens, loop_seconds, measure
 from .target import target_problems
 
 _OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # of JiTConfig, which the choice is about
@@ -51,12 +51,18 @@ class Choice:
 
 
 def choose(
-    cost: Seconds, num_tokens: int, budget_s: float, family: Sequence[JiTConfig] = FAMILY, *, multiple: int = 1
+    cost: Seconds,
+    num_tokens: int,
+    budget_s: float,
+    family: Sequence[JiTConfig] = FAMILY,
+    *,
+    multiple: int = 1,
+    stage_tokens: StageTokens | None = None,
 ) -> JiTConfig:
     """Returns the first configuration of a family whose steps take at most `budget_s` seconds, one image, one branch.
 
     cost: seconds of a step by its tokens. num_tokens: N. family: the best first. multiple: what numbers of anchors are
-    rounded up to.
+    rounded up to. stage_tokens: as in `loop_seconds`.
 
     A budget beyond the largest configuration gets that one: a budget is a limit, which it keeps. Raises ConfigError
     below the cheapest, naming it.
@@ -64,9 +70,9 @@ def choose(
     if not is_finite_number(budget_s) or budget_s <= 0.0:
         raise ConfigError(f"choose: budget_s must be a finite number above 0, got {budget_s!r}; give seconds")
     for member in family:
-        if loop_seconds(member, num_tokens, cost, multiple) <= budget_s:
+        if loop_seconds(member, num_tokens, cost, multiple, stage_tokens) <= budget_s:
             return member
-    config, seconds = fastest(cost, num_tokens, family, multiple=multiple)
+    config, seconds = fastest(cost, num_tokens, family, multiple=multiple, stage_tokens=stage_tokens)
     raise ConfigError(
         f"choose: budget_s must be at least {seconds:.6g}, which {_describe(config)} take, got {budget_s:.6g}; "
         f"allow that, or make smaller pictures"
@@ -74,10 +80,15 @@ def choose(
 
 
 def fastest(
-    cost: Seconds, num_tokens: int, family: Sequence[JiTConfig] = FAMILY, *, multiple: int = 1
+    cost: Seconds,
+    num_tokens: int,
+    family: Sequence[JiTConfig] = FAMILY,
+    *,
+    multiple: int = 1,
+    stage_tokens: StageTokens | None = None,
 ) -> tuple[JiTConfig, float]:
     """Returns the cheapest configuration of a family, and the seconds of its steps."""
-    priced = ((config, loop_seconds(config, num_tokens, cost, multiple)) for config in family)
+    priced = ((config, loop_seconds(config, num_tokens, cost, multiple, stage_tokens)) for config in family)
     return min(priced, key=lambda pair: pair[1])
 
 
@@ -93,7 +104,7 @@ def decide(
     check_target(target_speedup, target_ms, overrides)
     dense_s = DENSE_STEPS * costs.dense_s
     budget_s = dense_s / target_speedup if target_speedup is not None else (target_ms or 0.0) / 1000.0
-    cheapest, least_s = fastest(costs, costs.num_tokens, family, multiple=costs.multiple)
+    cheapest, least_s = fastest(costs, costs.num_tokens, family, stage_tokens=costs.stage_tokens)
     if budget_s < least_s:
         if target_speedup is not None:
             limit = f"target_speedup must be at most {_floor(dense_s / least_s):g}"
@@ -104,10 +115,11 @@ def decide(
             f"auto_config: {limit} on this machine ({_describe(cheapest)}), got {asked!r}; "
             f"ask for that, or make smaller pictures"
         )
-    config = choose(costs, costs.num_tokens, budget_s, family, multiple=costs.multiple)
-    seconds = loop_seconds(config, costs.num_tokens, costs, costs.multiple)
+    config = choose(costs, costs.num_tokens, budget_s, family, stage_tokens=costs.stage_tokens)
+    seconds = loop_seconds(config, costs.num_tokens, costs, stage_tokens=costs.stage_tokens)
+    changes = {**costs.defaults, **overrides}
     return Choice(
-        config=config.replace(**overrides) if overrides else config,
+        config=config.replace(**changes) if changes else config,
         predicted_ms=1000.0 * seconds,
         predicted_speedup=dense_s / seconds,
         costs=costs,
@@ -123,6 +135,7 @@ def auto_config(
     text_tokens: int | None = None,
     execution: Mode = "auto",
     attention: Attention = "auto",
+    call: Mapping[str, Any] | None = None,
     clock: Callable[[], float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     **overrides: Unpack[Overrides],
@@ -133,7 +146,8 @@ def auto_config(
     about five dense steps' time, four times over. What a speed leaves room for is spent on steps first.
 
     Args:
-        target: What `apply` takes; FLUX.1, FLUX.2 and Chroma of diffusers, text to image, or their transformers.
+        target: What `apply` takes: a pipeline of diffusers that starts from noise, or a transformer of FLUX.1, FLUX.2
+            or Chroma.
         target_speedup: Against 50 dense steps of the untouched model, above 1. Give this or `target_ms`.
         target_ms: Milliseconds for the denoising loop of one image, one branch: true CFG takes twice that, a batch as
             many times more; text encoding and decoding are not in it, nor are a ControlNet or reference pictures.
@@ -142,6 +156,7 @@ def auto_config(
         text_tokens: Length of prompts with padding; without it what the pipeline pads to by default, or 512.
         execution: As in `apply`. Compilation is not measured: its gain comes on top.
         attention: As in `apply`.
+        call: As in `Auto`.
         clock: Returns seconds, for tests.
         progress: Called with the number of forwards that have run and the number expected, as they run.
         **overrides: Fields of JiTConfig other than densities, boundaries, steps and pooling.
@@ -153,7 +168,7 @@ def auto_config(
     check_fields("auto_config", overrides, arguments_of(auto_config))
     check_target(target_speedup, target_ms, overrides)
     how = Execution(execution=execution, attention=attention)
-    costs = measure_costs(target, size, text_tokens, how, clock, progress)
+    costs = measure_costs(target, size, text_tokens, how, clock, progress, call)
     return decide(costs, target_speedup=target_speedup, target_ms=target_ms, **overrides)
 
 
@@ -164,6 +179,7 @@ def measure_costs(
     execution: Execution | None = None,
     clock: Callable[[], float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> Costs:
     """Returns what steps of a target cost on this machine; `auto_config` says more of the arguments."""
     from .. import patches
@@ -177,14 +193,16 @@ def measure_costs(
     patch = patches.find(target)
     if patch.probe is None:
         raise UnsupportedModelError(
-            f"auto_config: target must be of FLUX.1, FLUX.2 or Chroma, whose steps can be timed beforehand, got "
-            f'{type(target).__name__}; give a preset ("4x", "7x") or a JiTConfig instead'
+            f"auto_config: target must be a pipeline of diffusers, or a transformer of FLUX.1, FLUX.2 or Chroma, whose "
+            f"steps can be timed beforehand, got {type(target).__name__}; give its pipeline, or a preset "
+            f'("4x", "7x") or a JiTConfig instead'
         )
-    probe = patch.probe(target, size, text_tokens, execution or Execution())
+    probe = patch.probe(target, size, text_tokens, execution or Execution(), call or {})
     try:
-        return measure(probe, clock, progress)
+        costs = measure(probe, clock, progress)
     finally:
         probe.release()
+    return costs if patch.defaults is None else replace(costs, defaults=patch.defaults(target))
 
 
 def check_target(target_speedup: float | None, target_ms: float | None, overrides: Mapping[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import ConfigError
 from ..method.checks import is_finite_number
@@ -18,6 +20,8 @@ class Auto:
             both.
         size: (height, width) in pixels to measure at; without it the pipeline's default.
         text_tokens: Length of prompts to measure with, padding counted; without it what the pipeline pads to.
+        call: Further arguments of the pipeline's call to measure with, of models other than FLUX: `num_frames` of a
+            video, the `image` that it is made from.
 
     Raises:
         ConfigError: For none or both of the targets, and for what is no speed.
@@ -27,15 +31,14 @@ class Auto:
     ms: float | None = None
     size: tuple[int, int] | None = None
     text_tokens: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if problems := target_problems("Auto", ("speedup", "ms"), (self.speedup, self.ms)):
             raise ConfigError("\n".join(problems))
 
 
-def target_problems(
-    function: str, names: tuple[str, str], values: tuple[float | None, float | None]
-) -> list[str]:
+def target_problems(function: str, names: tuple[str, str], values: tuple[float | None, float | None]) -> list[str]:
     """Returns what is wrong with a speed-up and milliseconds, which `function` gets by these names: one is wanted."""
     problems, (speedup, ms) = [], values
     if (speedup is None) == (ms is None):

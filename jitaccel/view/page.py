@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import write_whole
 from .contents import contents_of, facts_of
 from .encoding import encoded
 from .playback import FrameBytes, Playback
@@ -36,7 +37,7 @@ def write_report(
     text = report_html(playbacks, title=title, limit=limit)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

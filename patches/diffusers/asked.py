@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +12,18 @@ from jitaccel.method.checks import MAX_STEPS
 from jitaccel.method.config import JiTConfig
 
 from ..foreign import Arguments, Pipeline
+
+Spacing = Callable[[int], Sequence[float]]
+"""Levels before a scheduler shifts them, by the number of steps; without the last one, 0."""
+
+
+def evenly_spaced(steps: int) -> Sequence[float]:
+    """Returns the levels that most pipelines ask for: from 1 to 1 / steps."""
+    levels: Sequence[float] = np.linspace(1.0, 1.0 / steps, steps).tolist()
+    return levels
+
+
+USUAL: tuple[Spacing, ...] = (evenly_spaced,)
 
 
 def default_steps(pipeline: Pipeline) -> object:
@@ -27,22 +40,31 @@ def requested_steps(asked: Arguments) -> int:
     return int(asked["num_inference_steps"])
 
 
-def refuse_custom_levels(asked: Arguments, requested: int) -> None:
-    """Raises ConfigError for a call that brings its own levels next to those of the configuration."""
-    sigmas = asked.get("sigmas")
-    usual = np.linspace(1.0, 1.0 / requested, requested)
-    if asked.get("timesteps") is not None or (sigmas is not None and not np.allclose(sigmas, usual, atol=1e-6)):
+def refuse_custom_levels(asked: Arguments, requested: int, spacings: Sequence[Spacing]) -> None:
+    """Raises ConfigError for a call that brings its own levels next to those of the configuration.
+
+    spacings: levels that the pipeline asks for itself, and that no user has chosen.
+    """
+    is_custom = asked.get("sigmas") is not None and _spacing_of(asked["sigmas"], requested, spacings) is None
+    if asked.get("timesteps") is not None or is_custom:
         raise ConfigError(
             "jitaccel: levels must come from one place, got sigmas in the call and in the configuration; "
             "use schedule='native', steps='caller' to keep the call's"
         )
 
 
-def with_steps(asked: Arguments, steps: int) -> Arguments:
-    """Returns a call of `set_timesteps` with another number of steps."""
-    if asked.get("sigmas") is not None:
-        return {**asked, "sigmas": np.linspace(1.0, 1.0 / steps, steps)}
-    return {**asked, "num_inference_steps": steps}
+def with_steps(asked: Arguments, steps: int, spacings: Sequence[Spacing]) -> Arguments:
+    """Returns a call of `set_timesteps` with another number of steps; of its levels, the same spacing."""
+    sigmas = asked.get("sigmas")
+    if sigmas is None:
+        return {**asked, "num_inference_steps": steps}
+    spacing = _spacing_of(sigmas, len(sigmas), spacings)
+    assert spacing is not None, "others are refused before"
+    return {**asked, "sigmas": np.array(spacing(steps))}
+
+
+def _spacing_of(sigmas: Sequence[float], steps: int, spacings: Sequence[Spacing]) -> Spacing | None:
+    return next((spacing for spacing in spacings if np.allclose(sigmas, spacing(steps), atol=1e-6)), None)
 
 
 def enough_steps(config: JiTConfig, share: float, more_than: int) -> int | None:

@@ -1,11 +1,11 @@
 """`generate_batch` for diffusers' `FluxPipeline`: requests of any size and stage in lock step, one forward for all.
 
-The pipeline encodes prompts, draws noise and decodes as it always does; only its denoising loop is taken over.
+The pipeline encodes prompts, draws noise and decodes as it always does; only its denoising loop is taken over. Requests
+with options, and those of other pipelines, run one by one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import logging
@@ -34,15 +34,16 @@ from ..flux.hooks import model_hooks
 from ..flux.kinds import FLUX
 from ..flux.packed import Conditions, Pack, make_pack, run_packed
 from ..flux.unpackable import reasons_unpackable
-from ..network import Result
-from .hook import hook_of
+from .one_by_one import Asked, check_arguments, check_unpatched, default_of, one_by_one
+from .one_by_one import generate_batch as generate_one_by_one
+from .outcomes import OF_THE_CALLER, Outcomes, as_exception, attempt
 from .pipelines import check_text_to_image
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
 _log = logging.getLogger(__name__)
-_OF_THE_CALLER = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)  # who wants all of it to end
+_MAX_TEXT = 512  # T5 tokens that FluxPipeline takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class EncodedPrompt:
 
 @dataclass(eq=False)
 class Job:
-    """One request under way. state: (1, N, D). guidance: (1,) or None."""
+    """One request under way. state: (1, N, D). guidance: (1,) or None. scale: of true CFG."""
 
     request: Request
     clock: KnownLevels
@@ -65,6 +66,7 @@ class Job:
     ids: Tensor
     prompts: tuple[EncodedPrompt, ...]
     guidance: Tensor | None
+    scale: float
     index: int = 0
     token_steps: int = 0
 
@@ -88,7 +90,7 @@ class Job:
         step, generation = self.step, self.generation
         velocity = branches[0]
         if len(branches) > 1:
-            velocity = branches[1] + self.request.true_cfg_scale * (branches[0] - branches[1])
+            velocity = branches[1] + self.scale * (branches[0] - branches[1])
         self.token_steps += self.run.num_active
         full = generation.leave(step, self.state, Answer(velocity[None]))
         change = float(np.float32(step.next_level) - np.float32(step.noise_level))  # as a scheduler of diffusers has it
@@ -111,19 +113,36 @@ def generate_batch(
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
+    if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
+        return generate_one_by_one(pipeline, requests, how, output_type, on_step, on_outcome)
     check_text_to_image(pipeline)
-    if hook_of(pipeline.transformer) is not None:
-        raise ConfigError(
-            "generate_batch: target must not be patched, got a pipeline whose transformer is; "
-            "remove() its handle first, requests name their presets themselves"
-        )
+    check_unpatched(pipeline)
     forward = _forward_of(pipeline, how)
-    _check_sizes(pipeline, requests)
-    outcomes = _Outcomes(on_outcome)
+    each = dict(enumerate(requests))
+    alone = {index: asked for index, asked in each.items() if asked[0].options}
+    together = {index: asked for index, asked in each.items() if index not in alone}
+    check_arguments(pipeline, each)
+    _check_requests(pipeline, each)
+    outcomes = Outcomes(on_outcome)
+    _together(pipeline, together, forward, output_type, outcomes, on_step)
+    if alone:
+        one_by_one(pipeline, alone, how, output_type, outcomes, on_step)
+    return [outcomes[index] for index in range(len(requests))]
+
+
+def _together(
+    pipeline: FluxPipeline,
+    requests: Asked,
+    forward: Forward,
+    output_type: OutputType,
+    outcomes: Outcomes,
+    on_step: OnBatchStep | None,
+) -> None:
+    """Enters the outcome of each request; all share each forward."""
     with torch.no_grad():
         jobs: dict[int, Job] = {}
-        for index, (request, config) in enumerate(requests):
-            job = _attempt(outcomes, index, request, functools.partial(_begin, pipeline, request, config))
+        for index, (request, config) in requests.items():
+            job = attempt(outcomes, index, request, functools.partial(_begin, pipeline, request, config))
             if job is not None:
                 jobs[index] = job
         while jobs:
@@ -131,28 +150,14 @@ def generate_batch(
             for index, branches in velocities.items():
                 job = jobs[index]
                 advance = functools.partial(_advance, index, job, branches, on_step)
-                is_over = _attempt(outcomes, index, job.request, advance)
+                is_over = attempt(outcomes, index, job.request, advance)
                 if is_over:
                     finish = functools.partial(_finish, pipeline, job, output_type)
-                    image = _attempt(outcomes, index, job.request, finish)
+                    image = attempt(outcomes, index, job.request, finish)
                     if index not in outcomes:
                         outcomes[index] = Outcome(job.request, None, job.token_steps, image)
             jobs = {index: job for index, job in jobs.items() if index not in outcomes}
     pipeline.maybe_free_model_hooks()
-    return [outcomes[index] for index in range(len(requests))]
-
-
-class _Outcomes(dict[int, Outcome]):
-    """Outcomes by the index of their request; each is told once it is known."""
-
-    def __init__(self, on_outcome: OnOutcome | None) -> None:
-        super().__init__()
-        self._on_outcome = on_outcome
-
-    def __setitem__(self, index: int, outcome: Outcome) -> None:
-        super().__setitem__(index, outcome)
-        if self._on_outcome is not None:
-            self._on_outcome(index, outcome)
 
 
 def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnBatchStep | None) -> bool:
@@ -162,35 +167,20 @@ def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnBatchS
     return is_over
 
 
-def _attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Callable[[], Result]) -> Result | None:
-    """Returns what `work` returns; where it fails, its request has its outcome."""
-    try:
-        return work()
-    except _OF_THE_CALLER:
-        raise
-    except BaseException as error:  # the other requests go on
-        outcomes[index] = Outcome(request, _as_exception(error))
-        return None
-
-
-def _as_exception(error: BaseException) -> Exception:
-    """Returns an error that `except Exception` catches: what panics in Rust (tokenizers) is none."""
-    if isinstance(error, Exception):
-        return error
-    what = f"{type(error).__name__}: {error}"
-    wrapped = RuntimeError(f"generate_batch: the request must be one that can be run, got {what}; change its prompt")
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _check_sizes(pipeline: FluxPipeline, requests: Sequence[tuple[Request, JiTConfig]]) -> None:
-    """Raises ConfigError with every request whose size gives no token grid, or too few tokens for its first stage."""
+def _check_requests(pipeline: FluxPipeline, requests: Asked) -> None:
+    """Raises ConfigError with every prompt that may be longer than T5 takes, and every size that gives no token grid,
+    or too few tokens for its first stage."""
     unit = 2 * pipeline.vae_scale_factor
     problems = []
-    for index, (request, config) in enumerate(requests):
+    for index, (request, config) in requests.items():
         where = f"generate_batch: requests[{index}]"
-        sizes = (request.height, request.width)
-        if any(not isinstance(size, int) or size < unit or size % unit for size in sizes):
+        if (request.max_sequence_length or 1) > _MAX_TEXT:
+            problems.append(
+                f"{where}: max_sequence_length must be at most {_MAX_TEXT}, got {request.max_sequence_length}; "
+                f"leave it out for {_MAX_TEXT}"
+            )
+        sizes = size_of(pipeline, request)
+        if any(size < unit or size % unit for size in sizes):
             problems.append(
                 f"{where}: height and width must be multiples of {unit} pixels, got {sizes[0]}x{sizes[1]}; "
                 f"round them to {max(unit, int(sizes[0]) // unit * unit)}x{max(unit, int(sizes[1]) // unit * unit)}"
@@ -206,21 +196,36 @@ def _check_sizes(pipeline: FluxPipeline, requests: Sequence[tuple[Request, JiTCo
 
 def _begin(pipeline: FluxPipeline, request: Request, config: JiTConfig) -> Job:
     device = execution_device(pipeline)
-    texts = [request.prompt] + ([request.negative_prompt] if request.has_true_cfg else [])
-    prompts = tuple(_encode(pipeline, text, request.max_sequence_length, device) for text in texts)
+    scale = _or_default(pipeline, request.true_cfg_scale, "true_cfg_scale")
+    has_branches = request.negative_prompt is not None and scale > 1
+    texts = [request.prompt, *([request.negative_prompt] if has_branches else [])]
+    length = _or_default(pipeline, request.max_sequence_length, "max_sequence_length")
+    prompts = tuple(_encode(pipeline, text, length, device) for text in texts)
     model = pipeline.transformer
     generator = torch.Generator("cpu").manual_seed(request.seed)
     channels, dtype = model.config.in_channels // 4, prompts[0].text.dtype
-    state, ids = pipeline.prepare_latents(1, channels, request.height, request.width, dtype, device, generator, None)
+    height, width = size_of(pipeline, request)
+    state, ids = pipeline.prepare_latents(1, channels, height, width, dtype, device, generator, None)
     unit = 2 * pipeline.vae_scale_factor
     clock = KnownLevels(config, levels_of(pipeline, config, state.shape[1]))
-    grid = (request.height // unit, request.width // unit)
+    grid = (height // unit, width // unit)
     cost, text_tokens = functools.partial(flux_flops, model.config), len(prompts[0].text)
     generation = Generation(config, grid, clock.step(0), state, cost=cost, text_tokens=text_tokens, patch=FLUX.patch)
     guidance = None
     if model.config.guidance_embeds:
-        guidance = torch.full([1], request.guidance_scale, dtype=torch.float32, device=device)
-    return Job(request, clock, generation, state, ids, prompts, guidance)
+        embedded = _or_default(pipeline, request.guidance_scale, "guidance_scale")
+        guidance = torch.full([1], embedded, dtype=torch.float32, device=device)
+    return Job(request, clock, generation, state, ids, prompts, guidance, scale)
+
+
+def size_of(pipeline: FluxPipeline, request: Request) -> tuple[int, int]:
+    """Returns height and width in pixels; what a request leaves to the pipeline is its default."""
+    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    return (side if request.height is None else request.height, side if request.width is None else request.width)
+
+
+def _or_default(pipeline: FluxPipeline, value: float | None, name: str) -> Any:
+    return default_of(pipeline, name) if value is None else value
 
 
 def _encode(pipeline: FluxPipeline, text: str | None, length: int, device: torch.device) -> EncodedPrompt:
@@ -275,12 +280,12 @@ def _forward_each(
     """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
     try:
         return dict(zip(jobs, forward([*jobs.values()]), strict=True))
-    except _OF_THE_CALLER:
+    except OF_THE_CALLER:
         raise
     except BaseException as error:
         if len(jobs) == 1:
             index, job = next(iter(jobs.items()))
-            outcomes[index] = Outcome(job.request, _as_exception(error))
+            outcomes[index] = Outcome(job.request, as_exception(error))
             return {}
         what = f"{type(error).__name__}: {error}"
         _log.warning("jitaccel: the forward of %d requests failed (%s); trying each alone", len(jobs), what)
@@ -353,6 +358,6 @@ def _finish(pipeline: FluxPipeline, job: Job, output_type: OutputType) -> Any:
     if output_type == "latent":
         return job.state[0]
     vae = pipeline.vae
-    latents = unpack_latents(pipeline, job.state, job.request.height, job.request.width)
+    latents = unpack_latents(pipeline, job.state, *size_of(pipeline, job.request))
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     return pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")[0]

@@ -52,13 +52,7 @@ def prepare_pipeline(
     model = model_of_pipeline(pipeline)
     assert model is not None
     networks = networks_of(pipeline)
-    problems = [f"pipeline: {reason}" for reason in scheduler_problems(pipeline.scheduler, config.solver)]
-    if not networks:
-        problems.append("pipeline must have a transformer, got none")
-    for name, network in networks.items():
-        problems += [f"{name}: {reason}" for reason in _model_problems(network, model)]
-    if problems:
-        raise UnsupportedModelError(explain(pipeline, problems))
+    check_pipeline(pipeline, model, config)
     replaces = handles_of(pipeline, list(networks.values()))
     refuse_shared_scheduler(pipeline, replaces)
     calls = CutCalls(model, list(networks.values()), execution)
@@ -70,6 +64,7 @@ def prepare_pipeline(
         codebase=f"diffusers {type(pipeline).__name__}",
         calls=calls,
         may_be_dense=execution.may_be_dense,
+        spacings=model.spacings,
     )
 
     def put(pipeline: Pipeline, handle: Handle) -> None:
@@ -115,6 +110,19 @@ def prepare_transformer(
         _install_cut(calls, model, handle)
 
     return Installation(route=route, install=put, release=calls.release)
+
+
+def check_pipeline(pipeline: Pipeline, model: Model, config: JiTConfig) -> None:
+    """Raises UnsupportedModelError with every reason why a pipeline of a model cannot be accelerated correctly."""
+    networks = networks_of(pipeline)
+    found = scheduler_problems(pipeline.scheduler, config.solver, model.inverts_levels)
+    problems = [f"pipeline: {reason}" for reason in found]
+    if not networks:
+        problems.append("pipeline must have a transformer, got none")
+    for name, network in networks.items():
+        problems += [f"{name}: {reason}" for reason in _model_problems(network, model)]
+    if problems:
+        raise UnsupportedModelError(explain(pipeline, problems))
 
 
 def networks_of(pipeline: object) -> dict[str, nn.Module]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .caller import argument_of_call
+
 _GUIDERS = ("guider", "ocr_guider")
 _SETTINGS = ("guidance_rescale", "_cfg_normalization")
+_ARGUMENTS = ("cfg_normalization", "normalize")  # of calls whose pipelines keep them nowhere
 _TOKENWISE = ("ClassifierFreeGuidance",)
 _OF_PICTURES = (
     "AdaptiveProjectedGuidance",
@@ -30,6 +33,8 @@ def guidance_problem(pipeline: Any) -> str | None:
 def mixes_tokens(pipeline: Any) -> bool:
     """Returns whether a pipeline's guidance looks at whole pictures, in its call under way."""
     if any(getattr(pipeline, name, None) for name in _SETTINGS):
+        return True
+    if pipeline is not None and any(argument_of_call(name) for name in _ARGUMENTS):
         return True
     return any(
         type(guider).__name__ in _OF_PICTURES or getattr(guider, "guidance_rescale", 0.0)

@@ -18,6 +18,8 @@ from jitaccel.method.run import Run
 from ..foreign import Forward, Pipeline
 from ..layout import Layout
 from ..loops.velocity import Calls
+from ..network import ModelCall
+from .asked import Spacing
 from .caller import argument_of_call
 from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
 from .scheduler import SchedulerRoute, with_state
@@ -38,6 +40,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         codebase: Its name in statistics.
         calls: What runs the transformers.
         may_be_dense: Whether a generation that cannot be accelerated correctly may run as if untouched.
+        spacings: Levels that the pipeline asks of its scheduler itself, besides evenly spaced ones.
     """
 
     def __init__(
@@ -49,16 +52,20 @@ class LatentsRoute(SchedulerRoute[Calls]):
         codebase: str,
         calls: Calls,
         may_be_dense: bool = False,
+        spacings: tuple[Spacing, ...] = (),
     ) -> None:
         first = next(iter(networks.values()))
         super().__init__(pipeline, config, codebase, calls, transformer=first, may_be_dense=may_be_dense)
         self._networks = {name: weakref.ref(network) for name, network in networks.items()}
         self._layout = layout
+        self._spacings = (*spacings, *self._spacings)
+        self._is_inverted = bool(pipeline.scheduler.config.get("invert_sigmas", False))  # levels rise, data is ahead
         self._is_multistep = is_multistep(pipeline.scheduler)
         is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
         self._makes_step = self._is_multistep and is_sparse and config.solver != "caller"
         self._keeps_solver = self._is_multistep and is_sparse and config.solver == "caller"
         self._activated: Tensor | None = None  # (B, N) bool, the tokens that the step under way is the first one of
+        self._state: Tensor | None = None  # (B, N, D), that the network was given in the step under way
 
     def branches_of(self, rows: int) -> int:
         """Returns how many branches of guidance a call with this many rows holds, where they come in one batch.
@@ -95,16 +102,26 @@ class LatentsRoute(SchedulerRoute[Calls]):
         super()._set_timesteps(original, *args, **kwargs)
         if self._is_multistep and self._levels is not None:
             self._levels = full_noise(self._levels)
+        if self._is_inverted and self._levels is not None and self.config.schedule == "native":
+            self._levels = tuple(1.0 - level for level in self._levels)
 
     def _write_levels(self, levels: tuple[float, ...]) -> None:
+        if self._is_inverted:
+            levels = tuple(1.0 - level for level in levels)
         if self._is_multistep and not self._makes_step and levels[0] == 1.0:
             levels = (1.0 - _LOWERED, *levels[1:])
         super()._write_levels(levels)
 
+    def forward(self, call: ModelCall) -> Tensor:
+        """Returns the velocity (branches * B, N, D) at the anchors; elsewhere zeros, or lifted."""
+        self._state = call.state
+        return super().forward(call)
+
     def _sparse_step(
         self, original: Forward, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        layout = self._layout
+        layout, tokens = self._layout, self._layout.to_tokens(sample)
+        given = self._given_before(tokens)
         made: list[tuple[Any, Tensor]] = []  # the scheduler's result, and its state as tokens
 
         def step(velocity: Tensor, timestep: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
@@ -112,22 +129,32 @@ class LatentsRoute(SchedulerRoute[Calls]):
                 # Dense: the scheduler's own solver, and no other on top of it.
                 output = original(model_output, timestep, sample, *args, **kwargs)
             else:
-                latents = layout.to_latents(velocity, like=sample)
+                sent = -velocity if self._is_inverted else velocity
+                latents = layout.to_latents(sent[:, given.shape[1] :], like=sample)
                 output = self._step_of(original)(latents, timestep, sample, *args, **kwargs)
-            made.append((output, layout.to_tokens(output[0])))
+            made.append((output, _after(given, layout.to_tokens(output[0]))))
             return (made[0][1],)
 
-        velocity, tokens = layout.to_tokens(model_output), layout.to_tokens(sample)
+        velocity = _after(torch.zeros_like(given), layout.to_tokens(model_output))
+        velocity = -velocity if self._is_inverted else velocity
+        tokens = _after(given, tokens)
         generation = self._generation
         before = None if generation is None else generation.run.plan
         moved = super()._sparse_step(step, velocity, timestep, tokens, *args, **kwargs)[0]
-        self._activated = None
+        self._activated = self._state = None
         if self._keeps_solver and generation is not None and generation.run.plan is not before:
-            self._activated = _activated(before, generation.run, tokens)
+            activated = _activated(before, generation.run, tokens)
+            self._activated = None if activated is None else activated[:, given.shape[1] :]
         output, unmoved = made[0]
         if moved is unmoved:
             return output
-        return with_state(output, layout.to_latents(moved, like=sample))
+        return with_state(output, layout.to_latents(moved[:, given.shape[1] :], like=sample))
+
+    def _given_before(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens (B, K, D) that the network is given before those that the sampler moves: a first frame."""
+        if self._state is None:
+            return tokens[:, :0]
+        return self._state[:, : self._state.shape[1] - tokens.shape[1]].to(tokens.dtype)
 
     def _step_of(self, original: Forward) -> Any:
         """Returns what makes the step: the scheduler, or Euler's step where that would keep what it must not."""
@@ -155,7 +182,12 @@ class LatentsRoute(SchedulerRoute[Calls]):
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
         super().reset()
-        self._activated = None
+        self._activated = self._state = None
+
+
+def _after(given: Tensor, tokens: Tensor) -> Tensor:
+    """Returns the tokens (B, N, D) after those that are given (B, K, D); `tokens` itself after none."""
+    return torch.cat([given, tokens], dim=1) if given.shape[1] else tokens
 
 
 def _activated(before: LiftPlan | PooledPlan | None, run: Run, tokens: Tensor) -> Tensor | None:
@@ -163,6 +195,6 @@ def _activated(before: LiftPlan | PooledPlan | None, run: Run, tokens: Tensor) -
     if not isinstance(before, LiftPlan):
         return None
     lifted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    lifted.scatter_(1, before.anchors, False)
-    computed = torch.zeros_like(lifted).scatter_(1, run.anchors, True)
+    lifted.scatter_(1, before.anchors[: len(lifted)], False)
+    computed = torch.zeros_like(lifted).scatter_(1, run.anchors[: len(lifted)], True)
     return lifted & computed

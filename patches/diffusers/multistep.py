@@ -35,11 +35,14 @@ def is_multistep(scheduler: Scheduler) -> bool:
     return any(kind.__name__ in _KINDS for kind in type(scheduler).__mro__)
 
 
-def scheduler_problems(scheduler: Scheduler, solver: str) -> list[str]:
+def scheduler_problems(scheduler: Scheduler, solver: str, is_inverted: bool = False) -> list[str]:
     """Returns why a scheduler is neither first-order Euler nor a known multistep one on flow-matching levels.
 
-    solver: of JiTConfig; "caller" asks more of the scheduler.
+    solver: of JiTConfig; "caller" asks more of the scheduler. is_inverted: whether levels have to rise, which Euler's
+    scheduler alone can have.
     """
+    if is_inverted:
+        return check_scheduler(scheduler, is_inverted)
     if not is_multistep(scheduler):
         problems = check_scheduler(scheduler)
         is_other = bool(problems) and "must be a FlowMatch" in problems[0]

@@ -23,6 +23,7 @@ from jitaccel.speed.cost import Probe
 from ..diffusers_private import accelerate_hook, execution_device, offloads_whole_models
 from ..flux.calls import FluxCalls
 from ..flux.kinds import channels_of, kind_of, token_multiple
+from ..foreign import Arguments
 from ..ranks import ranks_of
 from ..split import Split
 from .hook import hook_of
@@ -35,16 +36,22 @@ if TYPE_CHECKING:
 _MEASURED = ("FluxPipeline", "FluxControlPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "ChromaPipeline")
 _TEXT_TOKENS = 512  # what all these pipelines pad to by default
 _PIXELS_PER_TOKEN = 16  # of a bare transformer's autoencoder: a latent is 8 x 8 pixels, a token 2 x 2 latents
-_STEP = Step(index=0, stage=0, noise_level=0.5, next_level=0.4, may_end_stage=False)
+STEP = Step(index=0, stage=0, noise_level=0.5, next_level=0.4, may_end_stage=False)
+"""The step that is timed."""
 # Any densities, for anchors are given; lifted as the presets are.
-_SPARSE = PRESETS["7x"].replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
+SPARSE = PRESETS["7x"].replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
 
 
 def probe_pipeline(
-    pipeline: DiffusionPipeline, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution
+    pipeline: DiffusionPipeline,
+    size: tuple[int, int] | None,
+    text_tokens: int | None,
+    execution: Execution,
+    call: Arguments,
 ) -> Probe:
     """Returns forwards of a pipeline's transformer for pictures of a size in pixels, or of the default one."""
     check_pipeline(pipeline)
+    _refuse_call(pipeline, call)
     if all(kind.__name__ not in _MEASURED for kind in type(pipeline).__mro__):
         raise UnsupportedModelError(
             f"auto_config: target must be one of {', '.join(_MEASURED)}, got {type(pipeline).__name__}, whose calls "
@@ -63,15 +70,20 @@ def probe_pipeline(
     text_tokens = text_tokens or _default_text_tokens(pipeline)
     return dataclasses.replace(
         _probe(pipeline.transformer, grid, text_tokens, execution, execution_device(pipeline)),
-        release=functools.partial(_offload, pipeline),
+        release=functools.partial(offload, pipeline),
     )
 
 
 def probe_transformer(
-    transformer: ModelMixin, size: tuple[int, int] | None, text_tokens: int | None, execution: Execution
+    transformer: ModelMixin,
+    size: tuple[int, int] | None,
+    text_tokens: int | None,
+    execution: Execution,
+    call: Arguments,
 ) -> Probe:
     """Returns forwards of a bare transformer for pictures of a size in pixels."""
     check_transformer(transformer)
+    _refuse_call(transformer, call)
     if size is None:
         raise ConfigError(
             "auto_config: size must be given for a bare transformer, got None; give (height, width) in pixels"
@@ -86,27 +98,24 @@ def _probe(
 ) -> Probe:
     kind, hook, num_tokens = kind_of(model), hook_of(model), grid[0] * grid[1]
     assert kind is not None
-    if ranks_of(model).size > 1:
-        raise ConfigError(
-            "auto_config: transformer must not be divided among ranks, whose times differ, got context parallelism; "
-            "give every rank the same preset"
-        )
+    refuse_ranks(model)
     original = model if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
-    calls = FluxCalls(model, _SPARSE, dataclasses.replace(execution, compile=None))
+    calls = FluxCalls(model, SPARSE, dataclasses.replace(execution, compile=None))
     arguments = _arguments(model, grid, text_tokens, device)
     split = Split(arguments["hidden_states"], num_tokens, channels_of(model))
 
     def sparse(count: int) -> Callable[[], Tensor]:
         anchors = first_anchors(grid, count, torch.Generator("cpu").manual_seed(0))[None].to(device)
-        run = Run(_SPARSE, grid, _STEP, split.state, anchors=anchors)
+        run = Run(SPARSE, grid, STEP, split.state, anchors=anchors)
 
         def step() -> Tensor:
             answer = calls.evaluate(model, hook, original, arguments, split, run, split.state)
-            return run.leave(_STEP, split.state, run.gather(run.scatter(answer.values)))
+            return run.leave(STEP, split.state, run.gather(run.scatter(answer.values)))
 
         return step
 
     return Probe(
+        grid=grid,
         num_tokens=num_tokens,
         text_tokens=text_tokens,
         device=device,
@@ -132,7 +141,7 @@ def _arguments(model: ModelMixin, grid: tuple[int, int], text_tokens: int, devic
     given: dict[str, Any] = {
         "hidden_states": noise(1, num_tokens, settings.in_channels),
         "encoder_hidden_states": noise(1, text_tokens, settings.joint_attention_dim),
-        "timestep": torch.full((1,), _STEP.noise_level, device=device, dtype=model.dtype),
+        "timestep": torch.full((1,), STEP.noise_level, device=device, dtype=model.dtype),
         "img_ids": image_ids.to(device),
         "txt_ids": torch.zeros(text_tokens, axes, dtype=torch.float32, device=device),
     }
@@ -143,6 +152,14 @@ def _arguments(model: ModelMixin, grid: tuple[int, int], text_tokens: int, devic
     for name in kind.masks:
         given[name] = torch.ones(1, text_tokens + num_tokens, dtype=torch.bool, device=device)
     return given
+
+
+def _refuse_call(target: object, call: Arguments) -> None:
+    if call:
+        raise ConfigError(
+            f"auto_config: call must be left out for a {type(target).__name__}, whose steps follow from size and "
+            f"text_tokens, got {', '.join(call)}; leave it out"
+        )
 
 
 def _grid(size: tuple[int, int], unit: int) -> tuple[int, int]:
@@ -162,7 +179,16 @@ def _default_text_tokens(pipeline: DiffusionPipeline) -> int:
     return _TEXT_TOKENS if parameter is None else int(parameter.default)
 
 
-def _offload(pipeline: DiffusionPipeline) -> None:
+def refuse_ranks(model: object) -> None:
+    """Raises ConfigError for a transformer whose tokens are divided among ranks."""
+    if ranks_of(model).size > 1:
+        raise ConfigError(
+            "auto_config: transformer must not be divided among ranks, whose times differ, got context parallelism; "
+            "give every rank the same preset"
+        )
+
+
+def offload(pipeline: DiffusionPipeline) -> None:
     """Sends the transformer back to where it waits, where the pipeline offloads whole models."""
     if offloads_whole_models(pipeline):
         pipeline.maybe_free_model_hooks()

@@ -32,7 +32,8 @@ from ..foreign import Arguments, Forward, Pipeline, Scheduler
 from ..loops.velocity import Calls
 from ..network import ModelCall
 from ..split import Branches
-from .asked import default_steps, enough_steps, refuse_custom_levels, requested_steps, with_steps
+from .asked import USUAL, default_steps, enough_steps, refuse_custom_levels, requested_steps, with_steps
+from .branches import copies_of, note_of, repeated
 from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
 _log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class SchedulerRoute(Generic[Calls]):
         self._transformer = weakref.ref(pipeline.transformer if transformer is None else transformer)
         self._scheduler = pipeline.scheduler
         self._default_steps = default_steps(pipeline)
+        self._spacings = USUAL
         self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
         self._clock: KnownLevels | None = None
         self._first = 0  # the scheduler's index of the step that the generation starts with
@@ -68,6 +70,8 @@ class SchedulerRoute(Generic[Calls]):
         self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
         self._generation: Generation | None = None
         self._seen = -1
+        self._called: Tensor | None = None  # the state (copies * B, N, D) of the first step's call
+        self._copies: int | None = None  # of the sampler's images in a call, known from the first step on
         self._lifted: tuple[Tensor, int] | None = None  # what a call returned lifted, and how often it was written
         self._mask: weakref.ref[Tensor] | None = None  # lives as long as the pipeline's call that made it
         self._history = History(config, codebase, calls)
@@ -141,7 +145,7 @@ class SchedulerRoute(Generic[Calls]):
 
     def reset(self) -> None:
         """Forgets the generation; what it did stays in the statistics."""
-        self._levels = self._clock = self._generation = self._lifted = None
+        self._levels = self._clock = self._generation = self._lifted = self._called = self._copies = None
         self._is_by_hand, self._seen, self.is_dense = False, -1, False
 
     def leave_dense(self, error: UnsupportedModelError) -> bool:
@@ -175,6 +179,7 @@ class SchedulerRoute(Generic[Calls]):
         step = self._clock.step(index - self._first)
         answer = generation.evaluate(step, call.state, call.evaluate, call.branches)
         self._seen, self._lifted = index, None
+        self._called = call.state if self._copies is None else None
         if answer.lifted is None:
             with generation.recorder.outside(step.index):
                 if call.mixes:
@@ -253,7 +258,7 @@ class SchedulerRoute(Generic[Calls]):
         mask = None if self._mask is None else self._mask()  # (B, N, C), of latents
         if mask is None or mask.ndim != 3 or mask.shape[1] != num_tokens:
             return None
-        return (mask > 0).any(dim=2).expand(batch, -1)
+        return repeated((mask > 0).any(dim=2), batch // mask.shape[0])
 
     def _prepare_mask_latents(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """Notes the mask that a pipeline's public `prepare_mask_latents` returns, alone or first of several."""
@@ -282,15 +287,20 @@ class SchedulerRoute(Generic[Calls]):
                 f"jitaccel: the patched transformer must run before scheduler.step, got no call at step {index}; "
                 f"it was replaced, or its forward restored (offloading does), after apply: apply again"
             )
-        step = index - self._first
-        velocity = generation.leave(clock.step(step), sample, self._answer(generation.run, model_output))
-        output = original(velocity, timestep, sample, *args, **kwargs)
+        if self._copies is None:
+            self._copies, self._called = copies_of(sample, self._called), None
+            self._history.notes += note_of(self._copies)
+        # Copies of an image get one velocity from here on, so that their tokens stay the same.
+        step, rows, copies = index - self._first, sample.shape[0], self._copies
+        answer = self._answer(generation.run, repeated(model_output, copies))
+        velocity = generation.leave(clock.step(step), repeated(sample, copies), answer)
+        output = original(velocity[:rows], timestep, sample, *args, **kwargs)
         if step + 1 == clock.num_steps:
             generation.run.check_finite()
             self.reset()
             return output
-        moved = generation.enter(clock.step(step + 1), output[0])
-        return output if moved is output[0] else with_state(output, moved)
+        moved = generation.enter(clock.step(step + 1), before := repeated(output[0], copies))
+        return output if moved is before else with_state(output, moved[:rows])
 
     def _answer(self, run: Run, model_output: Tensor) -> Answer:
         """Returns what the pipeline brings: the anchors' velocity, or the very velocity that a call has lifted."""
@@ -318,9 +328,9 @@ class SchedulerRoute(Generic[Calls]):
         self._note_steps(requested, steps)
         own_levels = self.config.schedule != "native"
         if own_levels or steps != requested:
-            refuse_custom_levels(asked, requested)
+            refuse_custom_levels(asked, requested, self._spacings)
         if not own_levels and steps != requested:
-            asked = with_steps(asked, steps)
+            asked = with_steps(asked, steps, self._spacings)
         original(**asked)
         if own_levels:
             levels = noise_levels(self.config, steps)
@@ -332,8 +342,7 @@ class SchedulerRoute(Generic[Calls]):
 
     def _check_transformer(self, pipeline: Pipeline) -> None:
         """Raises where the pipeline would run another network; a wrapper around the patched one is none."""
-        patched = self._transformer()
-        if all(module is not patched for module in pipeline.transformer.modules()):
+        if all(module is not self._transformer() for module in pipeline.transformer.modules()):
             raise RuntimeError(
                 f"jitaccel: pipeline.transformer must be the patched one, got another "
                 f"{type(pipeline.transformer).__name__} set after apply; apply again"
@@ -350,22 +359,21 @@ class SchedulerRoute(Generic[Calls]):
 
     def _write_levels(self, levels: tuple[float, ...]) -> None:
         scheduler = self._scheduler
-        device = scheduler.sigmas.device
-        scheduler.sigmas = torch.tensor(levels, dtype=torch.float32, device=device)
+        scheduler.sigmas = torch.tensor(levels, dtype=torch.float32, device=scheduler.sigmas.device)
         scale = scheduler.config.num_train_timesteps
         scheduler.timesteps = (scheduler.sigmas[:-1] * scale).to(scheduler.timesteps.device)
         scheduler.num_inference_steps = len(levels) - 1
 
 
-def check_scheduler(scheduler: Scheduler) -> list[str]:
-    """Returns why a scheduler is not first-order Euler on flow-matching levels; nothing where it is."""
+def check_scheduler(scheduler: Scheduler, is_inverted: bool = False) -> list[str]:
+    """Returns why a scheduler is not first-order Euler on flow-matching levels, or their inverse; [] where it is."""
     kind = type(scheduler).__name__
     if not any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
         return [f"its scheduler must be a FlowMatchEulerDiscreteScheduler (first-order Euler), got {kind}"]
     return [
-        f"its scheduler must have {name}=False, got True"
-        for name in ("stochastic_sampling", "invert_sigmas")
-        if scheduler.config.get(name, False)
+        f"its scheduler must have {name}={wanted}, got {not wanted}"
+        for name, wanted in (("stochastic_sampling", False), ("invert_sigmas", is_inverted))
+        if bool(scheduler.config.get(name, False)) != wanted
     ]
 
 

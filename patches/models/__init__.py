@@ -7,17 +7,22 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, hunyuan, ltx, qwen, sd3, wan, z_image
+from . import auraflow, bria, hunyuan, hunyuan15, hunyuan_image, ltx, lumina2, mochi, qwen, sd3, wan, z_image
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
     *wan.MODELS,
     *qwen.MODELS,
     *hunyuan.MODELS,
+    *hunyuan15.MODELS,
+    *hunyuan_image.MODELS,
     *sd3.MODELS,
     *z_image.MODELS,
     *auraflow.MODELS,
     *ltx.MODELS,
+    *lumina2.MODELS,
+    *mochi.MODELS,
+    *bria.MODELS,
 )
 
 

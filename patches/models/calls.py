@@ -32,7 +32,7 @@ from ..ranks import check_divided, ranks_multiple, ranks_of
 from ..split import Branches
 from .blocks import compiled_blocks
 from .flops import OperationCounter, shapes_of
-from .model import Model, Words
+from .model import Config, Model, Words
 
 if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
@@ -52,6 +52,7 @@ class Given:
     """What one call of a transformer holds.
 
     Attributes:
+        config: Of the transformer.
         arguments: By name.
         grid: Of the tokens that are generated.
         latents: What is generated of `hidden_states`.
@@ -62,6 +63,7 @@ class Given:
 
     model: Model
     layout: Layout
+    config: Config
     arguments: Arguments
     grid: tuple[int, ...]
     latents: Tensor
@@ -95,7 +97,7 @@ class Given:
 
         What is given at timestep 0, and what is beside the state, holds no noise: it is averaged as it is.
         """
-        shown, held = run.show(state), self.model.forced(self.arguments)
+        shown, held = run.show(state), self.model.forced(self.config, self.arguments)
         if held is not None:
             shown = torch.where(run.gather(held)[..., None], run.show_beside(state), shown)
         hidden = self.layout.smaller(
@@ -220,7 +222,7 @@ class CutCalls:
         layout, grid = self.model.layout(config), self.model.grid(config, arguments)
         latents = layout.generated(arguments["hidden_states"], num_tokens_of(grid), self.model.channels(config))
         tokens = layout.to_tokens(latents[: len(latents) // branches])
-        return Given(self.model, layout, arguments, grid, latents, tokens, branches, mixes)
+        return Given(self.model, layout, config, arguments, grid, latents, tokens, branches, mixes)
 
     def _refuse(self, module: nn.Module, arguments: Arguments) -> None:
         found = [reason for name, reason in self.model.refused.items() if arguments.get(name) is not None]
@@ -242,7 +244,7 @@ class CutCalls:
             cost=self._cost(module, given),
             grid=lambda: given.grid,
             noise_level=lambda: model.noise_level(arguments),
-            mask=lambda: model.forced(arguments),
+            mask=lambda: model.forced(given.config, arguments),
             multiple=ranks_multiple(network),
             ranks=ranks_of(network),
             branches=given.branches,
@@ -357,5 +359,5 @@ def _compiler_of(options: Execution, model: Model) -> Compiler | None:
     from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
 
     # A recorded graph reads the weights of the block that it was recorded with, and blocks share theirs.
-    uncaptured = {"graphs": False} if model.blocks else {}
+    uncaptured = {"graphs": False} if model.blocks or not model.captures else {}
     return Compiler({**options.compile, **uncaptured}, options.strict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ Config = Mapping[str, Any]
 """The configuration of a transformer."""
 
 
-def nothing_forced(arguments: Arguments) -> Tensor | None:
+def nothing_forced(config: Config, arguments: Arguments) -> Tensor | None:
     """Returns None: no token has to be an anchor."""
     return None
 
@@ -76,9 +76,13 @@ class Model:
         per_level: What `timestep` is at noise level 1; inverted, at level 0.
         is_inverted: Whether `timestep` rises while noise falls.
         sign: What the output is multiplied by to be a velocity, noise minus data.
-        frames: What the first axis of a grid (t, h, w) is; None for (h, w).
+        inverts_levels: Whether the scheduler of its pipelines follows the output as it is on levels that rise from 0 to
+            1 (`invert_sigmas`).
+        spacings: Levels that its pipelines ask of their scheduler, by the number of steps, besides evenly spaced ones.
+        frames: What the first axis of a grid (t, h, w) is; None where all grids are (h, w).
         branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
-        forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by arguments; or None.
+        forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by configuration and
+            arguments; or None.
         text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
         beside: Arguments of latents in the same layout, all of them conditions (a control video).
@@ -89,6 +93,7 @@ class Model:
             copy without data (`flops.py`), which a model that looks at values does not allow.
         blocks: Lists of blocks that `compile` compiles one by one, where the forward around them does not trace; empty:
             the whole forward is one graph.
+        captures: Whether a compiled stage can be recorded as a CUDA graph; not where its forward looks at values.
         divides: Whether it was tried with tokens divided among ranks.
         divides_text: Whether ranks divide the text too.
         problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
@@ -104,9 +109,11 @@ class Model:
     per_level: float = 1000.0
     is_inverted: bool = False
     sign: Literal[1, -1] = 1
+    inverts_levels: bool = False
+    spacings: tuple[Callable[[int], Sequence[float]], ...] = ()
     frames: Literal["time", "layers"] | None = None
     branches: Literal["calls", "batch"] = "calls"
-    forced: Callable[[Arguments], Tensor | None] = nothing_forced
+    forced: Callable[[Config, Arguments], Tensor | None] = nothing_forced
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
     beside: tuple[str, ...] = ()
@@ -114,6 +121,7 @@ class Model:
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
     blocks: tuple[str, ...] = ()
+    captures: bool = True
     divides: bool = False
     divides_text: bool = False
     problem: Callable[[Config], str | None] = no_problem

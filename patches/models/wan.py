@@ -19,7 +19,7 @@ def _layout(config: Config) -> PatchLayout:
     return PatchLayout(tuple(config["patch_size"]))
 
 
-def _given_frames(arguments: Arguments) -> Tensor | None:
+def _given_frames(config: Config, arguments: Arguments) -> Tensor | None:
     """Returns the tokens (B, N) whose timestep is 0: those of a frame that is given."""
     timestep: Tensor = arguments["timestep"]
     return timestep == 0 if timestep.ndim == 2 and timestep.shape[1] > 1 else None

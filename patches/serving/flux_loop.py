@@ -1,4 +1,4 @@
-"""The denoising loop of an engine's FLUX.1, whose network takes diffusers' arguments: one picture, or a batch."""
+"""The denoising loop of an engine's FLUX.1: one picture, or a batch; how its network is called is the engine's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jitaccel.generation.route import Answer, Generation
+from jitaccel.generation.ranks import ALONE, Ranks
+from jitaccel.generation.route import Answer, Generation, Network
 from jitaccel.method.config import JiTConfig
+from jitaccel.method.presets import resolve
 from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels
@@ -22,6 +24,18 @@ from ..split import Split
 
 Predict = Callable[[Mapping[str, Any], Mapping[str, Any] | None], Tensor]
 """Runs the network on the arguments of the guided and unguided branch, and returns what guidance makes of them."""
+
+_OF_APPLY = ("preset", "strict", "on_unsupported", "execution", "attention", "compile", "controlnet")
+
+
+def config_of(settings: Mapping[str, Any]) -> JiTConfig:
+    """Returns the configuration that settings name, arguments of `jitaccel.apply`; how it executes is the engine's.
+
+    Raises:
+        ConfigError: For a preset of another name, and for what no configuration has.
+    """
+    fields = {name: value for name, value in settings.items() if name not in _OF_APPLY}
+    return resolve(settings.get("preset", "7x"), **fields)
 
 
 def own_levels(config: JiTConfig) -> tuple[float, ...] | None:
@@ -40,10 +54,23 @@ class FluxLoop:
         latents: (B, N, D), noise.
         ids: (N, 3), position ids of every token.
         text_tokens: Of the prompt.
+        multiple: What numbers of anchors are rounded up to.
+        ranks: Who makes the picture together; they have begun alike when this is made.
+
+    Raises:
+        ConfigError: Where the configuration cannot have this size, or ranks begin differently.
     """
 
     def __init__(
-        self, config: JiTConfig, levels: tuple[float, ...], latents: Tensor, ids: Tensor, text_tokens: int
+        self,
+        config: JiTConfig,
+        levels: tuple[float, ...],
+        latents: Tensor,
+        ids: Tensor,
+        text_tokens: int,
+        *,
+        multiple: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._clock = KnownLevels(config, levels)
         self.state = latents
@@ -54,34 +81,48 @@ class FluxLoop:
             latents,
             cost=lambda image_tokens, text_tokens: image_tokens + text_tokens,  # nobody reads it: no FLOPs are told
             text_tokens=text_tokens,
+            multiple=multiple,
             patch=FLUX.patch,
+            ranks=ranks,
         )
 
-    def advance(
-        self, index: int, positive: Mapping[str, Any], negative: Mapping[str, Any] | None, predict: Predict
-    ) -> Tensor:
+    def advance(self, index: int, network: Network, branches: int = 1) -> Tensor:
         """Returns the state (B, N, D) after step `index`.
 
         Args:
             index: Of the step; they come in order.
-            positive: The arguments of the network for every token.
-            negative: The same of the unguided branch; None without guidance.
-            predict: Runs the network; once for all images, or once for each where their anchors differ.
+            network: Runs the network on the anchors, with guidance.
+            branches: Of guidance.
         """
         step, generation = self._clock.step(index), self.generation
         self.state = generation.enter(step, self.state)
-
-        def network(run: Run, state: Tensor) -> Answer:
-            split = Split(state, state.shape[1], state.shape[2])
-            guided = calls_at_anchors(FLUX, positive, split, run, state)
-            others = None if negative is None else calls_at_anchors(FLUX, negative, split, run, state)
-            unguided = [None] * len(guided) if others is None else others
-            return Answer(torch.cat([predict(*both) for both in zip(guided, unguided, strict=True)]))
-
-        answer = generation.evaluate(step, self.state, network, 1 if negative is None else 2)
+        answer = generation.evaluate(step, self.state, network, branches)
         velocity = generation.leave(step, self.state, answer)
         change = float(np.float32(step.next_level) - np.float32(step.noise_level))
         self.state = (self.state.float() + change * velocity).to(self.state.dtype)
         if index == self._clock.num_steps - 1:
             generation.run.check_finite()
         return self.state
+
+    def tokens(self) -> list[int]:
+        """Returns how many image tokens the network has seen at each step."""
+        return [step.tokens for step in self.generation.recorder.steps()]
+
+
+def of_arguments(positive: Mapping[str, Any], negative: Mapping[str, Any] | None, predict: Predict) -> Network:
+    """Returns a network that takes diffusers' arguments: once for all images, or once for each of other anchors.
+
+    Args:
+        positive: The arguments of the network for every token.
+        negative: The same of the unguided branch; None without guidance.
+        predict: Runs the network.
+    """
+
+    def network(run: Run, state: Tensor) -> Answer:
+        split = Split(state, state.shape[1], state.shape[2])
+        guided = calls_at_anchors(FLUX, positive, split, run, state)
+        others = None if negative is None else calls_at_anchors(FLUX, negative, split, run, state)
+        unguided = [None] * len(guided) if others is None else others
+        return Answer(torch.cat([predict(*both) for both in zip(guided, unguided, strict=True)]))
+
+    return network

@@ -1,7 +1,8 @@
-"""SGLang-Diffusion's diffusers backend (`--backend diffusers`): the pipeline inside is patched when it is loaded.
+"""SGLang-Diffusion: its diffusers backend is patched when its pipeline has loaded, its own FLUX.1 by `sglang_flux`.
 
-Written for sglang 0.5.23, whose plug-ins register hooks on dotted names. The hook stands around `_apply_cache_dit`,
-which divides tokens among GPUs where that is configured: jitaccel comes after it, and before torch.compile.
+Written for sglang 0.5.23, whose plug-ins register hooks on dotted names. With `--backend diffusers` the hook stands
+around `_apply_cache_dit`, which divides tokens among GPUs where that is configured: jitaccel comes after it, and before
+torch.compile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ def register() -> None:
         return
     from sglang.multimodal_gen.runtime.platforms.plugins import HookType, plugin_hook
 
-    plugin_hook(TARGET, HookType.AROUND)(functools.partial(around_cache_dit, settings))
+    from . import sglang_flux as own
+
+    for target, hook in (
+        (TARGET, functools.partial(around_cache_dit, settings)),
+        (f"{own.STAGE}.__init__", functools.partial(own.around_init, settings)),
+        (f"{own.STAGE}._before_denoising_loop", functools.partial(own.around_beginning, settings)),
+        (f"{own.STAGE}._run_denoising_step", own.around_step),
+    ):
+        plugin_hook(target, HookType.AROUND)(hook)
 
 
 def around_cache_dit(

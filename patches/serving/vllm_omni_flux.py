@@ -16,14 +16,12 @@ from torch import Tensor
 from vllm_omni.diffusion.models.flux.pipeline_flux import FluxPipeline, get_flux_post_process_func
 
 from jitaccel.errors import UnsupportedModelError
-from jitaccel.method.presets import resolve
 
-from .flux_loop import FluxLoop, own_levels
+from .flux_loop import FluxLoop, config_of, of_arguments, own_levels
 from .settings import asked
 
 __all__ = ["JitFluxPipeline", "get_flux_post_process_func"]  # the engine looks the second up beside the class
 _log = logging.getLogger(__name__)
-_EXECUTION = ("strict", "on_unsupported", "execution", "attention", "compile", "controlnet")
 
 
 class JitFluxPipeline(FluxPipeline):  # type: ignore[misc]
@@ -31,11 +29,7 @@ class JitFluxPipeline(FluxPipeline):  # type: ignore[misc]
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
-        settings = asked(os.environ) or {"preset": "7x"}
-        self._jit_config = resolve(
-            settings.get("preset", "7x"),
-            **{name: value for name, value in settings.items() if name not in ("preset", *_EXECUTION)},
-        )
+        self._jit_config = config_of(asked(os.environ) or {})
         self._jit_levels: tuple[float, ...] = ()
         if self._jit_config.steps == "caller":
             raise UnsupportedModelError(
@@ -112,7 +106,8 @@ class JitFluxPipeline(FluxPipeline):  # type: ignore[misc]
                 "encoder_hidden_states": negative_prompt_embeds,
                 "txt_ids": negative_text_ids,
             }
-            latents = loop.advance(index, positive, negative if do_true_cfg else None, predict)
-        shown = [step.tokens for step in loop.generation.recorder.steps()]
+            network = of_arguments(positive, negative if do_true_cfg else None, predict)
+            latents = loop.advance(index, network, 2 if do_true_cfg else 1)
+        shown = loop.tokens()
         _log.info("jitaccel: %d steps, image tokens %s", len(shown), shown)
         return latents

@@ -163,16 +163,28 @@ def test_devices_have_tables_of_their_own(tmp_path: Path) -> None:
         "commit": "abc",
     }
     rows = [
-        {**operator, "case": f"{side}", "grid": [side, side], "device": device}
+        {**operator, "case": f"{grid}", "grid": grid, "device": device}
         for device in ("CPU", "GPU")
-        for side in (64, 128)
+        for grid in ([64, 64], [128, 128], [16, 30, 52])
     ]
     write(tmp_path, "kernels-2026-12-01.jsonl", *rows)
     text = TABLES["kernels"](read_results(tmp_path))
-    line = "| `lift` | 0.50 | 5.00 (10x) |  | 0.50 | 5.00 (10x) |  | 2026-12-01, abc |"
+    line = "| `lift` | 0.50 | 5.00 (10x) |  | 0.50 | 5.00 (10x) |  | 0.50 |  | 2026-12-01, abc |"
     assert [row for row in text.splitlines() if row.startswith(("On", "| `"))] == [
         "On CPU, 2 threads:", line, "On GPU, 2 threads:", line,
     ]  # fmt: skip
+
+
+def test_models_that_are_cut_have_a_table_beside_the_codebases(tmp_path: Path) -> None:
+    row = {"benchmark": "codebases", "device": "CPU", "threads": 2, "commit": "abc", "dense_50_s": 10.0}
+    row |= {f"denoise_{name}_s": 1.25 for name in ("median", "p20", "p80")}
+    cut = {**row, "case": "a wide one", "method": "7x", "speedup_to_dense": 8.0, "speedup_of_operations": 8.5}
+    cut |= {"way": "pipeline", "speedup_over_operations": 0.94, "outside_share": 0.004, "over_by_hand": None}
+    write(tmp_path, "codebases-2026-12-01.jsonl", cut, {**cut, "method": "7x-paper", "over_by_hand": 1.02})
+    lines = TABLES["cut"](read_results(tmp_path)).splitlines()[-2:]
+    assert lines[0].startswith("| a wide one | 7x | 1.25 (1.25 to 1.25) | 10.00 | 8.00x | 0.94 of 8.50x | 0.4 % |  |")
+    assert "| 0.4 % | 1.02 |" in lines[1]
+    assert "a wide one" not in TABLES["codebases"](read_results(tmp_path))
 
 
 def test_without_rows_of_a_gpu_the_record_says_so() -> None:

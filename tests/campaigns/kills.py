@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import signal
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 import jitaccel
 from jitaccel.cli.outputs import save_picture
 from jitaccel.evaluation.study import append_lines, read_lines
+from tests.campaigns import commands
 from tests.campaigns.campaign import Counts, Survivor
 from tests.support import tiny
 from tests.support.tiny import SHORT
@@ -64,35 +69,73 @@ def _check_export(folder: Path) -> None:
             jitaccel.load_exported(path)
 
 
-KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], float]] = {
+KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], float]] = {
     "picture": (_pictures, _check_picture, 0.2),
     "rows": (_rows, _check_rows, 0.2),
     "export": (_export, _check_export, 6.0),
+    **{
+        f"jitaccel {name}": (functools.partial(commands.run, name), commands.check, longest_s)
+        for name, (_, longest_s) in commands.COMMANDS.items()
+    },
 }
 """What is written, what must hold after a kill, and how long it runs at most."""
+_OFTEN = {"picture": 4, "rows": 4, "export": 1, "jitaccel export": 1}
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One process that writes, killed at a random time."""
-    kind = rng.choice(("picture", "picture", "rows", "rows", "export"))
+    """One process that writes, killed at a random time or at a random write; a command is run again afterwards."""
+    kind = rng.choice([name for name in KINDS for _ in range(_OFTEN.get(name, 2))])
     write, check, longest_s = KINDS[kind]
+    command = kind.removeprefix("jitaccel ")
+    if command in commands.COMMANDS:
+        commands.prepare()
     with tempfile.TemporaryDirectory() as above:
         folder = Path(above)
+        at_write = rng.random() < 0.5
+        number, delay_s = rng.randint(1, 12), rng.uniform(0.0, 0.003)
         child = os.fork()
         if child == 0:  # a copy of this process, which must not come back into the tests
             try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                commands.quiet()
+                if at_write:
+                    _die_at_write(folder, number, delay_s)
                 write(folder)
             finally:
                 os._exit(1)
-        time.sleep(rng.uniform(0.0, longest_s))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _wait(child, 3.0 * longest_s if at_write else rng.uniform(0.0, longest_s))
         counts.operations += 1
         counts.faults += 1
         try:
             check(folder)
+            if command in commands.COMMANDS and command != kind:
+                commands.finish(command, folder)
         except Survivor:
             raise
         except Exception as error:
             raise Survivor(f"{kind}: {type(error).__name__}: {error}"[:400]) from error
+
+
+def _wait(child: int, seconds: float) -> None:
+    """Kills a process that has not ended by itself after so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
+        time.sleep(min(0.005, max(until - time.monotonic(), 0.0)))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _die_at_write(folder: Path, number: int, delay_s: float) -> None:
+    """Kills this process a moment after it opens a file of a folder to write, or moves one, for the number-th time."""
+    left = number
+
+    def see(event: str, given: tuple[Any, ...]) -> None:
+        nonlocal left
+        is_write = event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR)
+        if (is_write or event == "os.rename") and str(given[0]).startswith(str(folder)):
+            left -= 1
+            if left == 0:
+                threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    sys.addaudithook(see)

@@ -14,8 +14,8 @@ import torch
 from tests.campaigns.campaign import Case, Result, run
 
 SHARES = {
-    "operations": 0.22, "faults": 0.30, "arguments": 0.20, "exports": 0.06, "operators": 0.06, "threads": 0.10,
-    "kills": 0.06,
+    "operations": 0.20, "faults": 0.30, "arguments": 0.20, "exports": 0.06, "operators": 0.06, "threads": 0.10,
+    "kills": 0.08,
 }  # fmt: skip
 """Of the time, by campaign."""
 

@@ -52,6 +52,15 @@ def test_clip_and_the_tokens_of_its_stages_are_written(command: Command, model: 
     assert Image.open(tokens).size == (8 + 3 * 136, 22 + 3 * 126 + 8)
 
 
+def test_speed_is_asked_for_at_the_size_of_the_clip(command: Command, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clip.gif"
+    call = ("generate", "--model", model, *SIZE[:-2], "--preset", "auto", "--target-ms", 1e6, "--out", out, "--stats")
+    status, said, error = command(*call)
+    assert status == 0, error
+    assert "auto: 50 steps at densities 0.32, 1" in said and "measured with 16 text tokens: 46 tokens" in said
+    assert "grid 3x6x8" in said and len(frames_of(out)) == 9
+
+
 def test_tokens_may_be_a_clip(command: Command, model: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.gif"
     call = ("generate", "--model", model, *SIZE, "--out", tmp_path / "clip.gif", "--tokens", tokens)

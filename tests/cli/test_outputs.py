@@ -85,7 +85,7 @@ def test_finished_picture_that_cannot_be_saved_is_kept_elsewhere(
     temporary, out = tmp_path / "temporary", tmp_path / "out" / f"a{suffix}"
     temporary.mkdir()
     monkeypatch.setattr(outputs.tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(outputs, "_replace", _fails(errno.ENOSPC))
+    monkeypatch.setattr(outputs, "write_whole", _fails(errno.ENOSPC))
     picture = Image.new("RGB", (8, 8), (255, 0, 0))
     with pytest.raises(CommandError, match=r"No space left.*the picture is in") as raised:
         outputs.save_picture(picture, out)

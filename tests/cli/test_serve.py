@@ -15,7 +15,10 @@ import pytest
 from jitaccel import ConfigError
 from jitaccel.cli import main, serve
 from jitaccel.errors import CommandError
-from jitaccel.serving.deployment import Serving
+from jitaccel.serving.deployment import Serving, check_served
+from tests.support import tiny
+from tests.support.qwen import qwen_pipeline
+from tests.support.video import wan_pipeline
 
 
 def serving(*arguments: str) -> Any:
@@ -46,6 +49,13 @@ def test_arguments_become_what_is_served() -> None:
 def test_what_cannot_be_served_is_refused(arguments: tuple[str, ...], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         serving(*arguments)
+
+
+def test_pipelines_that_make_videos_are_not_served() -> None:
+    check_served(tiny.pipeline())
+    check_served(qwen_pipeline())
+    with pytest.raises(CommandError, match="got a WanPipeline, which makes videos"):
+        check_served(wan_pipeline())
 
 
 def test_missing_ray_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,38 +12,13 @@ import torch
 from torch import Tensor
 
 import jitaccel
-from jitaccel import ConfigError, UnsupportedModelError
+from jitaccel import ConfigError
 from jitaccel.execution.compile import Compiler, CompileStats, compile_options
-from jitaccel.execution.graphs import Counts, Recording, RepeatedCalls, Replayed
 from tests.support import tiny
+from tests.support.compiling import CLEAN, GUIDED, Counting
 from tests.support.tiny import GRID, SHORT, generate, relative_error
 
-CLEAN = SHORT.replace(lifter="clean", micro_flow="none")
-GUIDED: dict[str, Any] = {"negative_prompt": "green", "true_cfg_scale": 3.0}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Counting:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, inputs: list[Tensor]) -> Any:
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.fixture(params=[False, True], ids=["compiled", "captured"])
-def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What `apply` gets: graphs as they are, without and with the stand-in of CUDA graphs."""
-    return {"backend": Counting(), "graphs": request.param}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize(
@@ -128,123 +101,6 @@ def test_more_signatures_than_a_compiler_keeps_of_one_function_still_work(pipe: 
     assert count.graphs == 3 * 3 > torch._dynamo.config.recompile_limit
 
 
-# Nothing stale
-
-
-def test_weights_that_change_in_place_are_used(pipe: Any) -> None:
-    count = Counting()
-    with jitaccel.apply(pipe, SHORT, compile={"backend": count, "graphs": True}, strict=True), torch.no_grad():
-        before = generate(pipe)
-        pipe.transformer.proj_out.weight.mul_(0.5)
-        after = generate(pipe)
-    with jitaccel.apply(pipe, SHORT, execution="packed"):
-        assert relative_error(after, generate(pipe)) < 1e-6
-    assert relative_error(after, before) > 1e-3 and count.graphs == 3
-
-
-def test_weights_that_move_are_recorded_anew(pipe: Any) -> None:
-    count = Counting()
-    with jitaccel.apply(pipe, SHORT, compile={"backend": count, "graphs": True}, strict=True) as handle:
-        before = generate(pipe)
-        weight = pipe.transformer.proj_out.weight
-        weight.data = 0.5 * weight.data
-        after = generate(pipe)
-        stats = handle.stats().compiled
-    with jitaccel.apply(pipe, SHORT, execution="packed"):
-        assert relative_error(after, generate(pipe)) < 1e-6
-    assert relative_error(after, before) > 1e-3
-    assert (count.graphs, stats.captures, stats.dropped, stats.replays) == (3, 6, 3, 4)
-
-
-def test_lora_added_scaled_and_removed_is_used(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    peft = pytest.importorskip("peft")
-    monkeypatch.setattr("jitaccel.execution.compile._MAX_VARIANTS", 2)
-
-    def eager() -> Tensor:
-        with jitaccel.apply(other, SHORT, execution="packed"):
-            return generate(other)
-
-    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager", "graphs": True}, strict=True) as handle:
-        other = tiny.pipeline(transformer=pipe.transformer)
-        plain = generate(pipe)
-        pipe.transformer.add_adapter(
-            peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "proj_mlp"]), adapter_name="one"
-        )
-        with_lora = generate(pipe)
-        assert relative_error(with_lora, plain) > 1e-3 and relative_error(with_lora, eager()) < 1e-6
-        pipe.transformer.set_adapters(["one"], [0.3])
-        scaled = generate(pipe)
-        assert relative_error(scaled, with_lora) > 1e-3 and relative_error(scaled, eager()) < 1e-6
-        assert handle.stats().compiled == CompileStats(
-            signatures=3, graphs=11, calls=15, captures=11, replays=4, dropped=9
-        )
-        pipe.transformer.delete_adapters(["one"])
-        assert relative_error(generate(pipe), plain) < 1e-6
-
-
-def test_exception_inside_a_compiled_generation_leaves_no_trace(pipe: Any) -> None:
-    with jitaccel.apply(pipe, SHORT, compile={"backend": Counting()}, strict=True):
-        clean = generate(pipe)
-
-        def stop(*_: Any) -> dict[str, Any]:
-            raise RuntimeError("stop")
-
-        with pytest.raises(RuntimeError, match="stop"):
-            generate(pipe, callback_on_step_end=stop)
-        assert torch.equal(generate(pipe), clean)
-
-
-class Failing(RepeatedCalls):
-    """Fails at the first replays, or at every capture."""
-
-    def __init__(self, replays: int = 0, captures: bool = False) -> None:
-        super().__init__()
-        self.replays, self.captures = replays, captures
-
-    def record(self, call: Any) -> Recording:
-        if self.captures:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        recording = super().record(call)
-
-        def replay() -> None:
-            if self.replays:
-                self.replays -= 1
-                raise RuntimeError("replay failed")
-            recording.replay()
-
-        return Recording(recording.outputs, replay)
-
-
-def test_failed_replay_leaves_no_trace(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Failing()
-    monkeypatch.setattr("jitaccel.execution.compile.RepeatedCalls", lambda: recorder)
-    with jitaccel.apply(pipe, SHORT, compile={"backend": Counting(), "graphs": True}, strict=True) as handle:
-        clean = generate(pipe)
-        recorder.replays = 1
-        with pytest.raises(RuntimeError, match="replay failed"):
-            generate(pipe, seed=1)
-        assert torch.equal(generate(pipe), clean)
-        stats = handle.stats().compiled
-    assert (stats.graphs, stats.captures, stats.dropped) == (3, 4, 1)
-
-
-def test_stage_that_cannot_be_captured_runs_compiled_and_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jitaccel.execution.compile.RepeatedCalls", lambda: Failing(captures=True))
-    options = {"backend": Counting(), "graphs": True}
-    with jitaccel.apply(pipe, SHORT, execution="packed"):
-        eager = generate(pipe)
-    with jitaccel.apply(pipe, SHORT, compile=options) as handle:
-        assert relative_error(generate(pipe), eager) < 1e-6
-        stats = handle.stats()
-        assert (stats.compiled.calls, stats.compiled.captures, stats.compiled.replays) == (5, 0, 0)
-        assert any("cannot be recorded: operation not permitted when stream" in note for note in stats.notes)
-    with (
-        jitaccel.apply(pipe, SHORT, compile=options, strict=True),
-        pytest.raises(UnsupportedModelError, match="must be captured with strict=True"),
-    ):
-        generate(pipe)
-
-
 def test_two_handles_in_two_threads_do_not_disturb_each_other() -> None:
     pipes = [tiny.pipeline(seed) for seed in (0, 1)]
     options = {"backend": "eager", "graphs": True}
@@ -311,44 +167,6 @@ def test_bare_transformer_is_compiled_with_its_lift(config: Any, compiled: dict[
             assert handle.stats().compiled.graphs == 3
 
 
-def test_replayed_function_reads_parameters_in_place_and_copies_the_rest() -> None:
-    weight, counts = torch.nn.Parameter(torch.ones(3)), Counts()
-    replayed = Replayed(lambda w, x: (w * x,), RepeatedCalls(), counts, pytest.fail)
-    with torch.no_grad():
-        (first,) = replayed(weight, torch.full((3,), 2.0))
-        (second,) = replayed(weight, torch.full((3,), 3.0))
-        weight.mul_(10.0)
-        (third,) = replayed(weight, torch.full((3,), 4.0))
-        weight.data = torch.zeros(3)
-        (fourth,) = replayed(weight, torch.full((3,), 5.0))
-    assert [x[0].item() for x in (first, second, third, fourth)] == [2.0, 3.0, 40.0, 0.0]
-    assert counts == Counts(captures=2, replays=2, dropped=1)
-
-
-def test_gradients_are_not_replayed() -> None:
-    weight, counts = torch.nn.Parameter(torch.ones(3)), Counts()
-    replayed = Replayed(lambda w, x: (w * x,), RepeatedCalls(), counts, pytest.fail)
-    for _ in range(2):
-        replayed(weight, torch.ones(3))[0].sum().backward()
-    assert weight.grad.tolist() == [2.0] * 3 and counts == Counts()
-
-
-def test_removed_handle_lets_go_of_its_graphs(pipe: Any) -> None:
-    def alive() -> int:
-        gc.collect()
-        return sum(isinstance(thing, Replayed) for thing in gc.get_objects())
-
-    before = alive()
-    with jitaccel.apply(pipe, SHORT, compile={"backend": "eager", "graphs": True}) as handle:
-        generate(pipe)
-        assert alive() == before + 3
-    assert alive() == before
-    assert handle.stats().compiled.captures == 3
-
-
-# Warm-up
-
-
 def test_warmup_compiles_all_that_requests_need(pipe: Any, capfd: pytest.CaptureFixture[str]) -> None:
     count, config = Counting(), SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
     sizes = [(4 * GRID[0], 4 * GRID[1]), (24, 32)]
@@ -367,124 +185,6 @@ def test_warmup_of_a_bare_transformer_is_refused() -> None:
     model = tiny.transformer()
     with jitaccel.apply(model, SHORT) as handle, pytest.raises(ConfigError, match="must be a pipeline"):
         handle.warmup([(48, 48)])
-
-
-# What is not compiled
-
-
-def test_stage_that_cannot_be_compiled_runs_eagerly_and_says_why(pipe: Any) -> None:
-    with jitaccel.apply(pipe, SHORT, execution="packed"):
-        eager = generate(pipe)
-
-    def broken(graph: Any, inputs: list[Tensor]) -> Any:
-        raise ValueError("no such instruction")
-
-    with jitaccel.apply(pipe, SHORT, compile={"backend": broken}) as handle:
-        assert relative_error(generate(pipe), eager) < 1e-6
-        stats = handle.stats()
-    assert stats.compiled.eager_calls == 5 and stats.compiled.calls == 0
-    assert any("not compiled, since BackendCompilerFailed" in note for note in stats.notes)
-    with (
-        jitaccel.apply(pipe, SHORT, compile={"backend": broken}, strict=True),
-        pytest.raises(UnsupportedModelError, match="one graph with strict=True"),
-    ):
-        generate(pipe)
-
-
-@pytest.mark.parametrize("why", ["the backend refuses regions", "more kinds of blocks than regions may have"])
-def test_stage_that_cannot_have_regions_is_compiled_whole(why: str) -> None:
-    model = tiny.transformer(num_single_layers=10)
-    count = Counting()
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        has_regions = any("invoke_subgraph" in str(node.target) for node in graph.graph.nodes)
-        if has_regions and why.startswith("the backend"):
-            raise ValueError("no regions")
-        return count(graph, inputs)
-
-    if why.startswith("more"):
-        peft = pytest.importorskip("peft")
-        ranks = {f"single_transformer_blocks.{k}.proj_mlp": k + 1 for k in range(10)}
-        lora = peft.LoraConfig(r=1, init_lora_weights=False, target_modules=["proj_mlp"], rank_pattern=ranks)
-        model.add_adapter(lora, adapter_name="one")
-    pipe = tiny.pipeline(transformer=model)
-    config = SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
-    with jitaccel.apply(pipe, config, execution="packed"):
-        eager = generate(pipe)
-    with jitaccel.apply(pipe, config, compile={"backend": backend}, strict=True) as handle:
-        assert relative_error(generate(pipe), eager) < 1e-6
-        assert handle.stats().compiled.eager_calls == 0
-        if why.startswith("the backend"):
-            assert any("without regions, since BackendCompilerFailed" in note for note in handle.stats().notes)
-    assert count.graphs == 2
-
-
-def test_stage_that_ran_eagerly_for_a_reason_is_compiled_once_the_reason_is_gone() -> None:
-    def double(x: Tensor) -> Tensor:
-        return 2 * x
-
-    compiler, x = Compiler({"backend": Counting()}), torch.ones(3)
-    for reason in (None, "blocks are offloaded", "blocks are offloaded", "a hook is set", None):
-        assert torch.equal(compiler.run("stage", double, x, reason=reason), 2 * x)
-    assert (compiler.stats.calls, compiler.stats.eager_calls) == (2, 3)
-    assert compiler.notes == ("not compiled, since blocks are offloaded", "not compiled, since a hook is set")
-
-
-def test_stage_whose_compilation_failed_is_not_tried_again() -> None:
-    tries = []
-
-    def broken(graph: Any, inputs: list[Tensor]) -> Any:
-        tries.append(graph)
-        raise ValueError("no such instruction")
-
-    def double(x: Tensor) -> Tensor:
-        return 2 * x
-
-    compiler, x = Compiler({"backend": broken}), torch.ones(3)
-    for _ in range(3):
-        assert torch.equal(compiler.run("stage", double, x), 2 * x)
-    assert len(tries) == 1 and compiler.stats.eager_calls == 3
-
-
-def test_offloaded_blocks_run_eagerly(pipe: Any) -> None:
-    tiny.offload_groups(pipe.transformer, "block_level")
-    with jitaccel.apply(pipe, SHORT, execution="packed"):
-        eager = generate(pipe)
-    with jitaccel.apply(pipe, SHORT, compile={"backend": Counting()}) as handle:
-        assert relative_error(generate(pipe), eager) < 1e-6
-        assert handle.stats().compiled.eager_calls == 5 and "offloading" in handle.stats().notes[-1]
-
-
-def test_error_of_the_model_itself_is_raised(pipe: Any) -> None:
-    """An error that no compiler made is the user's to see, not a reason to run again."""
-    with jitaccel.apply(pipe, SHORT, compile={"backend": Counting()}):
-        generate(pipe)
-        pipe.transformer.proj_out = None
-        with pytest.raises((TypeError, AttributeError)):
-            generate(pipe)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("max-autotun", 'did you mean "max-autotune"'),
-        ({"dynamic": True}, "shapes are static"),
-        ({"fullgraph": False}, "every stage is one graph"),
-        ({"bakend": "eager"}, "must hold backend, mode, options, graphs, regions, got bakend"),
-        ({"graphs": "yes"}, "graphs as True or False, got 'yes'"),
-        ({"options": {"max_autotun": True}}, 'did you mean "max_autotune"'),
-        ({"mode": "default", "options": {"max_autotune": True}}, "mode or options, got both"),
-        (3, "must be True, False, a mode or a dict"),
-    ],
-)
-def test_bad_options_are_refused(pipe: Any, value: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        jitaccel.apply(pipe, SHORT, compile=value)
-
-
-def test_compiling_the_models_own_forward_is_refused(pipe: Any) -> None:
-    with pytest.raises(ConfigError, match="compile the model yourself before apply"):
-        jitaccel.apply(pipe, SHORT, compile=True, execution="indexed")
 
 
 def test_options_are_what_torch_takes() -> None:

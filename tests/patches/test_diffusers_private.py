@@ -165,3 +165,15 @@ def test_dtype_is_given_by_the_name_that_pipelines_take_without_a_warning() -> N
         warnings.filterwarnings("error", message=".*dtype")
         pipe = FluxPipeline.from_pretrained(jitaccel.embedded_model(), **{private.dtype_argument(): torch.bfloat16})
     assert pipe.transformer.dtype is torch.bfloat16
+
+
+def test_progress_bar_is_left_out_and_comes_back_with_its_settings() -> None:
+    pipe = tiny.pipeline()
+    for settings in ({"disable": False, "desc": "steps"}, None):
+        if settings is None:
+            del pipe._progress_bar_config
+        else:
+            pipe.set_progress_bar_config(**settings)
+        with private.quiet(pipe):
+            assert pipe.progress_bar(range(2)).disable
+        assert vars(pipe).get("_progress_bar_config") == settings

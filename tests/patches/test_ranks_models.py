@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +63,33 @@ def test_every_rank_says_the_same_of_what_is_refused(refusals: list[Any], name: 
 def test_ranks_make_the_picture_after_a_refusal(refusals: list[Any]) -> None:
     first, second = (found["picture, applied again"] for found in refusals)
     assert torch.equal(first, second) and first.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two ranks has made after both have failed."""
+    return ranks.finished("model_faults", tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("name", divided.MAKERS)
+def test_ranks_that_failed_together_make_the_next_picture(faults: list[Any], name: str) -> None:
+    first, second = (found[name] for found in faults)
+    assert first["said"] == second["said"] == "ArithmeticError: the third forward fails here"
+    assert torch.equal(first["after"], first["expected"]) and torch.equal(second["after"], first["expected"])
+
+
+@pytest.mark.parametrize("name", divided.MAKERS)
+def test_rank_that_dies_in_a_step_ends_the_others_with_an_error(tmp_path: Path, name: str) -> None:
+    other, failed = ranks.start(f"fault, {name}", tmp_path)
+    assert failed.code == 1 and "ArithmeticError: the third forward fails here" in failed.output
+    assert other.code == 1 and "ArithmeticError" not in other.output and "Error" in other.output
+    assert other.seconds - failed.seconds < ranks.GROUP_S
+
+
+def test_rank_that_raises_and_lives_on_leaves_the_others_waiting_no_longer_than_their_group_allows(
+    tmp_path: Path,
+) -> None:
+    other, failed = ranks.finished("model_survivor", tmp_path)
+    assert failed["said"] == "ArithmeticError: the third forward fails here"
+    assert "imed out" in other["said"]
+    assert other["seconds"] - failed["seconds"] < 2 * divided.SURVIVED_S

@@ -48,6 +48,8 @@ def test_fields_are_those_of_a_request_and_may_be_left_out() -> None:
         ({"prompt": "a" * 11}, 400, "prompt must have at most 10 characters, got 11"),
         ({"prompt": "a", "negative_prompt": "a" * 11}, 400, "negative_prompt must have at most 10 characters"),
         ({"prompt": "a", "guidance_scale": 1e999}, 400, "guidance_scale must be a finite number"),
+        ({"prompt": "a", "height": None}, 400, "height and width must be numbers of pixels, got None and 256"),
+        ({"prompt": "a", "options": {"num_images_per_prompt": 9}}, 400, "fields must be known, got 'options'"),
         (b" " * 501, 413, "at most 500 bytes, got 501"),
     ],
 )

@@ -144,5 +144,5 @@ def test_what_is_not_measured_asks_for_a_preset(name: str) -> None:
 
 
 def test_model_of_a_patch_without_measurement_asks_for_a_preset() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"FLUX\.1.*, got Flux; give a preset"):
+    with pytest.raises(UnsupportedModelError, match=r"FLUX\.1.*, got Flux; give its pipeline"):
         jitaccel.apply(Flux.__new__(Flux), "auto", target_speedup=6.0)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed import distributed_c10d
 
+from tests.support import sglang_ranks
 from tests.support.engines import guidance
 
+SURVIVED_S = 10.0  # the time-out of groups whose rank raises and lives on
 TEXT = 8  # which two ranks can divide
 POOLED = {"densities": (0.25, 0.615, 1.0), "boundaries": (0.4, 0.7, 1.0), "steps": 5, "pooling": (2, 1, 1)}
 
@@ -151,4 +156,78 @@ def model_refusals(rank: int) -> Any:
     return found
 
 
-SUITES: Mapping[str, Callable[[int], Any]] = {"models": models, "model_refusals": model_refusals, "guidance": guidance}
+def _fail_in_third_forward(pipe: Any, fails: bool) -> Any:
+    """Makes the third forward raise before its first block, where tokens are divided already; returns the hook."""
+    blocks = next(each for each in pipe.transformer.children() if isinstance(each, nn.ModuleList))
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3 and fails:
+            raise ArithmeticError("the third forward fails here")
+
+    return blocks[0].register_forward_pre_hook(fail)
+
+
+def model_faults(rank: int) -> Any:
+    """Pictures after every rank has failed in the same forward, and those of pipelines that never failed, by name."""
+    import jitaccel
+    from tests.support.ranks import divided, error_of
+
+    config, found = _config("subset"), {}
+    for name, maker in MAKERS.items():
+        pipe, generate = maker(1)
+        jitaccel.apply(divided(pipe, "ulysses"), config)
+        expected = generate(pipe)
+        hook = _fail_in_third_forward(pipe, True)
+        said = error_of(lambda: generate(pipe))  # noqa: B023  # called at once
+        hook.remove()
+        found[name] = {"said": said, "after": generate(pipe), "expected": expected}
+    return found
+
+
+def _fault_of(name: str) -> Callable[[int], Any]:
+    def fault(rank: int) -> None:
+        """The last rank raises within its third forward, and ends; the others must not wait for it."""
+        import jitaccel
+        from tests.support.ranks import divided
+
+        pipe, generate = MAKERS[name](1)
+        jitaccel.apply(divided(pipe, "ulysses"), _config("subset"))
+        _fail_in_third_forward(pipe, rank == distributed.get_world_size() - 1)
+        generate(pipe)
+
+    return fault
+
+
+def survivor(rank: int) -> Any:
+    """The last rank raises within its third forward, and lives on: the others wait until the time-out of the group of
+    all, which divides the tokens where all ranks divide them in one way."""
+    import jitaccel
+    from tests.support.ranks import GROUP_S, divided
+
+    others = distributed.new_group(timeout=timedelta(seconds=GROUP_S))
+    distributed_c10d._set_pg_timeout(timedelta(seconds=SURVIVED_S))
+    pipe, generate = MAKERS["wan"](1)
+    jitaccel.apply(divided(pipe, "ulysses"), _config("subset"))
+    _fail_in_third_forward(pipe, rank == distributed.get_world_size() - 1)
+    begun = time.monotonic()
+    try:
+        generate(pipe)
+        said = "nothing"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - begun
+    distributed.barrier(group=others)
+    return {"said": said, "seconds": seconds}
+
+
+SUITES: Mapping[str, Callable[[int], Any]] = {
+    "models": models,
+    "model_faults": model_faults,
+    "model_survivor": survivor,
+    **{f"fault, {name}": _fault_of(name) for name in MAKERS},
+    "model_refusals": model_refusals,
+    "guidance": guidance,
+    **sglang_ranks.SUITES,
+}

@@ -6,10 +6,8 @@ compares the signatures with the engines' sources, of wheels that were unpacked 
 
 from __future__ import annotations
 
-import ast
 import enum
 import importlib
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+
+from tests.support import signatures
 
 SGLANG_PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"
 SGLANG_PIPELINE = "sglang.multimodal_gen.runtime.pipelines.diffusers_pipeline"
@@ -51,9 +51,12 @@ class Hooks:
 
         return decorator
 
-    def apply_to(self, monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> None:
+    def apply_to(self, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
         for target, hook_type, hook in self.found:
-            assert target.rpartition(".")[2] == name and hook_type is HookType.AROUND
+            assert hook_type is HookType.AROUND
+            _, owner, name = target.rsplit(".", 2)
+            if owner != kind.__name__:
+                continue
             original = getattr(kind, name)
 
             def wrapped(*args: Any, _original: Any = original, _hook: Any = hook, **kwargs: Any) -> Any:
@@ -227,6 +230,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         (SGLANG_PLUGINS, {"HookType": HookType, "plugin_hook": hooks.plugin_hook}),
         (OMNI_ADAPTER, {"DiffusersAdapterPipeline": adapter}),
         (OMNI_REGISTRY, {"register_diffusion_model": registry.register_diffusion_model}),
+        *signatures.MODULES,
         (OMNI_FLUX, {"FluxPipeline": FluxPipeline, "get_flux_post_process_func": get_flux_post_process_func}),
     ):
         put_module(monkeypatch, name, content)
@@ -259,6 +263,22 @@ def request_of(batch: int = 1, scale: float = 1.0, seed: int = 0) -> SimpleNames
         guidance_scale=3.5,
         true_cfg_scale=scale,
     )
+
+
+def through_diffusers(request: SimpleNamespace, config: Any) -> Tensor:
+    """Returns the picture that `jitaccel.apply` makes of such a request on a pipeline of diffusers."""
+    import jitaccel
+    from tests.support import tiny
+
+    pipe = tiny.pipeline()
+    with jitaccel.apply(pipe, config, execution="indexed"):
+        return tiny.generate(
+            pipe,
+            prompt=None,
+            latents=request.latents,
+            true_cfg_scale=request.true_cfg_scale,
+            **{name: value for name, value in vars(request).items() if name.endswith("_embeds")},
+        )
 
 
 GUIDED = {"one": 1, "batch of two": 2}
@@ -305,34 +325,14 @@ PAIRS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 """Where an engine has a function: module, name, and ours."""
 
 
-def differences(folder: Path) -> list[str]:
-    """Returns the functions whose arguments differ from those of the unpacked wheels in a folder."""
-    found = []
-    for module, name, ours in PAIRS:
-        path = folder / Path(*module.split(".")).with_suffix(".py")
-        theirs = _arguments(ast.parse(path.read_text()).body, name.split("."))
-        own = [parameter for parameter in inspect.signature(ours).parameters if parameter != "self"]
-        if own != theirs:
-            found.append(f"{module}.{name}: {theirs} there, {own} here")
-    return found
-
-
-def _arguments(body: list[ast.stmt], path: list[str]) -> list[str]:
-    for node in body:
-        if isinstance(node, ast.ClassDef) and len(path) > 1 and node.name == path[0]:
-            return _arguments(node.body, path[1:])
-        if isinstance(node, ast.FunctionDef) and path == [node.name]:
-            a = node.args
-            rest = [each.arg for each in (a.vararg, a.kwarg) if each is not None]
-            middle = [each.arg for each in a.kwonlyargs]
-            names = [each.arg for each in (*a.posonlyargs, *a.args)]
-            if a.vararg is not None:
-                names, rest = [*names, a.vararg.arg], rest[1:]
-            return [name for name in (*names, *middle, *rest) if name != "self"]
-    return [f"no {'.'.join(path)}"]
+def main(folder: Path) -> int:
+    """Says what of the unpacked wheels in a folder is not as we take it to be; returns the exit status."""
+    pairs = (*PAIRS, *signatures.PAIRS)
+    wrong = [*signatures.differing(folder, pairs), *signatures.lacking(folder)]
+    classes = len(signatures.WHOLE) + len(signatures.SOME)
+    print("\n".join(wrong) or f"{len(pairs)} signatures and {classes} classes are those of {folder}")
+    return bool(wrong)
 
 
 if __name__ == "__main__":
-    wrong = differences(Path(sys.argv[1]))
-    print("\n".join(wrong) or f"{len(PAIRS)} signatures are those of {sys.argv[1]}")
-    sys.exit(bool(wrong))
+    sys.exit(main(Path(sys.argv[1])))

@@ -25,7 +25,7 @@ class Case:
     make: the model. call: arguments for a batch of images of a grid. small: the grid of the sub-rectangle that is
     compared with the model on cropped latents; None where positions depend on the size. crop: the arguments of the
     sub-rectangle, which starts at the first token, or lies in the middle (is_centred). is_one_graph: whether the whole
-    forward compiles.
+    forward compiles. num_given: how many tokens, the first, have to be anchors, since the model is given them.
     """
 
     make: Callable[[], Any]
@@ -35,6 +35,7 @@ class Case:
     crop: Callable[[dict[str, Any], tuple[int, ...], tuple[int, ...]], dict[str, Any]]
     is_one_graph: bool = True
     is_centred: bool = False
+    num_given: int = 0
 
 
 def wan_transformer(seed: int = 0, **overrides: Any) -> Any:
@@ -113,6 +114,16 @@ def _qwen_call(grid: tuple[int, ...], batch: int, references: int = 0) -> dict[s
         "encoder_hidden_states_mask": mask,
         "timestep": torch.full((batch,), 0.7),
         "img_shapes": [shapes] * batch,
+    }
+
+
+def _qwen_layers_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    layers, height, width = grid
+    shapes = [*[(1, height, width)] * layers, (1, 2, 3)]
+    return {
+        **_qwen_call((layers * height, width), batch, references=6),
+        "img_shapes": [shapes] * batch,
+        "additional_t_cond": torch.zeros(batch, dtype=torch.long),
     }
 
 
@@ -276,7 +287,78 @@ def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": call["hidden_states"][:, :, : 2 * small[0], : 2 * small[1]]}
 
 
+def lumina2_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 2,
+        "num_refiner_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16,
+        "axes_dim_rope": (2, 2, 2), "axes_lens": (32, 32, 32), "cap_feat_dim": 16,
+    }  # fmt: skip
+    return randomised(diffusers.Lumina2Transformer2DModel(**{**settings, **overrides}))
+
+
+def _lumina2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, 2 * grid[0], 2 * grid[1]),
+        "timestep": torch.full((batch,), 0.3),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT).long(),
+    }
+
+
+def mochi_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
+        "pooled_projection_dim": 12, "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8,
+    }  # fmt: skip
+    return randomised(diffusers.MochiTransformer3DModel(**{**settings, **overrides}))
+
+
+def _mochi_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": noise(1, batch, 4, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 300.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": _text_mask(batch, TEXT).bool(),
+    }
+
+
+def bria_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": [0, 4, 4],
+    }  # fmt: skip
+    return randomised(diffusers.BriaTransformer2DModel(**{**settings, **overrides}))
+
+
+def raster_ids(grid: tuple[int, ...]) -> Tensor:
+    """Returns the position ids (N, 3) of a picture's tokens."""
+    axes = [torch.arange(side, dtype=torch.float32) for side in (1, *grid)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def _bria_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, torch.Size(grid).numel(), 16),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "img_ids": raster_ids(grid),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+def _crop_bria(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
+    kept = call["hidden_states"].unflatten(1, grid)[:, : small[0], : small[1]].flatten(1, 2)
+    return {**call, "hidden_states": kept, "img_ids": raster_ids(small)}
+
+
 CASES: dict[str, Case] = {
+    "BriaTransformer2DModel": Case(bria_transformer, (10, 14), _bria_call, (6, 8), _crop_bria),
+    # Positions within a frame depend on its size: the sub-rectangle is of fewer frames.
+    "MochiTransformer3DModel": Case(mochi_transformer, VIDEO, _mochi_call, (2, 6, 8), _crop_video),
+    "Lumina2Transformer2DModel": Case(
+        lumina2_transformer, (10, 14), _lumina2_call, (6, 8), _crop_corner, is_one_graph=False
+    ),
     "AuraFlowTransformer2DModel": Case(
         auraflow_transformer, (10, 14), _auraflow_call, (6, 8), _crop_centre, is_centred=True
     ),
@@ -297,14 +379,37 @@ CASES: dict[str, Case] = {
         (2, 3, 4),
         _crop_video,
     ),
+    "HunyuanVideoTransformer3DModel, the first frame replaced": Case(
+        lambda: hunyuan_transformer(image_condition_type="token_replace"),
+        VIDEO,
+        _hunyuan_call,
+        (2, 6, 8),
+        _crop_video,
+        num_given=48,
+    ),
     "HunyuanVideo15Transformer3DModel": Case(
         hunyuan15_transformer, VIDEO, _hunyuan15_call, (2, 3, 4), _crop_plain, is_one_graph=False
+    ),
+    "HunyuanVideo15Transformer3DModel, an image": Case(
+        hunyuan15_transformer,
+        VIDEO,
+        lambda grid, batch: {**_hunyuan15_call(grid, batch), "image_embeds": noise(4, batch, 3, 12)},
+        (2, 3, 4),
+        _crop_plain,
+        is_one_graph=False,
     ),
     "QwenImageTransformer2DModel": Case(qwen_transformer, (10, 14), _qwen_call, None, _no_crop),
     "QwenImageTransformer2DModel, references and a second modulation": Case(
         lambda: qwen_transformer(zero_cond_t=True),
         (10, 14),
         functools.partial(_qwen_call, references=6),
+        None,
+        _no_crop,
+    ),
+    "QwenImageTransformer2DModel, layers": Case(
+        lambda: qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True),
+        VIDEO,
+        _qwen_layers_call,
         None,
         _no_crop,
     ),
@@ -333,5 +438,6 @@ def region(case: Case) -> Tensor:
 def row_of(call: dict[str, Any], image: int) -> dict[str, Any]:
     """Returns a call of one image out of a batch."""
     return {
-        name: value[image : image + 1] if isinstance(value, (Tensor, list)) else value for name, value in call.items()
+        name: value[image : image + 1] if isinstance(value, (Tensor, list)) and not name.endswith("_ids") else value
+        for name, value in call.items()
     }

@@ -67,7 +67,7 @@ def _hunyuan(name: str) -> Generation:
         make=functools.partial(hunyuan.pipeline, name),
         generate=hunyuan.generate,
         alone=alone,
-        unguided={"true_cfg_scale": 1.0} if name == "HunyuanVideoPipeline" else {},
+        unguided={"true_cfg_scale": 1.0},
     )
 
 
@@ -100,8 +100,8 @@ GENERATIONS: dict[str, Generation] = {
         unguided={"guidance_scale": 1.0},
     ),
     **{name: _qwen(name) for name in ("QwenImagePipeline", "QwenImageImg2ImgPipeline")},
-    **{name: _qwen(name) for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")},
+    **{name: _qwen(name) for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", qwen.LAYERED)},
     **{name: _sd3(name) for name in sd3.PIPELINES},
-    **{name: _hunyuan(name) for name in hunyuan.PIPELINES},
+    **{name: _hunyuan(name) for name in (*hunyuan.PIPELINES, *hunyuan.FROM_IMAGES)},
     **{name: _picture(name) for name in picture_pipelines.SUBJECTS},
 }

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of picture models that are cut, one way to call each, and the method with its model by hand."""
+"""Tiny random pipelines of models that are cut, one way to call each, and the method with its model by hand."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ import jitaccel
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import lift, make_lift_plan
 from jitaccel.patches.cutting import Cut, places_of
+from jitaccel.patches.layout import patchify
 from jitaccel.patches.models import model_of
-from tests.support import reference
+from tests.support import reference, sd3
 from tests.support.every_model import (
     TEXT,
+    VIDEO,
     auraflow_transformer,
+    bria_transformer,
     hunyuan_image_transformer,
+    lumina2_transformer,
+    mochi_transformer,
+    raster_ids,
     z_image_transformer,
 )
 from tests.support.models import noise
@@ -39,6 +45,9 @@ class Subject:
         text: Those of a single prompt, as its model is given them.
         guided: What the pipeline makes of two branches.
         guidance: Arguments of a guided call, and of one that is not.
+        over: Whether the pipeline adds guidance to the positive branch.
+        grid, patch: Of tokens.
+        is_packed: Whether the pipeline's latents are tokens.
     """
 
     make: Callable[[], Any]
@@ -47,6 +56,14 @@ class Subject:
     text: Callable[[dict[str, Any]], dict[str, Any]]
     guidance: tuple[dict[str, Any], dict[str, Any]]
     over: bool = False
+    grid: tuple[int, ...] = GRID
+    patch: tuple[int, ...] = (2, 2)
+    is_packed: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Those of latents."""
+        return tuple(side * step for side, step in zip(self.grid, self.patch, strict=True))
 
     def guided(self, positive: Tensor, negative: Tensor) -> Tensor:
         return (positive if self.over else negative) + SCALE * (positive - negative)
@@ -77,6 +94,54 @@ def _z_image() -> Any:
             text_encoder=None,
             tokenizer=None,
             transformer=z_image_transformer(),
+        )
+    )
+
+
+def _lumina2() -> Any:
+    return _silent(
+        diffusers.Lumina2Pipeline(
+            transformer=lumina2_transformer(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+        )
+    )
+
+
+def _lumina2_prompts(seed: int, batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT, dtype=torch.long)
+    mask[:, -2:] = seed == 20  # negative prompts are shorter, and of a batch the first one is
+    mask[0, -1] = 0
+    return {"prompt_embeds": noise(seed, batch, TEXT, 16), "prompt_attention_mask": mask}
+
+
+def _mochi() -> Any:
+    return _silent(
+        diffusers.MochiPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=mochi_transformer(),
+        )
+    )
+
+
+def _mochi_prompts(seed: int, batch: int) -> dict[str, Any]:
+    prompts = _lumina2_prompts(seed, batch)
+    return {**prompts, "prompt_attention_mask": prompts["prompt_attention_mask"].bool()}
+
+
+def _bria() -> Any:
+    return _silent(
+        diffusers.BriaPipeline(
+            transformer=bria_transformer(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=sd3.pipeline().vae,
+            text_encoder=None,
+            tokenizer=None,
         )
     )
 
@@ -125,6 +190,16 @@ SUBJECTS: dict[str, Subject] = {
         guidance=({"guidance_scale": SCALE}, {"guidance_scale": 0.0}),
         over=True,
     ),
+    "Lumina2Pipeline": Subject(
+        make=_lumina2,
+        pixels=16,
+        prompts=_lumina2_prompts,
+        text=lambda prompts: {
+            "encoder_hidden_states": prompts["prompt_embeds"],
+            "encoder_attention_mask": prompts["prompt_attention_mask"],
+        },
+        guidance=({"guidance_scale": SCALE, "cfg_normalization": False}, {"guidance_scale": 1.0}),
+    ),
     "HunyuanImagePipeline": Subject(
         make=hunyuan_image,
         pixels=32,
@@ -136,8 +211,39 @@ SUBJECTS: dict[str, Subject] = {
             "encoder_attention_mask_2": prompts["prompt_embeds_mask_2"],
         },
         guidance=({}, {}),
+        patch=(1, 1),
+    ),
+    "BriaPipeline": Subject(
+        make=_bria,
+        pixels=4,
+        prompts=lambda seed, batch: {"prompt_embeds": noise(seed, batch, TEXT, 16)},
+        text=lambda prompts: {
+            "encoder_hidden_states": prompts["prompt_embeds"],
+            "img_ids": raster_ids(GRID),
+            "txt_ids": torch.zeros(TEXT, 3),
+        },
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        is_packed=True,
+    ),
+    "MochiPipeline": Subject(
+        make=_mochi,
+        pixels=16,
+        prompts=_mochi_prompts,
+        text=lambda prompts: {
+            "encoder_hidden_states": prompts["prompt_embeds"],
+            "encoder_attention_mask": prompts["prompt_attention_mask"],
+        },
+        guidance=({"guidance_scale": SCALE, "num_frames": 6 * (VIDEO[0] - 1) + 1}, {"guidance_scale": 1.0}),
+        grid=VIDEO,
+        patch=(1, 2, 2),
     ),
 }
+
+
+def noise_of(subject: Subject) -> Tensor:
+    """Returns the noise that a pipeline starts from with the seed 0."""
+    latents = torch.randn(1, 4, *subject.sizes, generator=torch.Generator().manual_seed(0))
+    return patchify(latents, subject.patch) if subject.is_packed else latents
 
 
 def row(prompts: dict[str, Any], image: int) -> dict[str, Any]:
@@ -149,7 +255,8 @@ def generate(subject: Subject, pipe: Any, seed: int = 0, batch: int = 1, **call:
     positive, negative = (subject.prompts(start, batch) for start in (20, 40))
     settings: dict[str, Any] = {
         **positive, **{f"negative_{name}": value for name, value in negative.items()}, **subject.guidance[0],
-        "height": subject.pixels * GRID[0], "width": subject.pixels * GRID[1], "num_inference_steps": 5,
+        "height": subject.pixels * subject.grid[-2], "width": subject.pixels * subject.grid[-1],
+        "num_inference_steps": 5,
         "generator": [torch.Generator().manual_seed(seed + image) for image in range(batch)],
         "output_type": "latent", "return_dict": False,
     }  # fmt: skip
@@ -164,28 +271,30 @@ def by_hand(
     start: Tensor,
     guided: Callable[[Tensor, Tensor], Tensor] | None = None,
     mixes: bool = False,
+    lifts: bool = True,
+    levels: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Returns the latents that the method gives for one picture. start: (1, C, H, W), the noise.
+    """Returns the latents that the method gives for one picture or video. start: (1, C, *sizes), the noise.
 
     The model is cut by `Cut`, which test_every_model.py compares with the unpatched model on cropped latents; levels,
     guidance, lift, moves and steps are the reference's. guided: (positive, negative) -> their sum, at anchors, or with
-    `mixes` of whole pictures (1, N, D).
+    `mixes` of whole pictures (1, N, D): lifted ones, or zero beside the anchors.
     """
     model, module = model_of(pipe.transformer), pipe.transformer
     assert model is not None
     layout, cut = model.layout(module.config), Cut(module, model.adapter)
     texts = [subject.text(subject.prompts(seed, 1)) for seed in (20, 40)]
-    weigh = subject.guided if guided is None else guided
+    weigh, num_tokens = subject.guided if guided is None else guided, torch.Size(subject.grid).numel()
 
     def branch(tokens: Tensor, anchors: Tensor, level: float, text: dict[str, Any]) -> Tensor:
-        whole = torch.zeros(1, GRID[0] * GRID[1], tokens.shape[2]).index_copy(1, anchors, tokens)
+        whole = torch.zeros(1, num_tokens, tokens.shape[2]).index_copy(1, anchors, tokens)
         share = 1.0 - level if model.is_inverted else level
         arguments = {
             "hidden_states": layout.to_latents(whole, like=start),
             "timestep": torch.tensor([model.per_level * share]),
             **text,
         }
-        places = places_of(anchors[None], GRID[0] * GRID[1])
+        places = places_of(anchors[None], num_tokens)
         with cut.at(places):
             output = module(**model.words.write(cut.arguments(arguments, places)), return_dict=False)[0]
         return model.sign * layout.to_tokens(model.words.tensor(output))[:, anchors]
@@ -194,13 +303,15 @@ def by_hand(
         branches = [branch(tokens, anchors, level, text) for text in texts]
         if not mixes:
             return weigh(*branches)
-        plan = make_lift_plan(anchors[None], GRID, config.blur_scale)
-        return weigh(*(lift(values, plan) for values in branches))[:, anchors]
+        plan = make_lift_plan(anchors[None], subject.grid, config.blur_scale)
+        zero = torch.zeros(1, num_tokens, tokens.shape[2])
+        wholes = [lift(values, plan) if lifts else zero.index_copy(1, anchors, values) for values in branches]
+        return weigh(*wholes)[:, anchors]
 
     try:
         with torch.no_grad():
-            levels = jitaccel.noise_levels(config)
-            state = reference.denoise(velocity, config, GRID, layout.to_tokens(start), levels).states[-1]
+            levels = jitaccel.noise_levels(config) if levels is None else levels
+            state = reference.denoise(velocity, config, subject.grid, layout.to_tokens(start), levels).states[-1]
     finally:
         cut.remove()
     return layout.to_latents(state, like=start)

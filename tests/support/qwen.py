@@ -22,6 +22,8 @@ GRID = (10, 14)
 PIXELS = 8  # to a token
 REFERENCE = (64, 48)
 """Height and width to which the tests resize reference pictures, which the pipelines make a million pixels large."""
+LAYERED, LAYERS = "QwenImageLayeredPipeline", 2
+"""It makes so many layers, after one of all together, of a reference of their own size."""
 
 
 @functools.cache
@@ -47,16 +49,19 @@ def qwen_pipeline(name: str = "QwenImagePipeline") -> Any:
         "scheduler": tiny.scheduler(), "vae": _autoencoder(), "text_encoder": None, "tokenizer": None,
         "processor": None, "transformer": qwen_transformer(),
     }  # fmt: skip
+    if name == LAYERED:
+        parts["transformer"] = qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True)
+        parts["text_encoder"] = tiny.pipeline().text_encoder_2  # of which the pipeline reads the dtype
     pipe = kind(**{part: parts[part] for part in inspect.signature(kind).parameters})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def small_references(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Lets an Edit pipeline take reference pictures of REFERENCE."""
+    """Lets an Edit pipeline take reference pictures of REFERENCE, and Layered of the size of GRID."""
     module = sys.modules[getattr(diffusers, name).__module__]
-    size = (REFERENCE[1], REFERENCE[0])
-    answer = size if "Plus" in name else (*size, None)
+    size = (PIXELS * GRID[1], PIXELS * GRID[0]) if name == LAYERED else (REFERENCE[1], REFERENCE[0])
+    answer = (*size, None) if name == "QwenImageEditPipeline" else size
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: answer)
 
 
@@ -67,7 +72,7 @@ def prompts(batch: int = 1) -> tuple[Tensor, Tensor]:
 
 def picture(name: str, batch: int = 1) -> Any:
     values = noise(3, 1, 3, PIXELS * GRID[0], PIXELS * GRID[1]).clamp(-1, 1) / 2 + 0.5
-    if "Edit" not in name:
+    if "Edit" not in name and name != LAYERED:
         return values.expand(batch, -1, -1, -1)
     return PIL.Image.fromarray((values[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
 
@@ -81,12 +86,22 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
         "prompt_embeds": positive, "prompt_embeds_mask": mask, "negative_prompt_embeds": negative,
         "negative_prompt_embeds_mask": mask, "true_cfg_scale": 3.0, "height": PIXELS * GRID[0],
         "width": PIXELS * GRID[1], "num_inference_steps": steps, "output_type": "latent", "return_dict": False,
-        "image": picture(name, batch), "strength": 0.8,
+        "image": picture(name, batch), "strength": 0.8, "layers": LAYERS,
         "generator": [torch.Generator().manual_seed(seed + image) for image in range(batch)],
     }  # fmt: skip
+    seen: list[Tensor] = []
+    if name == LAYERED:
+        # Of no prompt it would write one itself, and diffusers 0.42 cannot return its latents.
+        settings |= {"prompt": ["any"] * batch, "output_type": "pt"}
+
+        def see(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            seen[:] = [tensors["latents"]]
+            return tensors
+
+        settings["callback_on_step_end"] = see
     known = inspect.signature(type(pipe).__call__).parameters
     latents: Tensor = pipe(**{key: value for key, value in {**settings, **call}.items() if key in known})[0]
-    return latents
+    return seen[0] if seen else latents
 
 
 def qwen_on_tokens(
@@ -94,16 +109,18 @@ def qwen_on_tokens(
 ) -> Tensor:
     """Returns the velocity (1, M, D) of some tokens (1, M, D) in a straight line: its layers, and no hook or forward.
 
-    at: their raster indices (M,). references: (1, R, D) of a picture of REFERENCE, shown whole.
+    at: their raster indices (M,). references: (1, R, D) of a picture of REFERENCE, shown whole; with layers, of GRID.
     """
-    shapes, shown = [(1, *GRID)], tokens
+    is_layered = model.config.use_layer3d_rope
+    shapes, shown = [(1, *GRID)] * (LAYERS + 1 if is_layered else 1), tokens
+    num_tokens = len(shapes) * GRID[0] * GRID[1]
     if references is not None:
-        shapes.append((1, REFERENCE[0] // PIXELS, REFERENCE[1] // PIXELS))
+        shapes.append((1, *GRID) if is_layered else (1, REFERENCE[0] // PIXELS, REFERENCE[1] // PIXELS))
         shown = torch.cat([tokens, references], dim=1)
     hidden, text = model.img_in(shown), model.txt_in(model.txt_norm(text))
-    time = model.time_text_embed(torch.tensor([level]), hidden)
+    further = (torch.tensor([0]),) if is_layered else ()
+    time = model.time_text_embed(torch.tensor([level]), hidden, *further)
     image_table, text_table = model.pos_embed([shapes], max_txt_seq_len=TEXT, device=tokens.device)
-    num_tokens = GRID[0] * GRID[1]
     rotary = (torch.cat([image_table[:num_tokens][at], image_table[num_tokens:]]), text_table)
     for block in model.transformer_blocks:
         text, hidden = block(

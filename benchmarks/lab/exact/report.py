@@ -62,6 +62,8 @@ _EXTRAS = {
     "worst_ratio_to_dense": "worst over dense of its cost",
     "target": "preset",
     "limit_share": "over its target",
+    "error_of_first_frame": "error of the first frame",
+    "error_of_last_frame": "of the last",
     "variant": "variant",
 }
 _SOLVERS = {"euler": "Euler", "dpmpp_2m": "2M", "dpmpp_2m_across": "2M across"}

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from jitaccel.errors import UnsupportedModelError
 from jitaccel.patches.cutting import Cut, Places, places_of
 from jitaccel.patches.models import MODELS, model_of
 from jitaccel.patches.models.model import Model
 from tests.support.every_model import CASES, Case, region, row_of
-from tests.support.tiny import relative_error
+from tests.support.tiny import offload_groups, relative_error
 
 ROUNDING = 1e-5  # other orders of the same sums
 SHARE = 0.35
@@ -51,11 +53,11 @@ class Subject:
         return self.layout.to_tokens(out)[:, : self.num_tokens]
 
     def some(self, seed: int, batch: int = 1) -> Tensor:
-        """Returns random anchors (batch, M), sorted, others for each image."""
-        generator = torch.Generator().manual_seed(seed)
-        count = int(SHARE * self.num_tokens)
-        picked = [torch.randperm(self.num_tokens, generator=generator)[:count] for _ in range(batch)]
-        return torch.stack(picked).sort(dim=1).values
+        """Returns random anchors (batch, M), sorted, others for each image; those that are given are among them."""
+        generator, given = torch.Generator().manual_seed(seed), self.case.num_given
+        count = int(SHARE * (self.num_tokens - given))
+        picked = [given + torch.randperm(self.num_tokens - given, generator=generator)[:count] for _ in range(batch)]
+        return torch.cat([torch.arange(given).expand(batch, -1), torch.stack(picked).sort(dim=1).values], dim=1)
 
 
 @pytest.fixture(params=CASES)
@@ -74,7 +76,7 @@ def test_every_model_has_a_case() -> None:
 def test_grid_and_level_are_read_off_the_call(subject: Subject) -> None:
     call = subject.call(batch=2)
     assert subject.model.grid(subject.module.config, call) == subject.case.grid
-    assert (len(subject.case.grid) == 3) == (subject.model.frames is not None)
+    assert len(subject.case.grid) == 2 or subject.model.frames is not None
     assert subject.model.noise_level(call) == pytest.approx(0.7)
     assert subject.tokens(subject.plain(call)).shape[:2] == (2, subject.num_tokens)
 
@@ -116,8 +118,10 @@ def test_all_tokens_through_the_cut_are_the_models_bits(subject: Subject) -> Non
 
 
 def test_order_of_the_tokens_does_not_matter(subject: Subject) -> None:
-    call = subject.call()
-    order = torch.randperm(subject.num_tokens, generator=torch.Generator().manual_seed(0))[None]
+    call, given = subject.call(), subject.case.num_given
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randperm(count, generator=generator) for count in (given, subject.num_tokens - given)]
+    order = torch.cat([parts[0], given + parts[1]])[None]
     got = subject.at(places_of(order, subject.num_tokens), call)
     assert relative_error(got, subject.plain(call)) < ROUNDING
 
@@ -220,6 +224,34 @@ def test_adapters_of_weights_are_cut_as_well(subject: Subject, when: str) -> Non
     with_adapter = subject.at(places, call)
     assert with_adapter.shape == sparse.shape and not torch.equal(with_adapter, sparse)
     assert torch.equal(with_adapter == 0, sparse == 0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_groups_may_be_offloaded(subject: Subject, when: str) -> None:
+    call, places = subject.call(), places_of(subject.some(6), subject.num_tokens)
+    expected = subject.at(places, call)
+    if when == "before":
+        subject.cut.remove()
+    offload_groups(subject.module, "leaf_level")
+    assert torch.equal(subject.at(places, call), expected)
+
+
+def test_formula_counts_what_torch_counts_between_numbers_of_tokens(subject: Subject) -> None:
+    if subject.model.cost is None:
+        pytest.skip("torch counts the model's operations itself")
+    grids, counted, expected = [subject.case.grid, (*subject.case.grid[:-2], 4, 6)], [], []
+    for grid in grids:
+        call = {
+            name: torch.ones_like(value) if name.startswith("encoder_attention_mask") else value
+            for name, value in subject.case.call(grid, 1).items()
+        }
+        # Torch does not count the CPU's fused attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            subject.plain(call)
+        counted.append(counter.get_total_flops())
+        tokens = torch.Size(grid).numel()
+        expected.append(subject.model.cost(subject.module.config, tokens, subject.model.num_text(call)))
+    assert counted[0] - counted[1] == expected[0] - expected[1] > 0
 
 
 def test_model_without_the_named_places_is_refused(subject: Subject) -> None:

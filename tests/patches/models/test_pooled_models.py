@@ -15,6 +15,7 @@ import jitaccel
 from jitaccel.execution.options import Execution
 from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
+from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models import MODELS
 from jitaccel.patches.models.calls import CutCalls
 from tests.support import hunyuan, qwen, sd3, video
@@ -60,8 +61,8 @@ def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
     return negative + SCALE * (positive - negative)
 
 
-# Those whose latents are tokens already have tests of their own: below, and in test_ltx.py.
-PATCHED = [name for name in CASES if not name.startswith(("QwenImage", "LTX"))]
+# Those whose latents are tokens already have tests of their own: below, in test_ltx.py and test_picture_pipelines.py.
+PATCHED = [name for name in CASES if not name.startswith(("QwenImage", "LTX", "Bria"))]
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -82,14 +83,14 @@ def test_every_model_is_shown_the_smaller_picture(name: str) -> None:
         if isinstance(value, Tensor) and value.ndim >= 4:
             small[key] = F.avg_pool2d(value.flatten(0, -4), 2).unflatten(0, value.shape[:-3])
     is_given = torch.zeros(2, 1, *small["hidden_states"].shape[2:], dtype=torch.bool)
-    if call["timestep"].ndim > 1:
+    if call["timestep"].ndim > 1 or case.num_given:
         is_given[:, :, 0] = True
     state = small["hidden_states"][:, :channels]
     shown = torch.where(is_given, state, state / (1 - level / 2))
     small["hidden_states"] = torch.cat([shown, small["hidden_states"][:, channels:]], dim=1)
     small_level = (level / 2) / (1 - level / 2)
     shown_level = torch.where(small["timestep"] == 0, 0.0, small_level * model.per_level)
-    small["timestep"] = 1 - shown_level if model.is_inverted else shown_level
+    small["timestep"] = model.per_level - shown_level if model.is_inverted else shown_level
     output = module(**model.words.write(small), return_dict=False)[0]
     expected = given.layout.to_tokens(model.words.tensor(output))
     assert relative_error(answer.values, model.sign * expected[:, : run.num_active]) < 1e-5
@@ -210,6 +211,33 @@ def test_hunyuan_is_shown_a_smaller_video(name: str) -> None:
         assert relative_error(hunyuan.generate(pipe), expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", hunyuan.FROM_IMAGES)
+@torch.no_grad()
+def test_hunyuan_is_shown_a_smaller_image(name: str) -> None:
+    pipe = hunyuan.pipeline(name)
+    given = hunyuan.first_input(pipe)
+    is_replaced = name == "HunyuanVideoImageToVideoPipeline"
+    pixels = given[:, :4, :1] if is_replaced else given[:, 4:]  # the first frame, or further channels
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        beside = halved(pixels) if is_small else pixels
+        shown = torch.cat([beside, x[:, :, 1:]], dim=2) if is_replaced else torch.cat([x, beside], dim=1)
+        image = {"image_embeds": hunyuan.image_embeds()} if "15" in name else {}
+        positive, negative = (
+            pipe.transformer(
+                **{**hunyuan.arguments(name, x, level, text), "hidden_states": shown, **image}, return_dict=False
+            )[0]
+            for text in hunyuan.prompts(name)
+        )
+        return negative + 3.0 * (positive - negative)
+
+    expected = end_of(model, given[:, :4])
+    with jitaccel.apply(pipe, POOLED):
+        made = hunyuan.generate(pipe)
+    moved = slice(-2, None) if "15" not in name else slice(None)  # of the first frame nothing is made, or kept
+    assert relative_error(made[:, :, moved], expected[:, :, moved]) < 1e-5
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @torch.no_grad()
 def test_qwen_is_shown_a_smaller_picture_with_its_own_shape(scale: float) -> None:
@@ -236,3 +264,29 @@ def test_qwen_is_shown_a_smaller_picture_with_its_own_shape(scale: float) -> Non
     expected = denoise_pooled(velocity, lambda s, level: velocity(s, grid, level), POOLED, start, LEVELS, grid)
     with jitaccel.apply(pipe, POOLED):
         assert relative_error(qwen.generate(pipe, true_cfg_scale=scale), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_qwen_is_shown_smaller_layers_with_the_whole_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    qwen.small_references(monkeypatch, qwen.LAYERED)
+    pipe, patch, layers = qwen.qwen_pipeline(qwen.LAYERED), (1, 2, 2), qwen.LAYERS + 1
+    start, references = qwen.first_input(pipe).split([layers * 140, 140], dim=1)
+
+    def model(x: Tensor, level: float, is_small: bool) -> Tensor:
+        tokens, shape = patchify(x, patch), (1, x.shape[3] // 2, x.shape[4] // 2)
+        positive, negative = (
+            pipe.transformer(
+                hidden_states=torch.cat([tokens, references], dim=1),
+                img_shapes=[[*[shape] * layers, (1, *qwen.GRID)]],
+                timestep=torch.tensor([level]),
+                encoder_hidden_states=text,
+                additional_t_cond=torch.tensor([0]),
+                return_dict=False,
+            )[0][:, : tokens.shape[1]]
+            for text in qwen.prompts()
+        )
+        return unpatchify(negative + 3.0 * (positive - negative), (layers, *shape[1:]), patch)
+
+    expected = end_of(model, unpatchify(start, (layers, *qwen.GRID), patch))
+    with jitaccel.apply(pipe, POOLED):
+        assert relative_error(qwen.generate(pipe), patchify(expected, patch)) < 1e-5

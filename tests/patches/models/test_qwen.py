@@ -11,26 +11,32 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
-from jitaccel.patches.models import MODELS
 from tests.support import reference
 from tests.support.every_model import TEXT, qwen_transformer
 from tests.support.models import noise
-from tests.support.qwen import GRID, first_input, generate, prompts, qwen_on_tokens, qwen_pipeline, small_references
+from tests.support.qwen import (
+    GRID,
+    LAYERED,
+    LAYERS,
+    first_input,
+    generate,
+    prompts,
+    qwen_on_tokens,
+    qwen_pipeline,
+    small_references,
+)
 from tests.support.tiny import SHORT, relative_error
 
-PIPELINES = next(model.pipelines for model in MODELS if model.name.startswith("QwenImage"))
 SCALE = 3.0
 
 
-@pytest.fixture(params=PIPELINES)
-def pipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if "Edit" in request.param:
-        small_references(monkeypatch, request.param)
-    return qwen_pipeline(request.param)
-
-
 def by_hand(
-    pipe: Any, config: JiTConfig, start: Tensor, scale: float = SCALE, references: Tensor | None = None
+    pipe: Any,
+    config: JiTConfig,
+    start: Tensor,
+    scale: float = SCALE,
+    references: Tensor | None = None,
+    keeps_norm: bool = True,
 ) -> Tensor:
     """Returns the tokens (1, N, D) that the method gives, guided as the pipelines do it: with the norm of a branch."""
 
@@ -43,11 +49,14 @@ def by_hand(
         if scale == 1.0:
             return branches[0]
         guided = branches[1] + scale * (branches[0] - branches[1])
+        if not keeps_norm:
+            return guided
         return guided * branches[0].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
 
+    grid = (LAYERS + 1, *GRID) if pipe.transformer.config.use_layer3d_rope else GRID
     with torch.no_grad():
         levels = jitaccel.noise_levels(config)
-        return reference.denoise(velocity, config, GRID, start, levels).states[-1]
+        return reference.denoise(velocity, config, grid, start, levels).states[-1]
 
 
 @pytest.mark.parametrize("scale", [1.0, SCALE])
@@ -73,6 +82,29 @@ def test_references_stay_whole_and_dense(name: str, monkeypatch: pytest.MonkeyPa
     expected = by_hand(pipe, SHORT, start, references=references)
     with jitaccel.apply(pipe, SHORT):
         assert relative_error(generate(pipe), expected) < 1e-5
+
+
+@pytest.mark.parametrize("keeps_norm", [False, True])
+@pytest.mark.parametrize("config", [PRESETS["few-steps"], SHORT], ids=["few-steps", "short"])
+def test_layers_are_a_stack(config: JiTConfig, keeps_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_references(monkeypatch, LAYERED)
+    pipe, grid = qwen_pipeline(LAYERED), (LAYERS + 1, *GRID)
+    start, references = first_input(pipe).split([3 * 140, 140], dim=1)
+    expected = by_hand(pipe, config, start, references=references, keeps_norm=keeps_norm)
+    with jitaccel.apply(pipe, config) as handle:
+        assert relative_error(generate(pipe, cfg_normalize=keeps_norm), expected) < 1e-5
+    stats = handle.stats()
+    assert stats.grid == grid and stats.steps[0].tokens < stats.steps[-1].tokens == 420
+    first, *later = (torch.zeros(1, 420).index_fill(1, each[0], 1.0).view(3, -1).sum(1) for each in stats.anchors)
+    assert (first > 0).all() and torch.equal(later[-1], torch.full((3,), 140.0))
+
+
+def test_layers_of_several_sizes_are_refused() -> None:
+    model = qwen_transformer(use_layer3d_rope=True)
+    given = {"encoder_hidden_states": prompts()[0], "timestep": torch.ones(1)}
+    for shapes in ([(1, 10, 14), (1, 5, 7), (1, 10, 14)], [(1, 10, 14)], (1, 10, 14)):
+        with torch.no_grad(), jitaccel.apply(model, SHORT), pytest.raises(ValueError, match="must be layers"):
+            model(noise(5, 1, 140, 16), **given, img_shapes=[shapes])
 
 
 def test_generation_may_start_among_the_levels() -> None:
@@ -101,8 +133,6 @@ def test_bare_transformer_in_an_euler_loop_is_the_methods(given: bool) -> None:
 
 
 def test_what_is_not_covered_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="must not have layers"):
-        jitaccel.apply(qwen_transformer(use_layer3d_rope=True), SHORT)
     model = qwen_transformer()
     given = {"encoder_hidden_states": prompts()[0], "timestep": torch.ones(1), "img_shapes": [[(1, *GRID)]]}
     with torch.no_grad(), jitaccel.apply(model, SHORT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ import jitaccel
 from jitaccel import UnsupportedModelError
 from jitaccel.patches.models import MODELS
 from jitaccel.patches.models.refused import REFUSED, remark_on
+from tests.support.every_model import hunyuan15_transformer, hunyuan_image_transformer
 from tests.support.video import euler, wan_pipeline
 
 REASONS = {
@@ -41,6 +43,12 @@ def test_pipeline_of_one_is_refused_with_the_reason() -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"one of FluxPipeline.* WanPipeline.*3x3 convolution"):
         jitaccel.apply(pipe)
+
+
+@pytest.mark.parametrize("make", [hunyuan15_transformer, hunyuan_image_transformer])
+def test_model_of_the_mean_velocity_of_a_step_is_refused(make: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="mean velocity of a whole step"):
+        jitaccel.apply(make(use_meanflow=True), noise_levels=(1.0, 0.5, 0.0), steps=2)
 
 
 def test_refused_and_known_are_different() -> None:

@@ -69,7 +69,7 @@ def test_sglang_pipeline_is_patched_after_its_cache_and_before_it_is_compiled(
     engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register("sglang")
-    engine.hooks.apply_to(monkeypatch, engines.DiffusersPipeline, "_apply_cache_dit")
+    engine.hooks.apply_to(monkeypatch, engines.DiffusersPipeline)
     seen: list[bool] = []
     compile_it = engines.DiffusersPipeline._apply_torch_compile
 
@@ -88,7 +88,7 @@ def test_request_after_one_that_was_aborted_makes_its_own_picture(
     engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register("sglang")
-    engine.hooks.apply_to(monkeypatch, engines.DiffusersPipeline, "_apply_cache_dit")
+    engine.hooks.apply_to(monkeypatch, engines.DiffusersPipeline)
     pipe = engines.DiffusersPipeline(tiny.pipeline()).diffusers_pipe
 
     def abort(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
@@ -123,18 +123,6 @@ def test_vllm_omni_diffusers_backend_is_patched_when_it_has_loaded(
         assert tiny.relative_error(made, expected(seed)) < 1e-6
 
 
-def through_diffusers(request: SimpleNamespace, config: Any) -> Tensor:
-    pipe = tiny.pipeline()
-    with jitaccel.apply(pipe, config, execution="indexed"):
-        return tiny.generate(
-            pipe,
-            prompt=None,
-            latents=request.latents,
-            true_cfg_scale=request.true_cfg_scale,
-            **{name: value for name, value in vars(request).items() if name.endswith("_embeds")},
-        )
-
-
 def engine_pipeline(engine: SimpleNamespace, **od_config: Any) -> Any:
     register("vllm_omni")
     pipe = engine.registry.made("FluxPipeline", SimpleNamespace(pipe=tiny.pipeline(), **od_config))
@@ -157,7 +145,7 @@ def test_vllm_omni_flux_makes_the_picture_of_diffusers(
     pipe = engine_pipeline(engine)
     with torch.inference_mode(), tiny.counted(pipe.transformer) as seen:
         made = pipe.forward(request)
-    assert tiny.relative_error(made, through_diffusers(request, config)) < 1e-5
+    assert tiny.relative_error(made, engines.through_diffusers(request, config)) < 1e-5
     assert min(seen) < tiny.NUM_TOKENS
 
 
@@ -167,7 +155,7 @@ def test_vllm_omni_ranks_with_a_branch_each_make_the_picture_of_one(tmp_path: Pa
     assert [each.code for each in ended] == [0, 0], "\n".join(each.output[-3000:] for each in ended)
     first, second = (each.found for each in ended)
     for name, batch in engines.GUIDED.items():
-        expected = through_diffusers(engines.request_of(batch, 2.0), CONFIG)
+        expected = engines.through_diffusers(engines.request_of(batch, 2.0), CONFIG)
         assert torch.equal(first[name]["made"], second[name]["made"])
         assert tiny.relative_error(first[name]["made"], expected) < 1e-5
         assert first[name]["seen"] == second[name]["seen"]  # a branch each, of the same tokens
@@ -180,7 +168,7 @@ def test_vllm_omni_flux_forgets_a_request_that_failed(engine: SimpleNamespace) -
     with pytest.raises(ZeroDivisionError):
         pipe.forward(engines.request_of())
     broken.remove()
-    expected = through_diffusers(engines.request_of(), CONFIG)
+    expected = engines.through_diffusers(engines.request_of(), CONFIG)
     assert tiny.relative_error(pipe.forward(engines.request_of()), expected) < 1e-5
 
 

@@ -1,0 +1,171 @@
+"""`generate_batch` for pipelines whose requests cannot share forwards: each is a call of the patched pipeline."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from jitaccel.errors import ConfigError, suggestion
+from jitaccel.execution.options import Execution
+from jitaccel.generation import registry
+from jitaccel.generation.batch import OnBatchStep, OnOutcome, Outcome, OutputType, Request
+from jitaccel.generation.handle import Handle, Installation
+from jitaccel.method.config import JiTConfig
+
+from ..foreign import Arguments, Pipeline
+from .hook import hook_of
+from .outcomes import Outcomes, attempt
+
+Asked = Mapping[int, tuple[Request, JiTConfig]]
+"""Requests with their configurations, by their index in the batch."""
+_FIELDS = ("prompt", "height", "width", "negative_prompt", "true_cfg_scale", "guidance_scale", "max_sequence_length")
+_OURS = {  # arguments of a call that are not options, and what says them instead
+    "generator": "seed=",
+    "num_inference_steps": "steps=",
+    "sigmas": "preset=JiTConfig(schedule=...)",
+    "timesteps": "preset=JiTConfig(schedule=...)",
+    "output_type": "output_type= of generate_batch",
+    "return_dict": "Outcome.image",
+    "callback_on_step_end": "on_step=",
+    "num_images_per_prompt": "a request of each picture",
+    "num_videos_per_prompt": "a request of each video",
+    **{name: f"{name}=" for name in _FIELDS},
+}
+
+
+def generate_batch(
+    pipeline: Pipeline,
+    requests: Sequence[tuple[Request, JiTConfig]],
+    how: Execution,
+    output_type: OutputType,
+    on_step: OnBatchStep | None = None,
+    on_outcome: OnOutcome | None = None,
+) -> list[Outcome]:
+    """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
+    outcomes = Outcomes(on_outcome)
+    one_by_one(pipeline, dict(enumerate(requests)), how, output_type, outcomes, on_step)
+    return [outcomes[index] for index in range(len(requests))]
+
+
+def one_by_one(
+    pipeline: Pipeline,
+    requests: Asked,
+    how: Execution,
+    output_type: OutputType,
+    outcomes: Outcomes,
+    on_step: OnBatchStep | None,
+) -> None:
+    """Enters the outcome of each request.
+
+    Raises:
+        ConfigError: Before any is run, with every request that names what the pipeline's call does not take.
+        UnsupportedModelError: For a pipeline that cannot be accelerated correctly.
+    """
+    check_unpatched(pipeline)
+    check_arguments(pipeline, requests)
+    for config in dict.fromkeys(config for _, config in requests.values()):
+        _prepared(pipeline, config, how)  # raises what can be known before any is run
+    for index, (request, config) in requests.items():
+        make = functools.partial(_outcome, pipeline, index, request, config, how, output_type, on_step)
+        outcome = attempt(outcomes, index, request, make)
+        if outcome is not None:
+            outcomes[index] = outcome
+
+
+def check_unpatched(pipeline: Pipeline) -> None:
+    """Raises ConfigError for a pipeline that is patched: requests name their presets themselves."""
+    networks = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    if any(network is not None and hook_of(network) is not None for network in networks):
+        raise ConfigError(
+            "generate_batch: target must not be patched, got a pipeline whose transformer is; "
+            "remove() its handle first, requests name their presets themselves"
+        )
+
+
+def check_arguments(pipeline: Pipeline, requests: Asked) -> None:
+    """Raises ConfigError with every field and option of a request that a pipeline's call does not take."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    options = [name for name in known if name not in ("self", *_OURS)]
+    problems = []
+    for index, (request, _) in requests.items():
+        where = f"generate_batch: requests[{index}]:"
+        for name in request.options:
+            if name in _OURS:
+                problems.append(f"{where} options must not have {name!r}; use {_OURS[name]}")
+            elif name not in options:
+                problems.append(
+                    f"{where} options must be arguments of {type(pipeline).__name__}, got {name!r}; "
+                    f"{suggestion(name, options, 'its call does not take it')}"
+                )
+        for name in ("negative_prompt", "true_cfg_scale", "guidance_scale", "max_sequence_length"):
+            if getattr(request, name) is not None and name not in known:
+                problems.append(
+                    f"{where} {name} must be left out for {type(pipeline).__name__}, whose calls have none, got "
+                    f"{getattr(request, name)!r}"
+                )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def default_of(pipeline: Pipeline, name: str) -> Any:
+    """Returns what a pipeline's call has for an argument that is left out."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
+def _prepared(pipeline: Pipeline, config: JiTConfig, how: Execution) -> Installation:
+    from .. import find
+
+    return find(pipeline).prepare(pipeline, config, None, how)
+
+
+@contextmanager
+def _patched(pipeline: Pipeline, config: JiTConfig, how: Execution) -> Iterator[Handle]:
+    handle = Handle(pipeline, _prepared(pipeline, config, how))
+    registry.put_in_place(handle)
+    with handle:
+        yield handle
+
+
+def _outcome(
+    pipeline: Pipeline,
+    index: int,
+    request: Request,
+    config: JiTConfig,
+    how: Execution,
+    output_type: OutputType,
+    on_step: OnBatchStep | None,
+) -> Outcome:
+    with _patched(pipeline, config, how) as handle:
+        made = pipeline(**_call(pipeline, index, request, config, output_type, on_step))
+        return Outcome(request, None, handle.stats().token_steps, made[0][0])
+
+
+def _call(
+    pipeline: Pipeline,
+    index: int,
+    request: Request,
+    config: JiTConfig,
+    output_type: OutputType,
+    on_step: OnBatchStep | None,
+) -> Arguments:
+    """Returns the arguments of the pipeline's call."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    given = {name: getattr(request, name) for name in _FIELDS}
+    call: dict[str, Any] = {name: value for name, value in given.items() if name in known and value is not None}
+    call |= {"output_type": output_type, "return_dict": False, **request.options}
+    call["generator"] = torch.Generator("cpu").manual_seed(request.seed)
+    if config.steps != "caller":
+        call["num_inference_steps"] = config.steps
+    if on_step is not None and "callback_on_step_end" in known:
+
+        def tell(pipe: Any, step: int, _: object, tensors: Any) -> Any:
+            on_step(index, step + 1, pipe.num_timesteps)
+            return tensors
+
+        call["callback_on_step_end"] = tell
+    return call

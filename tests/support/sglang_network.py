@@ -1,0 +1,139 @@
+"""A stand-in for what is distributed in SGLang-Diffusion 0.5.23's own FLUX.1: groups of processes, and the network.
+
+The network is diffusers', fed as the engine feeds its own: tables of positions, levels times 1000, some tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers.models.transformers import transformer_flux
+from torch import Tensor, distributed, nn
+
+SERVER = SimpleNamespace(args=SimpleNamespace(enable_cfg_parallel=False), group=None)
+"""What is global in the engine: arguments of the server, and the process group; None for that of all."""
+
+
+class GroupCoordinator:
+    """Processes that divide something: all of this one's group, or this one alone."""
+
+    def __init__(self, *, is_alone: bool = False) -> None:
+        together = distributed.is_initialized() and not is_alone
+        self.world_size = distributed.get_world_size() if together else 1
+        self.rank_in_group = distributed.get_rank() if together else 0
+        self.device_group = (SERVER.group or distributed.group.WORLD) if together else None
+
+    def all_gather(self, input_: Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
+        if self.world_size == 1:
+            return [input_] if separate_tensors else input_
+        found = [torch.empty_like(input_, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        distributed.all_gather(found, input_.contiguous(), group=self.device_group)
+        return found if separate_tensors else torch.cat(found, dim=dim)
+
+
+def model_parallel_is_initialized() -> bool:
+    return distributed.is_initialized()
+
+
+def get_replica_group() -> GroupCoordinator:
+    return GroupCoordinator()
+
+
+def sequence_group() -> GroupCoordinator:
+    """Who divides the tokens: nobody, where branches of guidance are what is divided."""
+    return GroupCoordinator(is_alone=SERVER.args.enable_cfg_parallel)
+
+
+def get_sp_parallel_rank() -> int:
+    return sequence_group().rank_in_group
+
+
+class AttentionBackendEnum(enum.Enum):
+    TORCH_SDPA = enum.auto()
+    SPARGE_ATTN = enum.auto()
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+    @property
+    def is_sparse(self) -> bool:
+        return self is AttentionBackendEnum.SPARGE_ATTN
+
+
+class FluxPosEmbed(nn.Module):
+    """Cosines and sines of position ids (S, 3), each (S, C), one number for each pair of channels."""
+
+    def __init__(self, theta: int, axes_dim: list[int]) -> None:
+        super().__init__()
+        self.theta, self.axes_dim = theta, axes_dim
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = [
+            ids[:, axis, None].double() * self.theta ** -(torch.arange(0, size, 2).double() / size)
+            for axis, size in enumerate(self.axes_dim)
+        ]
+        joined = torch.cat(angles, dim=1)
+        return joined.cos().float(), joined.sin().float()
+
+
+class _GivenPositions(nn.Module):
+    """In the place of diffusers' table of positions: what the engine gave."""
+
+    table: tuple[Tensor, Tensor]
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = (half.repeat_interleave(2, dim=1) for half in self.table)
+        return cosine, sine
+
+
+class FluxTransformer2DModel(nn.Module):
+    """The engine's network: this rank's part of the image's tokens and, where ranks can divide it, of the prompt."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.rotary_emb = FluxPosEmbed(theta=10000, axes_dim=list(inner.config.axes_dims_rope))
+        self.inner = inner
+        inner.pos_embed = _GivenPositions()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        pooled_projections: Any = None,
+        timestep: Any = None,
+        guidance: Any = None,
+        freqs_cis: Any = None,
+        joint_attention_kwargs: Any = None,
+        controlnet_block_samples: Any = None,
+        controlnet_single_block_samples: Any = None,
+    ) -> Tensor:
+        group, text = sequence_group(), encoder_hidden_states.shape[1]
+        divides = group.world_size > 1 and text % group.world_size == 0
+        if divides:
+            own = slice(*(text // group.world_size * (group.rank_in_group + end) for end in (0, 1)))
+            encoder_hidden_states = encoder_hidden_states[:, own]
+            freqs_cis = tuple(torch.cat([half[:text][own], half[text:]]) for half in freqs_cis)
+        self.inner.pos_embed.table = freqs_cis
+        alone = 0 if divides else text  # tokens that every rank has
+        attention = transformer_flux.dispatch_attention_fn
+
+        def gathered(query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Any:
+            both = [torch.cat([x[:, :alone], group.all_gather(x[:, alone:], dim=1)], dim=1) for x in (key, value)]
+            return attention(query, *both, **others)
+
+        with mock.patch.object(transformer_flux, "dispatch_attention_fn", gathered):
+            made: Tensor = self.inner(
+                hidden_states=hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                pooled_projections=pooled_projections,
+                timestep=timestep / 1000,
+                guidance=guidance / 1000,
+                img_ids=torch.zeros(hidden_states.shape[1], 3),
+                txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3),
+                return_dict=False,
+            )[0]
+        return made
