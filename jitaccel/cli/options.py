@@ -24,7 +24,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, offload: bool) -> None
     """Adds which pipeline is loaded, and how."""
     from ..loading import DTYPES, OFFLOADS
 
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    parser.add_argument("--model", help="diffusers pipeline: folder or hub id; without it the embedded model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument(
         "--pickle", action="store_true", help="load weights that are not safetensors; this runs code stored in them"
