@@ -21,7 +21,7 @@ out=${1:?usage: benchmarks/gpu.sh [--dry-run] OUT [STEP ...]}
 shift
 # In the order of their weight. The second line: what gpu2.sh runs.
 first="load memcheck racecheck operators graphs targets agreement record"
-second="kernels float8 batches large video startup"
+second="float8 batches large video wan cpp kernels startup"
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || read -ra steps <<<"$first"
 python=${PYTHON:-python3}
@@ -100,8 +100,8 @@ tests() { # tests STEP LIMIT FILE ...
     run "$step" "$limit" "$python" -m pytest -q -m cuda --numprocesses 8 --dist worksteal "$@"
 }
 
-failed=0 size=targets
-[ -z "$dry" ] || size=tiny
+failed=0 size=targets device=cuda
+[ -z "$dry" ] || { size=tiny device=cpu; }
 for step in "${steps[@]}"; do
     case $step in
         load) run load 60 "$python" -c 'import torch; from jitaccel import ops; print(torch.__version__, ops.compiled(), ops.missing()); raise SystemExit(torch.cuda.is_available() and "cuda" not in ops.compiled())' ;;
@@ -117,6 +117,8 @@ for step in "${steps[@]}"; do
         batches) bench batches 300 packing --size flux --repeat 3 ;;
         large) bench large 500 record --size flux --only 2048x2048 --repeat 1 ;;
         video) bench video 200 kernels --size video ;;
+        wan) bench wan 200 codebases --size video-480p --repeat 2 ;;
+        cpp) run cpp 200 "$python" -m benchmarks.checkout.cpp_program --device "$device" ;;
         startup) bench startup 300 startup --repeat 1 ;;
         *) echo "unknown step $step; known: $first $second" >&2; exit 2 ;;
     esac

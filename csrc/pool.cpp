@@ -24,18 +24,66 @@ void for_each_line(int64_t frames, int64_t rows, int64_t elements, const F& f) {
   });
 }
 
+template <typename T>
+JITACCEL_INLINE float sum4(const T& a, const T& b, const T& c, const T& d) {
+  return static_cast<float>(a) + static_cast<float>(b) + static_cast<float>(c) + static_cast<float>(d);
+}
+
+// A token of the smaller picture, made of four of the larger one. Where patch and factor are 2, each of its latents is
+// the mean of one of them: out[c + k] = mean of tokens[k][c .. c + 4). Where patch is 1: out[c] = mean of tokens[.][c].
+template <int PATCH, typename T>
+JITACCEL_INLINE void pool_four(const T* const* tokens, float scale, int channels, T* __restrict__ out) {
+  const T *first = tokens[0], *second = tokens[1], *third = tokens[2], *fourth = tokens[3];
+  if (PATCH == 1) {
+    for (int c = 0; c < channels; ++c) out[c] = static_cast<T>(sum4(first[c], second[c], third[c], fourth[c]) * scale);
+    return;
+  }
+  for (int c = 0; c < channels; c += 4) {
+    out[c] = static_cast<T>(sum4(first[c], first[c + 1], first[c + 2], first[c + 3]) * scale);
+    out[c + 1] = static_cast<T>(sum4(second[c], second[c + 1], second[c + 2], second[c + 3]) * scale);
+    out[c + 2] = static_cast<T>(sum4(third[c], third[c + 1], third[c + 2], third[c + 3]) * scale);
+    out[c + 3] = static_cast<T>(sum4(fourth[c], fourth[c + 1], fourth[c + 2], fourth[c + 3]) * scale);
+  }
+}
+
+JITACCEL_CLONES void pool_patches(const float* const* tokens, float scale, int channels, float* out) {
+  pool_four<2>(tokens, scale, channels, out);
+}
+JITACCEL_CLONES void pool_patches(const BFloat16* const* tokens, float scale, int channels, BFloat16* out) {
+  pool_four<2>(tokens, scale, channels, out);
+}
+JITACCEL_CLONES void pool_patches(const Half* const* tokens, float scale, int channels, Half* out) {
+  pool_four<2>(tokens, scale, channels, out);
+}
+JITACCEL_CLONES void pool_latents(const float* const* tokens, float scale, int channels, float* out) {
+  pool_four<1>(tokens, scale, channels, out);
+}
+JITACCEL_CLONES void pool_latents(const BFloat16* const* tokens, float scale, int channels, BFloat16* out) {
+  pool_four<1>(tokens, scale, channels, out);
+}
+JITACCEL_CLONES void pool_latents(const Half* const* tokens, float scale, int channels, Half* out) {
+  pool_four<1>(tokens, scale, channels, out);
+}
+
 template <int PATCH, int FACTOR, typename T>
 void run_pool(const Pooling& pooling, int64_t frames, const T* x, float scale, T* out) {
   const int line_size = pooling.small_columns * pooling.channels;
   for_each_line(frames, pooling.small_rows, line_size, [&](int64_t frame, int row) {
     const T* from = x + frame * pooling.frame_size();
     T* to = out + frame * pooling.small_frame_size() + row * line_size;
-    for (int column = 0; column < pooling.small_columns; ++column) {
+    for (int column = 0; column < pooling.small_columns; ++column, to += pooling.channels) {
       const PooledFrom<PATCH, FACTOR> token(pooling, row, column);
-      const int patch = token.patch(), step = patch * patch;
-      for (int c = 0; c < pooling.channels; c += step)
-        for (int k = 0; k < step; ++k)
-          to[column * pooling.channels + c + k] = static_cast<T>(token.mean(from + c, k / patch, k % patch, scale));
+      if constexpr (FACTOR == 2 && (PATCH == 1 || PATCH == 2)) {
+        const T* tokens[4];
+        for (int k = 0; k < 4; ++k) tokens[k] = from + token.lines[k / 2 * PATCH] + token.columns[k % 2 * PATCH];
+        if (PATCH == 1) pool_latents(tokens, scale, pooling.channels, to);
+        if (PATCH == 2) pool_patches(tokens, scale, pooling.channels, to);
+      } else {
+        const int patch = token.patch(), step = patch * patch;
+        for (int c = 0; c < pooling.channels; c += step)
+          for (int k = 0; k < step; ++k)
+            to[c + k] = static_cast<T>(token.mean(from + c, k / patch, k % patch, scale));
+      }
     }
   });
 }

@@ -1,14 +1,20 @@
 """Each operator against the torch operations of the released code, the compiled reference, and the memory limit.
 
-All calls are of the same inputs, which small grids leave in the caches: "warm". `targets.py` rotates them.
+All calls are of the same inputs, which small grids leave in the caches: "warm". `targets.py` rotates them. On the CPU
+an output takes memory that an earlier one has given back: pages that the system hands out afresh cost more than many
+operators, and whether it does hangs on what was allocated before. `page_faults` says how many a call had.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,13 +231,15 @@ KERNELS = (
 def measure(size: str, options: Options) -> Iterator[Measurement]:
     """Yields a row for each operator whose name holds `options.only`, each width and density."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
-    bandwidth = copy_bandwidth(options)
-    for channels in CHANNELS:
-        for density in DENSITIES:
-            x = make_inputs(GRIDS[size], channels, density, dtype, options)
-            plan_s = percentiles(seconds(lambda x=x: KERNELS[0].run(x), options))[0]
-            for kernel in (kernel for kernel in KERNELS if options.only in kernel.name):
-                yield _row(kernel, x, density, plan_s / _STEPS_PER_PLAN if kernel.lifts else 0.0, bandwidth, options)
+    with kept_memory():
+        bandwidth = copy_bandwidth(options)
+        for channels in CHANNELS:
+            for density in DENSITIES:
+                x = make_inputs(GRIDS[size], channels, density, dtype, options)
+                plan_s = percentiles(seconds(lambda x=x: KERNELS[0].run(x), options))[0]
+                for kernel in (kernel for kernel in KERNELS if options.only in kernel.name):
+                    plan_share_s = plan_s / _STEPS_PER_PLAN if kernel.lifts else 0.0
+                    yield _row(kernel, x, density, plan_share_s, bandwidth, options)
 
 
 def _row(
@@ -239,6 +247,7 @@ def _row(
 ) -> Measurement:
     with torch.no_grad():
         own = percentiles(seconds(lambda: kernel.run(x), options))
+        faults = page_faults(lambda: kernel.run(x))
         released = _released_seconds(kernel, x, options)
         fused = _compiled_seconds(kernel, x, options)
     limit = kernel.bytes_moved(x) / bandwidth
@@ -256,6 +265,7 @@ def _row(
         "median_ms": 1e3 * own[0],
         "p20_ms": 1e3 * own[1],
         "p80_ms": 1e3 * own[2],
+        "page_faults": faults,
         "plan_share_ms": 1e3 * plan_s,
         "released_ms": None if released is None else 1e3 * released,
         "compiled_reference_ms": None if fused is None else 1e3 * fused,
@@ -295,6 +305,40 @@ def _compiled_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> floa
     torch._dynamo.reset()
     fused = torch.compile(kernel.reference, dynamic=False, fullgraph=True)
     return percentiles(seconds(lambda: fused(x), options))[0]
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Lets the C library keep what is freed, in the process's heap, where it is glibc's; elsewhere nothing changes.
+
+    Left to itself it gives large blocks back to the system, and each call's output is new pages.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:  # as glibc's own thresholds are after large blocks; it moves them no more once they have been set
+        mallopt(mmap_max, 65_536)
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
+
+
+def page_faults(function: Callable[[], Any], calls: int = 5) -> float | None:
+    """Returns how many pages a call has the system hand out, on average; None on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    function()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        function()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
 
 
 def copy_bandwidth(options: Options) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..registry import Case, Measurement, Options, percentiles
-from .kernels import KERNELS, Kernel, KernelInputs, make_inputs, seconds
+from .kernels import KERNELS, Kernel, KernelInputs, kept_memory, make_inputs, seconds
 
 GRIDS = {"targets": (21, 45, 80), "tiny": (2, 6, 8)}
 AIMS_US = {
@@ -32,10 +32,11 @@ COPIES = 6  # of 40 MB in bfloat16
 def measure(size: str, options: Options) -> Iterator[Measurement]:
     """Yields a row for each operator that has an aim."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
-    copies = [make_inputs(GRIDS[size], CHANNELS, DENSITY, dtype, options) for _ in range(COPIES)]
-    for kernel in KERNELS:
-        if kernel.name in AIMS_US:
-            yield _row(kernel, copies, options)
+    with kept_memory():
+        copies = [make_inputs(GRIDS[size], CHANNELS, DENSITY, dtype, options) for _ in range(COPIES)]
+        for kernel in KERNELS:
+            if kernel.name in AIMS_US:
+                yield _row(kernel, copies, options)
 
 
 def _row(kernel: Kernel, copies: list[KernelInputs], options: Options) -> Measurement:

@@ -75,9 +75,11 @@ class LatentsRoute(SchedulerRoute[Calls]):
         """
         if self._generation is not None:
             return rows // self._generation.run.anchors.shape[0]
-        pipeline = self._pipeline()
-        said = getattr(pipeline, _GUIDED, None)
-        return 2 if (argument_of_call(_GUIDED) if said is None else said) else 1
+        said = getattr(self._pipeline(), _GUIDED, None)
+        said = argument_of_call(_GUIDED) if said is None else said
+        if said is None:
+            said = (argument_of_call("guidance_scale") or 1.0) > 1.0
+        return 2 if said else 1
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""

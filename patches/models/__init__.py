@@ -7,7 +7,22 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, bria, hunyuan, hunyuan15, hunyuan_image, ltx, ltx2, lumina2, mochi, qwen, sd3, wan, z_image
+from . import (
+    auraflow,
+    bria,
+    hidream,
+    hunyuan,
+    hunyuan15,
+    hunyuan_image,
+    ltx,
+    ltx2,
+    lumina2,
+    mochi,
+    qwen,
+    sd3,
+    wan,
+    z_image,
+)
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -24,6 +39,7 @@ MODELS: tuple[Model, ...] = (
     *lumina2.MODELS,
     *mochi.MODELS,
     *bria.MODELS,
+    *hidream.MODELS,
 )
 
 

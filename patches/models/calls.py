@@ -167,6 +167,17 @@ class CutCalls:
         self._notes: tuple[str, ...] = ()
         if options.execution == "packed":
             self._note_indexed(options.strict)
+        if options.compile is not None and model.uncompiled is not None:
+            self._note_eager(model.uncompiled, options.strict)
+
+    def _note_eager(self, reason: str, strict: bool) -> None:
+        if strict:
+            raise UnsupportedModelError(
+                f"jitaccel: every stage must compile into one graph with strict=True, got {self.model.name}: {reason}; "
+                f"use compile=False"
+            )
+        _log.warning("jitaccel: nothing of %s is compiled, since %s", self.model.name, reason)
+        self._notes += (f"not compiled, since {reason}",)
 
     def _note_indexed(self, strict: bool) -> None:
         reason = f"packed execution does not know {self.model.name}"
@@ -314,11 +325,13 @@ class CutCalls:
             return
         for image, own in enumerate(places):
             given = {name: arguments.get(name) for name in self.model.adapter.rows}
+            lists = {name: arguments[name] for name in self.model.adapter.lists}
             yield (
                 own,
                 {
                     **arguments,
                     **{name: _row(value, image) for name, value in given.items() if value is not None},
+                    **{name: [_row(each, image) for each in values] for name, values in lists.items()},
                 },
             )
 
@@ -364,7 +377,7 @@ def _signature(arguments: Arguments) -> Hashable:
 
 
 def _compiler_of(options: Execution, model: Model) -> Compiler | None:
-    if options.compile is None:
+    if options.compile is None or model.uncompiled is not None:
         return None
     from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from benchmarks.registry import Options, find_cases, percentiles
 from benchmarks.table import auto as auto_table
 from jitaccel import __version__, provenance
 from tests.support.benchmarks import TINY
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_cases_are_found_by_their_modules() -> None:
@@ -141,6 +145,26 @@ def test_released_operations_compute_what_the_operators_do() -> None:
     importance = kernels.released_importance(x)
     torch.testing.assert_close(importance, x.importance, rtol=1e-4, atol=1e-5)
     assert set(kernels.released_activate(x).tolist()) == set(x.tokens[0].tolist())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
+def test_memory_of_outputs_is_kept_while_operators_are_measured() -> None:
+    program = """
+import torch
+from benchmarks.cases.kernels import kept_memory, page_faults
+
+def call():
+    torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)
+
+print(page_faults(call))
+with kept_memory():
+    for _ in range(10):
+        call()
+    print(page_faults(call))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    without, kept = map(float, done.stdout.split())
+    assert without > 1000 and kept < 10
 
 
 def test_kernels_are_measured_beside_the_released_code(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jitaccel
+from jitaccel.errors import UnsupportedModelError
 from jitaccel.patches.models import MODELS, model_of
 from tests.support.generations import GENERATIONS, Generation
 from tests.support.qwen import LAYERED, small_references
@@ -78,6 +79,14 @@ def test_what_is_compiled_is_said(name: str, subject: Generation) -> None:
     if name in ONE_PROMPT | LATE:
         pytest.skip("the model is compiled through another pipeline")
     pipe = subject.make()
+    known = model_of(pipe.transformer)
+    if known is not None and known.uncompiled is not None:
+        with pytest.raises(UnsupportedModelError, match=f"{known.name}: {known.uncompiled}; use compile=False"):
+            jitaccel.apply(pipe, SHORT, compile=True, strict=True)
+        with jitaccel.apply(pipe, SHORT, compile=True) as handle:
+            assert subject.generate(pipe).isfinite().all()
+            assert handle.stats().compiled is None and f"not compiled, since {known.uncompiled}" in handle.stats().notes
+        return
     with jitaccel.apply(pipe, SHORT):
         eager = subject.generate(pipe)
     with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:
