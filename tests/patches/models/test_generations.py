@@ -12,7 +12,7 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.patches.models import MODELS, model_of
 from tests.support.generations import GENERATIONS, Generation
 from tests.support.qwen import LAYERED, small_references
-from tests.support.tiny import DENSE, SHORT, relative_error
+from tests.support.tiny import DENSE, SHORT, offload_groups, relative_error
 
 ELSEWHERE = {"WanImageToVideoPipeline", "WanVACEPipeline"}  # test_wan.py
 ONE_PROMPT = {"QwenImageEditPipeline", "QwenImageEditPlusPipeline"}
@@ -60,6 +60,19 @@ def test_image_of_a_batch_is_the_one_made_alone(name: str, subject: Generation) 
     assert stats.batch == 2
     if name not in LATE:
         assert not torch.equal(stats.anchors[1][0], stats.anchors[1][1])
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideoImageToVideoPipeline", "LTX2Pipeline", LAYERED])
+def test_offloaded_groups_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == LAYERED:
+        small_references(monkeypatch, name)
+    subject = GENERATIONS[name]
+    pipe = subject.make()
+    with jitaccel.apply(pipe, SHORT):
+        expected = subject.generate(pipe)
+    offload_groups(pipe.transformer, "block_level")
+    with jitaccel.apply(pipe, SHORT):
+        assert torch.equal(subject.generate(pipe), expected)
 
 
 def test_what_is_compiled_is_said(name: str, subject: Generation) -> None:
