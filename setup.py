@@ -94,6 +94,7 @@ setup(
         "jitaccel": ["py.typed"],
         "jitaccel.view.templates": ["*.j2", "*.css", "*.js"],
         "jitaccel.assets": ["**/*"],
+        "jitaccel.patches.comfyui": ["pyproject.toml"],
         "jitaccel.csrc": ["*"],
     },
     exclude_package_data={"jitaccel.assets": ["**/*.pyc"]},

@@ -42,9 +42,12 @@ _FAMILIES = {  # what people call a transformer, and what it makes
     "ZImageTransformer2DModel": ("Z-Image", "images"),
     "AuraFlowTransformer2DModel": ("AuraFlow", "images"),
     "LTXVideoTransformer3DModel": ("LTX-Video", "video"),
+    "LTX2VideoTransformer3DModel": ("LTX-2", "video with audio"),
     "Lumina2Transformer2DModel": ("Lumina Image 2.0", "images"),
     "MochiTransformer3DModel": ("Mochi", "video"),
     "BriaTransformer2DModel": ("Bria 3", "images"),
+    "BriaFiboTransformer2DModel": ("Bria FIBO", "images"),
+    "HiDreamImageTransformer2DModel": ("HiDream-I1", "images"),
 }
 _PRESETS = tuple(name for name, config in PRESETS.items() if config.num_stages > 1)
 Shapes = Mapping[str, Any]
@@ -167,6 +170,21 @@ ROWS: tuple[Row, ...] = (
         },
     ),
     Row(
+        name="LTX-2 19B",
+        size="768x512, 121 frames",
+        kind="LTX2VideoTransformer3DModel",
+        config={},
+        grid=(16, 16, 24),
+        call=lambda g: {
+            "hidden_states": _empty(1, num_tokens_of(g), 128),
+            "audio_hidden_states": _empty(1, 126, 128),
+            **_text(1024, 3840, audio_encoder_hidden_states=_empty(1, 1024, 3840)),
+            **dict(zip(("num_frames", "height", "width"), g, strict=True)),
+            "audio_num_frames": 126,
+        },
+        steps=30,
+    ),
+    Row(
         name="Qwen-Image",
         size="1328x1328",
         kind="QwenImageTransformer2DModel",
@@ -233,6 +251,19 @@ ROWS: tuple[Row, ...] = (
     ),
     _mochi(19, (4, 30, 53)),
     _mochi(163, (28, 30, 53)),
+    Row(
+        name="HiDream-I1",
+        size="1024x1024",
+        kind="HiDreamImageTransformer2DModel",
+        config={"patch_size": 2, "in_channels": 16, "caption_channels": (4096, 4096), "llama_layers": range(48)},
+        grid=(64, 64),
+        call=lambda g: {
+            "hidden_states": _empty(1, 16, 2 * g[0], 2 * g[1]),
+            "timestep": _empty(1),
+            "encoder_hidden_states_t5": _empty(1, 128, 4096),
+            "encoder_hidden_states_llama3": _empty(32, 1, 128, 4096),
+        },
+    ),
 )
 
 
@@ -310,7 +341,7 @@ def model_line(model: Model) -> str:
     """Returns a row of the first table, of a model that is cut."""
     levels = {"native": "the sampler's own", "beta": "the preset's"}[model.schedule]
     guidance = {"calls": "a call each", "batch": "one batch"}[model.branches]
-    compiled = "its blocks" if model.blocks else "whole stages"
+    compiled = "nothing" if model.uncompiled else "its blocks" if model.blocks else "whole stages"
     return _model_row(model.name, model.pipelines, levels, guidance, compiled)
 
 
@@ -378,7 +409,7 @@ Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. B
 ## Size
 
 Operations are counted, not measured. A multiply-add is two. One forward, for one picture or video, of one branch of
-guidance. Bria is left out, since the configuration of its checkpoint was not at hand.
+guidance. Bria is left out, since the configurations of its checkpoints were not at hand.
 
 {sizes}
 
@@ -393,8 +424,6 @@ anything but the network takes time.
 ## Not supported
 
 {refused}
-
-Known to be possible, and not done: LTX-2 and HiDream.
 """
 
 

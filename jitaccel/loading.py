@@ -68,7 +68,9 @@ def _from_hub(model: str, name: str) -> Path | None:
 def _hub_errors(model: str) -> Iterator[None]:
     """Raises CommandError with what to do where a hub model is gated, unknown or out of reach."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # without a line for each of its tries: what is raised in the end says it
     try:
         yield
     except GatedRepoError as error:
@@ -107,10 +109,7 @@ def load_pipeline(
     require_diffusers()
     source = _checked_source(model)
     torch_device = pick_device(device)
-    if offload != "none" and torch_device.type == "cpu":
-        raise CommandError(
-            f"--offload must be none on the CPU, got {offload}; it moves weights between the CPU and an accelerator"
-        )
+    check_offload(offload, torch_device)
 
     import torch
 
@@ -173,8 +172,19 @@ def pick_device(name: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"--device must be a device of this machine, got {name!r}: {lines[0]}") from error
+        raise CommandError(
+            f"--device must be a device of this machine, got {name!r}: {lines[0]}; `jitaccel doctor` lists them"
+        ) from error
     return device
+
+
+def check_offload(offload: str, device: Any) -> None:
+    """Raises CommandError for offloading on a device that weights cannot be moved away from."""
+    if offload != "none" and device.type == "cpu":
+        raise CommandError(
+            f"--offload must be none on the CPU, got {offload}; it moves weights between the CPU and an accelerator; "
+            f"if this machine has one, `jitaccel doctor` says why torch does not use it"
+        )
 
 
 def _checked_source(model: str | None) -> str:

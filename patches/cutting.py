@@ -184,6 +184,7 @@ class Adapter:
         has_one_table: Whether one table of places serves all images, so that one forward cannot have other anchors for
             each image.
         rows: Arguments with a row for each image; needed with `has_one_table`.
+        lists: Arguments that are lists of such.
     """
 
     outputs: Mapping[str, Way]
@@ -192,6 +193,7 @@ class Adapter:
     methods: Mapping[str, Way] = field(default_factory=dict)
     has_one_table: bool = False
     rows: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
 
 
 def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:

@@ -90,6 +90,15 @@ def test_embedded_pipeline_is_found() -> None:
     assert (folder / "model_index.json").is_file()
 
 
+def test_comfyui_nodes_are_a_package_of_its_registry() -> None:
+    nodes = tomllib.loads((ROOT / "patches" / "comfyui" / "pyproject.toml").read_text())
+    for name in ("name", "version", "requires-python"):
+        assert nodes["project"][name] == PROJECT[name]
+    assert nodes["project"]["license"] == {"text": PROJECT["license"]}
+    assert nodes["project"]["dependencies"] == [PROJECT["name"]]
+    assert nodes["tool"]["comfy"].keys() == {"PublisherId", "DisplayName", "Icon"}
+
+
 @pytest.mark.parametrize("repository", [None, "https://example.org/a"])
 def test_readme_has_no_relative_link_on_a_package_index(tmp_path: Path, repository: str | None) -> None:
     pytest.importorskip("setuptools", minversion="77")

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_encodable(word):
             return _refuse(arguments.command, f"an argument must be text, got {word!a}; give another")
     try:
-        return int(_COMMANDS[arguments.command].run(arguments))
+        with messages.warnings_in_one_line(arguments.command):
+            return int(_COMMANDS[arguments.command].run(arguments))
     except CommandError as error:
         return _refuse(arguments.command, str(error))
     except _OF_LIBRARY as error:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _OPTIONS = {"text_tokens": "max_sequence_length", "folder": "out", "target": "model"}  # by the library's argument
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*: ", re.MULTILINE)
 _SETTING = re.compile(r'\b(\w+)=(?:"([\w-]+)"|([\d.]+))')
+_PACKAGE = Path(__file__).resolve().parents[1]
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
@@ -34,6 +38,23 @@ def as_options(reason: str, options: Mapping[str, Any]) -> str:
     lines = _SETTING.sub(setting, _FUNCTION.sub("", reason)).splitlines()
     lines = [re.sub(r"^\w+(?= must\b)", words, line) for line in lines]
     return "\n".join(re.sub(r"(?<!-)\b[a-z]+(?:_[a-z]+)+\b", words, line) for line in lines)
+
+
+@contextmanager
+def warnings_in_one_line(command: str) -> Iterator[None]:
+    """Shows the library's own warnings inside as errors are shown: in one line, without the place in the code."""
+    before = warnings.formatwarning
+
+    def shown(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if not Path(filename).resolve().is_relative_to(_PACKAGE):
+            return before(message, category, filename, lineno, line)
+        return f"jitaccel {command}: {str(message).removeprefix('jitaccel: ')}\n"
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, offload: bool) -> None
     """Adds which pipeline is loaded, and how."""
     from ..loading import DTYPES, OFFLOADS
 
-    parser.add_argument("--model", help="diffusers FLUX.1 folder or hub id; without it the embedded model")
+    parser.add_argument("--model", help="diffusers pipeline: folder or hub id; without it the embedded model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument(
         "--pickle", action="store_true", help="load weights that are not safetensors; this runs code stored in them"
@@ -93,10 +93,13 @@ def size_of(arguments: argparse.Namespace, config: JiTConfig | None) -> tuple[in
         None where nothing is asked for and the model does not say.
 
     Raises:
-        CommandError: For a size that the model does not make, with the nearest that it makes.
+        CommandError: For a size that the model does not make, with the nearest that it makes; for a device that is
+            not here and offloading on the CPU, before the hub is asked.
     """
-    from ..loading import picture_sizes
+    from ..loading import check_offload, pick_device, picture_sizes, require_diffusers
 
+    require_diffusers()
+    check_offload(getattr(arguments, "offload", "none"), pick_device(arguments.device))
     asked = None if arguments.size is None else parse_size(arguments.size)
     sizes = picture_sizes(arguments.model)
     if sizes is None:

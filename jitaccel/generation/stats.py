@@ -111,7 +111,8 @@ class Stats:
 
     def __str__(self) -> str:
         how = f"{self.execution} execution" + (f" with {self.attention}" if self.attention else "")
-        lines = [f"{self.codebase}, {how}, {self.generations} generations"]
+        times = "1 generation" if self.generations == 1 else f"{self.generations} generations"
+        lines = [f"{self.codebase}, {how}, {times}"]
         if self.compiled is not None:
             c = self.compiled
             lines.append(

@@ -184,7 +184,9 @@ def _sparse(
     given = route.calls.given(module, arguments, branches, mixes_tokens(caller))
     route.calls.check_divided(module, given, route.config)
     output = model.words.returned(given.output(route.forward(route.calls.call(module, original, given))))
-    return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
+    if not arguments.get("return_dict", True):
+        return (output, *given.further)
+    return Transformer2DModelOutput(sample=output) if model.result is None else model.result(output, *given.further)
 
 
 def _is_compiled_around(module: nn.Module, caller: object) -> bool:

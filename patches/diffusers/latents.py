@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jitaccel.generation.handle import MISSING, Handle, restore_attributes
+from jitaccel.generation.handle import MISSING, Handle, Patched, Uncopied, restore_attributes
 from jitaccel.method.config import JiTConfig
 from jitaccel.method.lift import LiftPlan
 from jitaccel.method.pool import PooledPlan
 from jitaccel.method.run import Run
 
-from ..foreign import Forward, Pipeline
+from ..foreign import Forward, Pipeline, Scheduler
 from ..layout import Layout
 from ..loops.velocity import Calls
 from ..network import ModelCall
 from .asked import Spacing
-from .caller import argument_of_call
+from .caller import argument_of_call, calling_pipeline
 from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
-from .scheduler import SchedulerRoute, with_state
+from .scheduler import SCHEDULE, SchedulerRoute, with_state
 
 _GUIDED = "do_classifier_free_guidance"  # of a pipeline, or a variable of its call
 _ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
@@ -66,6 +66,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         self._keeps_solver = self._is_multistep and is_sparse and config.solver == "caller"
         self._activated: Tensor | None = None  # (B, N) bool, the tokens that the step under way is the first one of
         self._state: Tensor | None = None  # (B, N, D), that the network was given in the step under way
+        self._twins: list[Scheduler] = []  # of the scheduler, that the pipeline made in its call under way
 
     def branches_of(self, rows: int) -> int:
         """Returns how many branches of guidance a call with this many rows holds, where they come in one batch.
@@ -74,9 +75,11 @@ class LatentsRoute(SchedulerRoute[Calls]):
         """
         if self._generation is not None:
             return rows // self._generation.run.anchors.shape[0]
-        pipeline = self._pipeline()
-        said = getattr(pipeline, _GUIDED, None)
-        return 2 if (argument_of_call(_GUIDED) if said is None else said) else 1
+        said = getattr(self._pipeline(), _GUIDED, None)
+        said = argument_of_call(_GUIDED) if said is None else said
+        if said is None:
+            said = (argument_of_call("guidance_scale") or 1.0) > 1.0
+        return 2 if said else 1
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
@@ -84,6 +87,24 @@ class LatentsRoute(SchedulerRoute[Calls]):
             state = vars(self._scheduler)
             handle.on_remove(self._restore_multistep, {name: state.get(name, MISSING) for name in STATE})
         super().install(handle)
+        handle.set_attribute(self._scheduler, "__deepcopy__", Patched(self._copied))
+
+    def _copied(self, memo: object) -> Scheduler:
+        """Returns a copy of the scheduler that is not patched and takes the same levels: of a pipeline's audio.
+
+        Raises:
+            TypeError: For a copy that is not made in the pipeline's own call.
+        """
+        if not self.is_of(calling_pipeline()):
+            Uncopied().__reduce_ex__(4)
+        kind: Any = type(self._scheduler)
+        twin: Scheduler = kind.from_config(self._scheduler.config)
+        self._share_levels(twin)
+        self._twins.append(twin)
+        return twin
+
+    def _share_levels(self, twin: Scheduler) -> None:
+        vars(twin).update({name: value for name, value in vars(self._scheduler).items() if name in SCHEDULE})
 
     def _restore_multistep(self, before: Mapping[str, object]) -> None:
         if self._generation is None:
@@ -99,7 +120,10 @@ class LatentsRoute(SchedulerRoute[Calls]):
                 )
 
     def _set_timesteps(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
+        twins = self._twins
         super()._set_timesteps(original, *args, **kwargs)
+        for twin in twins:
+            self._share_levels(twin)
         if self._is_multistep and self._levels is not None:
             self._levels = full_noise(self._levels)
         if self._is_inverted and self._levels is not None and self.config.schedule == "native":
@@ -183,6 +207,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         """Forgets the generation; what it did stays in the statistics."""
         super().reset()
         self._activated = self._state = None
+        self._twins = []
 
 
 def _after(given: Tensor, tokens: Tensor) -> Tensor:

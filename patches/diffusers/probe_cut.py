@@ -121,7 +121,7 @@ def _arguments(
     call: Arguments,
 ) -> dict[str, Any]:
     """Returns the arguments of the pipeline's call; raises ConfigError for those that it does not take."""
-    given: dict[str, Any] = {} if "prompt_embeds" in call else {"prompt": ""}
+    given: dict[str, Any] = {} if any(name.startswith("prompt_embeds") for name in call) else {"prompt": ""}
     if size is not None:
         given |= zip(("height", "width"), _checked_size(size), strict=True)
     if text_tokens is not None:

@@ -37,7 +37,7 @@ from .branches import copies_of, note_of, repeated
 from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
 
 _log = logging.getLogger(__name__)
-_SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
+SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
 
 
 class SchedulerRoute(Generic[Calls]):
@@ -80,7 +80,7 @@ class SchedulerRoute(Generic[Calls]):
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
-        schedule = {name: vars(self._scheduler).get(name, MISSING) for name in _SCHEDULE}
+        schedule = {name: vars(self._scheduler).get(name, MISSING) for name in SCHEDULE}
         handle.on_remove(self._restore_progress, {**schedule, **scheduler_place(self._scheduler, MISSING)})
         for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             original = getattr(self._scheduler, name)

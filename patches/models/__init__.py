@@ -7,7 +7,22 @@ from typing import Any
 
 from jitaccel.execution.private import uncompiled
 
-from . import auraflow, bria, hunyuan, hunyuan15, hunyuan_image, ltx, lumina2, mochi, qwen, sd3, wan, z_image
+from . import (
+    auraflow,
+    bria,
+    hidream,
+    hunyuan,
+    hunyuan15,
+    hunyuan_image,
+    ltx,
+    ltx2,
+    lumina2,
+    mochi,
+    qwen,
+    sd3,
+    wan,
+    z_image,
+)
 from .model import Model
 
 MODELS: tuple[Model, ...] = (
@@ -20,9 +35,11 @@ MODELS: tuple[Model, ...] = (
     *z_image.MODELS,
     *auraflow.MODELS,
     *ltx.MODELS,
+    *ltx2.MODELS,
     *lumina2.MODELS,
     *mochi.MODELS,
     *bria.MODELS,
+    *hidream.MODELS,
 )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +59,7 @@ class Given:
         tokens: The same as tokens (B, N, D), of one branch of guidance.
         branches: How many branches `hidden_states` holds, one after the other.
         mixes: Whether guidance weighs whole pictures, so that each branch must be lifted before it.
+        further: What the model returned with the velocity (audio), once it has run.
     """
 
     model: Model
@@ -70,6 +71,7 @@ class Given:
     tokens: Tensor
     branches: int = 1
     mixes: bool = False
+    further: list[Tensor] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -111,12 +113,18 @@ class Given:
             name: self.layout.to_latents(run.show_beside(self.layout.to_tokens(self.arguments[name])), like=hidden)
             for name in self.model.beside
         }
-        timestep = self.model.timestep_like(self.arguments["timestep"], run.shown_level)
+        levels = {
+            name: self.model.timestep_like(self.arguments[name], run.shown_level)
+            for name in self.model.levels
+            if self.arguments.get(name) is not None
+        }
+        timestep = levels["timestep"]
         is_of_tokens = timestep.ndim > 1 and timestep.shape[1] == self.num_tokens
         return {
             **self.arguments,
             **self.model.resized(self.arguments, plan.small_grid),
             **beside,
+            **levels,
             "hidden_states": hidden,
             "timestep": run.gather(timestep) if is_of_tokens else timestep,
             "return_dict": False,
@@ -159,6 +167,17 @@ class CutCalls:
         self._notes: tuple[str, ...] = ()
         if options.execution == "packed":
             self._note_indexed(options.strict)
+        if options.compile is not None and model.uncompiled is not None:
+            self._note_eager(model.uncompiled, options.strict)
+
+    def _note_eager(self, reason: str, strict: bool) -> None:
+        if strict:
+            raise UnsupportedModelError(
+                f"jitaccel: every stage must compile into one graph with strict=True, got {self.model.name}: {reason}; "
+                f"use compile=False"
+            )
+        _log.warning("jitaccel: nothing of %s is compiled, since %s", self.model.name, reason)
+        self._notes += (f"not compiled, since {reason}",)
 
     def _note_indexed(self, strict: bool) -> None:
         reason = f"packed execution does not know {self.model.name}"
@@ -279,17 +298,18 @@ class CutCalls:
         cut = self._cuts[module]
         if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut
             with cut.at(None):
-                output = self._forward(module, original, given.smaller(run, run.plan, state), None)
+                output, *given.further[:] = self._forward(module, original, given.smaller(run, run.plan, state), None)
             return Answer(given.velocity(output)[:, : run.num_active])
         arguments = given.with_state(state)
         if run.is_dense:
             with cut.at(None):
-                return Answer(given.velocity(self._forward(module, original, arguments, None)))
+                output, *given.further[:] = self._forward(module, original, arguments, None)
+            return Answer(given.velocity(output))
         outputs = []
         for places, own in self._parts(run, arguments, given.branches):
             with cut.at(places):
                 outputs.append(self._forward(module, original, cut.arguments(own, places), places))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        output, *given.further[:] = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
         return Answer(Branches(run, given.branches).gather(given.velocity(output)))
 
     def _parts(self, run: Run, arguments: dict[str, Any], branches: int) -> Iterator[tuple[Places, dict[str, Any]]]:
@@ -305,11 +325,13 @@ class CutCalls:
             return
         for image, own in enumerate(places):
             given = {name: arguments.get(name) for name in self.model.adapter.rows}
+            lists = {name: arguments[name] for name in self.model.adapter.lists}
             yield (
                 own,
                 {
                     **arguments,
                     **{name: _row(value, image) for name, value in given.items() if value is not None},
+                    **{name: [_row(each, image) for each in values] for name, values in lists.items()},
                 },
             )
 
@@ -321,22 +343,22 @@ class CutCalls:
 
     def _forward(
         self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
-    ) -> Tensor:
-        """Returns a transformer's output; compiled where that was asked for, one graph for each stage and batch.
+    ) -> tuple[Tensor, ...]:
+        """Returns a transformer's outputs; compiled where that was asked for, one graph for each stage and batch.
 
         Of a forward that does not trace whole, each kind of block is a graph.
         """
         if self._compiler is None:
-            return _output_of(original, arguments, self.model.words)
+            return _outputs_of(original, arguments, self.model.words)
         if self.model.blocks:
             with compiled_blocks(uncompiled(module), self.model.blocks, self._compiler):
-                return _output_of(original, arguments, self.model.words)
+                return _outputs_of(original, arguments, self.model.words)
         count = None if places is None else (places.anchors.shape, places.shared is None)
         # In memory of their own: a captured graph writes its inputs, and pipelines expand a timestep over the batch.
         arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         key = (id(module), count, _signature(arguments))
-        output: Tensor = self._compiler.run(key, _output_of, original, arguments, self.model.words)
-        return output
+        outputs: tuple[Tensor, ...] = self._compiler.run(key, _outputs_of, original, arguments, self.model.words)
+        return outputs
 
 
 def _row(value: Any, image: int) -> Any:
@@ -345,8 +367,9 @@ def _row(value: Any, image: int) -> Any:
     return value[at : at + 1]
 
 
-def _output_of(original: Forward, arguments: dict[str, Any], words: Words) -> Tensor:
-    return words.tensor(original(**words.write(arguments))[0])
+def _outputs_of(original: Forward, arguments: dict[str, Any], words: Words) -> tuple[Tensor, ...]:
+    output, *further = original(**words.write(arguments))
+    return (words.tensor(output), *further)
 
 
 def _signature(arguments: Arguments) -> Hashable:
@@ -354,7 +377,7 @@ def _signature(arguments: Arguments) -> Hashable:
 
 
 def _compiler_of(options: Execution, model: Model) -> Compiler | None:
-    if options.compile is None:
+    if options.compile is None or model.uncompiled is not None:
         return None
     from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
 

@@ -35,6 +35,10 @@ def no_problem(config: Config) -> str | None:
     return None
 
 
+def _same(x: Any) -> Any:
+    return x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Words:
     """How a call of a model that takes no tensors `hidden_states` and `timestep` is put in these words, and back.
@@ -48,15 +52,11 @@ class Words:
 
     read: Callable[[Arguments], Arguments]
     write: Callable[[Arguments], Arguments]
-    tensor: Callable[[Any], Tensor]
-    returned: Callable[[Tensor], Any]
+    tensor: Callable[[Any], Tensor] = _same
+    returned: Callable[[Tensor], Any] = _same
 
 
-def _same(x: Any) -> Any:
-    return x
-
-
-PLAIN = Words(read=_same, write=_same, tensor=_same, returned=_same)
+PLAIN = Words(read=_same, write=_same)
 """Those of most models."""
 
 
@@ -83,9 +83,11 @@ class Model:
         branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
         forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by configuration and
             arguments; or None.
-        text: Arguments (B, T, ...) of text and other conditions, whose lengths statistics count.
+        text: Arguments (B, T, E), or (L, B, T, E), of text and other conditions, whose lengths T statistics count.
         schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
         beside: Arguments of latents in the same layout, all of them conditions (a control video).
+        levels: Arguments at the noise level of what is generated, `timestep` among them.
+        result: What a call returns whose output is a dict, of all its tensors; None for a `Transformer2DModelOutput`.
         resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
             none.
         refused: Arguments that cannot be accelerated, and what they are.
@@ -93,6 +95,7 @@ class Model:
             copy without data (`flops.py`), which a model that looks at values does not allow.
         blocks: Lists of blocks that `compile` compiles one by one, where the forward around them does not trace; empty:
             the whole forward is one graph.
+        uncompiled: Why nothing of it is compiled; None where its blocks are, or the whole forward.
         captures: Whether a compiled stage can be recorded as a CUDA graph; not where its forward looks at values.
         divides: Whether it was tried with tokens divided among ranks.
         divides_text: Whether ranks divide the text too.
@@ -117,10 +120,13 @@ class Model:
     text: tuple[str, ...] = ("encoder_hidden_states",)
     schedule: Literal["native", "beta"] = "native"
     beside: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ("timestep",)
+    result: Callable[..., object] | None = None
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
     blocks: tuple[str, ...] = ()
+    uncompiled: str | None = None
     captures: bool = True
     divides: bool = False
     divides_text: bool = False
@@ -137,7 +143,7 @@ class Model:
     def num_text(self, arguments: Arguments) -> int:
         """Returns how many tokens of text and other conditions a call has."""
         found = (arguments[name] for name in self.text if arguments.get(name) is not None)
-        return sum(len(each[0]) for each in found)
+        return sum(each[0].shape[-2] for each in found)
 
     def noise_level(self, arguments: Arguments) -> float:
         """Returns the noise level of a call; of a timestep for every token the highest. Waits for the device.

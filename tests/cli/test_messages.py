@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_model_out_of_reach_is_one_line_before_weights_load(
     assert main(call) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("jitaccel generate: --model must be") and all(part in line for part in words)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--device", "cuda:99"), ("--offload", "model")])
+def test_device_is_checked_before_the_hub_is_asked(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loading, "_from_hub", pytest.fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["generate", "--model", "a/b", "--prompt", "x", "--out", str(tmp_path / "a.png"), option, value]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{option} must be" in error and "jitaccel doctor" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_warnings_of_the_library_are_one_line_and_others_stay() -> None:
+    before = warnings.formatwarning
+    own, other = str(ROOT / "jitaccel" / "api.py"), "/elsewhere/other.py"
+    with messages.warnings_in_one_line("generate"):
+        line = warnings.formatwarning("jitaccel: something is slow", RuntimeWarning, own, 3)
+        others = warnings.formatwarning("something is slow", UserWarning, other, 3)
+    assert line == "jitaccel generate: something is slow\n"
+    assert others == before("something is slow", UserWarning, other, 3)
+    assert warnings.formatwarning is before
 
 
 def test_loading_says_the_same_of_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:

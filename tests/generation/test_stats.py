@@ -51,12 +51,13 @@ def test_anchors_of_every_stage_are_kept_and_nested(pipe: Any) -> None:
 def test_true_guidance_counts_two_calls_a_step(pipe: Any) -> None:
     handle = jitaccel.apply(pipe, tiny.SHORT)
     tiny.generate(pipe)
+    assert "1 generation\n" in str(handle.stats())
     once = handle.stats().flops
     tiny.generate(pipe, negative_prompt="blue", true_cfg_scale=2.0)
     stats = handle.stats()
     assert {step.calls for step in stats.steps} == {2}
     assert stats.flops == 2 * once
-    assert stats.generations == 2
+    assert stats.generations == 2 and "2 generations\n" in str(stats)
 
 
 def test_times_are_split_between_network_and_method(pipe: Any) -> None:

@@ -11,11 +11,24 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.support.models import TEXT as TEXT
+from tests.support.models import VIDEO as VIDEO
 from tests.support.models import noise, randomised
-
-TEXT = 7
-VIDEO = (3, 6, 8)
-"""Frames, rows and columns of tokens; no two alike."""
+from tests.support.models import text_mask as _text_mask
+from tests.support.more_models import (
+    bria_call,
+    bria_transformer,
+    crop_bria,
+    crop_fibo,
+    fibo_call,
+    fibo_transformer,
+    hidream_call,
+    hidream_transformer,
+    lumina2_call,
+    lumina2_transformer,
+    mochi_call,
+    mochi_transformer,
+)
 
 
 @dataclass(frozen=True)
@@ -140,12 +153,6 @@ def hunyuan_transformer(**overrides: Any) -> Any:
     return randomised(diffusers.HunyuanVideoTransformer3DModel(**{**settings, **overrides}))
 
 
-def _text_mask(batch: int, length: int) -> Tensor:
-    mask = torch.ones(batch, length)
-    mask[-1, -2:] = 0.0
-    return mask
-
-
 def _hunyuan_call(grid: tuple[int, ...], batch: int, channels: int = 4) -> dict[str, Any]:
     frames, height, width = grid
     return {
@@ -232,6 +239,36 @@ def _crop_tokens(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": kept, "num_frames": frames, "height": height, "width": width}
 
 
+def ltx2_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": 16, "audio_in_channels": 6, "audio_out_channels": 6, "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": 2, "caption_channels": 16,
+    }  # fmt: skip
+    return randomised(diffusers.LTX2VideoTransformer3DModel(**{**settings, **overrides}))
+
+
+def _ltx2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    call = _ltx_call(grid, batch)
+    return {
+        **call,
+        "audio_hidden_states": noise(3, batch, 5, 6),
+        "audio_encoder_hidden_states": noise(4, batch, TEXT, 16),
+        "audio_encoder_attention_mask": call["encoder_attention_mask"],
+        "audio_num_frames": 5,
+    }
+
+
+def _ltx23_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        **_ltx2_call(grid, batch),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "audio_encoder_hidden_states": noise(4, batch, TEXT, 8),
+        "sigma": torch.full((batch,), 700.0),
+        "use_cross_timestep": True,
+    }
+
+
 def auraflow_transformer(**overrides: Any) -> Any:
     settings: dict[str, Any] = {
         "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1,
@@ -287,77 +324,17 @@ def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": call["hidden_states"][:, :, : 2 * small[0], : 2 * small[1]]}
 
 
-def lumina2_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 2,
-        "num_refiner_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16,
-        "axes_dim_rope": (2, 2, 2), "axes_lens": (32, 32, 32), "cap_feat_dim": 16,
-    }  # fmt: skip
-    return randomised(diffusers.Lumina2Transformer2DModel(**{**settings, **overrides}))
-
-
-def _lumina2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(1, batch, 4, 2 * grid[0], 2 * grid[1]),
-        "timestep": torch.full((batch,), 0.3),
-        "encoder_hidden_states": noise(2, batch, TEXT, 16),
-        "encoder_attention_mask": _text_mask(batch, TEXT).long(),
-    }
-
-
-def mochi_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
-        "pooled_projection_dim": 12, "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8,
-    }  # fmt: skip
-    return randomised(diffusers.MochiTransformer3DModel(**{**settings, **overrides}))
-
-
-def _mochi_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    frames, height, width = grid
-    return {
-        "hidden_states": noise(1, batch, 4, frames, 2 * height, 2 * width),
-        "timestep": torch.full((batch,), 300.0),
-        "encoder_hidden_states": noise(2, batch, TEXT, 16),
-        "encoder_attention_mask": _text_mask(batch, TEXT).bool(),
-    }
-
-
-def bria_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
-        "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": [0, 4, 4],
-    }  # fmt: skip
-    return randomised(diffusers.BriaTransformer2DModel(**{**settings, **overrides}))
-
-
-def raster_ids(grid: tuple[int, ...]) -> Tensor:
-    """Returns the position ids (N, 3) of a picture's tokens."""
-    axes = [torch.arange(side, dtype=torch.float32) for side in (1, *grid)]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-
-
-def _bria_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(1, batch, torch.Size(grid).numel(), 16),
-        "timestep": torch.full((batch,), 700.0),
-        "encoder_hidden_states": noise(2, batch, TEXT, 16),
-        "img_ids": raster_ids(grid),
-        "txt_ids": torch.zeros(TEXT, 3),
-    }
-
-
-def _crop_bria(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
-    kept = call["hidden_states"].unflatten(1, grid)[:, : small[0], : small[1]].flatten(1, 2)
-    return {**call, "hidden_states": kept, "img_ids": raster_ids(small)}
-
-
 CASES: dict[str, Case] = {
-    "BriaTransformer2DModel": Case(bria_transformer, (10, 14), _bria_call, (6, 8), _crop_bria),
+    "BriaFiboTransformer2DModel": Case(fibo_transformer, (10, 14), fibo_call, (6, 8), crop_fibo),
+    # Square, as its pictures must be.
+    "HiDreamImageTransformer2DModel": Case(
+        hidream_transformer, (10, 10), hidream_call, (6, 6), _crop_corner, is_one_graph=False
+    ),
+    "BriaTransformer2DModel": Case(bria_transformer, (10, 14), bria_call, (6, 8), crop_bria),
     # Positions within a frame depend on its size: the sub-rectangle is of fewer frames.
-    "MochiTransformer3DModel": Case(mochi_transformer, VIDEO, _mochi_call, (2, 6, 8), _crop_video),
+    "MochiTransformer3DModel": Case(mochi_transformer, VIDEO, mochi_call, (2, 6, 8), _crop_video),
     "Lumina2Transformer2DModel": Case(
-        lumina2_transformer, (10, 14), _lumina2_call, (6, 8), _crop_corner, is_one_graph=False
+        lumina2_transformer, (10, 14), lumina2_call, (6, 8), _crop_corner, is_one_graph=False
     ),
     "AuraFlowTransformer2DModel": Case(
         auraflow_transformer, (10, 14), _auraflow_call, (6, 8), _crop_centre, is_centred=True
@@ -369,6 +346,16 @@ CASES: dict[str, Case] = {
         hunyuan_image_transformer, (10, 14), _hunyuan_image_call, (6, 8), _crop_plain, is_one_graph=False
     ),
     "LTXVideoTransformer3DModel": Case(ltx_transformer, VIDEO, _ltx_call, (2, 3, 4), _crop_tokens),
+    "LTX2VideoTransformer3DModel": Case(ltx2_transformer, VIDEO, _ltx2_call, (2, 3, 4), _crop_tokens),
+    "LTX2VideoTransformer3DModel, tables for each head and a level of its own for prompts": Case(
+        lambda: ltx2_transformer(
+            rope_type="split", cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False
+        ),
+        VIDEO,
+        _ltx23_call,
+        (2, 3, 4),
+        _crop_tokens,
+    ),
     "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
     "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),
     "HunyuanVideoTransformer3DModel": Case(hunyuan_transformer, VIDEO, _hunyuan_call, (2, 3, 4), _crop_video),
@@ -436,8 +423,13 @@ def region(case: Case) -> Tensor:
 
 
 def row_of(call: dict[str, Any], image: int) -> dict[str, Any]:
-    """Returns a call of one image out of a batch."""
-    return {
-        name: value[image : image + 1] if isinstance(value, (Tensor, list)) and not name.endswith("_ids") else value
-        for name, value in call.items()
-    }
+    """Returns a call of one image out of a batch; it is the second axis of what layers of Llama give."""
+
+    def own(name: str, value: Any) -> Any:
+        if not isinstance(value, (Tensor, list)) or name.endswith("_ids"):
+            return value
+        if name.endswith("layers"):
+            return [each[image : image + 1] for each in value]
+        return value[:, image : image + 1] if name.endswith("llama3") else value[image : image + 1]
+
+    return {name: own(name, value) for name, value in call.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.support import hunyuan, ltx, picture_pipelines, qwen, sd3, video
+from tests.support import hunyuan, ltx, ltx2, picture_pipelines, qwen, sd3, video
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,12 @@ GENERATIONS: dict[str, Generation] = {
         generate=ltx.generate,
         alone=lambda image: _pairs(image, ltx.prompts(2), "prompt_embeds"),
         unguided={"guidance_scale": 1.0},
+    ),
+    "LTX2Pipeline": Generation(
+        make=ltx2.pipeline,
+        generate=ltx2.generate,
+        alone=lambda image: _pairs(image, ltx2.prompts(2), "prompt_embeds"),
+        unguided=dict(ltx2.UNGUIDED),
     ),
     **{name: _qwen(name) for name in ("QwenImagePipeline", "QwenImageImg2ImgPipeline")},
     **{name: _qwen(name) for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", qwen.LAYERED)},

@@ -1,4 +1,4 @@
-"""Tiny random transformers of FLUX.2 and Chroma, and noise by seed; `tiny` has FLUX.1's."""
+"""Tiny random transformers of FLUX.2 and Chroma, noise by seed and sizes; `tiny` has FLUX.1's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from torch import Tensor
 
 from tests.support.tiny import CHANNELS, WIDTH
 
+TEXT = 7
+VIDEO = (3, 6, 8)
+"""Frames, rows and columns of tokens; no two alike."""
+
 
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text_mask(batch: int, length: int) -> Tensor:
+    """Returns a mask of text (B, T), of which the last prompt is two tokens short."""
+    mask = torch.ones(batch, length)
+    mask[-1, -2:] = 0.0
+    return mask
 
 
 def randomised(model: Any, seed: int = 0) -> Any:

@@ -18,20 +18,25 @@ from jitaccel.patches.layout import patchify
 from jitaccel.patches.models import model_of
 from tests.support import reference, sd3
 from tests.support.every_model import (
-    TEXT,
-    VIDEO,
     auraflow_transformer,
-    bria_transformer,
     hunyuan_image_transformer,
+    row_of,
+    z_image_transformer,
+)
+from tests.support.models import TEXT, VIDEO, noise
+from tests.support.more_models import (
+    bria_transformer,
+    fibo_call,
+    fibo_transformer,
+    hidream_transformer,
     lumina2_transformer,
     mochi_transformer,
     raster_ids,
-    z_image_transformer,
 )
-from tests.support.models import noise
 
 SCALE = 3.0
 GRID = (10, 14)
+_SQUARE = (10, 10)
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,58 @@ def _bria() -> Any:
     )
 
 
+def _fibo() -> Any:
+    pipe = diffusers.BriaFiboPipeline(
+        transformer=fibo_transformer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+    def encoded(texts: list[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        parts = [_fibo_text(text) for text in texts]
+        embeddings, masks = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        layers = [torch.cat(each).to(pipe.dtype) for each in zip(*(part[2] for part in parts), strict=True)]
+        return embeddings.to(pipe.dtype), masks, layers
+
+    def encode(prompt: list[str], negative_prompt: list[str], guidance_scale: float, **_: Any) -> tuple[Any, ...]:
+        (positive, mask, layers), negative = encoded(prompt), encoded(negative_prompt)
+        ids = torch.zeros(len(prompt), TEXT, 3)
+        others = negative if guidance_scale > 1 else (None, None, None)
+        return positive, others[0], ids, mask, others[1], layers, others[2]
+
+    pipe.encode_prompt = encode  # in the place of a language model, which is not there
+    return _silent(pipe)
+
+
+def _fibo_text(prompt: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns embeddings (1, T, E), mask (1, T) and layers (1, T, F) of a prompt, which is a number."""
+    seed = int(prompt)
+    mask = torch.ones(1, TEXT)
+    mask[:, TEXT - seed % 3 :] = 0.0
+    return noise(seed, 1, TEXT, 16), mask, [noise(seed + further, 1, TEXT, 12) for further in (1, 2)]
+
+
+def _fibo_arguments(prompts: dict[str, Any]) -> dict[str, Any]:
+    embeddings, mask, layers = _fibo_text(prompts["prompt"][0])
+    whole = torch.cat([mask, torch.ones(1, GRID[0] * GRID[1])], dim=1).bool()[:, None, None]
+    beside = {name: value for name, value in fibo_call(GRID, 1).items() if name.endswith("_ids")}
+    return {**beside, "encoder_hidden_states": embeddings, "text_encoder_layers": layers, "attention_mask": whole}
+
+
+def _hidream() -> Any:
+    parts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4")}
+    pipe = diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        transformer=hidream_transformer(),
+        **parts,
+    )
+    pipe.default_sample_size = 2 * _SQUARE[0]  # pictures have this area, whatever size is asked for
+    return _silent(pipe)
+
+
 def hunyuan_image(guider: Any = None) -> Any:
     """Returns a HunyuanImagePipeline with a guider, by default that which weighs each token alone."""
     return _silent(
@@ -213,6 +270,22 @@ SUBJECTS: dict[str, Subject] = {
         guidance=({}, {}),
         patch=(1, 1),
     ),
+    "HiDreamImagePipeline": Subject(
+        make=_hidream,
+        pixels=16,
+        prompts=lambda seed, batch: {
+            "prompt_embeds_t5": noise(seed, batch, TEXT, 16),
+            "prompt_embeds_llama3": noise(seed + 1, 2, batch, TEXT, 16),
+            "pooled_prompt_embeds": noise(seed + 2, batch, 8),
+        },
+        text=lambda prompts: {
+            "encoder_hidden_states_t5": prompts["prompt_embeds_t5"],
+            "encoder_hidden_states_llama3": prompts["prompt_embeds_llama3"],
+            "pooled_embeds": prompts["pooled_prompt_embeds"],
+        },
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        grid=_SQUARE,
+    ),
     "BriaPipeline": Subject(
         make=_bria,
         pixels=4,
@@ -223,6 +296,15 @@ SUBJECTS: dict[str, Subject] = {
             "txt_ids": torch.zeros(TEXT, 3),
         },
         guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        is_packed=True,
+    ),
+    "BriaFiboPipeline": Subject(
+        make=_fibo,
+        pixels=16,
+        prompts=lambda seed, batch: {"prompt": [str(seed + 5 * image) for image in range(batch)]},
+        text=_fibo_arguments,
+        guidance=({"guidance_scale": SCALE}, {"guidance_scale": 1.0}),
+        patch=(1, 1),
         is_packed=True,
     ),
     "MochiPipeline": Subject(
@@ -247,7 +329,7 @@ def noise_of(subject: Subject) -> Tensor:
 
 
 def row(prompts: dict[str, Any], image: int) -> dict[str, Any]:
-    return {name: value[image : image + 1] for name, value in prompts.items()}
+    return row_of(prompts, image)
 
 
 def generate(subject: Subject, pipe: Any, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:

@@ -177,7 +177,7 @@ class DenoisingStage:
         return DenoisingContext(
             scheduler=scheduler,
             extra_step_kwargs={},
-            target_dtype=torch.float32,
+            target_dtype=next(self.transformer.parameters()).dtype,
             autocast_enabled=False,
             timesteps=scheduler.timesteps,
             num_inference_steps=batch.num_inference_steps,
@@ -190,7 +190,7 @@ class DenoisingStage:
             z=None,
             reserved_frames_mask=None,
             seq_len=None,
-            guidance=torch.full((len(batch.latents),), 1000 * config.embedded_cfg_scale),
+            guidance=torch.full((len(batch.latents),), 1000 * config.embedded_cfg_scale, dtype=batch.latents.dtype),
             is_warmup=batch.is_warmup,
             cfg_policy=config.cfg_policy.build(batch, {}, positive, negative),
         )
@@ -216,7 +216,7 @@ class DenoisingStage:
     def _run_denoising_step(self, ctx: Any, step: Any, batch: Any, server_args: Any) -> None:
         predicted = self._predict_noise_with_cfg(
             current_model=step.current_model,
-            latent_model_input=ctx.latents,
+            latent_model_input=ctx.latents.to(ctx.target_dtype),
             timestep=step.t_device.repeat(len(ctx.latents)),
             batch=batch,
             timestep_index=step.step_index,
@@ -351,6 +351,14 @@ def request_of(
             **given,
         }
     )
+
+
+def cast(request: Any, network: torch.dtype, latents: torch.dtype) -> Any:
+    """Returns a request whose prompts have the dtype of the network, and whose state has its own."""
+    for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_embeds", "neg_pooled_embeds"):
+        setattr(request, name, [x if x is None else x.to(network) for x in getattr(request, name)])
+    request.latents = request.latents.to(latents)
+    return request
 
 
 def made(stage: Any, request: Any) -> Tensor:

@@ -34,6 +34,14 @@ class GroupCoordinator:
         distributed.all_gather(found, input_.contiguous(), group=self.device_group)
         return found if separate_tensors else torch.cat(found, dim=dim)
 
+    def all_reduce(self, input_: Tensor, op: Any = distributed.ReduceOp.SUM, async_op: bool = False) -> Tensor:
+        distributed.all_reduce(input_, op, group=self.device_group)
+        return input_
+
+    def broadcast(self, input_: Tensor, src: int = 0, async_op: bool = False) -> Tensor:
+        distributed.broadcast(input_, src, group=self.device_group)
+        return input_
+
 
 def model_parallel_is_initialized() -> bool:
     return distributed.is_initialized()
@@ -46,6 +54,11 @@ def get_replica_group() -> GroupCoordinator:
 def sequence_group() -> GroupCoordinator:
     """Who divides the tokens: nobody, where branches of guidance are what is divided."""
     return GroupCoordinator(is_alone=SERVER.args.enable_cfg_parallel)
+
+
+def branch_group() -> GroupCoordinator:
+    """Who divides the branches of guidance."""
+    return GroupCoordinator(is_alone=not SERVER.args.enable_cfg_parallel)
 
 
 def get_sp_parallel_rank() -> int:

@@ -93,7 +93,10 @@ PAIRS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (PARALLEL, "model_parallel_is_initialized", model_parallel_is_initialized),
     (PARALLEL, "get_replica_group", get_replica_group),
     (PARALLEL, "get_sp_parallel_rank", get_sp_parallel_rank),
-    (GROUP, "GroupCoordinator.all_gather", GroupCoordinator.all_gather),
+    *(
+        (GROUP, f"GroupCoordinator.{name}", getattr(GroupCoordinator, name))
+        for name in ("all_gather", "all_reduce", "broadcast")
+    ),
     (PLATFORM, "AttentionBackendEnum.is_sparse", AttentionBackendEnum.is_sparse.fget),  # type: ignore[attr-defined]
     (ROTARY, "FluxPosEmbed.__init__", FluxPosEmbed.__init__),
     (ROTARY, "FluxPosEmbed.forward", FluxPosEmbed.forward),

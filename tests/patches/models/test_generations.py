@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import jitaccel
+from jitaccel.errors import UnsupportedModelError
 from jitaccel.patches.models import MODELS, model_of
 from tests.support.generations import GENERATIONS, Generation
 from tests.support.qwen import LAYERED, small_references
-from tests.support.tiny import DENSE, SHORT, relative_error
+from tests.support.tiny import DENSE, SHORT, offload_groups, relative_error
 
 ELSEWHERE = {"WanImageToVideoPipeline", "WanVACEPipeline"}  # test_wan.py
 ONE_PROMPT = {"QwenImageEditPipeline", "QwenImageEditPlusPipeline"}
@@ -61,10 +62,31 @@ def test_image_of_a_batch_is_the_one_made_alone(name: str, subject: Generation) 
         assert not torch.equal(stats.anchors[1][0], stats.anchors[1][1])
 
 
+@pytest.mark.parametrize("name", ["HunyuanVideoImageToVideoPipeline", "LTX2Pipeline", LAYERED])
+def test_offloaded_groups_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == LAYERED:
+        small_references(monkeypatch, name)
+    subject = GENERATIONS[name]
+    pipe = subject.make()
+    with jitaccel.apply(pipe, SHORT):
+        expected = subject.generate(pipe)
+    offload_groups(pipe.transformer, "block_level")
+    with jitaccel.apply(pipe, SHORT):
+        assert torch.equal(subject.generate(pipe), expected)
+
+
 def test_what_is_compiled_is_said(name: str, subject: Generation) -> None:
     if name in ONE_PROMPT | LATE:
         pytest.skip("the model is compiled through another pipeline")
     pipe = subject.make()
+    known = model_of(pipe.transformer)
+    if known is not None and known.uncompiled is not None:
+        with pytest.raises(UnsupportedModelError, match=f"{known.name}: {known.uncompiled}; use compile=False"):
+            jitaccel.apply(pipe, SHORT, compile=True, strict=True)
+        with jitaccel.apply(pipe, SHORT, compile=True) as handle:
+            assert subject.generate(pipe).isfinite().all()
+            assert handle.stats().compiled is None and f"not compiled, since {known.uncompiled}" in handle.stats().notes
+        return
     with jitaccel.apply(pipe, SHORT):
         eager = subject.generate(pipe)
     with jitaccel.apply(pipe, SHORT, compile={"backend": "eager"}, strict=True) as handle:

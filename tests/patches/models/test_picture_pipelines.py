@@ -18,7 +18,9 @@ from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
 from jitaccel.patches.diffusers.asked import evenly_spaced, refuse_custom_levels, with_steps
 from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models import model_of
-from tests.support.every_model import raster_ids
+from tests.support import video
+from tests.support.models import noise
+from tests.support.more_models import hidream_call, hidream_transformer, raster_ids
 from tests.support.picture_pipelines import GRID, SCALE, SUBJECTS, Subject, by_hand, generate, hunyuan_image, noise_of
 from tests.support.pooled import POOLED, denoise_pooled
 from tests.support.tiny import DENSE, SHORT, relative_error
@@ -106,25 +108,28 @@ def test_bare_transformer_in_an_euler_loop_is_the_methods(subject: Subject) -> N
     assert relative_error(latents, expected) < 3e-5
 
 
+@pytest.mark.parametrize("name", ["BriaPipeline", "BriaFiboPipeline"])
 @torch.no_grad()
-def test_bria_is_shown_a_smaller_picture_with_its_own_ids() -> None:
-    subject = SUBJECTS["BriaPipeline"]
+def test_bria_is_shown_a_smaller_picture_with_its_own_ids(name: str) -> None:
+    subject = SUBJECTS[name]
     pipe = subject.make()
+    model = model_of(pipe.transformer)
+    assert model is not None
 
     def velocity(tokens: Tensor, grid: tuple[int, ...], level: float) -> Tensor:
-        positive, negative = (
-            pipe.transformer(
-                hidden_states=tokens,
-                timestep=torch.tensor([1000.0 * level]),
-                **{**subject.text(subject.prompts(seed, 1)), "img_ids": raster_ids(grid)},
-                return_dict=False,
-            )[0]
-            for seed in (20, 40)
-        )
-        return subject.guided(positive, negative)
+        branches = []
+        for seed in (20, 40):
+            call = {**subject.text(subject.prompts(seed, 1)), "img_ids": raster_ids(grid)}
+            if "attention_mask" in call:
+                call["attention_mask"] = call["attention_mask"][..., : call["txt_ids"].shape[0] + tokens.shape[1]]
+            call |= {"hidden_states": tokens, "timestep": torch.tensor([1000.0 * level])}
+            branches.append(pipe.transformer(**model.words.write(call), return_dict=False)[0])
+        return subject.guided(*branches)
 
-    levels, start = jitaccel.noise_levels(POOLED), noise_of(subject)
-    expected = denoise_pooled(velocity, lambda state, level: velocity(state, GRID, level), POOLED, start, levels, GRID)
+    levels, start, patch = jitaccel.noise_levels(POOLED), noise_of(subject), subject.patch[0]
+    expected = denoise_pooled(
+        velocity, lambda state, level: velocity(state, GRID, level), POOLED, start, levels, GRID, patch
+    )
     with jitaccel.apply(pipe, POOLED):
         assert relative_error(generate(subject, pipe), expected) < 1e-5
 
@@ -144,6 +149,63 @@ def test_residuals_of_bria_are_refused() -> None:
     call = {**subject.text(subject.prompts(20, 1)), "hidden_states": noise_of(subject), "timestep": torch.ones(1)}
     with torch.no_grad(), jitaccel.apply(model, SHORT), pytest.raises(UnsupportedModelError, match="ControlNet resid"):
         model(**call, controlnet_block_samples=[torch.zeros(1, 140, 16)])
+
+
+def test_experts_of_hidream_do_not_look_at_other_tokens() -> None:
+    experts = hidream_transformer().double_stream_blocks[0].block.ff_i
+    tokens, some = noise(1, 1, 40, 16), torch.arange(3, 40, 5)
+    with torch.no_grad():
+        assert relative_error(experts(tokens[:, some]), experts(tokens)[:, some]) < 1e-6
+
+
+def test_pictures_of_hidream_have_to_be_square() -> None:
+    model, call = hidream_transformer(), hidream_call((10, 14), 1)
+    given = {"timesteps" if name == "timestep" else name: value for name, value in call.items()}
+    with torch.no_grad(), jitaccel.apply(model, SHORT):
+        with pytest.raises(UnsupportedModelError, match="must be square, got 10 x 14 tokens"):
+            model(**given)
+        with pytest.raises(UnsupportedModelError, match="packed latents"):
+            model(**given, hidden_states_masks=torch.ones(1, 140))
+
+
+def test_hidream_without_experts_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="transformer must have experts"):
+        jitaccel.apply(hidream_transformer(num_routed_experts=0), SHORT)
+
+
+def test_half_precision_runs(subject: Subject) -> None:
+    pipe = subject.make()
+    pipe.transformer.to(torch.bfloat16)
+
+    def half(value: Any) -> Any:
+        if isinstance(value, list):
+            return [half(each) for each in value]
+        return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def run() -> Tensor:
+        prompts = {
+            f"{sign}{name}": half(value)
+            for sign, seed in (("", 20), ("negative_", 40))
+            for name, value in subject.prompts(seed, 2).items()
+        }
+        return generate(subject, pipe, batch=2, **prompts)
+
+    plain = run()
+    with jitaccel.apply(pipe, DENSE):
+        assert torch.equal(run(), plain)
+    with jitaccel.apply(pipe, SHORT):
+        got = run()
+    assert got.dtype == plain.dtype and got.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [DENSE, SHORT], ids=["dense", "short"])
+def test_hidream_runs_with_its_multistep_scheduler(config: JiTConfig) -> None:
+    subject = SUBJECTS["HiDreamImagePipeline"]
+    pipe = subject.make()
+    pipe.scheduler = video.unipc()
+    expected = generate(subject, pipe) if config is DENSE else by_hand(subject, pipe, config, noise_of(subject))
+    with jitaccel.apply(pipe, config):
+        assert relative_error(generate(subject, pipe), expected) <= (0.0 if config is DENSE else 1e-5)
 
 
 def test_guidance_may_end_early_on_lumina() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,25 @@ def test_steps_of_a_request_count_where_the_settings_leave_them_to_it(native: An
     config = config_of(settings).replace(steps=11)
     assert request.counted == 11
     assert tiny.relative_error(picture, engines.through_diffusers(engines.request_of(), config)) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_dense_steps_are_the_engines_own_bit_for_bit(native: Any, scale: float) -> None:
+    make = functools.partial(sglang_native.request_of, batch=2, scale=scale)
+    expected = sglang_native.made(sglang_native.served(tiny.pipeline()), make())
+    assert torch.equal(sglang_native.made(native('{"preset": "dense", "steps": 6}'), make()), expected)
+
+
+@pytest.mark.parametrize("settings", [PAPER, "7x", "few-steps"])
+@pytest.mark.parametrize("latents", [torch.bfloat16, torch.float32])
+def test_state_keeps_its_dtype_beside_a_network_in_half_precision(
+    native: Any, settings: str, latents: torch.dtype
+) -> None:
+    stage = native(settings)
+    stage.transformer.to(torch.bfloat16)
+    request = sglang_native.cast(sglang_native.request_of(batch=2, scale=2.0), torch.bfloat16, latents)
+    picture = sglang_native.made(stage, request)
+    assert picture.dtype == latents and picture.isfinite().all()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -1,0 +1,88 @@
+"""HiDream-I1 of diffusers: square pictures, and a mixture of experts in every block.
+
+Experts are chosen for each token alone, with no limit to how many tokens an expert takes: what becomes of an anchor
+does not depend on which other tokens are in the call. Attention is joint over picture and text. Each picture has its
+own places, so that pictures may have anchors of their own in one forward. The pipeline brings both branches of guidance
+as one batch, and negates the output.
+
+Other pictures than square ones are filled up to 4,096 tokens, to which attention gives weight: they are refused.
+"""
+
+from __future__ import annotations
+
+from jitaccel.errors import UnsupportedModelError
+
+from ..cutting import Adapter, put, rows
+from ..layout import PatchLayout
+from .model import Arguments, Config, Model, Words, channels_out
+
+_MULTIPLE = 256  # of the width inside an expert
+_LAYERS = "encoder_hidden_states_llama3"
+
+
+def _layout(config: Config) -> PatchLayout:
+    return PatchLayout((config["patch_size"], config["patch_size"]))
+
+
+def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
+    grid = _layout(config).grid(arguments["hidden_states"].shape)
+    if grid[0] != grid[1]:
+        raise UnsupportedModelError(
+            f"jitaccel: pictures of HiDream must be square, got {grid[0]} x {grid[1]} tokens; others are filled up "
+            f"with tokens that attention does not leave out: use a square size, or remove() the handle for this call"
+        )
+    return grid
+
+
+def _renamed(arguments: Arguments, old: str, new: str) -> Arguments:
+    return {new if name == old else name: value for name, value in arguments.items()}
+
+
+def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
+    """Returns the operations of one forward: matrix products of blocks, embedding and last projection.
+
+    The model looks at how many tokens each expert has, so that it cannot be traced. A multiply-add is two. Left out:
+    what embeds the text.
+    """
+    width, both = config["num_attention_heads"] * config["attention_head_dim"], image_tokens + text_tokens
+    doubles, singles = config["num_layers"], config["num_single_layers"]
+
+    def expert(hidden: int) -> int:
+        return 3 * width * -(-(2 * hidden // 3) // _MULTIPLE) * _MULTIPLE
+
+    experts = config["num_activated_experts"] * expert(4 * width) + expert(2 * width)
+    experts += width * config["num_routed_experts"]
+    projections, attention = 4 * width**2, 2 * both**2 * width
+    double = both * projections + image_tokens * experts + text_tokens * expert(4 * width) + 12 * width**2
+    single = both * (projections + experts) + 6 * width**2
+    ends = image_tokens * config["patch_size"] ** 2 * (config["in_channels"] + channels_out(config)) * width
+    return 2 * (doubles * (double + attention) + singles * (single + attention) + ends + 2 * width**2)
+
+
+def _problem(config: Config) -> str | None:
+    if config["num_routed_experts"] > 0:
+        return None
+    return "transformer must have experts (num_routed_experts), got none"
+
+
+HIDREAM = Model(
+    name="HiDreamImageTransformer2DModel",
+    pipelines=("HiDreamImagePipeline",),
+    adapter=Adapter(outputs={"x_embedder": rows(1), "pe_embedder": rows(1), "final_layer": put}),
+    words=Words(
+        read=lambda arguments: _renamed(arguments, "timesteps", "timestep"),
+        write=lambda arguments: _renamed(arguments, "timestep", "timesteps"),
+    ),
+    layout=_layout,
+    grid=_grid,
+    channels=channels_out,
+    sign=-1,
+    branches="batch",
+    text=("encoder_hidden_states_t5", _LAYERS, _LAYERS),  # the last layer of Llama, and that of each block
+    schedule="beta",
+    refused={"hidden_states_masks": "packed latents (hidden_states_masks)", "img_ids": "packed latents (img_ids)"},
+    cost=_flops,
+    uncompiled="its experts look at how many tokens they have",
+    problem=_problem,
+)
+MODELS = (HIDREAM,)

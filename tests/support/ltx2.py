@@ -1,0 +1,131 @@
+"""Tiny random pipelines of LTX-2, one way to call them, and its transformer on some tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from tests.support import tiny
+from tests.support.every_model import TEXT, ltx2_transformer
+from tests.support.models import noise
+from tests.support.video import GRID
+
+AUDIO = 18
+"""Tokens of the audio of as many frames as GRID has, at 24 frames a second."""
+UNGUIDED = {
+    "guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0,
+    "modality_scale": 1.0, "audio_modality_scale": 1.0,
+}  # fmt: skip
+EVERY_GUIDANCE = {
+    "guidance_scale": 3.0, "audio_guidance_scale": 4.0, "stg_scale": 0.5, "audio_stg_scale": 0.75,
+    "modality_scale": 2.0, "audio_modality_scale": 1.5,
+}  # fmt: skip
+
+
+class _Module(nn.Module):
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+class _Part(_Module):
+    """What the pipeline reads of an autoencoder that it does not call."""
+
+    def __init__(self, channels: int, config: dict[str, Any], **attributes: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        self.latents_mean, self.latents_std = torch.zeros(channels), torch.ones(channels)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class _Connectors(_Module):
+    def forward(self, embeds: Tensor, mask: Tensor, padding_side: str) -> tuple[Tensor, Tensor, Tensor]:
+        return embeds, embeds.flip(1), mask
+
+
+def pipeline(**transformer: Any) -> Any:
+    """Returns a silent LTX2Pipeline; transformer: further settings of it."""
+    audio = {"sample_rate": 16000, "mel_hop_length": 160, "mel_bins": 12, "latent_channels": 2}
+    pipe = diffusers.LTX2Pipeline(
+        scheduler=tiny.scheduler(),
+        vae=_Part(4, {"scaling_factor": 1.0}, spatial_compression_ratio=32, temporal_compression_ratio=8),
+        audio_vae=_Part(6, audio, mel_compression_ratio=4, temporal_compression_ratio=4),
+        text_encoder=None,
+        tokenizer=None,
+        connectors=_Connectors(),
+        transformer=ltx2_transformer(perturbed_attn=True, **transformer),
+        vocoder=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompts(batch: int = 1) -> list[Tensor]:
+    """Returns the embeddings of prompts and of negative prompts."""
+    return [noise(seed, batch, TEXT, 16) for seed in (80, 90)]
+
+
+def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
+    """Returns the final latents of video and audio of one call, (B, all of them)."""
+    positive, negative = prompts(batch)
+    settings: dict[str, Any] = {
+        **UNGUIDED, "guidance_scale": 3.0, "audio_guidance_scale": 4.0, "spatio_temporal_guidance_blocks": [1],
+        "prompt_embeds": positive, "prompt_attention_mask": torch.ones(batch, TEXT),
+        "negative_prompt_embeds": negative, "negative_prompt_attention_mask": torch.ones(batch, TEXT),
+        "num_frames": 8 * (GRID[0] - 1) + 1, "height": 32 * GRID[1], "width": 32 * GRID[2],
+        "num_inference_steps": steps, "output_type": "latent", "return_dict": False,
+        "generator": [torch.Generator().manual_seed(seed + image) for image in range(batch)],
+    }  # fmt: skip
+    return torch.cat([each.flatten(1) for each in pipe(**{**settings, **call})], dim=1)
+
+
+def start(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns the noise that the pipeline draws, packed: of the video (1, N, D) and of the audio (1, AUDIO, 6)."""
+    generator = torch.Generator().manual_seed(seed)
+    video, audio = torch.randn(1, 4, *GRID, generator=generator), torch.randn(1, 2, AUDIO, 3, generator=generator)
+    return video.flatten(2).transpose(1, 2).contiguous(), audio.transpose(1, 2).flatten(2)
+
+
+def end(video: Tensor, audio: Tensor) -> Tensor:
+    """Returns what `generate` gives of packed latents of video and audio."""
+    return torch.cat([video.transpose(1, 2).flatten(1), audio.unflatten(2, (2, 3)).transpose(1, 2).flatten(1)], dim=1)
+
+
+def on_tokens(
+    model: Any,
+    tokens: Tensor,
+    audio: Tensor,
+    at: Tensor,
+    level: float,
+    text: Tensor,
+    grid: tuple[int, ...] = GRID,
+    shown_level: float | None = None,
+    **further: Any,
+) -> tuple[Tensor, Tensor]:
+    """Returns the model's velocities of some video tokens (1, M, D), as if there were no others, and of the audio.
+
+    at: their raster indices (M,) in `grid`. shown_level: of the video, where it is not that of the audio.
+    """
+    coordinates = model.rope.prepare_video_coords(1, *grid, tokens.device, fps=24.0)
+    timestep = torch.tensor([1000.0 * (level if shown_level is None else shown_level)])
+    out: tuple[Tensor, Tensor] = model(
+        hidden_states=tokens,
+        audio_hidden_states=audio,
+        encoder_hidden_states=text,
+        audio_encoder_hidden_states=text.flip(1),
+        timestep=timestep,
+        audio_timestep=torch.tensor([1000.0 * level]),
+        sigma=timestep,
+        audio_sigma=torch.tensor([1000.0 * level]),
+        encoder_attention_mask=torch.ones(1, TEXT),
+        audio_encoder_attention_mask=torch.ones(1, TEXT),
+        video_coords=coordinates[:, :, at],
+        audio_num_frames=AUDIO,
+        use_cross_timestep=True,
+        return_dict=False,
+        **further,
+    )
+    return out
