@@ -183,7 +183,7 @@ class Handle:
             The statistics.
 
         Raises:
-            ConfigError: If what was patched is no pipeline: call your own loop once.
+            ConfigError: If what was patched is no pipeline, or one that takes no size: call it once yourself.
         """
         pipeline, generate = self.target, self._installation.generate
         if generate is None:

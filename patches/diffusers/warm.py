@@ -6,6 +6,8 @@ import inspect
 
 import torch
 
+from jitaccel.errors import ConfigError
+
 from ..foreign import Arguments, Pipeline
 
 
@@ -18,8 +20,16 @@ def generate_once(pipeline: Pipeline, height: int, width: int, batch: int, call:
         width: In pixels.
         batch: How many of one prompt.
         call: Further arguments, which take the place of these.
+
+    Raises:
+        ConfigError: For a pipeline whose pictures are as large as those it is given.
     """
     known = inspect.signature(type(pipeline).__call__).parameters
+    if "height" not in known or "width" not in known:
+        raise ConfigError(
+            f"Handle.warmup: the pipeline must take height and width, got a {type(pipeline).__name__}, which makes "
+            f"pictures as large as those it is given; call it once with one of yours instead"
+        )
     count = "num_videos_per_prompt" if "num_videos_per_prompt" in known else "num_images_per_prompt"
     settings = {"prompt": "", count: batch, "output_type": "latent", **call}
     pipeline(height=height, width=width, generator=torch.Generator("cpu").manual_seed(0), **settings)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import jitaccel
-from jitaccel import PRESETS, JiTConfig, UnsupportedModelError
+from jitaccel import PRESETS, ConfigError, JiTConfig, UnsupportedModelError
 from tests.support import reference
 from tests.support.every_model import TEXT, qwen_transformer
 from tests.support.models import noise
@@ -140,3 +140,9 @@ def test_what_is_not_covered_is_refused() -> None:
             model(noise(5, 1, 140, 16), **given, controlnet_block_samples=[noise(6, 1, 140, 24)])
         with pytest.raises(ValueError, match="img_shapes must be"):
             model(noise(5, 2, 140, 16), **{**given, "img_shapes": [[(1, 10, 14)], [(1, 14, 10)]]})
+
+
+def test_warm_up_of_a_pipeline_that_takes_no_size_is_refused() -> None:
+    pipe, says = qwen_pipeline("QwenImageLayeredPipeline"), "must take height and width, got a QwenImageLayered"
+    with jitaccel.apply(pipe, SHORT) as handle, pytest.raises(ConfigError, match=says):
+        handle.warmup([(64, 64)], progress=False)
