@@ -32,3 +32,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file, whole or not at all; text in UTF-8."""
     with whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def is_there(path: Path) -> bool:
+    """Returns whether a path stands for something; not where the system cannot even ask (a name that is too long)."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CommandError
+from .files import is_there
 
 _NEEDED = ("diffusers", "transformers", "accelerate", "PIL")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -196,12 +197,12 @@ def _checked_source(model: str | None) -> str:
             raise CommandError(f"the embedded model must be installed, got nothing in {folder}; give --model")
         return str(folder)
     path = Path(model).expanduser()
-    if path.exists():
+    if is_there(path):
         if not (path / "model_index.json").is_file():
             raise CommandError(f"--model must be a folder in diffusers format, got {model} without model_index.json")
         return str(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise CommandError(f"--model must be an existing folder or a hub id owner/name, got {model!r}")
+        raise CommandError(f"--model must be an existing folder or a hub id owner/name, got {model[:80]!r}")
     return model
 
 

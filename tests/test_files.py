@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jitaccel.files import whole, write_whole
+from jitaccel.files import is_there, whole, write_whole
 
 
 @pytest.mark.parametrize("content", ["é\n", b"\x00\xff"], ids=["text", "bytes"])
@@ -53,3 +53,7 @@ def test_mode_of_a_file_is_that_of_any_other(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", "")
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_name_that_is_too_long_stands_for_nothing(tmp_path: Path) -> None:
+    assert is_there(tmp_path) and not is_there(tmp_path / "none") and not is_there(tmp_path / ("a" * 5000))

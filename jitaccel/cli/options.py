@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError, suggestion
+from ..files import is_there
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS
 
@@ -144,7 +145,7 @@ def load(arguments: argparse.Namespace) -> Any:
     from ..loading import load_pipeline, pick_device
 
     offload = getattr(arguments, "offload", "none")
-    is_hub = arguments.model is not None and not Path(arguments.model).expanduser().exists()
+    is_hub = arguments.model is not None and not is_there(Path(arguments.model).expanduser())
     if is_hub and arguments.dtype == "auto" and pick_device(arguments.device).type == "cpu":
         print(
             f"jitaccel {arguments.command}: {arguments.model} is loaded on the CPU in float32; "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..api import embedded_model
 from ..errors import CommandError
+from ..files import is_there
 from .scenes.judge import Judge
 
 
@@ -15,7 +16,7 @@ def judge_folder(model: str | None = None) -> Path | None:
     A model that comes with this judge is one of the world that it judges: the held-out prompts are made for it.
     """
     folder = (embedded_model() if model is None else Path(model).expanduser()) / "judge"
-    return folder if (folder / "judge.json").is_file() else None
+    return folder if is_there(folder / "judge.json") else None
 
 
 def load_judge(model: str | None = None) -> Judge | None:

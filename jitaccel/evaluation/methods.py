@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CommandError
+from ..errors import CommandError, ConfigError
+from ..files import is_there
 from ..method.config import JiTConfig
 from ..method.overrides import Overrides
 from ..method.presets import PRESETS
@@ -24,23 +25,11 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     """Returns the methods of a list as `--methods` takes it. Raises CommandError naming the word that is none."""
     methods = []
     for word in (word.strip() for word in text.split(",")):
-        kind, _, count = word.partition(":")
         rival = find_rival(word)
         if rival is not None:
             methods.append(Method(name=word, steps=rival.steps, rival=rival))
             continue
-        if kind in _DENSE and count.isdigit() and int(count) > 0:
-            fields: Overrides = {**_DENSE[kind], "steps": int(count)}
-            config = PRESETS["dense"].replace(**fields)
-        elif word in PRESETS:
-            config = PRESETS[word]
-        elif word.endswith(".json") and Path(word).is_file():
-            config = JiTConfig.from_dict(json.loads(Path(word).read_text()))
-        else:
-            raise CommandError(
-                f"--methods must list dense:N, beta:N, dpm:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) "
-                f"or a .json file, got {word!r}"
-            )
+        config = _config_of(word)
         if isinstance(config.steps, str):
             raise CommandError(f"--methods must fix the number of steps, got {word!r}, which leaves it to the caller")
         methods.append(
@@ -49,3 +38,22 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     if len({method.name for method in methods}) < len(methods):
         raise CommandError(f"--methods must be different ones, got {text}")
     return tuple(methods)
+
+
+def _config_of(word: str) -> JiTConfig:
+    """Returns what a word of `--methods` runs. Raises CommandError for one that is none."""
+    kind, _, count = word.partition(":")
+    if word in PRESETS:
+        return PRESETS[word]
+    try:
+        if kind in _DENSE and count.isascii() and count.isdigit():
+            fields: Overrides = {**_DENSE[kind], "steps": int(count)}
+            return PRESETS["dense"].replace(**fields)
+        if word.endswith(".json") and is_there(Path(word)) and Path(word).is_file():
+            return JiTConfig.from_dict(json.loads(Path(word).read_text()))
+    except (ConfigError, ValueError, OSError) as error:  # int and json raise ValueError
+        raise CommandError(f"--methods must list what can run, got {word[:80]!r}: {error}") from None
+    raise CommandError(
+        f"--methods must list dense:N, beta:N, dpm:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) or a .json "
+        f"file, got {word[:80]!r}"
+    )

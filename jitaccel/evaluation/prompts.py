@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CommandError
+from ..files import is_there
 
 if TYPE_CHECKING:
     from .scenes.captions import Claims
@@ -43,8 +44,8 @@ def read_prompts(word: str, *, is_judged: bool) -> tuple[Prompt, ...]:
 
         return tuple(Prompt(text=text, claims=claims) for text, claims in held_out(int(word)))
     path = Path(word).expanduser()
-    if not path.is_file():
-        raise CommandError(f"--prompts must be a number or a file, got {word!r}; there is no such file")
+    if not is_there(path) or not path.is_file():
+        raise CommandError(f"--prompts must be a number or a file, got {word[:80]!r}; there is no such file")
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise CommandError(
             f"--prompts must be a .txt file with one prompt a line, or .jsonl with a field prompt in each, got {word!r}"

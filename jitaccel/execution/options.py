@@ -49,14 +49,16 @@ class Execution:
             )
             if value not in allowed
         ]
+        if not isinstance(self.strict, bool):
+            problems.append(f"apply: strict must be True or False, got {self.strict!r}; leave it out for False")
+        elif self.strict and self.on_unsupported == "dense":
+            problems.append(
+                'apply: on_unsupported must be "error" with strict=True, got "dense"; leave one of them out'
+            )
         if self.compile is not None and self.execution == "indexed":
             problems.append(
                 'apply: execution must be "packed" or "auto" with compile, got "indexed"; '
                 "compile the model yourself before apply, or leave compile out"
-            )
-        if self.strict and self.on_unsupported == "dense":
-            problems.append(
-                'apply: on_unsupported must be "error" with strict=True, got "dense"; leave one of them out'
             )
         if problems:
             raise ConfigError("\n".join(problems))

@@ -117,6 +117,9 @@ def test_methods_are_presets_dense_steps_or_files(in_folder: Path) -> None:
     for wrong, words in {
         "8x": "got '8x'",
         "dense:0": "got 'dense:0'",
+        "dense:99999999999999999999": "--methods .*got 'dense:99999999999999999999': .*steps must be",
+        f"dense:{'9' * 5000}": "--methods must list what can run",
+        f"{'a' * 5000}.json": "--methods must list",
         "none.json": "got 'none.json'",
         "7x,7x": "must be different ones",
     }.items():
@@ -128,6 +131,8 @@ def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.Capt
     (in_folder / "file").touch()
     for arguments, words in (
         (["--prompts", "1"], "at least 2 and at most 10000, got 1"),
+        (["--prompts", "a" * 5000], "--prompts must be a number or a file"),
+        (["--model", "a" * 5000], "--prompts must be a file for a model without a judge"),
         (["--out", "file"], "must be a folder"),
         (["--methods", "fast"], "got 'fast'"),
     ):

@@ -29,6 +29,7 @@ def target(request: pytest.FixtureRequest, pipe: Any) -> Any:
     [
         ("7X", {}, ("preset", "4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense", "'7X'", 'did you mean "7x"')),
         (7, {}, ("preset", "4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense", "got 7")),
+        ("7x", {"strict": torch.zeros(2)}, ("strict must be True or False", "leave it out for False")),
         ("7x", {"density": (0.5, 1.0)}, ("density", "field of JiTConfig", 'did you mean "densities"')),
         ("7x", {"num_inference_steps": 9}, ("num_inference_steps", "field of JiTConfig", "help(jitaccel.apply)")),
         ("7x", {"densities": (0.6, 0.3, 1.0)}, ("densities must rise strictly", "(0.6, 0.3, 1.0)")),
