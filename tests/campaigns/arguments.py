@@ -239,9 +239,9 @@ def _command(rng: random.Random) -> None:
         argv = [name, *(f"{option}={value}" if value or option in changed else option
                         for option, value in {**options, **changed}.items())]  # fmt: skip
         error = io.StringIO()
-        before, loading.load_pipeline = loading.load_pipeline, _loads_nothing
-        from jitaccel.evaluation import study
+        from jitaccel.evaluation import study  # first: its own name for the loader is to be the real one
 
+        before, loading.load_pipeline = loading.load_pipeline, _loads_nothing
         of_study, study.load_pipeline = study.load_pipeline, _loads_nothing
         try:
             with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
