@@ -1,9 +1,9 @@
-"""What a pipeline asks of `set_timesteps`: how many steps, on which levels."""
+"""What a pipeline's call takes, and what it asks of `set_timesteps`: how many steps, on which levels."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,9 +26,14 @@ def evenly_spaced(steps: int) -> Sequence[float]:
 USUAL: tuple[Spacing, ...] = (evenly_spaced,)
 
 
+def call_parameters(pipeline: Pipeline) -> Mapping[str, inspect.Parameter]:
+    """Returns what a pipeline's call takes, by name."""
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
 def default_steps(pipeline: Pipeline) -> object:
     """Returns how many steps a pipeline takes where its call names none."""
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    parameter = call_parameters(pipeline).get("num_inference_steps")
     return None if parameter is None else parameter.default
 
 

@@ -28,6 +28,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.schedule import noise_levels
 from jitaccel.method.steps import KnownLevels, Step
 
+from .. import is_instance_of
 from ..diffusers_private import execution_device, unpack_latents
 from ..flux.flops import flux_flops
 from ..flux.hooks import model_hooks
@@ -113,7 +114,7 @@ def generate_batch(
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
     """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
-    if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
+    if not is_instance_of(pipeline, "diffusers", "FluxPipeline"):
         return generate_one_by_one(pipeline, requests, how, output_type, on_step, on_outcome)
     check_text_to_image(pipeline)
     check_unpatched(pipeline)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from jitaccel.generation.handle import Handle, Installation
 from jitaccel.method.config import JiTConfig
 
 from ..foreign import Arguments, Pipeline
+from .asked import call_parameters
 from .hook import hook_of
 from .outcomes import Outcomes, attempt
 
@@ -89,7 +89,7 @@ def check_unpatched(pipeline: Pipeline) -> None:
 
 def check_arguments(pipeline: Pipeline, requests: Asked) -> None:
     """Raises ConfigError with every field and option of a request that a pipeline's call does not take."""
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = call_parameters(pipeline)
     options = [name for name in known if name not in ("self", *_OURS)]
     problems = []
     for index, (request, _) in requests.items():
@@ -114,7 +114,7 @@ def check_arguments(pipeline: Pipeline, requests: Asked) -> None:
 
 def default_of(pipeline: Pipeline, name: str) -> Any:
     """Returns what a pipeline's call has for an argument that is left out."""
-    return inspect.signature(type(pipeline).__call__).parameters[name].default
+    return call_parameters(pipeline)[name].default
 
 
 def _prepared(pipeline: Pipeline, config: JiTConfig, how: Execution) -> Installation:
@@ -154,7 +154,7 @@ def _call(
     on_step: OnBatchStep | None,
 ) -> Arguments:
     """Returns the arguments of the pipeline's call."""
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = call_parameters(pipeline)
     given = {name: getattr(request, name) for name in _FIELDS}
     call: dict[str, Any] = {name: value for name, value in given.items() if name in known and value is not None}
     call |= {"output_type": output_type, "return_dict": False, **request.options}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from ..flux.kinds import channels_of, kind_of, token_multiple
 from ..foreign import Arguments
 from ..ranks import ranks_of
 from ..split import Split
+from .asked import call_parameters
 from .hook import hook_of
 from .pipelines import check_pipeline, check_transformer
 
@@ -175,7 +175,7 @@ def _grid(size: tuple[int, int], unit: int) -> tuple[int, int]:
 
 
 def _default_text_tokens(pipeline: DiffusionPipeline) -> int:
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    parameter = call_parameters(pipeline).get("max_sequence_length")
     return _TEXT_TOKENS if parameter is None else int(parameter.default)
 
 

@@ -28,6 +28,7 @@ from ..foreign import Arguments, Pipeline
 from ..models import MODELS, model_of_pipeline
 from ..models.calls import CutCalls
 from ..ranks import ranks_multiple
+from .asked import call_parameters
 from .cut import check_pipeline, networks_of
 from .guidance import guidance_problem, mixes_tokens
 from .hook import hook_of, named_arguments
@@ -61,7 +62,7 @@ def probe_pipeline(
     model = model_of_pipeline(pipeline)
     assert model is not None
     check_pipeline(pipeline, model, SPARSE)
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = call_parameters(pipeline)
     if "strength" in known:
         raise UnsupportedModelError(
             f"auto_config: target must be a pipeline that starts from noise, got {type(pipeline).__name__}, of whose "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
 from jitaccel.errors import ConfigError
 
 from ..foreign import Arguments, Pipeline
+from .asked import call_parameters
 
 
 def generate_once(pipeline: Pipeline, height: int, width: int, batch: int, call: Arguments) -> None:
@@ -24,7 +23,7 @@ def generate_once(pipeline: Pipeline, height: int, width: int, batch: int, call:
     Raises:
         ConfigError: For a pipeline whose pictures are as large as those it is given.
     """
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = call_parameters(pipeline)
     if "height" not in known or "width" not in known:
         raise ConfigError(
             f"Handle.warmup: the pipeline must take height and width, got a {type(pipeline).__name__}, which makes "
