@@ -3,8 +3,9 @@
 //   blurred[t, y, x] = sum_k w[k] sum_(i, j) w[i] w[j] values[nearest[r(t + i), r(y + j), r(x + k)]]    (i = 0 in a picture)
 //
 // r reflects at the ends, repeatedly where the axis is shorter than the kernel. The outer axes are summed first, into one
-// line of floats (W * D * 4 bytes: 16 KiB at 64 x 64, in the first cache), then the line is blurred along itself. With
-// K = 7 that is 14 multiplications for each value written, and nothing but the anchors' rows is read.
+// line of floats (W * D * 4 bytes: 16 KiB at 64 x 64, in the first cache), then along the line. With K = 7 that is 14
+// multiplications for each value written, and nothing but the anchors' rows is read. Only tokens that are asked for are
+// blurred, and only columns that they need are summed.
 #pragma once
 
 #include "rows.h"
@@ -21,6 +22,8 @@ struct Plan {
 
   // Whether token n of image b is an anchor; a is the index of its nearest one.
   bool is_anchor(int64_t b, int64_t n, int64_t a) const { return anchors[b * num_anchors + a] == n; }
+  // Where anchor i of (B * M,) lies in (B * N,).
+  int64_t place_of(int64_t i) const { return i / num_anchors * grid.size() + anchors[i]; }
   int64_t nearest_of(int64_t b, int64_t n) const { return nearest[b * grid.size() + n]; }
 };
 
@@ -36,7 +39,7 @@ inline Plan make_plan(const char* op, const Grid& grid, const Tensor& nearest, c
   return plan;
 }
 
-// Blurs lines of one image's values (M, D). One object a thread: it owns the scratch.
+// Blurs tokens of one image's values (M, D), line after line. One object a thread: it owns the scratch.
 template <typename T>
 class LineBlur {
  public:
@@ -44,6 +47,7 @@ class LineBlur {
       : plan_(plan),
         channels_(channels),
         filled_(plan.grid.width * channels),
+        is_filled_(plan.grid.width),
         lines_(num_outer()),
         outer_(num_outer()),
         sources_(num_outer()),
@@ -54,26 +58,33 @@ class LineBlur {
         outer_[i * plan.taps + j] = (plan.grid.is_video ? plan.weights[i] : 1.0f) * plan.weights[j];
   }
 
-  // out (W, D) = the blurred line of image b. `values`: (M, D), of that image.
-  void line(int64_t b, int64_t line, const T* values, float* out) {
-    const Grid& grid = plan_.grid;
+  // Chooses the line that token() blurs. `values`: (M, D), of image b.
+  void begin(int64_t b, int64_t line, const T* values) {
     find_lines(line);
-    const int64_t* nearest = plan_.nearest + b * grid.size();
-    for (int64_t x = 0; x < grid.width; ++x) {
-      for (size_t k = 0; k < lines_.size(); ++k) sources_[k] = values + nearest[lines_[k] + x] * channels_;
-      blend(sources_.data(), outer_.data(), static_cast<int64_t>(sources_.size()), channels_,
-            filled_.data() + x * channels_);
-    }
+    nearest_ = plan_.nearest + b * plan_.grid.size();
+    values_ = values;
+    std::fill(is_filled_.begin(), is_filled_.end(), char{0});
+  }
+
+  // out (D,) = the blurred token at x of the line.
+  void token(int64_t x, float* out) {
     const int64_t radius = plan_.taps / 2;
-    for (int64_t x = 0; x < grid.width; ++x) {
-      for (int64_t k = 0; k < plan_.taps; ++k)
-        inner_[k] = filled_.data() + reflect(x + k - radius, grid.width) * channels_;
-      blend(inner_.data(), plan_.weights, plan_.taps, channels_, out + x * channels_);
-    }
+    for (int64_t k = 0; k < plan_.taps; ++k) inner_[k] = column(reflect(x + k - radius, plan_.grid.width));
+    blend(inner_.data(), plan_.weights, plan_.taps, channels_, out);
   }
 
  private:
   size_t num_outer() const { return plan_.taps * (plan_.grid.is_video ? plan_.taps : 1); }
+
+  // The sum over the outer axes at x, formed when a token first asks for it.
+  const float* column(int64_t x) {
+    float* out = filled_.data() + x * channels_;
+    if (is_filled_[x]) return out;
+    for (size_t k = 0; k < lines_.size(); ++k) sources_[k] = values_ + nearest_[lines_[k] + x] * channels_;
+    blend(sources_.data(), outer_.data(), static_cast<int64_t>(sources_.size()), channels_, out);
+    is_filled_[x] = 1;
+    return out;
+  }
 
   // The first token of each line that the outer axes reach from `line`.
   void find_lines(int64_t line) {
@@ -87,7 +98,10 @@ class LineBlur {
 
   const Plan& plan_;
   const int64_t channels_;
+  const int64_t* nearest_ = nullptr;
+  const T* values_ = nullptr;
   std::vector<float> filled_;
+  std::vector<char> is_filled_;
   std::vector<int64_t> lines_;
   std::vector<float> outer_;
   std::vector<const T*> sources_;

@@ -19,17 +19,20 @@ void run(const Plan& plan, const T* values, int64_t channels, T* out) {
   const int64_t width = plan.grid.width, image = plan.num_anchors * channels;
   struct Scratch {
     LineBlur<T> blur;
-    std::vector<float> line;
+    std::vector<float> blurred;
   };
-  const auto make = [&] { return Scratch{LineBlur<T>(plan, channels), std::vector<float>(width * channels)}; };
+  const auto make = [&] { return Scratch{LineBlur<T>(plan, channels), std::vector<float>(channels)}; };
   for_each_line(plan, channels, make, [&](int64_t b, int64_t line, Scratch& scratch) {
-    scratch.blur.line(b, line, values + b * image, scratch.line.data());
+    scratch.blur.begin(b, line, values + b * image);
     T* row = out + (b * plan.grid.size() + line * width) * channels;
-    store(scratch.line.data(), width * channels, row);
-    for (int64_t x = 0; x < width; ++x) {
+    for (int64_t x = 0; x < width; ++x, row += channels) {
       const int64_t n = line * width + x, a = plan.nearest_of(b, n);
-      if (plan.is_anchor(b, n, a))
-        std::memcpy(row + x * channels, values + b * image + a * channels, channels * sizeof(T));
+      if (plan.is_anchor(b, n, a)) {
+        std::memcpy(row, values + b * image + a * channels, channels * sizeof(T));
+      } else {
+        scratch.blur.token(x, scratch.blurred.data());
+        store(scratch.blurred.data(), channels, row);
+      }
     }
   });
 }

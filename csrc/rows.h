@@ -87,6 +87,26 @@ JITACCEL_CLONES inline void blend(const Half* const* rows, const float* weights,
   blend_rows(rows, weights, count, channels, out);
 }
 
+// Asks for `bytes` from `from` on, which are read or written soon.
+JITACCEL_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+// out[c] = from[c], as floats.
+template <typename T>
+JITACCEL_INLINE void widen_row(const T* from, int64_t channels, float* out) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    const Floats values = load(from + c);
+    std::memcpy(out + c, &values, sizeof(values));
+  }
+  for (; c < channels; ++c) out[c] = static_cast<float>(from[c]);
+}
+JITACCEL_CLONES inline void widen(const BFloat16* from, int64_t channels, float* out) {
+  widen_row(from, channels, out);
+}
+JITACCEL_CLONES inline void widen(const Half* from, int64_t channels, float* out) { widen_row(from, channels, out); }
+
 // Rounds a row to its element type.
 JITACCEL_CLONES inline void store(const float* row, int64_t channels, float* out) {
   std::memcpy(out, row, channels * sizeof(float));
