@@ -78,7 +78,7 @@ class FluxCalls:
         if self._is_wanted and not kind.packs:
             self._is_wanted = False
             if options.execution == "packed" or options.compile is not None:
-                self._fall_back((f"packed execution does not know {kind.model}",))
+                self._fall_back((f"packed execution does not support {kind.model}",))
         elif self._is_wanted:
             self._fall_back(tuple(reasons_unpackable(model)))
 
@@ -100,7 +100,7 @@ class FluxCalls:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why the model runs indexed where packed was asked for, and why stages are not compiled."""
-        notes = tuple(f"indexed execution, since {reason}" for reason in self._reasons)
+        notes = tuple(f"indexed execution, because {reason}" for reason in self._reasons)
         if self._has_residuals:
             notes += ("costs are of the transformer alone, without the ControlNet",)
         if self._is_compiled_around:
@@ -122,7 +122,7 @@ class FluxCalls:
             )
         if reasons and reasons != self._reasons:
             level = logging.WARNING if self._options.execution == "packed" else logging.INFO
-            _log.log(level, "jitaccel: indexed execution, since %s", "; ".join(reasons))
+            _log.log(level, "jitaccel: indexed execution, because %s", "; ".join(reasons))
         self._reasons = reasons
 
     def release(self) -> None:

@@ -180,13 +180,13 @@ class CutCalls:
         self._notes += (f"not compiled, since {reason}",)
 
     def _note_indexed(self, strict: bool) -> None:
-        reason = f"packed execution does not know {self.model.name}"
+        reason = f"packed execution does not support {self.model.name}"
         if strict:
             raise UnsupportedModelError(
                 f"jitaccel: execution must be covered with strict=True, got {reason}; use execution='auto'"
             )
-        _log.warning("jitaccel: indexed execution, since %s", reason)
-        self._notes += (f"indexed execution, since {reason}",)
+        _log.warning("jitaccel: indexed execution, because %s", reason)
+        self._notes += (f"indexed execution, because {reason}",)
 
     @property
     def compiled(self) -> CompileStats | None:

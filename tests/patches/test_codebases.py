@@ -83,10 +83,10 @@ def test_what_is_shown_beside_the_state_goes_into_a_compiled_stage(name: str) ->
 @pytest.mark.parametrize("name", ["FLUX.2", "Chroma"])
 def test_packed_execution_says_that_it_does_not_know_a_model(name: str) -> None:
     subject = SUBJECTS[name]()
-    with pytest.raises(jitaccel.UnsupportedModelError, match="packed execution does not know"):
+    with pytest.raises(jitaccel.UnsupportedModelError, match="packed execution does not support"):
         jitaccel.apply(subject.model, SHORT, execution="packed", strict=True)
     with jitaccel.apply(subject.model, SHORT, execution="packed") as handle:
-        assert "does not know" in handle.stats().notes[-1]
+        assert "does not support" in handle.stats().notes[-1]
 
 
 @torch.no_grad()

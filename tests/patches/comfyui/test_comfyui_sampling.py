@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "windows": ({"context_handler": object()}, "context_handler object"),
     "split levels": ({"levels": LEVELS[:-1]}, "sigmas must fall from a level"),
     "goes on": ({"x": torch.zeros(1, 4, *SIZE)}, "must start from new noise"),
-    "areas": ({"conds": {"positive": [{**condition(), "area": (8, 8, 0, 0)}]}}, "conditions must be of the whole"),
+    "areas": ({"conds": {"positive": [{**condition(), "area": (8, 8, 0, 0)}]}}, "conditions must apply to the whole"),
 }
 
 
@@ -117,11 +117,11 @@ def test_cache_that_answers_in_place_of_the_model_is_told() -> None:
     with applied(model, SHORT) as handle:
         cache = lambda executor, x, *rest, **more: torch.zeros_like(x)  # noqa: E731
         handle.target.wrappers["diffusion_model"] = {"cache": [cache], **handle.target.wrappers["diffusion_model"]}
-        with pytest.raises(RuntimeError, match="another node answers"):
+        with pytest.raises(RuntimeError, match="another node answered"):
             sample(handle.target, start(model))
         ours = handle.target.wrappers["diffusion_model"].pop("jitaccel")  # and a cache that was added after us
         handle.target.wrappers["diffusion_model"] = {"jitaccel": ours, "cache": [cache]}
-        with pytest.raises(RuntimeError, match="another node answers"):
+        with pytest.raises(RuntimeError, match="another node answered"):
             sample(handle.target, start(model))
         assert "forward_orig" not in vars(model)
 
