@@ -1,11 +1,11 @@
 """HiDream-I1 of diffusers: square pictures, and a mixture of experts in every block.
 
-Experts are chosen for each token alone, with no limit to how many tokens an expert takes: what becomes of an anchor
-does not depend on which other tokens are in the call. Attention is joint over picture and text. Each picture has its
-own places, so that pictures may have anchors of their own in one forward. The pipeline brings both branches of guidance
-as one batch, and negates the output.
+Experts are chosen for each token separately, with no limit on the tokens per expert. The result for an anchor therefore
+does not depend, through the experts, on which other tokens are in the call. Attention is joint over picture and text.
+Each picture has its own position ids, so pictures can have different anchors in one forward. The pipeline passes both
+guidance branches as one batch, and negates the output.
 
-Other pictures than square ones are filled up to 4,096 tokens, to which attention gives weight: they are refused.
+Pictures that are not square are padded to 4,096 tokens, which attention does not mask. They are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..cutting import Adapter, put, rows
 from ..layout import PatchLayout
 from .model import Arguments, Config, Model, Words, channels_out
 
-_MULTIPLE = 256  # of the width inside an expert
+_MULTIPLE = 256  # the width inside an expert is a multiple of this
 _LAYERS = "encoder_hidden_states_llama3"
 
 
@@ -28,8 +28,8 @@ def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
     grid = _layout(config).grid(arguments["hidden_states"].shape)
     if grid[0] != grid[1]:
         raise UnsupportedModelError(
-            f"jitaccel: pictures of HiDream must be square, got {grid[0]} x {grid[1]} tokens; others are filled up "
-            f"with tokens that attention does not leave out: use a square size, or remove() the handle for this call"
+            f"jitaccel: pictures of HiDream must be square, got {grid[0]} x {grid[1]} tokens; others are padded with "
+            f"tokens that attention does not mask: use a square size, or remove() the handle for this call"
         )
     return grid
 
@@ -41,8 +41,8 @@ def _renamed(arguments: Arguments, old: str, new: str) -> Arguments:
 def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
     """Returns the operations of one forward: matrix products of blocks, embedding and last projection.
 
-    The model looks at how many tokens each expert has, so that it cannot be traced. A multiply-add is two. Left out:
-    what embeds the text.
+    This is a formula because the model reads how many tokens each expert has, so that it cannot be traced. A
+    multiply-add counts as two. Embedding the text is left out.
     """
     width, both = config["num_attention_heads"] * config["attention_head_dim"], image_tokens + text_tokens
     doubles, singles = config["num_layers"], config["num_single_layers"]
@@ -78,11 +78,11 @@ HIDREAM = Model(
     channels=channels_out,
     sign=-1,
     branches="batch",
-    text=("encoder_hidden_states_t5", _LAYERS, _LAYERS),  # the last layer of Llama, and that of each block
+    text=("encoder_hidden_states_t5", _LAYERS, _LAYERS),  # Llama's last layer, and its layer for each block
     schedule="beta",
     refused={"hidden_states_masks": "packed latents (hidden_states_masks)", "img_ids": "packed latents (img_ids)"},
     cost=_flops,
-    uncompiled="its experts look at how many tokens they have",
+    uncompiled="its experts read how many tokens they have",
     problem=_problem,
 )
 MODELS = (HIDREAM,)

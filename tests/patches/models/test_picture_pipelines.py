@@ -231,7 +231,7 @@ def test_default_guider_of_hunyuan_image_runs() -> None:
 def test_unknown_guider_is_refused() -> None:
     subject = SUBJECTS["HunyuanImagePipeline"]
     pipe = hunyuan_image(diffusers.SkipLayerGuidance(guidance_scale=SCALE, skip_layer_guidance_layers=[0]))
-    with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match="guider that is not known"):
+    with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match="an unknown guider"):
         generate(subject, pipe)
 
 

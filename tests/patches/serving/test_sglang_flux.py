@@ -158,7 +158,7 @@ def test_refused_request_runs_dense_as_the_engine_would_and_the_log_says_why(
     stage, request, says = _refused(native, name, "false", monkeypatch)
     steps = request.num_inference_steps
     sglang_native.made(stage, request)
-    assert "jitaccel: SGLang runs this request dense, since " in caplog.text and says in caplog.text
+    assert "jitaccel: SGLang runs this request dense, because " in caplog.text and says in caplog.text
     assert caplog.records[-1].levelno == logging.ERROR
     assert [each["tokens"] for each in stage.passed] == [tiny.NUM_TOKENS] * steps
     assert all(each["gate"] is not None for each in stage.passed)  # the engine's own step
