@@ -130,8 +130,8 @@ def _arguments(
     given |= {"generator": torch.Generator("cpu").manual_seed(0), **call}
     if unknown := [name for name in given if name not in known]:
         raise ConfigError(
-            f"auto_config: call must have arguments of {type(pipeline).__name__}, got {', '.join(unknown)}, which its "
-            f"call does not take; leave it out"
+            f"auto_config: the call of a {type(pipeline).__name__} must take the given arguments, got "
+            f"{', '.join(unknown)}, which it does not take; leave it out"
         )
     return given
 

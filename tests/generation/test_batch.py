@@ -319,7 +319,7 @@ def test_backend_that_cannot_be_used_is_refused_before_any_request(pipe: Any) ->
 def test_fallbacks_are_logged(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     pipe.transformer.single_transformer_blocks[0].register_forward_hook(lambda *_: None)
     generate_batch(pipe, [request()], output_type="latent")
-    assert "requests run one after the other, since single_transformer_blocks.0 has forward hooks" in caplog.text
+    assert "requests run one after the other, because single_transformer_blocks.0 has forward hooks" in caplog.text
 
 
 def test_strict_refuses_a_model_that_is_not_covered(pipe: Any) -> None:

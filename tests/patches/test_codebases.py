@@ -200,7 +200,7 @@ def test_mask_of_everything_makes_every_stage_dense() -> None:
 
 def test_strength_that_leaves_too_few_steps_says_how_many_are_needed() -> None:
     pipe = flux_pipeline("FluxImg2ImgPipeline")
-    with jitaccel.apply(pipe, SHORT), pytest.raises(ConfigError, match=r"every stage a step, got 2 of 5.*steps=7"):
+    with jitaccel.apply(pipe, SHORT), pytest.raises(ConfigError, match=r"a step for every stage, got 2 of 5.*steps=7"):
         run_pipeline(pipe, strength=0.3)
 
 

@@ -173,13 +173,13 @@ def test_bare_transformer_asks_for_its_pipeline() -> None:
 
 def test_what_the_pipeline_needs_and_does_not_take_is_said() -> None:
     pipe = hunyuan.pipeline(hunyuan.FROM_IMAGES[0])
-    with pytest.raises(ConfigError, match=r"got TypeError: .*'image'; give what it needs: Auto\(\.\.\., call="):
+    with pytest.raises(ConfigError, match=r"TypeError: .*'image'; pass the arguments it needs: Auto\(\.\.\., call="):
         auto_config(pipe, target_speedup=6.0)
-    with pytest.raises(ConfigError, match=r"must take what is given, got frames, which it does not have"):
+    with pytest.raises(ConfigError, match=r"must take the given arguments, got frames, which it does not take"):
         auto_config(video.wan_pipeline(), target_speedup=6.0, call={"frames": 9})
     with pytest.raises(ConfigError, match=r"size must be \(height, width\) in pixels.*got \(0, 8\)"):
         auto_config(video.wan_pipeline(), target_speedup=6.0, size=(0, 8))
-    with pytest.raises(ConfigError, match=r"got height, width, which it does not have"):
+    with pytest.raises(ConfigError, match=r"got height, width, which it does not take"):
         auto_config(qwen_pipeline(LAYERED), target_speedup=6.0, size=(64, 64))
     with pytest.raises(ConfigError, match="call must be left out for a FluxPipeline"):
         auto_config(tiny.pipeline(), target_speedup=6.0, call={"num_frames": 9})

@@ -60,7 +60,7 @@ def test_residuals_that_are_none_stay_and_those_of_other_sizes_are_refused() -> 
         control["input"].reverse()
         assert sample(handle.target, start(model), conds=conds).isfinite().all()
         control["input"][0] = noise(9, 1, 7, WIDTH)
-        with pytest.raises(UnsupportedModelError, match="residuals must be of every image token, 144 or 144, got 7"):
+        with pytest.raises(UnsupportedModelError, match="residuals must cover every image token, 144 or 144, got 7"):
             sample(handle.target, start(model), conds=conds)
 
 
@@ -82,7 +82,7 @@ def test_attention_mask_between_text_and_tokens() -> None:
     conds = {"positive": [{**given, "attention_mask": mask[None]}]}
     with applied(model, SHORT) as handle:
         assert relative_error(sample(handle.target, start(model), conds=conds), expected) < 1e-5
-        with pytest.raises(UnsupportedModelError, match="attn_mask must be of 152 text and image tokens"):
+        with pytest.raises(UnsupportedModelError, match="attn_mask must be square over 152 text and image tokens"):
             sample(handle.target, start(model), conds={"positive": [{**given, "attention_mask": mask[None, :7, :7]}]})
 
 

@@ -27,7 +27,7 @@ def test_late_start_places_the_stages_on_the_steps_that_run() -> None:
         with pytest.raises(ConfigError, match="every stage at least one step, got 2"):
             sample(handle.target, start(model), levels[-3:], latent_image=noise(4, 1, 4, *SIZE))
         sample(handle.target, start(model), torch.linspace(1, 0, 9))
-        assert "sampler's 8 steps are followed" in handle.stats().notes[0]
+        assert "sampler takes 8 steps" in handle.stats().notes[0]
 
 
 class OtherGuider(CFGGuider):

@@ -198,7 +198,7 @@ def test_another_pipeline_of_the_engine_runs_as_it_is(
     native: Any, dense: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = native(PAPER, pipeline_config=sglang_native.WanPipelineConfig())
-    assert "FLUX.1 alone is covered, got WanPipelineConfig" in caplog.text
+    assert "only FLUX.1 of its pipelines is supported, got WanPipelineConfig" in caplog.text
     assert torch.equal(sglang_native.made(stage, sglang_native.request_of()), dense)
 
 
