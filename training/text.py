@@ -131,7 +131,7 @@ def num_answers() -> int:
 
 
 def claims_loss(answers: Tensor, targets: Tensor) -> Tensor:
-    """Returns the mean cross entropy of scores `(..., num_answers())` for targets `(..., attributes)`, ignoring -100."""
+    """Returns the mean cross entropy of `(..., num_answers())` against targets `(..., attributes)`, ignoring -100."""
     parts = answers.split([len(values) + 1 for values in ATTRIBUTES.values()], dim=-1)
     losses = [F.cross_entropy(p.flatten(0, -2), targets[..., k].flatten()) for k, p in enumerate(parts)]
     return torch.stack(losses).mean()
