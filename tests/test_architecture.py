@@ -1,4 +1,4 @@
-"""What may import what, and how types are named: no cycle of folders, a method that knows no model, no namesakes."""
+"""Import rules and type names: no cycles between folders, no model in the method, no duplicate names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed: names, version, command, package data, and a wheel built from this checkout."""
+"""The installed package: names, version, command, package data, and a wheel built from this checkout."""
 
 import os
 import re

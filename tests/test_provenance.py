@@ -1,4 +1,4 @@
-"""Which commit a measurement names: our own checkout's, and never that of a repository that happens to hold us."""
+"""The commit recorded with a measurement: that of our checkout, never that of an enclosing repository."""
 
 from __future__ import annotations
 

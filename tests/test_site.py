@@ -1,4 +1,4 @@
-"""The pages: no link leads nowhere, every page is in the menu, and tables made of the code are up to date."""
+"""The pages of the site: links work, every page is in the menu, and generated tables are up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of an export: what is damaged, cut off or put together from others is refused."""
+"""Export files that are damaged, truncated or mixed from several exports are refused."""
 
 from __future__ import annotations
 

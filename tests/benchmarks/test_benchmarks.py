@@ -1,4 +1,4 @@
-"""The benchmark command: its registry, its rows, and what it says of what it cannot measure."""
+"""The benchmark command: its registry, its rows, and its reports of cases that it cannot measure."""
 
 from __future__ import annotations
 

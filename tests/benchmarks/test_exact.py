@@ -1,4 +1,4 @@
-"""The exact laboratory: closed forms against plain sampling, and the rows that a worse method would change."""
+"""The exact laboratory: closed forms against plain sampling, and rows that a worse method would change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exact laboratory's subset stages: against the product's own run, and rows that a worse method would change."""
+"""The exact laboratory's subset stages against the product's own run, and rows that a worse method would change."""
 
 from __future__ import annotations
 

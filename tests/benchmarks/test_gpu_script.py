@@ -1,4 +1,4 @@
-"""The scripts for machines with a GPU: what they leave out, cut off and copy, and a dry run of every step."""
+"""The scripts for GPU machines: steps they skip, stop or resume, files they copy, and a dry run of every step."""
 
 from __future__ import annotations
 

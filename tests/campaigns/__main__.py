@@ -1,4 +1,4 @@
-"""Runs campaigns, and writes one table: `python -m tests.campaigns`, or `make campaigns`."""
+"""Runs campaigns and writes one table: `python -m tests.campaigns`, or `make campaigns`."""
 
 from __future__ import annotations
 

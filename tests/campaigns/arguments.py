@@ -1,6 +1,6 @@
-"""Malformed arguments of every public function and of the command line: an error of this package, which names them.
+"""Malformed arguments of every public function and of the command line raise an error of this package that names them.
 
-What is public is read off `jitaccel.__all__` and its signatures; a function that is new and not known here fails.
+Public functions are found through `jitaccel.__all__` and their signatures; a new function not listed here fails.
 """
 
 from __future__ import annotations

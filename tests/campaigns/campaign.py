@@ -1,4 +1,4 @@
-"""What a campaign is: cases by number, counts, and survivors."""
+"""Defines a campaign: numbered cases, counts, and survivors."""
 
 from __future__ import annotations
 

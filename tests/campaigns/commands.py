@@ -1,4 +1,4 @@
-"""Whole commands that are killed: what has its final name is whole, and the same command finishes afterwards."""
+"""Kills whole commands: files with their final names are complete, and the same command finishes afterwards."""
 
 from __future__ import annotations
 

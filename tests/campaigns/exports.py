@@ -1,4 +1,4 @@
-"""Damaged exports: flipped bytes, truncated, put together from others, signed again: refused, and nothing is run."""
+"""Damages exports (flipped bytes, truncated, mixed, signed again): they are refused, and nothing is run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Exceptions, KeyboardInterrupt too, at any line of this package: what stands afterwards can be removed, whole.
+"""Exceptions, also KeyboardInterrupt, at any line of this package: afterwards the patch can be removed completely.
 
-A trace function raises at the n-th line that the package runs during an action, n drawn at random among all of them.
+A trace function raises at the n-th line that the package runs during an action, with n drawn at random.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes that are killed while they write: what has its name is whole, and what is taken up again goes on."""
+"""Kills processes while they write: files with their final names are complete, and resumed runs continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random sequences of operations on a target: the right picture while patched, the bits of before once removed."""
+"""Random sequences of operations on a target: correct pictures while patched, the original bits once removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators at odd shapes and absurd numbers: as the plain-torch reference, or an error that names the operator."""
+"""Operators with odd shapes and absurd numbers match the plain-torch reference or raise an error that names them."""
 
 from __future__ import annotations
 

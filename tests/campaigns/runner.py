@@ -1,4 +1,4 @@
-"""Runs campaigns for a time, each its share; worker processes import this file."""
+"""Runs campaigns for a given time, divided among them; worker processes import this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators' campaign under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""
+"""The operators' campaign with AddressSanitizer and UndefinedBehaviorSanitizer, in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets of every registered patch, made again and again alike, and what their pictures must be."""
+"""Reproducible targets of every registered patch, and their expected pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few cases of each campaign, other ones each day: `make campaigns` runs many."""
+"""Runs a few cases of each campaign, different ones each day; `make campaigns` runs many."""
 
 from __future__ import annotations
 

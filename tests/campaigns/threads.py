@@ -1,4 +1,4 @@
-"""Threads: pipelines that share weights make pictures side by side; one pipeline in two threads is refused by name."""
+"""Threads: pipelines that share weights can run in parallel; one pipeline in two threads is refused by name."""
 
 from __future__ import annotations
 

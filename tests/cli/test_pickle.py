@@ -1,4 +1,4 @@
-"""`--pickle`: weights that are no safetensors are loaded where asked, and their code runs nowhere else."""
+"""`--pickle`: weights other than safetensors are only loaded on request, and otherwise their code never runs."""
 
 from __future__ import annotations
 

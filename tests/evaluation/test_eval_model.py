@@ -1,4 +1,4 @@
-"""`jitaccel eval` of any model, on prompts of a file, with metrics of packages and of one's own."""
+"""`jitaccel eval` of any model, on prompts from a file, with metrics of packages and custom ones."""
 
 from __future__ import annotations
 

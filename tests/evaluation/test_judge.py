@@ -1,4 +1,4 @@
-"""The judge: what counts as shown, what it is saved with, and how well the one in the box does."""
+"""The judge: what counts as shown, what is saved with it, and the accuracy of the embedded one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of quality against cost."""
+"""The plot of quality against cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rivals in `jitaccel eval`: their cost is what ran, they leave the pipeline as it was, and images stay apart."""
+"""Rivals in `jitaccel eval`: costs count what ran, the pipeline is restored, and images do not affect each other."""
 
 from __future__ import annotations
 

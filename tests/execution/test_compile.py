@@ -1,4 +1,4 @@
-"""Compiled stages: the eager image, one static graph for each stage and batch signature, and none that is stale."""
+"""Compiled stages: the eager image, one static graph per stage and batch signature, and no stale graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate_batch`: requests of any size, prompt and stage share each forward, and each gets what it gets alone."""
+"""`generate_batch`: requests of any size, prompt and stage share each forward, with the same results as alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generation's way through a step, and the two ways in which a move reaches a sampler."""
+"""A generation's path through a step, and the two ways in which a move reaches a sampler."""
 
 from __future__ import annotations
 

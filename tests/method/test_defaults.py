@@ -1,4 +1,4 @@
-"""Torch's default dtype and device are the caller's own affair: they change no picture."""
+"""Torch's default dtype and device, which callers may set, do not change a picture."""
 
 from __future__ import annotations
 

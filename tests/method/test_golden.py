@@ -1,7 +1,7 @@
-"""Numbers of the released code on a tiny random FLUX, reproduced by the pure functions alone.
+"""Numbers of the released code on a tiny random FLUX, reproduced by the pure functions.
 
-`steps[i]` is the state after the Euler step i and before the move of the boundary that follows it; the
-level of a move is that of the step about to be taken.
+`steps[i]` is the state after Euler step i, before the move at the following boundary. The level of a move is that of
+the next step.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Pooled stages: the mean of a state is a state of the smaller picture, and comes back as every token's velocity."""
+"""Pooled stages: the mean of a state is a state of the smaller picture, whose result gives every token's velocity."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One generation without any model's code: a made-up network, and the recorded one of the golden vectors."""
+"""One generation without model code, with an artificial network and with the recorded one of the golden vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The multistep solver: diffusers' own on the same field, guidance, stages, and what it leaves alone."""
+"""The multistep solver: against diffusers' own, with guidance and stages, and the tokens it does not touch."""
 
 from __future__ import annotations
 

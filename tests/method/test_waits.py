@@ -1,4 +1,4 @@
-"""Where a generation's host waits for the device: once where a stage starts, and in no step."""
+"""When the host of a generation waits for the device: once at the start of a stage, and in no step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiling the operators: what is built, what is left out and said, and the sanitizers' verdict."""
+"""Compiling the operators: kinds that are built, kinds that are left out with a message, and sanitizer runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators refuse, before anything is read or written."""
+"""Inputs that operators refuse before they read or write anything."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The CUDA operators against the plain-torch reference, and what only a GPU shows: graphs, streams, synchronisation.
+"""The CUDA operators against the plain-torch reference, and GPU-only behaviour: graphs, streams, synchronisation.
 
-Expected values come from the CPU. Sums are held to twice the error that plain torch makes in the same dtype against
-float64; indices, copies and repeats to equality of bits.
+Expected values come from the CPU. Sums may have twice the error of plain torch in the same dtype against float64;
+indices, copies and repetitions must be bitwise equal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU, through `emulator/cuda_runtime.h`: their logic, where no GPU is at hand.
+"""The CUDA kernels on the CPU through `emulator/cuda_runtime.h`, which tests their logic without a GPU.
 
-What they compute is held against the compiled CPU operators, and with blocks and threads in reverse order. What an
-emulator cannot show (memory errors of the device, races within a warp, speed) is for `benchmarks/gpu.sh`.
+Results are compared with the compiled CPU operators, also with blocks and threads in reverse order. An emulator cannot
+show device memory errors, races within a warp, or speed; `benchmarks/gpu.sh` covers these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""pool and lift_pooled, compiled and plain: any patch, factor, side and dtype; what does not fit is refused."""
+"""pool and lift_pooled, compiled and plain: any patch, factor, side and dtype; other inputs are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stacks of frames: every operator keeps to each frame of (t, h, w), in C++ as in the reference."""
+"""Stacks of frames: every operator works within each frame of (t, h, w), in C++ and in the reference."""
 
 from __future__ import annotations
 

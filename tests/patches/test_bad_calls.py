@@ -1,4 +1,4 @@
-"""Calls that cannot run as asked say so, before the network has run or at the step that fails."""
+"""Calls that cannot run as requested raise an error, before the network runs or at the step that fails."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Black Forest Labs' `Flux`, and its copies: against diffusers on the same weights, in the loops that people run.
+"""Black Forest Labs' `Flux` and its copies, against diffusers on the same weights, in commonly used loops.
 
-`Flux` here is a stand-in of ours with their signature and conventions (keyword arguments, position ids for each image)
-around a diffusers model; theirs is on no package index.
+`Flux` here is our stand-in with their signature and conventions (keyword arguments, position ids for each image) around
+a diffusers model, because theirs is not on any package index.
 """
 
 from __future__ import annotations

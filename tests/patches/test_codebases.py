@@ -1,4 +1,4 @@
-"""Every FLUX transformer and pipeline of diffusers: dense as if untouched, sparse as the method written out by hand."""
+"""Every FLUX transformer and pipeline of diffusers: dense equals unpatched, sparse equals the method by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ControlNets: dense as they are, or on the anchors alone."""
+"""ControlNets, dense and on the anchors only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private names of diffusers in one file: each function does on diffusers' own objects what it says."""
+"""Each function for a private name of diffusers behaves as documented on diffusers' own objects."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The same weights in two layouts: Black Forest Labs' patch makes the image that the diffusers routes make.
+"""The same weights in two layouts: Black Forest Labs' patch makes the same image as the diffusers routes.
 
-`to_bfl` is the key mapping; the network that gets its result shares no code with diffusers'.
+`to_bfl` maps the keys. The network that gets its result shares no code with diffusers.
 """
 
 from __future__ import annotations

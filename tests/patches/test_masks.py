@@ -1,4 +1,4 @@
-"""Masks that differ between the images of a batch: each image is the picture made alone, or the call is refused."""
+"""Masks that differ between images of a batch: each image equals the one made alone, or the call is refused."""
 
 from __future__ import annotations
 

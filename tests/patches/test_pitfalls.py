@@ -1,4 +1,4 @@
-"""One test for each trap that codebases set: shared/INTEGRATION.md, part 7, in its order."""
+"""One test for each pitfall of the codebases, in the order of shared/INTEGRATION.md, part 7."""
 
 from __future__ import annotations
 

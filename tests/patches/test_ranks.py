@@ -1,4 +1,4 @@
-"""Several processes that make one picture: the same as one process, or the same refusal on every rank."""
+"""Several processes make one picture: the result of one process, or the same refusal on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models other than FLUX.1 on several processes: the same as one process, or the same refusal on every rank."""
+"""Models other than FLUX.1 on several processes: the result of one process, or the same refusal on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be accelerated correctly: refused with the reason, or run as if untouched where that was asked for."""
+"""Inputs that cannot be accelerated correctly are refused with the reason, or run dense if requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server without Ray: desk and batcher together, on a stand-in of `generate_batch` that a test steps through."""
+"""The server without Ray: desk and batcher, on a stand-in for `generate_batch` that a test controls step by step."""
 
 from __future__ import annotations
 

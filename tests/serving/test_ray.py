@@ -1,4 +1,4 @@
-"""Two replicas on loopback, through the command: mixed requests, and a replica that is killed in the middle."""
+"""Two replicas on loopback, started by the command: mixed requests, and a replica killed while it works."""
 
 from __future__ import annotations
 

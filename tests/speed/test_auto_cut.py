@@ -1,4 +1,4 @@
-"""A speed that is asked for on models that are cut: what is timed is the first call that their pipeline makes."""
+"""Target speeds for cut models, measured with the first transformer call of their pipeline."""
 
 from __future__ import annotations
 

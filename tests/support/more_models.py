@@ -1,4 +1,4 @@
-"""Lumina2, Mochi, Bria and HiDream, tiny and random, and one call of each; `every_model` has the others."""
+"""Lumina2, Mochi, Bria and HiDream, tiny and random, with one call of each; `every_model` has the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ComfyUI: what a call brings beside the latent goes with its tokens, and masks place the anchors."""
+"""ComfyUI: further inputs of a call are cut together with its tokens, and masks decide the anchors."""
 
 from __future__ import annotations
 

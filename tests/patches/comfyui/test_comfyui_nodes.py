@@ -1,4 +1,4 @@
-"""ComfyUI: the nodes, and clones of what they patch."""
+"""ComfyUI: the nodes, and clones of patched models."""
 
 from __future__ import annotations
 

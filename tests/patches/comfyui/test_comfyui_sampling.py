@@ -1,4 +1,4 @@
-"""ComfyUI: what is refused, what ends a sampling, and other patches of the same model."""
+"""ComfyUI: refused samplings, interrupted samplings, and other patches of the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A subclass of FluxPipeline that brings both branches of guidance as one batch, and steps once."""
+"""A subclass of FluxPipeline that passes both guidance branches as one batch and steps once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multistep schedulers that keep their own solver (`solver="caller"`): what a move of the state does to them."""
+"""Multistep schedulers that keep their own solver (`solver="caller"`), and the effect of moves of the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads: what they may share works; what they may not is refused by its name, and the picture under way is right."""
+"""Threads: sharing works where allowed; other sharing is refused by name, and the running picture stays correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bare transformer in a custom loop: levels that are given, predicted, or that nobody told."""
+"""A bare transformer in a custom loop: levels that are given, predicted, or rounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of whole generations through every pipeline whose model is cut."""
+"""Properties of whole generations in every pipeline of a cut model."""
 
 from __future__ import annotations
 

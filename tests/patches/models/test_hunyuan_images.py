@@ -1,4 +1,4 @@
-"""HunyuanVideo and HunyuanVideo-1.5 from an image, through their pipelines: whole generations, also by hand."""
+"""HunyuanVideo and HunyuanVideo-1.5 from an image: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 

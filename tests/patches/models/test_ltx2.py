@@ -1,4 +1,4 @@
-"""LTX-2 through its pipeline: video on the anchors, audio whole, guidance of four forwards; also by hand."""
+"""LTX-2 in its pipeline: sparse video, full audio, guidance with four forwards; also against the method by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines of models that are cut, of pictures and Mochi: whole generations, also by hand."""
+"""Image pipelines of cut models, and Mochi: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooled stages of models that are data: the model's own forward on a smaller picture or video, made by hand."""
+"""Pooled stages of cut models, against the model's own forward on a smaller picture or video made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers that cannot be cut are refused by name; unknown ones with the places that were found."""
+"""Transformers that cannot be cut are refused by name; for unknown ones the error lists possible places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wan through its pipelines: whole generations, against the unpatched pipeline and the method by hand."""
+"""Wan in its pipelines: whole generations, against the unpatched pipeline and the method by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What JITACCEL_CONFIG asks an engine's plug-in for."""
+"""Settings of an engine plug-in in JITACCEL_CONFIG."""
 
 from __future__ import annotations
 
