@@ -373,8 +373,8 @@ def page() -> str:
         [cost_line(row) for row in ROWS],
     )
     models = _table(
-        "| model | makes | transformer | pipelines | levels of presets | branches of guidance | `compile=True` compiles | "
-        "real weights |",
+        "| model | makes | transformer | pipelines | levels of presets | branches of guidance | "
+        "`compile=True` compiles | real weights |",
         [*map(flux_line, KINDS), *map(model_line, MODELS)],
     )
     refused = _table("| transformer | reason |", [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()])
