@@ -29,7 +29,7 @@ def lab(rows: Sequence[Fields]) -> str:
 
 def overview_table(rows: Sequence[Fields]) -> str:
     """A row for each preset: steps, what the network sees, cost. Made of the presets, whatever the rows."""
-    head = ["preset", "steps", "what the network sees", "cost in dense steps", "against 50", "against 28"]
+    head = ["preset", "steps", "what the network sees", "cost in dense steps", "vs 50 steps", "vs 28 steps"]
     lines = [head, ["---"] * len(head)]
     for row in overview(_GRID, flux_dev_flops):
         ratios = [f"{ratio:.1f}x" for ratio in row.speedups]
