@@ -47,7 +47,7 @@ def prepare_pipeline(
     """
     if levels is not None:
         raise ConfigError(
-            "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
+            "apply: noise_levels must be left out for a pipeline, where the scheduler sets them, got a list; "
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
     model = model_of_pipeline(pipeline)
@@ -176,7 +176,7 @@ def _sparse(
     model = route.calls.model
     if (problem := guidance_problem(caller)) is not None:
         raise UnsupportedModelError(
-            f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
+            f"jitaccel: the call may only use features that can be accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
         )
     arguments, branches = model.words.read(arguments), 1

@@ -68,7 +68,7 @@ def scheduler_problems(scheduler: Scheduler, solver: str, is_inverted: bool = Fa
 
 
 def full_noise(levels: tuple[float, ...]) -> tuple[float, ...]:
-    """Returns levels with the first restored to 1 if a multistep scheduler lowered it, as only its own step needs."""
+    """Returns levels with the first restored to 1 if a multistep scheduler lowered it for its own step."""
     return (1.0, *levels[1:]) if 1.0 - _ROUNDING < levels[0] < 1.0 else levels
 
 

@@ -31,8 +31,8 @@ def refuse_arguments(module: nn.Module, kind: Kind, arguments: Arguments) -> Non
         found.add(problem)
     if found:
         raise UnsupportedModelError(
-            f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
-            f"remove() the handle for this call"
+            f"jitaccel: the call may only use features that can be accelerated correctly, got "
+            f"{', '.join(sorted(found))}; remove() the handle for this call"
         )
 
 

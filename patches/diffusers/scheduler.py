@@ -243,7 +243,7 @@ class SchedulerRoute(Generic[Calls]):
         return generation
 
     def _late_start(self, index: int, steps: int) -> str:
-        """Returns the message if the steps from `index` on, out of `steps`, are too few for all stages."""
+        """Returns the error message for a start at step `index` of `steps` that leaves too few steps for all stages."""
         strength = argument_of_call("strength")
         is_known = isinstance(strength, (int, float)) and 0.0 < strength <= 1.0
         share = strength if is_known else (steps - index) / steps

@@ -129,7 +129,7 @@ class VelocityRoute(Generic[Calls]):
         return (f"the loop's {steps} steps are followed; the configuration asks for {self.config.steps}",)
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (B, N, D) that takes the loop's state where the method wants it."""
+        """Returns the velocity (B, N, D) that takes the loop to the state the method requires."""
         self._calls += 1
         self._current = None
         level = call.noise_level()

@@ -249,8 +249,8 @@ class CutCalls:
             found.append(problem)
         if found:
             raise UnsupportedModelError(
-                f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
-                f"remove() the handle for this call"
+                f"jitaccel: the call may only use features that can be accelerated correctly, got "
+                f"{', '.join(sorted(found))}; remove() the handle for this call"
             )
 
     def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
