@@ -82,7 +82,7 @@ def _model_call(
     split = Split(arguments["img"], num_tokens, channels)
     config = config_of(params, params.in_channels, channels)
     flops = chroma_flops if "approximator_layers" in config else flux_flops
-    references = split.num_references  # a number, because statistics keep the cost function alive, and it no tensor
+    references = split.num_references  # a number, so that the cost function, which statistics keep, holds no tensor
     call = ModelCall(
         state=split.state,
         text_tokens=arguments["txt"].shape[1],

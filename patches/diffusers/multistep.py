@@ -98,8 +98,8 @@ def begun_again(scheduler: Any, tokens: Tensor) -> Iterator[None]:
 
     The outputs stored for these tokens are replaced by the network's current output, so that no derivative is taken
     across their activation. UniPC rebuilds the state from the previous one, `last_sample`; that is set so that its
-    corrector arrives at the given state. The result equals that of a DPM-Solver++ started in the middle. A UniPC
-    started there would correct the following step with different weights.
+    corrector arrives at the given state. A DPM-Solver++ started in the middle gives the same result. A UniPC started
+    there would correct the following step with different weights.
 
     Args:
         scheduler: The scheduler, whose `step` is called once within this context.

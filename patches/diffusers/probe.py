@@ -63,8 +63,8 @@ def probe_pipeline(
     made_for = getattr(getattr(pipeline.vae, "config", None), "sample_size", side)
     if size is None and made_for != side:
         raise ConfigError(
-            f"auto_config: size must be given for this {type(pipeline).__name__}, which makes {side} pixels a side by "
-            f"default although its autoencoder was made for {made_for}, got None; give (height, width) in pixels"
+            f"auto_config: size must be given for this {type(pipeline).__name__}, whose default side is {side} pixels "
+            f"although its autoencoder was made for {made_for}, got None; give (height, width) in pixels"
         )
     grid = _grid((side, side) if size is None else size, 2 * scale)
     text_tokens = text_tokens or _default_text_tokens(pipeline)

@@ -38,7 +38,8 @@ def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
     """Returns the operations of one forward: matrix products of blocks, embedding and last projection.
 
     This is a formula because the model reads which text tokens are padding, so that it cannot be traced. A multiply-add
-    counts as two. Embedding the text is left out. Padding of the text is counted in attention, although it is masked.
+    counts as two. Embedding the text is left out. Padding of the text is counted in attention,
+    although the model skips it there.
     """
     width, narrow = config["num_attention_heads"] * config["attention_head_dim"], config["pooled_projection_dim"]
     hidden, narrow_hidden = 8 * width // 3, 8 * narrow // 3
