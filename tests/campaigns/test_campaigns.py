@@ -10,7 +10,7 @@ from tests.campaigns.__main__ import table
 from tests.campaigns.campaign import Counts, Result, Survivor, run, seed_of_today
 from tests.campaigns.runner import SHARES, campaign
 
-SECONDS = 40.0  # of all campaigns; one case may be longer than its share
+SECONDS = 40.0  # for all campaigns; a single case may exceed its share
 
 
 @pytest.mark.parametrize("name", SHARES)
