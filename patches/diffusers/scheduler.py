@@ -43,13 +43,8 @@ SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
 class SchedulerRoute(Generic[Calls]):
     """The generations of one pipeline, one at a time.
 
-    Args:
-        pipeline: The pipeline.
-        transformer: The module that the pipeline calls once this is installed: its own, or a replacement.
-        config: The configuration to run.
-        codebase: Its name in statistics.
-        calls: Runs the transformer.
-        may_be_dense: Whether a generation that cannot be accelerated correctly may run dense, as if unpatched.
+    `transformer` is the module that the pipeline calls once this is installed: its own, or a replacement. With
+    `may_be_dense`, a generation that cannot be accelerated correctly runs dense, as if unpatched.
     """
 
     def __init__(
