@@ -39,7 +39,7 @@ def repository(folder: Path, inside: str, project: str | None, monkeypatch: pyte
 
 
 def watched(folder: Path) -> Path:
-    """Sets a file-system monitor that leaves a trace, and returns where."""
+    """Sets a file-system monitor that leaves a trace, and returns the path of the trace."""
     trace, program = folder.parent / "trace", folder.parent / "monitor"
     program.write_text(f"#!/bin/sh\ntouch {trace}\n")
     program.chmod(0o755)

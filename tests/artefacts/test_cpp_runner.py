@@ -43,7 +43,7 @@ def _run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def _inputs(pipe: Any, path: Path, seeds: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Writes what the program needs, and returns what the pipeline is called with."""
+    """Writes the program's inputs, and returns the arguments of the pipeline's call."""
     text, pooled, _ = pipe.encode_prompt(
         "a red circle", None, num_images_per_prompt=len(seeds), max_sequence_length=TEXT_TOKENS
     )

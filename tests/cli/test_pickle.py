@@ -20,7 +20,7 @@ MADE = {"generate": "a.png", "view": "a.html", "eval": "out", "export": "stages"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tiny pipeline twice: in safetensors, and in pickled files alone."""
+    """One tiny pipeline twice: in safetensors, and in pickled files only."""
     pytest.importorskip("diffusers")
     from tests.support import tiny
 

@@ -44,7 +44,7 @@ def method(word: str) -> Method:
 
 
 def made(pipe: Any, word: str, seeds: tuple[int, ...] = (0,), on_step: Any = None, **call: Any) -> TimedCall:
-    """What a method makes of one prompt for each seed, each of its own, in latents (B, N, D)."""
+    """Returns a method's latents (B, N, D) for one prompt and each seed, made one by one."""
     settings: dict[str, Any] = {
         "prompt": [("a red circle", "blue square on left")[seed % 2] for seed in seeds],
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],

@@ -125,7 +125,7 @@ def test_nothing_of_the_pipeline_or_the_global_generator_changes(pipe: Any) -> N
     def owned() -> list[dict[str, Any]]:
         return [dict(vars(part)) for part in (pipe, pipe.scheduler, pipe.transformer)]
 
-    pipe(  # diffusers leaves a registry on what a pipeline ran
+    pipe(  # diffusers leaves a registry on modules that a pipeline ran
         "a", height=16, width=16, num_inference_steps=1, max_sequence_length=TEXT_TOKENS, output_type="latent"
     )
     before, state = owned(), torch.get_rng_state()
@@ -156,7 +156,7 @@ def test_request_that_fails_on_its_way_fails_alone(pipe: Any, monkeypatch: pytes
 
 
 def test_forward_that_fails_for_all_is_tried_for_each(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """As where memory suffices for one request and not for all of them."""
+    """Like memory that suffices for one request but not for all."""
     expected = [through_pipeline(pipe, request(seed=seed)) for seed in (1, 2)]
     tokens = SHORT.token_counts(144)
 

@@ -32,7 +32,7 @@ NAMES = ("4x_384x640", "4x_512x512", "7x_384x640", "7x_512x512")
 
 @dataclass
 class Trajectory:
-    """A released run, and what the pure functions make of the same start."""
+    """A released run, and the result of the pure functions from the same start."""
 
     config: JiTConfig
     grid: tuple[int, int]

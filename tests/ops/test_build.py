@@ -211,7 +211,7 @@ def test_other_compilers_build_operators_that_work(
         pytest.skip(f"no {compiler}")
     clear(monkeypatch)
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("JITACCEL_CXXFLAGS", "-O1")  # the versions of a function are what differs, at any level
+    monkeypatch.setenv("JITACCEL_CXXFLAGS", "-O1")  # the versions of a function differ at any level
     assert build.build("cpu", tmp_path / "_C_cpu.so", required=True)
     assert "['cpu']" in python(USE, JITACCEL_LIBRARIES=str(tmp_path)).stdout
     chosen = ["-k", "test_pool or importance or lift or micro_flow", TESTS, "tests/ops/test_pool.py"]

@@ -208,7 +208,7 @@ def test_micro_flow_is_as_exact_as_plain_torch(grid: tuple[int, ...], weight: fl
     num_tokens = _size(grid)
     nearest, anchors, weights = _plan(grid, num_tokens // 3)
     levels = torch.tensor([0.9, 0.7])
-    tokens = _rows(2, num_tokens, num_tokens // 4, seed=1)  # some are anchors, whose prior is their own
+    tokens = _rows(2, num_tokens, num_tokens // 4, seed=1)  # some are anchors, which are their own prior
     others = torch.ones(2, num_tokens, dtype=torch.bool).scatter(1, tokens, False)
     for channels in (1, 16, 20):
         for shift in range(3):
@@ -294,7 +294,7 @@ class _Scene:
         self.levels = torch.tensor([0.9, 0.7], device=DEVICE)
 
     def transition(self) -> tuple[Tensor, ...]:
-        """Runs a stage boundary into `state` and returns what each operator gave."""
+        """Runs a stage boundary into `state` and returns the result of each operator."""
         importance = ops.importance(self.velocity, self.grid)
         tokens = ops.activate(importance, self.anchors, 200)
         nearest = ops.nearest_anchor(self.anchors, self.grid)
@@ -359,7 +359,7 @@ def test_operators_run_on_the_current_stream() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what ran on another stream would find zeros
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would find zeros
         for name, value in inputs.items():
             getattr(scene, name).copy_(value)
         results = scene.transition()

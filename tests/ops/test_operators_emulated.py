@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 def _library() -> Path:
-    """Returns the library of the emulated operators, built where these sources have none yet."""
+    """Returns the library of the emulated operators, built if these sources have none yet."""
     digest = hashlib.sha256((EMULATOR / "cuda_runtime.h").read_bytes() + str(build.source_hash("cuda")).encode())
     out = LIBRARIES / f"{digest.hexdigest()[:16]}.so"
     if out.is_file():
@@ -121,7 +121,7 @@ def test_activation_of_many_blocks_breaks_ties_by_place(emulated: Any) -> None:
 
 
 def test_index_beyond_the_grid_is_skipped(emulated: Any) -> None:
-    """What CUDA does with wrong indices where nothing looks for them: the CPU operators refuse them."""
+    """What the CUDA kernels do with wrong indices, which they do not check; the CPU operators refuse them."""
     f = fields((6, 8), 12, 8)
     wrong = f.anchors.clone()
     wrong[:, -1] = 48 + 10**6

@@ -32,7 +32,7 @@ from tests.support.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TO
 LEVELS = jitaccel.noise_levels(SHORT)
 
 
-# Transformers in somebody's own loop
+# Transformers in custom loops
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -177,7 +177,7 @@ MASKED = [name for name in FLUX_PIPELINES if hasattr(getattr(diffusers, name), "
 @pytest.mark.parametrize("derived", [False, True], ids=["diffusers' own", "derived, of another name"])
 @pytest.mark.parametrize("name", MASKED)
 def test_mask_places_the_anchors(name: str, derived: bool) -> None:
-    """Told by the mask that a pipeline prepares, not by what its class is called."""
+    """Recognised by the mask that a pipeline prepares, not by the name of its class."""
     pipe = flux_pipeline(name)
     call = call_of(name)
     if derived:
@@ -295,7 +295,7 @@ def test_flux2_inpainting_starts_late_and_places_its_anchors() -> None:
 
 
 def test_references_of_flux2_are_told_apart_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pipelines make position ids anew each step, and to look into them is to wait for the device."""
+    """Its pipelines make new position ids at each step, and reading them waits for the device."""
     from jitaccel.patches.flux import arguments
 
     looks: list[int] = []

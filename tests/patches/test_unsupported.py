@@ -74,7 +74,7 @@ UNKNOWN = {"joint_attention_kwargs": {"region_masks": torch.ones(1)}}
 
 
 def _tolerant(pipe: Any) -> None:
-    """Lets the network ignore what the tests pass to it."""
+    """Makes the network ignore the tests' arguments."""
     original = type(pipe.transformer).forward
 
     class Tolerant(type(pipe.transformer)):  # type: ignore[misc]

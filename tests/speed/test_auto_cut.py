@@ -76,7 +76,7 @@ def test_every_pipeline_is_timed_at_four_numbers_of_tokens(name: str, monkeypatc
     # One image, one branch; text and references that pass the last projection come on top.
     further = round(1000 * costs.dense_s) - num_tokens
     assert further >= 0 and costs.dense_s == pytest.approx(costs.measured[-1][1])
-    if name != "ZImagePipeline":  # whose model pads
+    if name != "ZImagePipeline":  # its model pads
         assert all(seconds == pytest.approx(1e-3 * (tokens + further)) for tokens, seconds in costs.measured)
 
 
@@ -106,7 +106,7 @@ def test_auto_is_the_same_as_applying_what_it_chose(clock: Clock) -> None:
     pipe = video.wan_pipeline()
     follow(clock, pipe.transformer)
     with jitaccel.apply(pipe, jitaccel.Auto(speedup=6.0, call=VIDEO), schedule="beta") as handle:
-        assert handle.config in FAMILY  # whose levels are the preset's
+        assert handle.config in FAMILY  # with the preset's levels
         made = video.generate(pipe)
     with jitaccel.apply(pipe, handle.config):
         assert torch.equal(video.generate(pipe), made)

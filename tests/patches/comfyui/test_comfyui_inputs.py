@@ -90,7 +90,7 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
     model = flux1()
     mask, latents = torch.zeros(1, 1, *SIZE), noise(4, 1, 4, *SIZE)
     mask[..., 6:16, 4:12] = 1.0
-    mask[..., 6:8, 4:12] = 0.3  # soft: painted anew in part
+    mask[..., 6:8, 4:12] = 0.3  # soft: partly repainted
     seen: list[Tensor] = []
     model.inner.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with applied(model, SHORT) as handle:
@@ -108,7 +108,7 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
 
 
 def test_mask_of_a_fill_model_places_the_anchors() -> None:
-    """Beside the state it is shown a masked picture and 8 x 8 mask values of each latent; nobody keeps the rest."""
+    """The model also gets a masked picture and 8 x 8 mask values per latent; nothing else keeps the rest."""
     model = flux1(extra=5 * CHANNELS)
     shown = torch.cat([noise(4, 1, 4, *SIZE), torch.zeros(1, 16, *SIZE)], dim=1)
     shown[:, 4:, 6:16, 4:12] = 1.0

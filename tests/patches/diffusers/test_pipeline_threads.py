@@ -16,7 +16,7 @@ from tests.support.tiny import SHORT, generate
 
 
 def in_thread(call: Callable[[], Any]) -> list[Any]:
-    """Returns what a call in a thread returned or raised."""
+    """Returns the result or error of a call in a thread."""
     outcome: list[Any] = []
 
     def run() -> None:

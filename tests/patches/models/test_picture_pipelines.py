@@ -241,7 +241,7 @@ def test_levels_of_mochi_are_its_own() -> None:
     assert jitaccel.apply(pipe, "few-steps").config == config.replace(schedule="native")
     levels = (*linear_quadratic_schedule(config.steps, 0.025), 0.0)
     expected = by_hand(subject, pipe, config, noise_of(subject), levels=levels)
-    for steps in (5, config.steps):  # what the pipeline asks for does not matter
+    for steps in (5, config.steps):  # the pipeline's own number does not matter
         assert relative_error(generate(subject, pipe, num_inference_steps=steps), expected) < 1e-5
     handle = jitaccel.apply(pipe, DENSE)
     generate(subject, pipe, num_inference_steps=4)

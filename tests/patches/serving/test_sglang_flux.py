@@ -31,7 +31,7 @@ SETTINGS = (
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns what serves settings: it makes the engine's stage, with our hooks on its class."""
+    """Returns a function that makes the engine's stage for settings, with our hooks on its class."""
 
     def serve(settings: str, kind: type = sglang_native.DenoisingStage, **server: Any) -> Any:
         monkeypatch.setenv("JITACCEL_CONFIG", settings)
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 def _changed(name: str, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes of a stage what no argument of a request or server does."""
+    """Changes a stage in ways that no argument of a request or server can."""
     other = type("Other", (sglang_native.CFGPolicy,), {})
     if name == "a scheduler that draws noise":
         stage.scheduler.register_to_config(stochastic_sampling=True)
