@@ -38,9 +38,9 @@ from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
 from ..limits import MOST_BATCH, MOST_TEXT_TOKENS
-from ..method.config import JiTConfig, arguments_of, check_fields
+from ..method.config import JiTConfig
 from ..method.grid import num_tokens_of
-from ..method.overrides import Overrides
+from ..method.overrides import Overrides, arguments_of, check_fields
 from ..method.presets import PresetName, resolve
 from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 

@@ -11,8 +11,8 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
 from ..limits import MOST_TEXT_TOKENS
 from ..method.checks import is_finite_number
-from ..method.config import JiTConfig, arguments_of, check_fields
-from ..method.overrides import Overrides
+from ..method.config import JiTConfig
+from ..method.overrides import Overrides, arguments_of, check_fields
 from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
 from .cost import Costs, Seconds, StageTokens, loop_seconds, measure
 from .target import target_problems
