@@ -1,4 +1,4 @@
-"""The words of `jitaccel eval --methods`, and the ways to generate that they name."""
+"""Parses `jitaccel eval --methods`: the words for ways to generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DENSE: Mapping[str, Overrides] = {
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
-    """Returns the methods of a list as `--methods` takes it. Raises CommandError naming the word that is none."""
+    """Returns the methods of a `--methods` list. Raises CommandError naming the first unknown word."""
     methods = []
     for word in (word.strip() for word in text.split(",")):
         rival = find_rival(word)
@@ -41,7 +41,7 @@ def parse_methods(text: str) -> tuple[Method, ...]:
 
 
 def _config_of(word: str) -> JiTConfig:
-    """Returns what a word of `--methods` runs. Raises CommandError for one that is none."""
+    """Returns the configuration of a word of `--methods`. Raises CommandError for an unknown word."""
     kind, _, count = word.partition(":")
     if word in PRESETS:
         return PRESETS[word]
