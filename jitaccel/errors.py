@@ -29,7 +29,7 @@ class CommandError(Exception):
     """A command cannot run: an argument is invalid, or a file or package is missing."""
 
 
-def suggestion(name: object, allowed: Iterable[str], otherwise: str = "take one of these") -> str:
+def suggestion(name: object, allowed: Iterable[str], otherwise: str = "choose one of these") -> str:
     """Returns advice for an unknown name: the most similar allowed name, or `otherwise` if none is similar.
 
     Case is ignored. A `name` that is not a string matches nothing.

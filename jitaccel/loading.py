@@ -86,7 +86,7 @@ def _hub_errors(model: str) -> Iterator[None]:
         ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise CommandError(
-            f"--model must be in the cache or within reach, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
+            f"--model must be in the cache or reachable, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
             f"set, and the cache does not have it; connect once, or give a folder"
         ) from error
 

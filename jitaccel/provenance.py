@@ -77,8 +77,8 @@ def commit() -> str:
     called only if our own pyproject.toml and `.git` are there, with hooks and file-system monitor off. For a copy
     without history, set the environment variable JITACCEL_COMMIT.
     """
-    if told := os.environ.get("JITACCEL_COMMIT"):
-        return told
+    if given := os.environ.get("JITACCEL_COMMIT"):
+        return given
     root = checkout()
     found = None if root is None or not (root / ".git").exists() else _described(root)
     return found or f"installed {__version__}"

@@ -118,7 +118,7 @@ def export(
     for name, value, most in (("batch_size", batch_size, MOST_BATCH), ("text_tokens", text_tokens, MOST_TEXT_TOKENS)):
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise ConfigError(
-                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give that of later calls"
+                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give the value of later calls"
             )
     if format == "aoti":
         check_compiler_paths()
@@ -133,8 +133,8 @@ def export(
     # Written next to it and then moved, so an interrupted export leaves no folder that looks complete.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        told = progress or (lambda done, total: None)
-        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {}, told)
+        report = progress or (lambda done, total: None)
+        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {}, report)
         partial.chmod(_mode_of_folders(partial))
         partial.rename(folder)
     except BaseException:

@@ -228,12 +228,12 @@ class Manifest:
             made_for = getattr(self, name)
             if made_for != value:
                 raise ArtefactError(
-                    f"jitaccel: {name} must be {_told(made_for)}, which the exported stages were made for, got "
-                    f"{_told(value)}; export again for these, or use the former"
+                    f"jitaccel: {name} must be {_as_text(made_for)}, which the exported stages were made for, got "
+                    f"{_as_text(value)}; export again for these, or use the former"
                 )
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

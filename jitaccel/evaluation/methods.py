@@ -36,7 +36,7 @@ def parse_methods(text: str) -> tuple[Method, ...]:
             Method(name=Path(word).stem if word.endswith(".json") else word, steps=config.steps, config=config)
         )
     if len({method.name for method in methods}) < len(methods):
-        raise CommandError(f"--methods must be different ones, got {text}")
+        raise CommandError(f"--methods must all be different, got {text}")
     return tuple(methods)
 
 
@@ -52,7 +52,7 @@ def _config_of(word: str) -> JiTConfig:
         if word.endswith(".json") and is_there(Path(word)) and Path(word).is_file():
             return JiTConfig.from_dict(json.loads(Path(word).read_text()))
     except (ConfigError, ValueError, OSError) as error:  # int and json raise ValueError
-        raise CommandError(f"--methods must list what can run, got {word[:80]!r}: {error}") from None
+        raise CommandError(f"--methods must list methods that can run, got {word[:80]!r}: {error}") from None
     raise CommandError(
         f"--methods must list dense:N, beta:N, dpm:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) or a .json "
         f"file, got {word[:80]!r}"

@@ -39,7 +39,7 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
         raise CommandError("\n".join(reasons))
     scorers = [factory.make(device) for factory in factories.values()]
     if len(factories) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
-        raise CommandError(f"--metrics must be different ones, got {text}")
+        raise CommandError(f"--metrics must all be different, got {text}")
     return tuple(scorers)
 
 

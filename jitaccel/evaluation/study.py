@@ -269,8 +269,8 @@ def weights_digest(model: str | None) -> str | None:
     folder = Path(model).expanduser()
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        listed = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, "model_index.json")
@@ -284,7 +284,7 @@ def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None,
         return None, None
     folder, judge = judge_folder(setting.model), load_judge(setting.model)
     if folder is None or judge is None:
-        raise CommandError("the judge of the embedded model must be installed, got none; install jitaccel whole")
+        raise CommandError("the judge of the embedded model must be installed, got none; reinstall jitaccel")
     return judge, file_digest(folder / "judge.safetensors")
 
 

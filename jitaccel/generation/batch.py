@@ -70,7 +70,7 @@ class Request:
             if value is None and (name == "negative_prompt" or self._has_embeddings()):
                 continue
             if not isinstance(value, str):
-                found.append(f"{name} must be one text, got {value!r}; make a request of each")
+                found.append(f"{name} must be one text, got {value!r}; make one request for each")
             elif not _is_unicode(value):
                 found.append(f"{name} must be text that UTF-8 can hold, got {value!r}; remove lone surrogates")
         for name, (least, most) in _WHOLE.items():

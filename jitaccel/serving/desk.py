@@ -78,7 +78,7 @@ class Desk:
                 return await self._health()
             request = request_of(body, self._limits, self._defaults)
             if self.num_accepted >= self._limits.waiting:
-                raise RefusedError(429, f"{self._limits.waiting} requests wait already; send it again later")
+                raise RefusedError(429, f"{self._limits.waiting} requests are already waiting; send it again later")
             self.num_accepted += 1
             if _EVENTS in accept:
                 return Reply(status=200, media=_EVENTS, body=self._stream(request))

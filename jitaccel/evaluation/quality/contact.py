@@ -81,15 +81,15 @@ class _Sheet:
         """Returns the notes on the whole sheet."""
         reference, rows = next(iter(self.columns.items()))
         first = next(iter(rows.values()))
-        told = [f"Reference: {reference}; chosen from {len(rows)} prompts."]
+        notes = [f"Reference: {reference}; chosen from {len(rows)} prompts."]
         if self.criterion is not None:
             what = "attributes shown of those claimed" if self.criterion.name == "attributes" else self.criterion.title
-            told.append(f"Under a picture, on the left: {what}.")
+            notes.append(f"Under a picture, on the left: {what}.")
         if self.distance is not None:
-            told.append(f"On the right: {self.distance.title} to the reference.")
+            notes.append(f"On the right: {self.distance.title} to the reference.")
         origin = [str(first["device"])] if "device" in first else []
         origin += [f"{name} {str(first[name])[:18]}" for name in ("commit", "weights", "seed") if name in first]
-        return " ".join([*told, ", ".join(origin)])
+        return " ".join([*notes, ", ".join(origin)])
 
     def _text(self, prompt: int, note: str) -> list[str]:
         """Returns the lines above a row of pictures: the prompt, then the reason for showing it."""

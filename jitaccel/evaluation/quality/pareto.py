@@ -285,7 +285,7 @@ def _title(records: Records) -> str:
 
 def _small_print(records: Records, width: float) -> list[str]:
     first = records[0]
-    told = [str(first[name]) for name in ("device", "date") if name in first]
-    told += [f"{name} {str(first[name])[:18]}" for name in ("torch", "commit", "weights", "seed") if name in first]
+    facts = [str(first[name]) for name in ("device", "date") if name in first]
+    facts += [f"{name} {str(first[name])[:18]}" for name in ("torch", "commit", "weights", "seed") if name in first]
     note = f"{_NOTE} {_NOTE_SPARSE}" if any(record["kind"] == "sparse" for record in records) else _NOTE
-    return [*wrap(", ".join(told), width), *wrap(note, width)]
+    return [*wrap(", ".join(facts), width), *wrap(note, width)]

@@ -77,7 +77,7 @@ def by_method(rows: Rows, methods: Sequence[str], *, asker: str) -> dict[str, Ro
     """
     reasons = [] if methods else ["methods must name at least one, got none; name the reference first"]
     if len(set(methods)) < len(methods):
-        reasons.append(f"methods must be different ones, got {', '.join(methods)}; drop the repeated ones")
+        reasons.append(f"methods must all be different, got {', '.join(methods)}; drop the repeated ones")
     of = {name: sorted((row for row in rows if row["method"] == name), key=_prompt) for name in methods}
     if missing := [name for name, some in of.items() if not some]:
         known = ", ".join(dict.fromkeys(str(row["method"]) for row in rows)) or "none"
