@@ -24,7 +24,7 @@ Cost = Callable[[int, int], int]
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """One step. `calls`: forwards of the whole batch (2 with true CFG). `outside_s`: seconds outside the network."""
+    """One step. `calls`: forwards of the whole batch (2 with true CFG). `outside_s`: seconds of the method itself."""
 
     index: int
     stage: int

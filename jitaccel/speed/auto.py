@@ -151,8 +151,8 @@ def auto_config(
     """Returns the configuration that reaches a speed on this machine, with its predicted cost. Applies nothing.
 
     jitaccel times a few steps of `target` at four densities, on its own device and dtype and as `apply` would run them,
-    fits a cost model, and picks the first configuration that meets the target. The timing takes about as long as five
-    dense steps, four times over. Available time is spent on steps first.
+    fits a cost model, and picks the first configuration that meets the target. Candidates with more steps come first.
+    The timing takes four rounds, each about as long as five dense steps.
 
     Args:
         target: A diffusers pipeline that starts from noise, or a transformer of FLUX.1, FLUX.2 or Chroma.
