@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in UNWRITABLE:
             raise
         where = error.filename or "a file"
-        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; files already written are kept")
+        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; written files are kept")
 
 
 def _is_encodable(word: str) -> bool:
