@@ -1,4 +1,4 @@
-"""Runs targets that cannot be accelerated correctly unchanged, if the user asked for that."""
+"""Runs targets unchanged that cannot be accelerated correctly, if the user asked for that."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ class JiTConfig:
             your Euler scheduler or loop. "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and
             DPM-Solver++ keep their own solver, which restarts at newly activated tokens.
         importance_window: Side in tokens of the window of the local variance; odd.
-        blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens. If it is at
-            most sqrt(density), as in every preset, the width is 1 token.
+        blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens. If
+            blur_scale is at most sqrt(density), as in every preset, the width is 1 token.
         pooling: For each stage, the factor by which the picture is reduced along both sides before the network sees it.
             1 keeps its tokens; with 2 or 4, each latent is the mean of a block, at its own noise level (a variant of
             ours, `jitaccel.method.pool`). A stage with factor f > 1 must have density 1 / f^2. Empty if no stage pools.
@@ -276,8 +276,8 @@ class JiTConfig:
         Args:
             num_tokens: Tokens of the grid.
             num_forced: Tokens that are anchors in every stage. The densities then are shares of the others.
-            multiple: Counts are rounded up to the least common multiple of this and the field `multiple`, but not
-                beyond the grid.
+            multiple: Counts are rounded up to a multiple of both this and the field `multiple`, but not beyond the
+                grid.
 
         Raises:
             ConfigError: If a stage would get no token.

@@ -344,7 +344,7 @@ class Run:
         if not all(flags):
             level = "" if self._left is None else f" at noise level {self._left.noise_level:g}"
             raise NonFiniteVelocityError(
-                f"Run: stage {self.stage} must activate tokens by finite importance, got NaN or infinity of "
+                f"Run: stage {self.stage} must activate tokens by finite importance, got NaN or infinity in "
                 f"the step{level}, the last of stage {self.stage - 1} (step {self._last_step}); the model's velocity "
                 f"overflowed, try bfloat16 or float32"
             )
