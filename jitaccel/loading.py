@@ -102,7 +102,7 @@ def load_pipeline(
         device: Name of a torch device; "auto" is CUDA if present.
         offload: One of OFFLOADS: "none" puts the whole pipeline on the device, "model" one component at a time,
             "sequential" one layer at a time.
-        pickle: Whether to accept weights in other formats than safetensors. Loading those runs code stored in them.
+        pickle: Whether to accept weights in formats other than safetensors. Loading those runs code stored in them.
 
     Raises:
         CommandError: For missing packages, folders and devices, and for a hub model that cannot be read.
@@ -127,7 +127,7 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        advice = "" if pickle else "; --pickle also loads weights in other formats than safetensors"
+        advice = "" if pickle else "; --pickle also loads weights in formats other than safetensors"
         raise CommandError(
             f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}{advice}"
         ) from error
