@@ -1,4 +1,4 @@
-"""Loads a pipeline from a folder or the Hugging Face hub, and says in one line why it cannot."""
+"""Loads a pipeline from a folder or the Hugging Face hub; a failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ EMBEDDED_TEXT_TOKENS = 48  # the embedded model's captions are shorter; its defa
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSizes:
-    """The pictures that a pipeline makes, in pixels: `unit` divides both sides, `side` is the default of each."""
+    """The picture sizes of a pipeline, in pixels: both sides must be multiples of `unit`, `side` is their default."""
 
     unit: int
     side: int
 
 
 def picture_sizes(model: str | None) -> PictureSizes | None:
-    """Returns which pictures a pipeline makes, from its autoencoder's configuration alone: no weights are loaded.
+    """Returns the picture sizes of a pipeline, read from its autoencoder's configuration without loading weights.
 
     Args:
         model: Folder, hub id, or None for the embedded pipeline.
 
     Returns:
-        None where the configuration does not say.
+        The sizes, or None if the configuration does not give them.
 
     Raises:
-        CommandError: For a folder that is no pipeline, and a hub id that is gated, unknown or out of reach.
+        CommandError: For a folder that is not a pipeline, and for a hub id that is gated, unknown or unreachable.
     """
     require_diffusers()
     source = _checked_source(model)
@@ -52,7 +52,7 @@ def picture_sizes(model: str | None) -> PictureSizes | None:
 
 
 def _from_hub(model: str, name: str) -> Path | None:
-    """Returns one small file of a hub model, from the cache where it is there; None where the model has no such."""
+    """Returns a small file of a hub model, from the cache if present, or None if the model does not have it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -67,11 +67,11 @@ def _from_hub(model: str, name: str) -> Path | None:
 
 @contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
-    """Raises CommandError with what to do where a hub model is gated, unknown or out of reach."""
+    """Turns errors of the hub (model gated, unknown or unreachable) into a CommandError that says what to do."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # without a line for each of its tries: what is raised in the end says it
+    logging.set_verbosity_error()  # suppress one line per retry; the final error says enough
     try:
         yield
     except GatedRepoError as error:
@@ -86,7 +86,7 @@ def _hub_errors(model: str) -> Iterator[None]:
         ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise CommandError(
-            f"--model must be in the cache or within reach, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
+            f"--model must be in the cache or reachable, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
             f"set, and the cache does not have it; connect once, or give a folder"
         ) from error
 
@@ -94,7 +94,7 @@ def _hub_errors(model: str) -> Iterator[None]:
 def load_pipeline(
     model: str | None, dtype: str = "auto", device: str = "auto", offload: str = "none", *, pickle: bool = False
 ) -> Any:
-    """Returns the diffusers pipeline in a folder or of a hub id, on its device; None: the embedded one.
+    """Returns the diffusers pipeline of a folder or hub id, placed on its device.
 
     Args:
         model: Folder, hub id, or None for the embedded pipeline.
@@ -102,7 +102,7 @@ def load_pipeline(
         device: Name of a torch device; "auto" is CUDA if present.
         offload: One of OFFLOADS: "none" puts the whole pipeline on the device, "model" one component at a time,
             "sequential" one layer at a time.
-        pickle: Whether weights may be other files than safetensors; loading those runs code that they hold.
+        pickle: Whether to accept weights in formats other than safetensors. Loading those runs code stored in them.
 
     Raises:
         CommandError: For missing packages, folders and devices, and for a hub model that cannot be read.
@@ -127,7 +127,7 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        advice = "" if pickle else "; --pickle loads weights that are no safetensors, too"
+        advice = "" if pickle else "; --pickle also loads weights in formats other than safetensors"
         raise CommandError(
             f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}{advice}"
         ) from error
@@ -141,7 +141,7 @@ def load_pipeline(
 
 
 def _quieten(progress_bars: bool) -> None:
-    """Silences what transformers says about packages that no FLUX pipeline needs, and bars that last a moment."""
+    """Silences transformers' notes on packages that FLUX does not need and, optionally, short progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -153,17 +153,17 @@ def _quieten(progress_bars: bool) -> None:
 
 
 def require_diffusers() -> None:
-    """Raises CommandError where a package that loads pipelines is missing."""
+    """Raises CommandError if a package needed to load pipelines is missing."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"diffusers and what it loads models with must be installed, got no {', '.join(missing)}; "
+            f"diffusers and the packages it loads models with must be installed, got no {', '.join(missing)}; "
             f'pip install "jitaccel[diffusers]"'
         )
 
 
 def pick_device(name: str) -> Any:
-    """Returns the torch device of a name, "auto" for CUDA where there is one. Raises CommandError for one not here."""
+    """Returns the torch device of a name; "auto" is CUDA if present. Raises CommandError for an unavailable device."""
     import torch
 
     if name == "auto":
@@ -180,7 +180,7 @@ def pick_device(name: str) -> Any:
 
 
 def check_offload(offload: str, device: Any) -> None:
-    """Raises CommandError for offloading on a device that weights cannot be moved away from."""
+    """Raises CommandError if offloading is requested on the CPU, where weights cannot be moved away."""
     if offload != "none" and device.type == "cpu":
         raise CommandError(
             f"--offload must be none on the CPU, got {offload}; it moves weights between the CPU and an accelerator; "
@@ -207,12 +207,12 @@ def _checked_source(model: str | None) -> str:
 
 
 def picture_side(pipe: Any) -> int:
-    """Returns the side in pixels of the pictures that a pipeline was made for: what its autoencoder says."""
+    """Returns the side in pixels of the pictures a pipeline was made for, as its autoencoder gives it."""
     return int(pipe.vae.config.sample_size)
 
 
 def size_unit(pipe: Any) -> int:
-    """Returns what height and width of a pipeline must be multiples of: a token's side in pixels."""
+    """Returns the side of a token in pixels; a pipeline's height and width must be multiples of it."""
     from .execution.private import uncompiled
     from .patches.models import model_of
 
@@ -224,5 +224,5 @@ def size_unit(pipe: Any) -> int:
 
 
 def makes_videos(pipe: Any) -> bool:
-    """Returns whether a pipeline makes videos: its call takes a number of frames."""
+    """Returns whether a pipeline makes videos, that is, whether its call takes a number of frames."""
     return "num_frames" in inspect.signature(type(pipe).__call__).parameters

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises CommandError, before anything is loaded, for files that could not be written, and numbers out of range."""
+    """Raises CommandError, before anything is loaded, for files that cannot be written and numbers out of range."""
     for name, path in (("--out", arguments.out), ("--tokens", arguments.tokens)):
         if path is not None:
             _check_file(name, path, arguments.overwrite)
@@ -74,7 +74,7 @@ def size_of(pipe: Any, asked: tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def check_pipeline(pipe: Any, arguments: argparse.Namespace) -> None:
-    """Raises CommandError where a pipeline does not make what is to be written, or does not take an argument."""
+    """Raises CommandError if a pipeline cannot make the requested output, or does not accept an argument."""
     kind, is_video = type(pipe).__name__, makes_videos(pipe)
     is_clip = arguments.out.suffix.lower() in CLIPS
     if is_video and not is_clip:
@@ -93,14 +93,14 @@ def check_pipeline(pipe: Any, arguments: argparse.Namespace) -> None:
 
 
 def call_of(pipe: Any, arguments: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a pipeline's call: those given that it takes, and those of a video."""
+    """Returns the arguments of a pipeline's call: those of `given` that it accepts, and those of a video."""
     video = {"num_frames": arguments.frames, "output_type": "np"} if makes_videos(pipe) else {}
     known = _parameters(pipe)
     return {name: value for name, value in {**given, **video}.items() if name in known and value is not None}
 
 
 def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
-    """Writes what a pipeline has made, and the tokens of it where asked; returns its size in words."""
+    """Writes the pipeline's output and, if requested, its tokens; returns its size in words."""
     from ..evaluation import clips
 
     for path in (arguments.out, arguments.tokens):
