@@ -83,12 +83,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def size_of(arguments: argparse.Namespace, config: JiTConfig | None) -> tuple[int, int] | None:
+def size_of(
+    arguments: argparse.Namespace, config: JiTConfig | None, picture: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
     """Returns the (height, width) asked for or the model's own, before any weights are loaded.
 
     Args:
         arguments: With `size` and `model`.
         config: Whose stages must all get a token; None for a pipeline without acceleration.
+        picture: (height, width) of the one that is given, which the model's own size takes its shape from.
 
     Returns:
         None where nothing is asked for and the model does not say.
@@ -105,9 +108,24 @@ def size_of(arguments: argparse.Namespace, config: JiTConfig | None) -> tuple[in
     sizes = picture_sizes(arguments.model)
     if sizes is None:
         return asked
-    size = asked or (sizes.side, sizes.side)
+    own = (sizes.side, sizes.side) if picture is None else size_like(picture, sizes.side**2, sizes.unit)
+    size = asked or own
     check_size(size, sizes, config)
     return size
+
+
+def size_like(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
+    """Returns the (height, width) in pixels of what is made of a picture: its own, at most `area` of its shape.
+
+    Args:
+        picture: (height, width) of it.
+        area: Pixels.
+        unit: What both sides are multiples of.
+    """
+    height, width = picture
+    shrink = min(1.0, (area / (height * width)) ** 0.5)
+    rows, columns = (max(1, round(side * shrink / unit)) for side in (height, width))
+    return rows * unit, columns * unit
 
 
 def check_size(size: tuple[int, int], sizes: PictureSizes, config: JiTConfig | None = None) -> None:
@@ -140,8 +158,11 @@ def _nearest(size: tuple[int, int], unit: int, config: JiTConfig | None) -> tupl
     return rows * unit, columns * unit
 
 
-def load(arguments: argparse.Namespace) -> Any:
-    """Returns the pipeline of the options above, and says on stderr what its weights will take on a CPU."""
+def load(arguments: argparse.Namespace, kind: type | None = None) -> Any:
+    """Returns the pipeline of the options above, and says on stderr what its weights will take on a CPU.
+
+    kind: class of pipelines to load, where it is not the one that the model names.
+    """
     from ..loading import load_pipeline, pick_device
 
     offload = getattr(arguments, "offload", "none")
@@ -152,4 +173,7 @@ def load(arguments: argparse.Namespace) -> Any:
             f"--dtype bfloat16 takes half the memory",
             file=sys.stderr,
         )
-    return load_pipeline(arguments.model, arguments.dtype, arguments.device, offload, pickle=arguments.pickle)
+    given = {name: value for name in ("controlnet",) if (value := getattr(arguments, name, None)) is not None}
+    if kind is not None:
+        given["kind"] = kind
+    return load_pipeline(arguments.model, arguments.dtype, arguments.device, offload, pickle=arguments.pickle, **given)
