@@ -106,6 +106,10 @@ def check_class(pipeline: type, arguments: argparse.Namespace) -> None:
         raise CommandError(
             f"--model must make one picture or clip, got a {kind}, which makes layers; call it in Python"
         )
+    from ..patches.diffusers.sound import makes_sound
+
+    if makes_sound(pipeline) and arguments.out.suffix.lower() == ".gif":
+        check_file(arguments.out.with_suffix(".wav"), "--out", (".wav",), overwrite=arguments.overwrite)
     is_clip = arguments.out.suffix.lower() in CLIPS
     if is_video and not is_clip:
         raise CommandError(f"--out must end in one of {', '.join(CLIPS)} for {kind}, got {str(arguments.out)!r}")
@@ -154,14 +158,20 @@ def save(pipe: Any, made: Any, arguments: argparse.Namespace, stats: Stats | Non
         if stats is not None and arguments.tokens is not None:
             save_picture(_sheet(picture, stats), arguments.tokens, "--tokens")
         return f"{picture.width}x{picture.height}"
-    frames, fps = made.frames[0], _fps(pipe, arguments)
-    clips.write_clip(frames, arguments.out, fps)
+    from ..patches.diffusers.sound import sound_of
+
+    frames, fps, sound = made.frames[0], _fps(pipe, arguments), sound_of(pipe, made)
+    heard = clips.write_clip(frames, arguments.out, fps, sound)
     if stats is not None and arguments.tokens is not None:
         if arguments.tokens.suffix.lower() in CLIPS:
             clips.write_clip(clips.token_frames(frames, stats), arguments.tokens, fps)
         else:
             save_picture(clips.token_sheet(frames, stats), arguments.tokens, "--tokens")
-    return f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
+    said = f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
+    if sound is None:
+        return said
+    where = "" if heard == arguments.out else f" in {heard}"
+    return f"{said}, sound of {sound.samples.shape[-1] / sound.rate:.1f} s at {sound.rate} Hz{where}"
 
 
 def _sheet(picture: Any, stats: Stats) -> Any:
