@@ -101,8 +101,10 @@ def _own_size(pipe: Any, *, from_picture: bool) -> tuple[int, int] | None:
 
 def check_class(pipeline: type, arguments: argparse.Namespace) -> None:
     """Raises CommandError where pipelines of a class do not make what is to be written, or do not take an argument."""
+    from ..patches import is_subclass_of
+
     kind, is_video, known = pipeline.__name__, makes_videos(pipeline), _parameters(pipeline)
-    if kind == "QwenImageLayeredPipeline":
+    if is_subclass_of(pipeline, "diffusers", "QwenImageLayeredPipeline"):
         raise CommandError(
             f"--model must make one picture or clip, got a {kind}, which makes layers; call it in Python"
         )
