@@ -29,7 +29,7 @@ def lab(rows: Sequence[Fields]) -> str:
 
 def overview_table(rows: Sequence[Fields]) -> str:
     """A row for each preset: steps, what the network sees, cost. Made of the presets, whatever the rows."""
-    head = ["preset", "steps", "what the network sees", "cost in dense steps", "against 50", "against 28"]
+    head = ["preset", "steps", "what the network sees", "cost in dense steps", "vs 50 steps", "vs 28 steps"]
     lines = [head, ["---"] * len(head)]
     for row in overview(_GRID, flux_dev_flops):
         ratios = [f"{ratio:.1f}x" for ratio in row.speedups]
@@ -97,9 +97,9 @@ def _method_of(config: JiTConfig) -> str:
         density < 1.0 and config.pooling_of(stage) == 1 for stage, density in enumerate(config.densities)
     )
     if not is_subset:
-        return f"Nothing is moved or drawn where they change. {_SOLVED[config.solver]}"
+        return f"At the change no token is moved and no noise is drawn. {_SOLVED[config.solver]}"
     lifted, moved = _LIFTED[config.lifter], _MOVED[config.micro_flow]
-    return f"Lifts the {lifted}; new tokens are moved {moved}. {_SOLVED[config.solver]}"
+    return f"Lifts the {lifted}; new tokens are {moved}. {_SOLVED[config.solver]}"
 
 
 def _exact(row: Fields | None) -> list[str]:
@@ -109,8 +109,8 @@ def _exact(row: Fields | None) -> list[str]:
     keys = ("relative_mse", "ratio_to_dense")
     errors, ratios = (" / ".join(f"{each:.2g}" for each in row[key].values()) for key in keys)
     return [
-        f"Exact laboratory (64x64 tokens, spectra 2.0 / 2.6): error {errors}, which is {ratios} times that of dense "
-        f"steps of its cost with levels searched as carefully ([exact-lab.md](exact-lab.md)).\n"
+        f"Exact laboratory (64x64 tokens, spectra 2.0 / 2.6): error {errors}, which is {ratios} times the error of "
+        f"dense steps of the same cost, whose levels were searched in the same way ([exact-lab.md](exact-lab.md)).\n"
     ]
 
 
@@ -119,9 +119,9 @@ def _card(name: str, config: JiTConfig, found: Mapping[str, Fields], exact: Fiel
     lines = [
         f"### `{name}`\n",
         f"{config.steps} steps: {', then '.join(stages(config))}. {_method_of(config)}\n",
-        f"On FLUX.1-dev at 1024x1024 it costs {flux:.2f} dense steps by FLOPs, attention and 512 text tokens counted: "
-        f"{DENSE_STEPS / flux:.2f}x against {DENSE_STEPS}, {FEWER_STEPS / flux:.2f}x against {FEWER_STEPS}. "
-        "Quality there: not measured.\n",
+        f"On FLUX.1-dev at 1024x1024 it costs as many FLOPs as {flux:.2f} dense steps, attention and 512 text tokens "
+        f"included: {DENSE_STEPS / flux:.2f}x fewer than {DENSE_STEPS} steps, {FEWER_STEPS / flux:.2f}x fewer than "
+        f"{FEWER_STEPS}. Quality on FLUX.1-dev is not measured.\n",
         *_exact(exact),
     ]
     row = found.get(name)
@@ -133,11 +133,11 @@ def _card(name: str, config: JiTConfig, found: Mapping[str, Fields], exact: Fiel
 
 _LIFTED = {"velocity": "velocity", "clean": "clean estimate"}
 _MOVED = {
-    "exact": "all the way (exact micro-flow)",
-    "released": "a third of the way (released blend)",
-    "none": "not at all",
+    "exact": "moved all the way (exact micro-flow)",
+    "released": "moved a third of the way (released blend)",
+    "none": "not moved",
 }
-_SOLVED = {"euler": "Steps are Euler's.", "dpmpp_2m": "Steps are those of DPM-Solver++(2M)."}
+_SOLVED = {"euler": "The solver is Euler.", "dpmpp_2m": "The solver is DPM-Solver++(2M)."}
 _SHOWN = (
     ("attributes", "attributes shown, %", 100.0, 1),
     ("frechet", "Frechet to 50 dense steps", 1.0, 2),

@@ -365,16 +365,16 @@ def _table(head: str, lines: list[str]) -> str:
 def page() -> str:
     """Returns the whole page."""
     sizes = _table(
-        "| model | default size | tokens | text tokens | TFLOP a dense step | attention | steps |",
+        "| model | default size | tokens | text tokens | TFLOP per dense step | attention | steps |",
         [size_line(row) for row in ROWS],
     )
     costs = _table(
-        f"| model | {' | '.join(_PRESETS)} | {DENSE_STEPS} dense steps to 7x | own default to 7x |",
+        f"| model | {' | '.join(_PRESETS)} | {DENSE_STEPS} dense steps / 7x | default steps / 7x |",
         [cost_line(row) for row in ROWS],
     )
     models = _table(
-        "| model | makes | transformer | pipelines | levels of presets | guidance comes as | `compile=True` compiles | "
-        "real weights |",
+        "| model | makes | transformer | pipelines | levels of presets | branches of guidance | "
+        "`compile=True` compiles | real weights |",
         [*map(flux_line, KINDS), *map(model_line, MODELS)],
     )
     refused = _table("| transformer | reason |", [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()])
@@ -387,37 +387,37 @@ _TEXT = """<!-- Written by `python -m benchmarks.models`; edit benchmarks/models
 
 One row for each transformer of diffusers that `jitaccel.apply` takes. Black Forest Labs' own code and ComfyUI are in
 [codebases](codebases.md), with what was verified for each pipeline. jitaccel runs each model's own forward on a part
-of its tokens; FLUX.1 also packs the images of a batch into one forward. [Adding a model](adding-a-model.md) takes an
-entry of data and a run of the tests.
+of its tokens; FLUX.1 also packs the images of a batch into one forward. [Adding a model](adding-a-model.md) takes one
+entry of data and a test run.
 
-No row has been tested on released weights: the tests use tiny random ones, on which a dense run gives the pipeline's
-own bits and a sparse run gives the method's result. FLUX.1's has also run with the embedded model (9.1 million
-parameters). Quality and time on the large models are not measured.
+No model has been tested with its released weights: the tests use tiny random ones. On these a dense run equals the
+unpatched pipeline bit for bit, and a sparse run gives the method's result. FLUX.1 has also run as the embedded model
+(9.1 million parameters). Quality and time on the large models are not measured.
 
 {models}
 
-Guidance that looks at whole pictures (`guidance_rescale`, `cfg_normalization`, the APG guiders) works as well: each
-branch is lifted to all tokens before the pipeline combines them.
+Guidance that uses statistics of whole pictures (`guidance_rescale`, `cfg_normalization`, the APG guiders) works too:
+each branch is lifted to all tokens before the pipeline combines them.
 
-`jitaccel.Auto(speedup=8)` times the first call that a pipeline makes of its transformer, and plans from it. It takes
-the pipelines that start from noise; those with a `strength`, and bare transformers other than FLUX, are refused by
-name. `export` knows FLUX only, and says so.
+`jitaccel.Auto(speedup=8)` times the pipeline's first call of its transformer, and plans from it. It works for
+pipelines that start from noise. Pipelines with a `strength`, and bare transformers other than FLUX, are refused with
+an error. `export` works for FLUX only; other models raise an error.
 
-Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. By default jitaccel makes the steps;
-`solver="caller"` keeps the scheduler's own, which start again at newly activated tokens (orders 1 and 2).
+Pipelines with UniPC or DPM-Solver++ keep the noise levels of their scheduler. By default jitaccel takes the steps
+itself. With `solver="caller"` the scheduler takes them, and starts again for newly activated tokens (orders 1 and 2).
 
 ## Size
 
-Operations are counted, not measured. A multiply-add is two. One forward, for one picture or video, of one branch of
-guidance. Bria is left out, since the configurations of its checkpoints were not at hand.
+Operations of one forward, for one picture or video and one branch of guidance. They are counted, not measured; a
+multiply-add counts as two. Bria is left out, because the configurations of its checkpoints were not available.
 
 {sizes}
 
 ## What presets cost
 
-In dense steps of the same model, by the operations of the network. The last two columns are the ratio of operations
-of 50 dense steps, and of the pipeline's default number of steps, to those of `7x`. Real speed-ups are lower where
-anything but the network takes time.
+Cost in dense steps of the same model, by the operations of the network. The last two columns divide the operations of
+50 dense steps, and of the pipeline's default number of steps, by those of `7x`. Actual speed-ups are lower, because
+other parts than the network take time too.
 
 {costs}
 

@@ -54,7 +54,7 @@ def denoise(rows: Sequence[Fields]) -> str:
 def _each_device(rows: Sequence[Fields], table: Callable[[Sequence[Fields]], str]) -> str:
     devices = dict.fromkeys((row["device"], row["threads"]) for row in rows)
     return "\n".join(
-        f"On {device}, {threads} threads:\n\n"
+        f"On {device}, {threads} {'thread' if threads == 1 else 'threads'}:\n\n"
         + table([row for row in rows if (row["device"], row["threads"]) == (device, threads)])
         for device, threads in devices
     )
