@@ -33,8 +33,9 @@ from .controlnet import apply_to_controlnet, check_controlnet
 from .decoding import decode_tokens
 from .hook import Route, SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
-from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
+from .scheduler import SchedulerRoute, check_scheduler
 from .warm import generate_once
+from .wrapped import scheduler_handle
 
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
