@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import tiny
-from tests.support.every_model import TEXT, ltx2_transformer
-from tests.support.models import noise
+from tests.support.ltx_models import ltx2_transformer
+from tests.support.models import TEXT, noise
 from tests.support.video import GRID
 
 AUDIO = 18
