@@ -30,6 +30,11 @@ def nothing_resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
     return {}
 
 
+def no_fill(config: Config, grid: tuple[int, ...]) -> int:
+    """Returns 0: the tokens of a grid are all that the model looks at."""
+    return 0
+
+
 def no_problem(config: Config) -> str | None:
     """Returns None: every configuration can be accelerated."""
     return None
@@ -93,6 +98,7 @@ class Model:
         refused: Arguments that cannot be accelerated, and what they are.
         cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
             copy without data (`flops.py`), which a model that looks at values does not allow.
+        fill: Tokens that the model adds to those of a grid, by configuration and grid.
         blocks: Lists of blocks that `compile` compiles one by one, where the forward around them does not trace; empty:
             the whole forward is one graph.
         uncompiled: Why nothing of it is compiled; None where its blocks are, or the whole forward.
@@ -125,6 +131,7 @@ class Model:
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
+    fill: Callable[[Config, tuple[int, ...]], int] = no_fill
     blocks: tuple[str, ...] = ()
     uncompiled: str | None = None
     captures: bool = True

@@ -255,7 +255,9 @@ def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
 
 CASES: dict[str, Case] = {
     "BriaFiboTransformer2DModel": Case(fibo_transformer, (10, 14), fibo_call, (6, 8), crop_fibo),
-    # Square, as its pictures must be.
+    "HiDreamImageTransformer2DModel, not square": Case(
+        hidream_transformer, (10, 14), hidream_call, None, _no_crop, is_one_graph=False
+    ),
     "HiDreamImageTransformer2DModel": Case(
         hidream_transformer, (10, 10), hidream_call, (6, 6), _crop_corner, is_one_graph=False
     ),
