@@ -15,6 +15,7 @@ from jitaccel.speed.control import equivalent_dense_steps
 from jitaccel.speed.overview import FEWER_STEPS, overview, stages
 
 from .lab.report import BENCHMARK, cell, tables
+from .lab.search import BENCHMARK as SEARCH
 
 Fields = Mapping[str, Any]
 _FLUX = functools.partial(flux_flops, FLUX_DEV)
@@ -25,6 +26,27 @@ _GRID = (64, 64)  # of FLUX.1-dev at 1024x1024
 def lab(rows: Sequence[Fields]) -> str:
     """The lab's questions, a table for each."""
     return tables([row for row in rows if row["benchmark"] == BENCHMARK])
+
+
+def search(rows: Sequence[Fields]) -> str:
+    """The last round of each search on training prompts, the best candidate first."""
+    found: dict[str, list[Fields]] = {}
+    for row in rows:
+        if row["benchmark"] == SEARCH:
+            found.setdefault(row["case"], []).append(row)
+    return "\n".join(_search(case, of) for case, of in found.items())
+
+
+def _search(case: str, rows: Sequence[Fields]) -> str:
+    last = max(row["round"] for row in rows)
+    of = sorted((row for row in rows if row["round"] == last), key=lambda row: row["rank"])
+    lines = [["candidate", *(title for _, title, _, _ in _SHOWN)], ["---"] * (1 + len(_SHOWN))]
+    for row in of:
+        lines.append([row["method"], *(_cell(row["qualities"].get(key), *form) for key, _, *form in _SHOWN)])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    count, first = len({row["method"] for row in rows}), of[0]
+    origin = f"best {len(of)} of {count}, {first['prompts']} training prompts, {first['date']}, {first['commit']}"
+    return f"**{case}** ({origin})\n\n{table}"
 
 
 def overview_table(rows: Sequence[Fields]) -> str:
@@ -93,9 +115,7 @@ def _cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> st
 
 def _method_of(config: JiTConfig) -> str:
     """Returns what a configuration does between the stages, in sentences."""
-    is_subset = any(
-        density < 1.0 and config.pooling_of(stage) == 1 for stage, density in enumerate(config.densities)
-    )
+    is_subset = any(density < 1.0 and config.pooling_of(stage) == 1 for stage, density in enumerate(config.densities))
     if not is_subset:
         return f"At the change no token is moved and no noise is drawn. {_SOLVED[config.solver]}"
     lifted, moved = _LIFTED[config.lifter], _MOVED[config.micro_flow]

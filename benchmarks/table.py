@@ -275,6 +275,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
     "exact": exact_report.tables,
     "kernels": kernels,
     "lab": cards.lab,
+    "search": cards.search,
     "overview": cards.overview_table,
     "packing": packing,
     "presets": cards.presets,

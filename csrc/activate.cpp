@@ -1,8 +1,8 @@
-// activate: the most important tokens that are no anchors, in raster order (ITA, arXiv:2603.10744).
+// activate: the most important tokens that are not anchors, in raster order (ITA, arXiv:2603.10744).
 //
-// A token's key is its importance, flipped so that more important is smaller, over its raster index: all keys differ, so
-// the smallest `count` of them are one definite set, equal importance going to the lowest index. They are found by
-// partial selection, O(N), and sorted by index.
+// A token's key is its importance, flipped so that more important is smaller, followed by its raster index. All keys
+// differ, so the `count` smallest are well defined, and ties in importance go to the lowest index. They are found by
+// partial selection, O(N), and then sorted by index.
 //
 // Layout: importance (B, N) float32, anchors (B, M) in; (B, count) out, rising. Images are independent.
 
@@ -16,7 +16,7 @@
 namespace jitaccel {
 namespace {
 
-// Bits that rise as the importance falls; the two zeros are one.
+// Bits that rise as the importance falls; +0 and -0 give the same bits.
 uint32_t falling_bits(float importance) {
   const float value = importance + 0.0f;
   uint32_t bits;

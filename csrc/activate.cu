@@ -1,21 +1,21 @@
-// activate: the most important tokens that are no anchors, in raster order (ITA, arXiv:2603.10744).
+// activate: the most important tokens that are not anchors, in raster order (ITA, arXiv:2603.10744).
 //
-//   out[b] = the `count` inactive tokens of highest importance, equal importance to the lowest raster index, rising
+//   out[b] = the `count` inactive tokens of highest importance, ties to the lowest raster index, rising
 //
-// A token's key is its importance's bits, changed so that they order as the numbers do (the two zeros are one, a NaN is
-// the largest); an anchor's key is 0, below every number's. A radix select finds the count-th largest key: three times,
-// from the highest bits down, a histogram of a digit among the keys that still match, and the digit that the count-th
-// falls in. Then tokens above that key are taken, and of those equal to it the first ones, as many as are left; their
-// places in the result are running sums over the tokens in order, so that it needs no sorting.
+// A token's key is the bits of its importance, changed so that they order as the numbers do (+0 equals -0, a NaN is the
+// largest); an anchor's key is 0, below every number's. A radix select finds the count-th largest key. Three times,
+// from the highest bits down, it makes a histogram of a digit among the keys that still match, and selects the digit
+// that contains the count-th key. Then it takes the tokens above that key, and of those equal to it the first ones, as
+// many as are left. Their places in the result are running sums over the tokens in order, so no sorting is needed.
 //
-// Layout: importance (B, N) float32, anchors (B, M) int64 in; (B, count) int64 out. Scratch: keys uint32, N of each image
-// rounded up to whole blocks; 3 histograms of 8 KiB; two counts a block. Bytes moved: 4 N + 8 M in, 4 N out, and 4 times
-// 4 N in from the caches, 8 count out. Atomics only count integers, so the result does not depend on their order.
+// Layout: importance (B, N) float32, anchors (B, M) int64 in; (B, count) int64 out. Scratch: keys uint32, N per image
+// rounded up to whole blocks; 3 histograms of 8 KiB; two counts per block. Bytes moved: 4 N + 8 M in, 4 N out, and 4
+// times 4 N in from the caches, 8 count out. Atomics only count integers, so the result does not depend on their order.
 //
-// Launch: blocks of 256 threads, 8 keys each, so 37 of them for 21 x 45 x 80 tokens; one launch for each digit, one that
-// counts what each block takes, one that writes it. Every step waits for all of the one before, and a launch is how
-// blocks meet: each derives from the step's histogram for itself what was found. Indices are not trusted: an anchor
-// that is not on the grid meets no block, and no place beyond `count` is written.
+// Launch: blocks of 256 threads with 8 keys each, so 37 blocks for 21 x 45 x 80 tokens; one launch per digit, one that
+// counts what each block takes, and one that writes it. Every step needs all results of the one before, and blocks
+// synchronise by launches: each block derives the result of a step from its histogram. Indices are not trusted: an
+// anchor off the grid is found by no block, and nothing is written beyond `count`.
 
 #include "cuda_common.cuh"
 
@@ -23,7 +23,7 @@ namespace jitaccel {
 namespace {
 
 constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
-constexpr int kKeys = 8;  // a thread
+constexpr int kKeys = 8;  // per thread
 constexpr int kBlockKeys = kThreads * kKeys;
 constexpr int kDigits = 3, kBits = 11, kBins = 1 << kBits, kThreadBins = kBins / kThreads;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -34,10 +34,10 @@ __device__ uint32_t rising_bits(float importance) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Digits are bits 31..21, 20..10 and 10..0: bit 10 is looked at twice.
+// Digits are bits 31..21, 20..10 and 10..0: bit 10 is used twice.
 __device__ int shift_of(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
 
-// Returns the sum of `value` over the threads before this one, and over all of them in `total`. Every thread must call.
+// Returns the sum of `value` over the threads before this one, and in `total` over all. Every thread must call it.
 __device__ uint32_t sum_before(uint32_t value, uint32_t& total) {
   __shared__ uint32_t warp_sums[kWarps];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -59,8 +59,8 @@ __device__ uint32_t sum_before(uint32_t value, uint32_t& total) {
   return before + sum - value;
 }
 
-// What is known of the count-th largest key: its bits under `mask`, and how many keys are still to be taken from those
-// that agree with them.
+// The known part of the count-th largest key: its bits under `mask`, and how many of the keys that match them are still
+// to be taken.
 struct Selection {
   uint32_t bits, mask, wanted;
 };
@@ -69,7 +69,7 @@ struct Selection {
 struct Scratch {
   uint32_t* keys;        // (chunks, kBlockKeys)
   uint32_t* histograms;  // (kDigits, kBins), zero at first
-  Selection* found;      // (kDigits + 1,), after so many digits
+  Selection* found;      // (kDigits + 1,), the selection after each digit
   uint2* taken;          // (chunks,): keys above the found one, and equal to it; 4 words each, so that rows stay aligned
 };
 
@@ -92,8 +92,8 @@ struct Task {
   }
 };
 
-// Returns what is known after `digits` digits, from what was known before the last of them and its histogram. The first
-// block keeps it for the launch to come.
+// Returns the selection after `digits` digits, from the selection before the last of them and its histogram. The first
+// block stores it for the next launch.
 __device__ Selection selection_after(int digits, const Scratch& scratch, uint32_t count) {
   if (digits == 0) return {0, 0, count};
   __shared__ Selection shared;
@@ -106,7 +106,7 @@ __device__ Selection selection_after(int digits, const Scratch& scratch, uint32_
 #pragma unroll
   for (int i = 0; i < kThreadBins; ++i) own += bins[i];
   uint32_t above = sum_before(own, total);
-  // Threads take the digits from the highest down: the one whose keys reach past `wanted` has found it.
+  // Threads take the digits from the highest down; the one whose keys reach past `wanted` has found it.
   for (int i = 0; i < kThreadBins; ++i) {
     if (above < before.wanted && before.wanted <= above + bins[i])
       shared = {before.bits | static_cast<uint32_t>(highest - i) << shift,
@@ -118,7 +118,7 @@ __device__ Selection selection_after(int digits, const Scratch& scratch, uint32_
   return shared;
 }
 
-// Makes this block's keys, in shared memory first, where its anchors are found: they rise.
+// Makes this block's keys, first in shared memory; its anchors are found by a search, because they rise.
 __device__ void make_keys(const Task& task, uint32_t* keys) {
   __shared__ uint32_t own[kBlockKeys];
   const int64_t image = blockIdx.y;
@@ -149,7 +149,7 @@ __device__ void make_keys(const Task& task, uint32_t* keys) {
   __syncthreads();
 }
 
-// This thread's keys, neighbours in the image.
+// Reads this thread's keys, which are neighbours in the image.
 __device__ __forceinline__ void read_keys(const Scratch& scratch, uint32_t (&keys)[kKeys]) {
   const auto* from = reinterpret_cast<const uint4*>(scratch.keys + int64_t{blockIdx.x} * kBlockKeys) +
                      threadIdx.x * (kKeys / 4);
@@ -165,7 +165,7 @@ __device__ __forceinline__ void read_keys(const Scratch& scratch, uint32_t (&key
   }
 }
 
-// Adds this block's keys that match what is known to the histogram of a digit; before the first, makes them.
+// Adds this block's keys that match the selection to the histogram of a digit; makes the keys before the first digit.
 __global__ void __launch_bounds__(kThreads) digit_kernel(Task task, int digit) {
   __shared__ uint32_t histogram[kBins];
   const Scratch scratch = task.of_image();
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(Task task, int digit) {
   }
 }
 
-// Counts, two in one, since neither passes 2048: of this thread's keys, those above the found one; from bit 16 on, those
-// equal to it.
+// Returns two counts in one number, because neither exceeds 2048: of this thread's keys, those above the found one,
+// and, from bit 16 on, those equal to it.
 __device__ __forceinline__ uint32_t count_keys(const uint32_t (&keys)[kKeys], uint32_t found) {
   uint32_t counts = 0;
 #pragma unroll
@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Task task) {
   if (threadIdx.x == 0) scratch.taken[blockIdx.x] = {total & 0xffffu, total >> 16};
 }
 
-// Writes, rising, this block's tokens whose key is above the found one, and of those whose key equals it the ones that
-// are among the first `wanted` of the image.
+// Writes, rising, this block's tokens whose key is above the found one, and those with an equal key that are among the
+// first `wanted` of the image.
 __global__ void __launch_bounds__(kThreads) write_kernel(Task task) {
   const Scratch scratch = task.of_image();
   const Selection found = scratch.found[kDigits];

@@ -1,18 +1,18 @@
-// Nearest fill and separable Gaussian blur of one line of tokens at a time, reading anchor values only.
+// Nearest fill and separable Gaussian blur, one line of tokens at a time, reading only anchor values.
 //
 //   blurred[t, y, x] = sum_k w[k] sum_(i, j) w[i] w[j] values[nearest[r(t + i), r(y + j), r(x + k)]]    (i = 0 in a picture)
 //
-// r reflects at the ends, repeatedly where the axis is shorter than the kernel. The outer axes are summed first, into one
-// line of floats (W * D * 4 bytes: 16 KiB at 64 x 64, in the first cache), then along the line. With K = 7 that is 14
-// multiplications for each value written, and nothing but the anchors' rows is read. Only tokens that are asked for are
-// blurred, and only columns that they need are summed.
+// r reflects at the ends, repeatedly if the axis is shorter than the kernel. The outer axes are summed first, into one
+// line of floats (W * D * 4 bytes: 16 KiB at 64 x 64, in the first-level cache), then along the line. With K = 7 that
+// is 14 multiplications per value written, and only the anchors' rows are read. Only requested tokens are blurred, and
+// only the columns that they need are summed.
 #pragma once
 
 #include "rows.h"
 
 namespace jitaccel {
 
-// The plan of a lift as it lies in memory, all images.
+// The memory of a lift's plan, for all images.
 struct Plan {
   Grid grid;
   const int64_t* nearest;  // (B, N)
@@ -22,12 +22,12 @@ struct Plan {
 
   // Whether token n of image b is an anchor; a is the index of its nearest one.
   bool is_anchor(int64_t b, int64_t n, int64_t a) const { return anchors[b * num_anchors + a] == n; }
-  // Where anchor i of (B * M,) lies in (B * N,).
+  // The place in (B * N,) of anchor i of (B * M,).
   int64_t place_of(int64_t i) const { return i / num_anchors * grid.size() + anchors[i]; }
   int64_t nearest_of(int64_t b, int64_t n) const { return nearest[b * grid.size() + n]; }
 };
 
-// Contiguous tensors in, checked down to their values; they must outlive the plan.
+// Takes contiguous tensors, which must outlive the plan, and checks them including their values.
 inline Plan make_plan(const char* op, const Grid& grid, const Tensor& nearest, const Tensor& anchors,
                       const Tensor& weights) {
   Plan plan{grid,           nearest.const_data_ptr<int64_t>(), anchors.const_data_ptr<int64_t>(),
@@ -39,7 +39,7 @@ inline Plan make_plan(const char* op, const Grid& grid, const Tensor& nearest, c
   return plan;
 }
 
-// Blurs tokens of one image's values (M, D), line after line. One object a thread: it owns the scratch.
+// Blurs tokens of one image's values (M, D), line by line. Use one object per thread, because it owns the scratch.
 template <typename T>
 class LineBlur {
  public:
@@ -58,7 +58,7 @@ class LineBlur {
         outer_[i * plan.taps + j] = (plan.grid.is_video ? plan.weights[i] : 1.0f) * plan.weights[j];
   }
 
-  // Chooses the line that token() blurs. `values`: (M, D), of image b.
+  // Selects the line that token() blurs. `values`: (M, D), of image b.
   void begin(int64_t b, int64_t line, const T* values) {
     find_lines(line);
     nearest_ = plan_.nearest + b * plan_.grid.size();
@@ -76,7 +76,7 @@ class LineBlur {
  private:
   size_t num_outer() const { return plan_.taps * (plan_.grid.is_video ? plan_.taps : 1); }
 
-  // The sum over the outer axes at x, formed when a token first asks for it.
+  // The sum over the outer axes at x, computed when a token first needs it.
   const float* column(int64_t x) {
     float* out = filled_.data() + x * channels_;
     if (is_filled_[x]) return out;
@@ -108,7 +108,7 @@ class LineBlur {
   std::vector<const float*> inner_;
 };
 
-// Calls f(b, line) for every line of every image, in parallel; `make` gives each thread what f gets as third argument.
+// Calls f(b, line, scratch) for every line of every image, in parallel; `make` creates the scratch of each thread.
 template <typename Make, typename F>
 void for_each_line(const Plan& plan, int64_t channels, const Make& make, const F& f) {
   const int64_t cost = std::max<int64_t>(1, 2 * plan.taps * plan.grid.width * channels);

@@ -1,7 +1,7 @@
-// What the operators share on the host: the arguments' rules (those of jitaccel/ops/schema.py), and the token grid.
+// Shared by the operators on the host: rules for arguments (the same as in jitaccel/ops/schema.py), and the token grid.
 //
-// An error names operator, argument, rule, what was given, and what to do. Nothing here throws inside a parallel loop:
-// everything is checked before one starts.
+// An error names operator, argument, rule, the value given, and what to do. Nothing throws inside a parallel loop:
+// everything is checked before it starts.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -46,7 +46,7 @@ inline std::string kind(const Tensor& x) {
 }
 
 // A token grid (t, h, w); t = 1 for a picture. Raster index = (t * height + h) * width + w. In a video, distances, blur
-// and windows run along t too; the frames of a stack are pictures of their own.
+// and windows also run along t; the frames of a stack are separate pictures.
 struct Grid {
   int64_t frames, height, width;
   bool is_video;
@@ -102,7 +102,7 @@ inline void check_anchors(const char* op, const Tensor& anchors, int64_t num_tok
   fail(op, "anchors", "hold at least one token of every frame", got, "take them from first_anchors");
 }
 
-// Of a stack, as far as the number of anchors says it.
+// For a stack, checks only that there are enough anchors for all frames.
 inline void check_num_anchors(const char* op, const Tensor& anchors, const Grid& grid) {
   if (!grid.is_video && anchors.size(1) < grid.frames)
     fail_empty_frame(op, text(anchors.size(1), " anchors for ", grid.frames, " frames"));
@@ -118,7 +118,7 @@ inline void check_written(const char* op, const char* name, const Tensor& x) {
   if (!x.is_contiguous()) fail(op, name, "be contiguous", "other strides", "pass a fresh buffer");
 }
 
-// values (B, M, D), nearest (B, N), anchors (B, M), weights (K,): one lift.
+// values (B, M, D), nearest (B, N), anchors (B, M), weights (K,) of one lift.
 inline void check_plan(const char* op, const Tensor& nearest, const Tensor& anchors, const Grid& grid,
                        const Tensor& weights, const Tensor& like) {
   check_anchors(op, anchors, grid.size());
@@ -169,7 +169,7 @@ inline int64_t check_activation(const char* op, const Tensor& importance, const 
   return inactive;
 }
 
-// The rows (B, count) of a contiguous tensor on the CPU, checked down to their values.
+// Checks the values of rows (B, count), a contiguous tensor on the CPU.
 inline void check_rising(const char* op, const char* name, const int64_t* rows, int64_t batch, int64_t count,
                          int64_t size) {
   for (int64_t b = 0; b < batch; ++b) {
@@ -184,7 +184,7 @@ inline void check_rising(const char* op, const char* name, const int64_t* rows, 
   }
 }
 
-// Rows of anchors as above, rising: each frame of a stack must hold one.
+// Rising rows of anchors as above: each frame of a stack must contain one.
 inline void check_frames(const char* op, const int64_t* rows, int64_t batch, int64_t count, const Grid& grid) {
   if (grid.is_video || grid.frames == 1) return;
   const int64_t frame_size = grid.height * grid.width;

@@ -3,12 +3,12 @@
 //   clean[b, i] = state[b, anchors[b, i]] - level * velocity[b, anchors[b, i]]
 //
 // Layout: state (B, N, D), velocity (B, N, D), clean (B, M, D) float32, contiguous; level = levels[0] on
-// the device. Moves 4 B M D bytes out, as many elements of both inputs in.
+// the device. Bytes moved: 4 B M D out; as many elements of both inputs in.
 //
-// It has a pass of its own for two reasons. A move may write the state that these values are taken from, so all of them
-// must be taken before. And each is gathered some 20 times by the blur, which then reads one row instead of two and
-// follows one index instead of two. Launch: a thread for each vector of 4 channels (1 where D or an address does not
-// allow 4).
+// This is a separate pass for two reasons. A move may write the state that these values are computed from, so all of
+// them must be computed first. And the blur gathers each value some 20 times; this way it reads one row instead of two
+// and follows one index instead of two. Launch: one thread per vector of 4 channels (1 channel if D or an address does
+// not allow 4).
 
 #include "lift_tile.cuh"
 

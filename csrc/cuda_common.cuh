@@ -1,4 +1,4 @@
-// What the CUDA operators share: stream, launches, index checks, vector accesses, values of any dtype.
+// Shared by the CUDA operators: stream, launches, index checks, vector accesses, values of any dtype.
 #pragma once
 
 #include "portable.h"
@@ -22,7 +22,7 @@ inline cudaStream_t current_stream(const Tensor& x) {
 }
 
 // Blocks along x, each of which does `per_block` of an image's `work`, and images along y. Places within an image are
-// 32-bit integers in the kernels, since a division of 64 bits is a call; what is too large for that is refused.
+// 32-bit integers in the kernels, because a 64-bit division is a call; larger work is refused.
 inline dim3 blocks_for(int64_t work, int64_t per_block, int64_t images) {
   STD_TORCH_CHECK(work + per_block <= std::numeric_limits<int32_t>::max() && images <= 65535,
                   "jitaccel: at most 2^31 elements of an image and 65535 images go in one launch; split the batch");
@@ -40,13 +40,13 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t sha
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
-// With JITACCEL_CHECK_INDICES=1 in the environment these read indices on the device, wait for it, and fail where a row
-// of (B, L) does not rise strictly within 0..limit - 1, or where an index is not within 0..limit - 1. Otherwise, and
-// while a graph is captured, they do nothing. Contiguous tensors in. Defined in indices.cu.
+// With JITACCEL_CHECK_INDICES=1 in the environment, these functions wait for the device, read indices from it, and fail
+// if a row of (B, L) does not rise strictly within 0..limit - 1, or if an index is not within 0..limit - 1. Otherwise,
+// and while a graph is captured, they do nothing. Tensors must be contiguous. Defined in indices.cu.
 void check_rising(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream);
 void check_within(const char* op, const char* name, const Tensor& rows, int64_t limit, cudaStream_t stream);
 
-// The same of anchors (B, M), rising, each frame of which must hold one.
+// The same for rising anchors (B, M): each frame must contain one.
 void check_frames(const char* op, const Tensor& anchors, int64_t frames, int64_t frame_size, cudaStream_t stream);
 
 // nearest (B, N) and anchors (B, M) of one lift.
@@ -55,24 +55,24 @@ inline void check_plan_indices(const char* op, const Tensor& nearest, const Tens
   check_within(op, "nearest", nearest, anchors.size(1), stream);
 }
 
-// COUNT values that one access moves: 16 bytes at most.
+// COUNT values that one access moves, at most 16 bytes.
 template <typename T, int COUNT>
 struct alignas(sizeof(T) * COUNT) Pack {
   T x[COUNT];
 };
 
-// V values of T go in accesses of this many.
+// The number of values of T per access, out of V.
 template <typename T, int V>
 constexpr int kPerAccess = V * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : V;
 
-// Whether accesses of V channels may be used: rows of `channels` keep the alignment that the first one has.
+// Whether accesses of V channels are possible: rows of `channels` keep the alignment of the first one.
 inline bool takes_vectors(const Tensor& x, int64_t channels, int64_t vector) {
   const int64_t bytes = vector * (x.scalar_type() == ScalarType::Float ? 4 : 2);
   const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
   return channels % vector == 0 && address % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0;
 }
 
-// Returns x, or a copy of it where its address does not take accesses of 16 bytes.
+// Returns x, or a copy if its address does not allow accesses of 16 bytes.
 inline Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
 }
@@ -100,7 +100,7 @@ __device__ __forceinline__ void store(T* to, const float (&x)[V]) {
   }
 }
 
-// Bit for bit, which a way through float would not be for a NaN.
+// Copies bit for bit, which a conversion through float would not do for a NaN.
 template <int V, typename T>
 __device__ __forceinline__ void copy(const T* from, T* to) {
   constexpr int kCount = kPerAccess<T, V>;
@@ -109,9 +109,9 @@ __device__ __forceinline__ void copy(const T* from, T* to) {
     *reinterpret_cast<Pack<T, kCount>*>(to + first) = *reinterpret_cast<const Pack<T, kCount>*>(from + first);
 }
 
-// Values whose dtype is asked at run time. Every thread takes the same branch, so it costs next to nothing where a
-// value is touched once; a kernel for each combination of the tensors' dtypes would be compiled otherwise. What is read
-// many times has its dtype as a template argument.
+// Values whose dtype is checked at run time. Every thread takes the same branch, so this costs next to nothing for a
+// value that is used once, and avoids compiling a kernel for each combination of dtypes. Values that are read many
+// times have their dtype as a template argument.
 template <typename Void>
 struct AnyValues {
   Void* data;

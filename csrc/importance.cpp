@@ -2,8 +2,8 @@
 //
 //   I[b, n] = mean_c( sum_W v^2 / S - (sum_W v / S)^2 ),  W the window around n, S its full size, zeros beyond the border
 //
-// Window in portable.h says in which form. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D in
-// (neighbours come from cache), N out.
+// Window in portable.h describes the form of the sum. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved:
+// N * D in (neighbours come from cache), N out.
 
 #include "rows.h"
 
@@ -41,7 +41,7 @@ JITACCEL_INLINE float mean_variance(const T* middle, const T* const* others, int
     total += static_cast<double>(window.variance(center, sum, squares));
   }
   const double mean = total / static_cast<double>(channels);
-  return static_cast<float>(mean < 0.0 ? 0.0 : mean);  // a NaN stays one
+  return static_cast<float>(mean < 0.0 ? 0.0 : mean);  // keeps a NaN
 }
 
 JITACCEL_CLONES float variance(const float* middle, const float* const* others, int64_t count, int64_t channels,

@@ -2,13 +2,13 @@
 //
 //   I[b, n] = mean_c( sum_W v^2 / S - (sum_W v / S)^2 ),  W the window around n, S its full size, zeros beyond the border
 //
-// Window in portable.h says in which form. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved: N * D
-// elements in, 4 N out; each element is read by the S windows around it, the repeats from the caches.
+// Window in portable.h describes the form of the sum. Layout: velocity (B, N, D) in, (B, N) float32 out. Bytes moved:
+// N * D elements in, 4 N out; each element is read by the S windows around it, after the first time from the caches.
 //
-// Launch: a group of lanes for each token (a power of two, 32 at most: 8 for 64 channels of bfloat16), a vector of 16
-// bytes of channels for each lane, 128 threads a block: 256 blocks for 64 x 64 tokens of 64 channels. Lanes add their
-// sums in a fixed tree, so that the result has the same bits every time. The window of 3 has its nine loads of a frame
-// under way at once: where the border cuts it, the token itself is read, whose difference from itself is zero.
+// Launch: a group of lanes per token (a power of two, at most 32: 8 for 64 channels of bfloat16), a vector of 16 bytes
+// of channels per lane, 128 threads per block: 256 blocks for 64 x 64 tokens of 64 channels. Lanes add their sums in a
+// fixed tree, so the result always has the same bits. A window of 3 issues its nine loads of a frame at once: where the
+// border cuts it, the token itself is read, whose difference from itself is zero.
 
 #include "cuda_common.cuh"
 
@@ -23,7 +23,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Field {
   int num_tokens, channels, frames, height, width;
-  int reach, frame_reach;  // window / 2; along t, 0 in a picture
+  int reach, frame_reach;  // window / 2; frame_reach is along t, 0 in a picture
   float size;              // S
 };
 
@@ -66,8 +66,8 @@ struct Differences {
   }
 };
 
-// Returns the sum of I_c over the V channels from `velocity`, which points to those of the image's first token. IS_3:
-// the window is 3.
+// Returns the sum of I_c over V channels, starting at `velocity`, which points to the image's first token. IS_3: the
+// window is 3.
 template <int V, bool IS_3, typename T>
 __device__ float variance(const Field& field, const Extent& extent, const T* velocity, int token) {
   const auto at = [&](int other) {
@@ -101,7 +101,7 @@ __device__ float variance(const Field& field, const Extent& extent, const T* vel
   return total;
 }
 
-// Threads are (lanes of a token, tokens); lanes is a power of two, so that a token's lanes lie in one warp.
+// Threads are (lanes of a token, tokens); lanes is a power of two, so that a token's lanes are in one warp.
 template <int V, bool IS_3, typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     importance_kernel(const T* __restrict__ velocity, float* __restrict__ importance, Field field) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   for (int apart = lanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(kAllLanes, sum, apart);
   const float mean = sum / static_cast<float>(field.channels);
-  if (lane == 0 && token < field.num_tokens) importance[first + token] = mean < 0.0f ? 0.0f : mean;  // a NaN stays one
+  if (lane == 0 && token < field.num_tokens) importance[first + token] = mean < 0.0f ? 0.0f : mean;  // keeps a NaN
 }
 
 template <int V, typename T>
@@ -130,7 +130,7 @@ void run(const Tensor& velocity, const Tensor& importance, const Field& field, c
 }
 
 Field make_field(const Tensor& velocity, const Grid& grid, int64_t window) {
-  // A window beyond the grid is as wide as the grid, but for its size, which divides.
+  // A window beyond the grid is as wide as the grid, except for its size, which is the divisor.
   const int64_t reach = std::min(window / 2, std::max({grid.frames, grid.height, grid.width}));
   const float wide = static_cast<float>(window);
   return {static_cast<int>(grid.size()),

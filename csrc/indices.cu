@@ -1,10 +1,10 @@
-// Checks of indices on the device, to find the wrong one in an application: off unless JITACCEL_CHECK_INDICES=1.
+// Checks of indices on the device, for debugging an application: off unless JITACCEL_CHECK_INDICES=1.
 //
 //   rising: 0 <= rows[b, 0] < rows[b, 1] < ... < limit          within: 0 <= rows[b, i] < limit
 //   frames: for each f, some i with f * size <= rows[b, i] < (f + 1) * size
 //
-// Layout: rows (B, L) int64, contiguous. Moves 8 B L bytes, and at most 24 to the host. Launch: a thread for each
-// index, or each frame. The threads that find a wrong one agree on the first by atomicMin, whatever order they run in.
+// Layout: rows (B, L) int64, contiguous. Moves 8 B L bytes, and at most 24 to the host. Launch: one thread per index,
+// or per frame. Threads that find a wrong one agree on the first by atomicMin, in whatever order they run.
 
 #include "cuda_common.cuh"
 
@@ -27,7 +27,7 @@ __global__ void find_wrong_kernel(const int64_t* rows, int length, int64_t limit
   if (index < 0 || index >= limit || !rises) atomicMin(first_wrong, static_cast<Position>(at));
 }
 
-// Rows rise. Marks the first frame, of all images, that holds none of them.
+// Rows rise. Marks the first frame, over all images, without an index.
 __global__ void find_empty_frame_kernel(const int64_t* rows, int length, int frames, int64_t frame_size,
                                         Position* first_wrong) {
   const int frame = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -68,7 +68,7 @@ T read_back(const T* from, cudaStream_t stream) {
   return value;
 }
 
-// Returns what `search` leaves in the position it is given: that of the first wrong one, or kNone.
+// Returns the position that `search` writes: that of the first wrong one, or kNone.
 template <typename Search>
 Position find_first(const Tensor& rows, cudaStream_t stream, const Search& search) {
   if (!checks_indices() || rows.numel() == 0 || is_capturing(stream)) return kNone;

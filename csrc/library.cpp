@@ -1,7 +1,7 @@
-// The operators' schemas, and the mark by which a library that was built from other sources is told.
+// The operators' schemas, and a mark that identifies the sources a library was built from.
 //
-// Here rather than in Python, so that a C++ program needs nothing but this library. jitaccel/ops/schema.py repeats them
-// for installations where nothing is compiled; a test compares the two.
+// They are here rather than in Python, so that a C++ program needs only this library. jitaccel/ops/schema.py repeats
+// them for installations without a compiled library; a test compares the two.
 
 #include <torch/csrc/stable/library.h>
 

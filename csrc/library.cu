@@ -1,5 +1,5 @@
-// The marks by which Python tells, without loading it, what this library was built from and with; the schemas are
-// library.cpp's.
+// Marks that Python reads without loading the library: the sources and the CUDA version it was built from. The schemas
+// are in library.cpp.
 
 #define JITACCEL_TEXT_OF(x) #x
 #define JITACCEL_TEXT(x) JITACCEL_TEXT_OF(x)

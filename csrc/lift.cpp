@@ -1,11 +1,11 @@
 // lift: from the anchors to every token (SAG-ODE, arXiv:2603.10744).
 //
-//   out[b, n] = values[b, nearest[b, n]]      where n is an anchor: its own value, bit for bit
-//             = blurred[b, n] (blur.h)        elsewhere, summed in float32 and rounded once
+//   out[b, n] = values[b, nearest[b, n]]      if n is an anchor: its own value, bit for bit
+//             = blurred[b, n] (blur.h)        otherwise, summed in float32 and rounded once
 //
-// Layout: values (B, M, D), out (B, N, D), contiguous. Bytes moved: M * D in, N * D out, once each; indices beside them.
-// Work is shared out by lines of tokens: neighbouring lines gather the same anchors, and a line of floats stays in the
-// first cache between its two passes.
+// Layout: values (B, M, D), out (B, N, D), contiguous. Bytes moved: M * D in, N * D out, once each, plus indices.
+// Threads divide the work by lines of tokens: neighbouring lines gather the same anchors, and a line of floats stays in
+// the first-level cache between its two passes.
 
 #include "blur.h"
 

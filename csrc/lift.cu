@@ -1,7 +1,7 @@
 // lift: from the anchors to every token (SAG-ODE, arXiv:2603.10744).
 //
-//   out[b, n] = values[b, nearest[b, n]]          where n is an anchor: its own value, bit for bit
-//             = blurred[b, n] (lift_tile.cuh)     elsewhere, summed in float32 and rounded once
+//   out[b, n] = values[b, nearest[b, n]]          if n is an anchor: its own value, bit for bit
+//             = blurred[b, n] (lift_tile.cuh)     otherwise, summed in float32 and rounded once
 //
 // Layout: values (B, M, D), out (B, N, D), contiguous; nearest (B, N), anchors (B, M) int64. Bytes moved: M * D
 // elements in, N * D out, 8 (N + M) of indices: 0.7 MB at 64 x 64 tokens, 1310 anchors and 64 channels of bfloat16.

@@ -1,26 +1,26 @@
-// Nearest fill and separable Gaussian blur on the device: what lift and micro_flow_into share.
+// Nearest fill and separable Gaussian blur on the device, shared by lift and micro_flow_into.
 //
 //   blurred[t, y, x] = sum_k w[k] sum_i w[i] sum_j w[j] values[nearest[r(t + i), r(y + j), r(x + k)]]
 //
-// r reflects at the ends, repeatedly where the axis is shorter than the kernel; a picture and the frames of a stack have
-// no sum over i. Sums are float32.
+// r reflects at the ends, repeatedly if the axis is shorter than the kernel; a picture and the frames of a stack have
+// no sum over i. Sums are in float32.
 //
-// Layout: values (B, M, D), all else (B, N, ...), channels innermost, contiguous; a block's tile lies in shared memory.
+// Layout: values (B, M, D), all others (B, N, ...), channels innermost, contiguous; a block's tile is in shared memory.
 //
 // A block takes one segment of one line of tokens (of one image, frame and row) and at most 32 channels. It fills a
-// tile of floats, segment plus reach on both sides, with what the outer axes' sum gives, gathered straight from the
-// anchors' rows; then it blurs along the line, from the tile. Nothing but anchor values and indices is read from
-// memory. Gathers overlap (K lines for each line written; K * K in a video) and are answered by the caches: at 64 x 64
-// tokens, 1310 anchors and 64 channels of bfloat16 all the anchors' values are 168 KB, less than one H100 SM caches.
+// tile of floats, covering the segment and its reach on both sides, with the sums over the outer axes, gathered
+// straight from the anchors' rows; then it blurs along the line, from the tile. Only anchor values and indices are read
+// from memory. Gathers overlap (K lines for each line written; K * K in a video) and are served by the caches: at 64 x
+// 64 tokens, 1310 anchors and 64 channels of bfloat16, all anchor values are 168 KB and fit the cache of one H100 SM.
 //
-// TAPS: K where it is 7 or 9, the widths that the method's densities give, and no axis is shorter than the reach. Then a
-// thread has all K indices under way at once, then all K rows. 0: any K.
+// TAPS: K if it is 7 or 9, the widths for the method's densities, and no axis is shorter than the reach. A thread then
+// issues all K index loads at once, then all K row loads. 0: any K.
 //
 // Launch: threads are (channel vectors) x (columns), at most 256; a vector is 16 bytes of a gathered row. 32 channels
-// are 64 or 128 bytes in a row, whole sectors for gathers and writes, yet divide 64 channels between two blocks. A line
-// is cut into equal segments of 64 columns at most, twice as many until there are 256 blocks, about two for each of an
-// H100's 132 SMs: 64 x 64 tokens of 64 channels are 64 lines x 2 segments x 2 chunks. Wider segments repeat less of the
-// reach, narrower ones fill the machine.
+// are 64 or 128 contiguous bytes, whole sectors for gathers and writes, and still divide 64 channels between two
+// blocks. A line is cut into equal segments of at most 64 columns, and further until there are 256 blocks, about two
+// for each of an H100's 132 SMs: 64 x 64 tokens of 64 channels are 64 lines x 2 segments x 2 chunks. Wider segments
+// repeat less of the reach; narrower ones fill the machine.
 #pragma once
 
 #include "cuda_common.cuh"
@@ -33,13 +33,13 @@ constexpr int kTileThreads = 256;
 constexpr int kTileChannels = 32;
 constexpr int kTileSegment = 64, kTileSegmentMin = 16;
 constexpr int64_t kTileBlocks = 256;      // enough to fill the machine
-constexpr int64_t kTileBytes = 48 << 10;  // of shared memory, what every device gives without asking
+constexpr int64_t kTileBytes = 48 << 10;  // of shared memory, available on every device without opting in
 
 // One lift, and how a launch divides it.
 struct LiftTile {
   const int64_t* __restrict__ nearest;  // (B, N)
   const int64_t* __restrict__ anchors;  // (B, M)
-  const float* __restrict__ weights;    // (K,), on the device: a captured lift may get others
+  const float* __restrict__ weights;    // (K,), on the device, so that a captured lift can get others
   int64_t batch;
   int num_tokens, num_anchors, channels, frames, height, width;
   bool is_video;
@@ -50,7 +50,7 @@ struct LiftTile {
   int widest_tile() const { return std::min(width, segment + 2 * radius); }
 };
 
-// Contiguous tensors in; they must outlive the launch.
+// Takes contiguous tensors, which must outlive the launch.
 inline LiftTile make_lift_tile(const Grid& grid, const Tensor& nearest, const Tensor& anchors, const Tensor& weights,
                                int64_t channels) {
   blocks_for(grid.size(), 1, anchors.size(0));  // places are 32-bit integers
@@ -78,8 +78,8 @@ __device__ __forceinline__ void accumulate(float weight, const Pack<T, V>& x, fl
   for (int c = 0; c < V; ++c) sum[c] += weight * static_cast<float>(x.x[c]);
 }
 
-// Adds a frame's sum over the rows around `row` at one column to `sum`. `nearest`: of that frame. `rows`: the image's
-// anchors' values, at this thread's channel.
+// Adds to `sum` a frame's sum over the rows around `row` at one column. `nearest`: of that frame. `rows`: the values of
+// the image's anchors, at this thread's channel.
 template <int V, int TAPS, typename T>
 __device__ __forceinline__ void blur_rows(const LiftTile& lift, const int64_t* __restrict__ nearest,
                                           const T* __restrict__ rows, int row, int column, float (&sum)[V]) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ void blur_rows(const LiftTile& lift, const int64_t* _
   }
 }
 
-// Adds the sum over the outer axes at one column to `sum`. A frame of a video is summed by itself: fewer terms in each
-// sum, and the rounding of a separable blur.
+// Adds to `sum` the sum over the outer axes at one column. Each frame of a video is summed separately, which gives
+// fewer terms per sum and the rounding of a separable blur.
 template <int V, int TAPS, typename T>
 __device__ __forceinline__ void blur_outer(const LiftTile& lift, const int64_t* __restrict__ nearest,
                                            const T* __restrict__ rows, int frame, int row, int column,
@@ -122,15 +122,15 @@ __device__ __forceinline__ void blur_outer(const LiftTile& lift, const int64_t* 
   }
 }
 
-// The tile in shared memory: packs of at most 4 floats, all first packs of a vector before all second ones, so that
-// neighbouring threads (vectors, then columns) touch neighbouring packs.
+// The tile in shared memory: packs of at most 4 floats, with all first packs of a vector before all second ones, so
+// that neighbouring threads (vectors, then columns) access neighbouring packs.
 template <int V>
 struct Tile {
   static constexpr int kCount = V < 4 ? V : 4;
   using Part = Pack<float, kCount>;
   Part* parts;
-  int vectors, vector;  // the block's, this thread's
-  int plane;            // packs of one kind
+  int vectors, vector;  // vectors of the block, and this thread's
+  int plane;            // packs between a vector's first and second one
 
   __device__ __forceinline__ void put(int column, const float (&x)[V]) const {
 #pragma unroll
@@ -153,7 +153,7 @@ struct Tile {
   }
 };
 
-// Adds the sum along the line at one column; the tile begins at column `first`.
+// Adds the sum along the line at one column; the tile starts at column `first`.
 template <int V, int TAPS>
 __device__ __forceinline__ void blur_line(const LiftTile& lift, const Tile<V>& tile, int column, int first,
                                           float (&sum)[V]) {
@@ -167,11 +167,11 @@ __device__ __forceinline__ void blur_line(const LiftTile& lift, const Tile<V>& t
   }
 }
 
-// Which part of an image a block writes.
+// The part of an image that a block writes.
 struct TilePlace {
   int frame, row;
   int begin, end;    // columns of the segment
-  int first, last;   // columns of the tile: the segment and its reach, as far as the line goes
+  int first, last;   // columns of the tile: the segment and its reach, within the line
   int chunk;
 
   __device__ explicit TilePlace(const LiftTile& lift) {
@@ -188,10 +188,10 @@ struct TilePlace {
   }
 };
 
-// Sink says what becomes of the blurred values, a vector of V channels at a time:
+// Sink receives the blurred values, one vector of V channels at a time:
 //   kWantsAll, wants(token)               whether this token (of B * N) is written at all
-//   at_anchor<V>(anchor_offset, offset)   it is an anchor: its own value lies at anchor_offset in (B, M, D)
-//   elsewhere<V>(offset, blurred)         it is none; its place is at offset in (B, N, D)
+//   at_anchor<V>(anchor_offset, offset)   the token is an anchor: its value is at anchor_offset in (B, M, D)
+//   elsewhere<V>(offset, blurred)         it is not; its place is at offset in (B, N, D)
 template <int V, int TAPS, typename T, typename Sink>
 __global__ void __launch_bounds__(kTileThreads, 2)
     lift_tile_kernel(const T* __restrict__ values, LiftTile lift, Sink sink) {
@@ -243,7 +243,7 @@ inline bool tile_fits(LiftTile lift, int64_t vector) {
   return lift.widest_tile() * vector * static_cast<int64_t>(sizeof(float)) <= kTileBytes;
 }
 
-// Divides the work; see the launch paragraph at the top. Returns the channel vectors of a block.
+// Divides the work; see the launch paragraph at the top. Returns the number of channel vectors of a block.
 inline int divide_tile(LiftTile& lift, int vector) {
   const auto count = [](int size, int part) { return (size + part - 1) / part; };
   const int all_vectors = count(lift.channels, vector);
@@ -273,7 +273,7 @@ void launch_lift_tile(LiftTile lift, const T* values, const Sink& sink, cudaStre
   launch(lift_tile_kernel<V, TAPS, T, Sink>, blocks, threads, bytes, stream, values, lift, sink);
 }
 
-// Lifts `values` (B, M, D) into `sink`. `is_aligned`: every tensor it touches takes vectors of 16 bytes of T.
+// Lifts `values` (B, M, D) into `sink`. `is_aligned`: every tensor it accesses allows vectors of 16 bytes of T.
 template <typename T, typename Sink>
 void run_lift_tile(const char* op, const LiftTile& lift, const T* values, const Sink& sink, bool is_aligned,
                    cudaStream_t stream) {

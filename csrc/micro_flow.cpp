@@ -1,10 +1,10 @@
-// micro_flow_into: newly activated tokens move towards where they belong (DMF, arXiv:2603.10744).
+// micro_flow_into: moves newly activated tokens towards their target (DMF, arXiv:2603.10744).
 //
 //   target[n] = (1 - level) * lift(previous - level_p * velocity)[n] + level * noise[n]
 //   state[n] <- (1 - weight) * state[n] + weight * target[n]          for n in tokens; no other token is written
 //
-// Layout: state, previous, velocity, noise (B, N, D), contiguous; tokens (B, count); nearest, anchors: of the lift before
-// activation. Bytes moved: 2 * M * D in, count * D in twice and out once. Only chosen tokens are blurred.
+// Layout: state, previous, velocity, noise (B, N, D), contiguous; tokens (B, count); nearest, anchors: of the lift
+// before activation. Bytes moved: 2 * M * D in, count * D in twice and out once. Only the chosen tokens are blurred.
 
 #include "blur.h"
 
@@ -13,7 +13,7 @@
 namespace jitaccel {
 namespace {
 
-constexpr int64_t kAhead = 4;  // rows lie too far apart for the processor to see the next one coming
+constexpr int64_t kAhead = 4;  // rows are too far apart for the hardware prefetcher
 
 inline const float* floats(const float* from, std::vector<float>&) { return from; }
 template <typename T>
@@ -22,8 +22,8 @@ const float* floats(const T* from, std::vector<float>& row) {
   return row.data();
 }
 
-// The rows of a contiguous (B, N, D) tensor of any of the three element types, as floats, read far apart from each other.
-// One object a thread: it owns the scratch.
+// The rows of a contiguous (B, N, D) tensor of any of the three element types, as floats, for reads far apart from each
+// other. Use one object per thread, because it owns the scratch.
 class Field {
  public:
   Field(const Tensor& x, int64_t channels) : row_bytes_(channels * x.element_size()), row_(channels) {
@@ -92,7 +92,7 @@ void run(const Plan& plan, const std::vector<float>& clean, const Tensor& noise,
       scratch.noise.prefetch(ahead);
       prefetch(state + ahead * channels, channels * sizeof(S));
       const int64_t place = b * plan.grid.size() + *token, a = plan.nearest_of(b, *token);
-      // A token that was an anchor already keeps its own clean estimate, as in every lift.
+      // A token that was already an anchor keeps its own clean estimate, as in every lift.
       const float* prior = values + a * channels;
       if (!plan.is_anchor(b, *token, a)) {
         scratch.blur.token(*token - line * width, scratch.blurred.data());

@@ -1,4 +1,4 @@
-// micro_flow_into: newly activated tokens move towards where they belong (DMF, arXiv:2603.10744).
+// micro_flow_into: moves newly activated tokens towards their target (DMF, arXiv:2603.10744).
 //
 //   target[n] = (1 - level) * lift(previous - level_p * velocity)[n] + level * noise[n]
 //   state[n] <- (1 - weight) * state[n] + weight * target[n]          for n in tokens; no other token is written
@@ -7,10 +7,10 @@
 // nearest, anchors: of the lift before activation; levels (2,) = (level_p, level), read on the device. Bytes moved: 2 M
 // * D elements in for the clean estimates, 4 M * D bytes out and in, count * D elements in twice and out once.
 //
-// Three launches: clean estimates at the anchors (clean.cu says why they have their own), a mark for each chosen token,
-// and the lift (lift_tile.cuh has its shape), whose blocks leave at once where no token of their segment is marked, and
-// finish at marked ones alone. The estimates are taken before the state is written, so `previous` may be the state
-// itself. A mark rather than a search in `tokens`: whatever their order, each is found by one load.
+// Three launches: clean estimates at the anchors (clean.cu explains why separately); a mark for each chosen token; and
+// the lift (launch shape in lift_tile.cuh), whose blocks exit at once if no token of their segment is marked, and
+// finish only marked ones. The estimates are computed before the state is written, so `previous` may be the state
+// itself. Marks instead of a search in `tokens`, so that each token is found by one load whatever their order.
 
 #include "lift_tile.cuh"
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A token that is not on the grid is skipped.
+// A token off the grid is skipped.
 __global__ void mark_kernel(const int64_t* __restrict__ tokens, int count, int64_t num_tokens,
                             uint8_t* __restrict__ is_chosen) {
   const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);

@@ -1,12 +1,12 @@
-// nearest_anchor: which anchor is nearest to each token, exactly; ties to the lowest raster index.
+// nearest_anchor: the exact nearest anchor of each token; ties go to the lowest raster index.
 //
-// An exact distance transform, axis by axis. Along a line of tokens the nearest anchor is found by one sweep from each
-// end. Along every further axis a token takes the best of what its neighbours found, at growing offsets, and stops once
-// the offset alone is farther than the best so far (an equal one may still win its tie). In a stack there is no further
-// axis than h.
+// An exact distance transform, axis by axis. Along a line of tokens, one sweep from each end finds the nearest anchor.
+// Along every further axis, a token takes the best result of its neighbours at growing offsets, and stops once the
+// offset alone is farther than the best so far (at equal distance it may still win the tie). In a stack, h is the only
+// further axis.
 //
-// Layout: anchors (B, M) in; out (B, N), the index among the M anchors. Two pairs of arrays (distance, anchor) of N
-// beside, no N x M matrix. On the grids of this method an anchor is never far: two or three offsets.
+// Layout: anchors (B, M) in; out (B, N), the index among the M anchors. Scratch: two pairs of arrays (distance, anchor)
+// of N, but no N x M matrix. On the grids of this method an anchor is never far: two or three offsets suffice.
 
 #include "check.h"
 
@@ -19,7 +19,7 @@
 namespace jitaccel {
 namespace {
 
-constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;  // of a line without an anchor
+constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;  // distance in a line without an anchor
 
 struct Found {
   int64_t distance;  // squared
@@ -30,7 +30,7 @@ struct Found {
   }
 };
 
-// One line: `is_anchor` of its tokens, `start` the raster index of the first.
+// Sweeps one line; `is_anchor` of its tokens, `start` is the raster index of the first.
 void sweep(const bool* is_anchor, int64_t start, int64_t width, Found* found) {
   int64_t last = -1;
   for (int64_t x = 0; x < width; ++x) {
@@ -46,7 +46,7 @@ void sweep(const bool* is_anchor, int64_t start, int64_t width, Found* found) {
   }
 }
 
-// The best of a line's own and all others along an axis of `size` places, `stride` tokens apart; this one is at `place`.
+// Improves one line by all others along an axis of `size` places, `stride` tokens apart; this line is at `place`.
 void improve(const Found* from, Found* to, int64_t width, int64_t place, int64_t size, int64_t stride) {
   for (int64_t x = 0; x < width; ++x) {
     Found best = from[x];

@@ -1,4 +1,4 @@
-// nearest_anchor: which anchor is nearest to each token, exactly; ties to the lowest raster index.
+// nearest_anchor: the exact nearest anchor of each token; ties go to the lowest raster index.
 //
 //   nearest[b, n] = argmin_i |place(n) - place(anchors[b, i])|^2
 //
@@ -7,17 +7,17 @@
 //
 //   mark    order[b, anchors[b, i]] = i, and -1 elsewhere
 //   rows    key of the nearest anchor in the token's own line: two sweeps, from the left and from the right
-//   axes    h, then t (in a video alone): key[p] = min over offsets of key[p +- offset] + offset^2 * N; the last one looks `order` up
+//   axes    h, then in a video t: key[p] = min over offsets of key[p +- offset] + offset^2 * N; the last pass looks `order` up
 //
-// An axis pass stops once offset^2 * N > key, that is once the offset alone is farther than the best so far: an equal
-// one may still win its tie. On this method's grids that is after two or three offsets.
+// An axis pass stops once offset^2 * N > key, that is, once the offset alone is farther than the best so far (at equal
+// distance it may still win the tie). On this method's grids that is after two or three offsets.
 //
 // Layout: anchors (B, M) int64 in, nearest (B, N) int64 out; scratch: order (B, N) int32, one or two keys (B, N) int64.
-// Bytes moved: 8 M + 8 N, scratch 4 N out twice and in twice, 8 N a key array out and some times in; no N x M.
+// Bytes moved: 8 M + 8 N; scratch: 4 N out twice and in twice, 8 N per key array out and a few times in; no N x M.
 //
-// Launch: marks and axes have a thread for each index, neighbours along w, so that accesses are coalesced. Rows have a
-// warp for each line, which sees 32 tokens at once as the bits of a ballot; 4 warps a block spread 64 lines over 16
-// SMs, and a line of 64 takes 2 ballots a sweep. This runs once a stage; its time is that of the launches.
+// Launch: marks and axes use one thread per index, with neighbours along w, so accesses are coalesced. Rows use one
+// warp per line, which reads 32 tokens at once as the bits of a ballot; 4 warps per block spread 64 lines over 16 SMs,
+// and a line of 64 takes 2 ballots per sweep. This runs once per stage, and its time is that of the launches.
 
 #include "cuda_common.cuh"
 
@@ -28,7 +28,7 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32, kWarps = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// An anchor that is not on the grid is skipped.
+// An anchor off the grid is skipped.
 __global__ void mark_kernel(const int64_t* __restrict__ anchors, int num_anchors, int64_t num_tokens,
                             int32_t* __restrict__ order) {
   const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -37,7 +37,7 @@ __global__ void mark_kernel(const int64_t* __restrict__ anchors, int num_anchors
   if (token >= 0 && token < num_tokens) order[image * num_tokens + token] = at;
 }
 
-// `beyond`: the key of a line without an anchor, above those of all anchors on the grid.
+// `beyond`: the key in a line without an anchor, larger than those of all anchors on the grid.
 __global__ void row_kernel(const int32_t* __restrict__ order, int64_t* __restrict__ keys, int lines, int width,
                            int64_t num_tokens, int64_t beyond) {
   const int line = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
@@ -50,7 +50,7 @@ __global__ void row_kernel(const int32_t* __restrict__ order, int64_t* __restric
     return distance * distance * num_tokens + line_start + anchor;
   };
 
-  int last = -1;  // the nearest anchor left of what this sweep sees
+  int last = -1;  // the nearest anchor to the left of this sweep's tokens
   for (int start = 0; start < width; start += kWarp) {
     const int column = start + lane;
     const unsigned seen = __ballot_sync(kAllLanes, column < width && order[column] >= 0);
@@ -70,7 +70,7 @@ __global__ void row_kernel(const int32_t* __restrict__ order, int64_t* __restric
   }
 }
 
-// Returns the best key at `at`, place `place` on an axis of `size` places that lie `stride` tokens apart.
+// Returns the best key at `at`, which is place `place` on an axis of `size` places, `stride` tokens apart.
 __device__ int64_t best_along(const int64_t* __restrict__ keys, int at, int place, int size, int stride,
                               int64_t num_tokens) {
   int64_t best = keys[at];
@@ -82,7 +82,7 @@ __device__ int64_t best_along(const int64_t* __restrict__ keys, int at, int plac
   return best;
 }
 
-// Writes keys to `out`, or, on the last axis, `out` is nearest and gets the anchors' order.
+// Writes keys to `out`; on the last axis, `out` is `nearest` and gets the order of the anchors instead.
 template <bool IS_LAST>
 __global__ void axis_kernel(const int64_t* __restrict__ keys, const int32_t* __restrict__ order,
                             int64_t* __restrict__ out, int num_tokens, int size, int stride) {
@@ -90,7 +90,7 @@ __global__ void axis_kernel(const int64_t* __restrict__ keys, const int32_t* __r
   if (token >= num_tokens) return;
   const int64_t image = static_cast<int64_t>(blockIdx.y) * num_tokens;
   const int64_t best = best_along(keys + image, token, token / stride % size, size, stride, num_tokens);
-  // A frame of a stack without an anchor, which nobody has looked for, must not lead later operators out of memory.
+  // Later operators must not read out of bounds if a frame of a stack has no anchor, which is not checked here.
   out[image + token] = IS_LAST ? max(order[image + best % num_tokens], 0) : best;
 }
 
@@ -102,7 +102,7 @@ void launch_axis(const Tensor& keys, const Tensor& order, const Tensor& out, int
          keys.size(1), size, stride);
 }
 
-// Returns for each token its place in the anchors' row, -1 where it is none: (B, N) int32.
+// Returns for each token its place in the anchors' row, or -1 if it is not an anchor: (B, N) int32.
 Tensor mark(const Tensor& anchors, int64_t num_tokens, cudaStream_t stream) {
   Tensor order = torch::stable::new_empty(anchors, {anchors.size(0), num_tokens}, ScalarType::Int);
   auto* const places = order.mutable_data_ptr<int32_t>();
@@ -127,7 +127,7 @@ void run(const Tensor& anchors, const Grid& grid, int64_t beyond, const Tensor& 
   }
 }
 
-// Farther than every anchor on the grid, squared.
+// A squared distance larger than that of every anchor on the grid.
 int64_t beyond_grid(const char* op, const Grid& grid) {
   const int64_t diameter = grid.frames + grid.height + grid.width;
   const double largest_key = 2.0 * static_cast<double>(diameter) * static_cast<double>(diameter) * grid.size();

@@ -1,7 +1,7 @@
 // pool and lift_pooled on the CPU: formulas and layout in pooling.h.
 //
-// Bytes moved: N * D in and M * D out; back M * D twice and N * D in, N * D out. Sums in float32, rounded once. Work is
-// shared out by lines of tokens.
+// Bytes moved by pool: N * D in, M * D out; by lift_pooled: M * D in twice, N * D in, N * D out. Sums are in float32
+// and rounded once. Threads divide the work by lines of tokens.
 
 #include "pooling.h"
 #include "rows.h"
@@ -13,7 +13,7 @@
 namespace jitaccel {
 namespace {
 
-constexpr int64_t kGrain = 65536;  // elements that pay for a thread
+constexpr int64_t kGrain = 65536;  // elements for which a thread is worth starting
 
 // Calls f(frame, row) for every line of tokens of every frame, in parallel.
 template <typename F>
@@ -29,8 +29,8 @@ JITACCEL_INLINE float sum4(const T& a, const T& b, const T& c, const T& d) {
   return static_cast<float>(a) + static_cast<float>(b) + static_cast<float>(c) + static_cast<float>(d);
 }
 
-// A token of the smaller picture, made of four of the larger one. Where patch and factor are 2, each of its latents is
-// the mean of one of them: out[c + k] = mean of tokens[k][c .. c + 4). Where patch is 1: out[c] = mean of tokens[.][c].
+// A token of the smaller picture from four of the larger one. If patch and factor are 2, each of its latents is the
+// mean of one of them: out[c + k] = mean of tokens[k][c .. c + 4). If patch is 1: out[c] = mean of tokens[.][c].
 template <int PATCH, typename T>
 JITACCEL_INLINE void pool_four(const T* const* tokens, float scale, int channels, T* __restrict__ out) {
   const T *first = tokens[0], *second = tokens[1], *third = tokens[2], *fourth = tokens[3];

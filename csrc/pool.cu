@@ -1,9 +1,9 @@
 // pool and lift_pooled on the device: formulas and layout in pooling.h.
 //
-// Bytes moved: N * D in and M * D out; back M * D twice and N * D in, N * D out; the smaller picture is a quarter or less,
-// and its neighbours come from cache. At 64 x 64 tokens of 64 channels in bfloat16 0.7 and 1.3 MB.
-// Launch: a thread for each channel of each token of the output, which it writes at once: 8 bytes of bfloat16 where
-// patch is 2. The level is read on the device, so a captured graph may change it.
+// Bytes moved by pool: N * D in, M * D out; by lift_pooled: M * D in twice, N * D in, N * D out. The smaller picture is
+// a quarter or less, and its neighbours come from cache. At 64 x 64 tokens of 64 channels in bfloat16: 0.7 and 1.3 MB.
+// Launch: one thread per channel of each output token, which writes the channel at once: 8 bytes of bfloat16 if patch
+// is 2. The level is read on the device, so it may change between replays of a captured graph.
 
 #include "cuda_common.cuh"
 #include "pooling.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Which channel of which token of a frame a thread writes.
+// The channel and the token of a frame that a thread writes.
 struct Place {
   int token, channel;  // the channel's first element
   __device__ Place(int channels, int step) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   write<PATCH>(out + at, latents, patch * patch);
 }
 
-// A thread for each channel of each of a frame's tokens.
+// One thread per channel of each token of a frame.
 dim3 blocks_of(const Pooling& pooling, int64_t tokens, int64_t batch) {
   return blocks_for(tokens * (pooling.channels / (pooling.patch * pooling.patch)), kThreads, batch * pooling.frames);
 }

@@ -1,16 +1,16 @@
-// pool and lift_pooled, what CPU and CUDA share: a picture of tokens, and the one that is `factor` times smaller along
-// both sides.
+// pool and lift_pooled, shared by CPU and CUDA: a picture of tokens, and a picture `factor` times smaller along both
+// sides.
 //
 //   pool:         out = mean over factor x factor latents / (1 - s + s / factor)       without a level, the mean
 //   lift_pooled:  clean = pooled - s' * values,  s' = (s / factor) / (1 - s + s / factor)
 //                 out = (state - bilinear(clean)) / s
 //
-// A token holds patch x patch latents, channel by channel: element (c * patch + y) * patch + x. Latents of all tokens of a
-// frame form a plane of rows * patch times columns * patch. The smaller picture's latents are ceil(side / factor); tokens
-// that reach beyond them repeat the last. Frames keep to themselves.
+// A token holds patch x patch latents, channel by channel: element (c * patch + y) * patch + x. The latents of all
+// tokens of a frame form a plane of rows * patch times columns * patch. The smaller picture has ceil(side / factor)
+// latents per side; tokens that reach beyond them repeat the last. Frames are independent.
 //
-// Which elements a token's latents are made of is worked out once for the token, and holds for each of its channels.
-// PATCH and FACTOR are template arguments where they occur often, 0 elsewhere.
+// The places of a token's source latents are computed once per token, and are the same for each of its channels. PATCH
+// and FACTOR are template arguments for common values, and 0 otherwise.
 #pragma once
 
 #include "portable.h"
@@ -39,14 +39,14 @@ struct Pooling {
   int64_t num_small() const { return int64_t{1} * frames * small_rows * small_columns; }
 };
 
-// What a sum over factor x factor latents of a state at level s is multiplied by; at level 0 that gives the mean.
+// The factor for a sum over factor x factor latents of a state at level s; at level 0 the result is the mean.
 JITACCEL_HOST_DEVICE float pooled_scale(float s, float factor) {
   return 1.0f / (factor * factor * (1.0f - s + s / factor));
 }
 
 JITACCEL_HOST_DEVICE float pooled_level(float s, float factor) { return s / factor / (1.0f - s + s / factor); }
 
-// Calls f(P, F), the two as types of which ::value is the template argument.
+// Calls f(P, F), where ::value of the two types is the template argument.
 template <int VALUE>
 struct Number {
   static constexpr int value = VALUE;
@@ -58,7 +58,7 @@ void with_sizes(const Pooling& pooling, const F& f) {
   f(Number<0>(), Number<0>());
 }
 
-// Where element 0 of latent (y, x) of a picture that is `columns` tokens wide stands in its frame.
+// The place in a frame of element 0 of latent (y, x), in a picture that is `columns` tokens wide.
 JITACCEL_HOST_DEVICE int place_of(int y, int x, int columns, int patch, int channels) {
   return (y / patch * columns + x / patch) * channels + y % patch * patch + x % patch;
 }
@@ -68,7 +68,7 @@ template <int PATCH, int FACTOR>
 struct PooledFrom {
   static constexpr int kPatch = PATCH > 0 ? PATCH : kMostPooled, kFactor = FACTOR > 0 ? FACTOR : kMostPooled;
   int any_patch, any_factor;
-  int lines[kPatch * kFactor], columns[kPatch * kFactor];  // an element's place is the sum of one of each
+  int lines[kPatch * kFactor], columns[kPatch * kFactor];  // the place of an element is lines[i] + columns[j]
 
   JITACCEL_HOST_DEVICE int patch() const { return PATCH > 0 ? PATCH : any_patch; }
   JITACCEL_HOST_DEVICE int factor() const { return FACTOR > 0 ? FACTOR : any_factor; }
@@ -87,7 +87,7 @@ struct PooledFrom {
       }
   }
 
-  // Latent (y, x) of the token. `channel`: the frame's elements, from those of the channel on.
+  // The mean for latent (y, x) of the token. `channel`: the frame's elements, starting with those of the channel.
   template <typename T>
   JITACCEL_HOST_DEVICE float mean(const T* channel, int y, int x, float scale) const {
     const int factor = this->factor();
@@ -104,13 +104,13 @@ struct PooledFrom {
   JITACCEL_HOST_DEVICE static int smaller(int a, int b) { return a < b ? a : b; }
 };
 
-// Along one axis: between which latents of the smaller picture those of a token lie, half-pixel centres, edges held.
+// Along one axis, the latents of the smaller picture around those of a token: half-pixel centres, edges held.
 template <int PATCH, int FACTOR>
 struct Between {
   static constexpr int kPatch = PATCH > 0 ? PATCH : kMostPooled;
-  int latents[kPatch + 1];  // of the smaller picture, neighbours
-  int below[kPatch];        // which of them a latent of the token has below it; the next is above
-  float share[kPatch];      // of the one above
+  int latents[kPatch + 1];  // neighbours in the smaller picture
+  int below[kPatch];        // for each latent of the token, the one below it; the next is above
+  float share[kPatch];      // weight of the one above
 
   JITACCEL_HOST_DEVICE Between(int token, int patch, int factor, int size) {
     const int first = below_of(token * patch, factor);
@@ -133,7 +133,7 @@ struct Between {
   JITACCEL_HOST_DEVICE static int below_of(int at, int factor) { return (2 * at + 1 + factor) / (2 * factor) - 1; }
 };
 
-// The latents of the smaller picture among which a token's lie, and their clean estimates.
+// The latents of the smaller picture around those of a token, and their clean estimates.
 template <int PATCH, int FACTOR>
 struct LiftedFrom {
   static constexpr int kSide = Between<PATCH, FACTOR>::kPatch + 1;
@@ -159,7 +159,7 @@ struct LiftedFrom {
     float at[kSide][kSide];
   };
 
-  // Of one channel, whose elements begin at `pooled` and `values`.
+  // For one channel, whose elements start at `pooled` and `values`.
   template <typename V, typename S>
   JITACCEL_HOST_DEVICE Clean clean(const V* values, const S* pooled, float level) const {
     Clean clean;

@@ -1,6 +1,6 @@
-// What CPU and CUDA kernels both compile: values by element type, reflection, and the operators' formulas.
+// Code that both CPU and CUDA kernels compile: dispatch by element type, reflection, and the operators' formulas.
 //
-// One source for both, so that what the tests find on a CPU holds on a GPU too.
+// A single source, so that CPU tests also cover the formulas used on a GPU.
 #pragma once
 
 #include "check.h"
@@ -19,7 +19,7 @@ namespace jitaccel {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Calls f with a value of the element type of x, which check.h has found to be one of three.
+// Calls f with a value of the element type of x, which check.h has checked to be one of three.
 template <typename F>
 void with_type(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
@@ -29,7 +29,7 @@ void with_type(const Tensor& x, const F& f) {
   }
 }
 
-// Returns where `position` of an axis lies after reflection at its ends, repeated where the axis is shorter than that.
+// Returns `position` on an axis after reflection at its ends, repeated if the axis is shorter than that.
 template <typename Int>
 JITACCEL_HOST_DEVICE Int reflect(Int position, Int size) {
   if (position >= 0 && position < size) return position;
@@ -49,8 +49,8 @@ JITACCEL_HOST_DEVICE int reflect_once(int position, int size) {
 //
 //   sum d^2 / S - (sum d / S)^2 + c^2 (m / S - m^2 / S^2) + 2 c sum d (1 / S - m / S^2)
 //
-// The two moments of v nearly cancel where its mean is large, so they are not formed. The last two terms are zero away
-// from the border, and at it they are not small differences.
+// The two moments of v nearly cancel if its mean is large, so they are not computed. The last two terms are zero away
+// from the border; at the border they are not small differences of large numbers.
 struct Window {
   float share;   // 1 / S
   float square;  // m / S - m^2 / S^2
@@ -69,11 +69,11 @@ struct Window {
   }
 };
 
-// A move of micro_flow_into: level of the step to come, weight of the target.
+// The move of micro_flow_into: level of the next step, weight of the target.
 struct Move {
   float level, weight;
 
-  // prior: the lifted clean estimate. A state that overflowed is forgotten where the target takes its place.
+  // prior: the lifted clean estimate. If the target replaces the state, a state that overflowed has no effect.
   JITACCEL_HOST_DEVICE float operator()(float prior, float noise, float state) const {
     const float target = (1.0f - level) * prior + level * noise;
     return weight == 1.0f ? target : (1.0f - weight) * state + weight * target;

@@ -1,6 +1,6 @@
-// The CPU kernels' inner loops over channels, compiled for several instruction sets and chosen when the library loads.
+// The CPU kernels' inner loops over channels, compiled for several instruction sets and selected at load time.
 //
-// Sums stay in registers: a block of channels passes all its rows before the next block is read.
+// Sums stay in registers: all rows of a block of channels are read before the next block.
 #pragma once
 
 #include "portable.h"
@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstring>
 
-// ifunc resolvers run before the sanitizers are ready, and other compilers and systems lack them: one version there.
-// GCC knows the levels of x86-64 by name from 12 on; before, processors of those levels stand for them.
+// ifunc resolvers run before the sanitizers are ready, and other compilers and systems do not support them: build one
+// version there. GCC knows the x86-64 levels by name from version 12 on; before that, use processors of those levels.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #if __GNUC__ >= 12
@@ -24,8 +24,8 @@
 
 namespace jitaccel {
 
-// Eight floats, in vector extensions of GCC and clang: left to themselves, compilers vectorise the wrong loop. A target
-// without registers of that size gets two or four smaller ones.
+// Eight floats as a vector extension of GCC and clang, because compilers left to themselves vectorise the wrong loop. A
+// target without registers of that size uses two or four smaller ones.
 constexpr int64_t kLanes = 8;
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
@@ -44,14 +44,14 @@ JITACCEL_INLINE Words load_bits(const void* from) {
 JITACCEL_INLINE Floats load(const BFloat16* from) { return reinterpret_cast<Floats>(load_bits(from) << 16); }
 JITACCEL_INLINE Floats load(const Half* from) {
   const Words bits = load_bits(from), magnitude = bits & 0x7fffu;
-  // Moved up to a float's place, exponent and fraction lack only the difference of the biases, 2^112; infinities and NaN,
-  // which have the largest exponent, get it.
+  // After shifting to a float's position, exponent and fraction lack only the factor 2^112 between the biases. Infinity
+  // and NaN, which have the largest exponent, get it too.
   const Floats value = reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f;
   const Words special = reinterpret_cast<Words>(magnitude >= 0x7c00u) & 0x7f800000u;
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) | special | (bits & 0x8000u) << 16);
 }
 
-// Sums of `kVectors` vectors of channels, from channel c on, stay in registers over all rows.
+// Sums of `kVectors` vectors of channels, starting at channel c, stay in registers over all rows.
 template <int kVectors, typename T>
 JITACCEL_INLINE void blend_block(const T* const* rows, const float* weights, int64_t count, int64_t c, float* out) {
   Floats sums[kVectors] = {};
@@ -87,12 +87,12 @@ JITACCEL_CLONES inline void blend(const Half* const* rows, const float* weights,
   blend_rows(rows, weights, count, channels, out);
 }
 
-// Asks for `bytes` from `from` on, which are read or written soon.
+// Prefetches `bytes` starting at `from`, which are read or written soon.
 JITACCEL_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// out[c] = from[c], as floats.
+// out[c] = from[c], converted to float.
 template <typename T>
 JITACCEL_INLINE void widen_row(const T* from, int64_t channels, float* out) {
   int64_t c = 0;

@@ -1,4 +1,4 @@
-"""The one line: `jitaccel.apply(target, preset="7x")`."""
+"""The main entry point: `jitaccel.apply(target, preset="7x")`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .errors import ConfigError, UnsupportedModelError, suggestion
 from .execution.options import Attention, ControlNet, Execution, Mode, Unsupported
 from .generation import registry
 from .generation.handle import Handle
-from .method.config import JiTConfig, arguments_of, check_fields
-from .method.overrides import Overrides
+from .method.config import JiTConfig
+from .method.overrides import Overrides, arguments_of, check_fields
 from .method.presets import PRESETS, PresetName, resolve
 from .speed.target import Auto
 
@@ -42,46 +42,50 @@ def apply(
     text_tokens: int | None = None,
     **overrides: Unpack[Overrides],
 ) -> Handle:
-    """Returns a handle to `target`, a pipeline or transformer, that from now on computes sparse anchor tokens.
+    """Makes `target`, a pipeline or transformer, compute only sparse anchor tokens at first, and returns a handle.
 
-    Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed, and the handle takes
-    it back bit for bit. Applying to the same target again replaces what was applied before.
+    Just-in-Time spatial acceleration (arXiv:2603.10744). Only the given instances are changed; `handle.remove()`
+    restores them bit for bit. Applying to the same target again replaces the earlier configuration.
 
     Args:
-        target: A diffusers pipeline of FLUX.1, FLUX.2, Chroma or a model of docs/models.md, such as Wan, HunyuanVideo,
-            LTX-Video, Qwen-Image, Stable Diffusion 3 or Z-Image (the scheduler is followed, and the state moved in its
-            `step`); or a bare transformer of theirs, or Black Forest Labs' `Flux`, in your own Euler loop (the move is
-            folded into the returned velocity); or ComfyUI's `ModelPatcher`. docs/codebases.md lists them.
-        preset: "4x", "7x", "10x", "few-steps", the paper's own "4x-paper" and "7x-paper", "dense", a JiTConfig, or a
-            speed, `jitaccel.Auto(speedup=8)`: a few steps are timed here, and `handle.choice` reports which steps and
-            densities were picked and why. On video models a preset given by name keeps the sampler's own noise levels;
-            `schedule="beta"` takes the preset's.
-        noise_levels: For a bare transformer, the levels of the loop that will call it, first to last, 0 included;
-            without them they are predicted from the preset's own, and corrected as they are seen.
-        execution: "packed" runs all images of a batch in one forward on one packed sequence; "indexed" runs the model's
-            own forward on the anchors; "auto" packs what it covers. `handle.stats()` reports which, and why.
-        attention: What packed execution attends with: "auto", "flash_attn_3", "flash_attn", "torch_varlen", "xformers"
-            or "sdpa".
-        compile: Compiles each stage with static shapes, and on CUDA captures it as a CUDA graph: True, a mode of
-            `torch.compile` ("max-autotune", ...), or a dict of its arguments backend, mode and options, and `graphs`:
-            whether to capture. Graphs are made at the first generation of each size and batch, or by `handle.warmup`.
+        target: One of these (docs/codebases.md lists them all). A diffusers pipeline of FLUX.1, FLUX.2, Chroma, Wan,
+            HunyuanVideo, LTX-Video, Qwen-Image, Stable Diffusion 3, Z-Image or another model in docs/models.md;
+            jitaccel follows its scheduler and updates the state inside the scheduler's `step`. The bare transformer of
+            such a pipeline, or Black Forest Labs' `Flux`, in your own Euler loop; the update is folded into the
+            returned velocity. ComfyUI's `ModelPatcher`.
+        preset: The name of a preset ("4x", "7x", "10x", "few-steps", "dense", or the paper's "4x-paper" and
+            "7x-paper"), a JiTConfig, or a target speed such as `jitaccel.Auto(speedup=8)`. With a target speed,
+            jitaccel times a few steps and picks steps and densities; `handle.choice` reports the choice and the reason.
+            On video models, a preset given by name keeps the sampler's own noise levels; `schedule="beta"` uses the
+            preset's levels instead.
+        noise_levels: For a bare transformer: the noise levels of the loop that will call it, first to last, including
+            the final 0. If omitted, they are predicted from the preset's levels and corrected during the loop.
+        execution: "packed" runs all images of a batch as one packed sequence in one forward. "indexed" runs the model's
+            own forward on the anchors. "auto" uses "packed" where it is supported. `handle.stats()` reports which one
+            ran and why.
+        attention: Attention backend of packed execution: "auto", "flash_attn_3", "flash_attn", "torch_varlen",
+            "xformers" or "sdpa".
+        compile: Whether to compile each stage with static shapes and, on CUDA, capture it as a CUDA graph. True, a mode
+            of `torch.compile` ("max-autotune", ...), or a dict with any of `backend`, `mode` and `options` (passed to
+            `torch.compile`) and `graphs` (whether to capture). Compilation and capture happen at the first generation
+            of each size and batch, or in `handle.warmup`.
         strict: Raise UnsupportedModelError instead of running a fallback.
-        on_unsupported: "error" raises for a target, sampler or call that cannot be accelerated correctly; "dense" logs
-            a warning and lets it run dense, which `handle.stats()` then reports. A call of a pipeline keeps the number
-            of steps and the levels that the configuration has set by then.
-        controlnet: A pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone, which costs less
-            and shows it less of the picture.
-        target_speedup: With preset="auto", as `Auto(speedup=...)`.
-        target_ms: With preset="auto", as `Auto(ms=...)`.
-        size: With preset="auto", as `Auto(size=...)`.
-        text_tokens: With preset="auto", as `Auto(text_tokens=...)`.
+        on_unsupported: What to do with a target, sampler or call that cannot be accelerated correctly. "error" raises.
+            "dense" logs a warning and runs it dense, which `handle.stats()` then reports; a pipeline call keeps the
+            number of steps and the noise levels that the configuration has already set.
+        controlnet: "dense" runs a pipeline's ControlNet on every token. "anchors" runs it on the anchors alone, which
+            is cheaper but gives it less of the picture.
+        target_speedup: With preset="auto": as `Auto(speedup=...)`.
+        target_ms: With preset="auto": as `Auto(ms=...)`.
+        size: With preset="auto": as `Auto(size=...)`.
+        text_tokens: With preset="auto": as `Auto(text_tokens=...)`.
         **overrides: Fields of JiTConfig, for example `steps=14` or `micro_flow="exact"`.
 
     Returns:
-        The handle: `stats()`, `warmup()`, `remove()`, and a context manager.
+        The handle, with `stats()`, `warmup()` and `remove()`. It is also a context manager.
 
     Raises:
-        ConfigError: For bad settings, with every reason.
+        ConfigError: For invalid settings; the message lists every problem.
         UnsupportedModelError: For a target that cannot be accelerated correctly.
     """
     from . import patches
@@ -120,7 +124,7 @@ def apply(
 
 
 def _checked_preset(preset: str | JiTConfig) -> str | JiTConfig:
-    """Returns a preset. Raises ConfigError for a name that is none, with the name most like it, "auto" among them."""
+    """Returns a valid preset. Raises ConfigError for an unknown name, suggesting the most similar one or "auto"."""
     if isinstance(preset, JiTConfig) or (isinstance(preset, str) and preset in PRESETS):
         return preset
     names = (*PRESETS, "auto")
@@ -131,7 +135,7 @@ def _checked_preset(preset: str | JiTConfig) -> str | JiTConfig:
 
 
 def _check_is_object(target: Any) -> None:
-    """Raises ConfigError for what cannot be a pipeline or a network: None, a name, a path."""
+    """Raises ConfigError for a target that cannot be a pipeline or a network, such as None, a name or a path."""
     try:
         weakref.ref(target)
     except TypeError:
@@ -142,7 +146,7 @@ def _check_is_object(target: Any) -> None:
 
 
 def _defaults(target: Any, preset: str | JiTConfig | Auto) -> Mapping[str, Any]:
-    """Returns the fields that the kind of model has in a preset that is given by name: video keeps its own levels."""
+    """Returns the fields that this kind of model overrides in a preset given by name: video keeps its own levels."""
     from . import patches
 
     if not isinstance(preset, str):
@@ -160,7 +164,7 @@ def _wanted_speed(
     overrides: Mapping[str, Any],
     levels: Sequence[float] | None,
 ) -> Auto | None:
-    """Returns the speed that is asked for in place of a preset, or None; raises where arguments do not go together."""
+    """Returns the speed requested instead of a preset, or None. Raises ConfigError for conflicting arguments."""
     is_auto = isinstance(preset, str) and preset == "auto"
     if not is_auto:
         advice = "set it in Auto" if isinstance(preset, Auto) else 'leave it out, or use preset="auto"'

@@ -1,14 +1,14 @@
-"""Compiles the operators in csrc/ with the system's compilers: `python -m jitaccel.build`, and what setup.py calls.
+"""Compiles the operators in csrc/ with the system's compilers. Run by `python -m jitaccel.build` and by setup.py.
 
-Two plain shared libraries on LibTorch's stable ABI, `_C_cpu.so` and `_C_cuda.so`: one build serves every Python and
-every torch from 2.10 on, and CUDA compiles beside a torch without it. Standard library only, and torch is needed for
-its headers alone: it is looked for, never imported.
+Builds two plain shared libraries on LibTorch's stable ABI, `_C_cpu.so` and `_C_cuda.so`. One build works with every
+Python and with every torch from 2.10 on; the CUDA library also compiles against a torch without CUDA. This module uses
+only the standard library. torch is located for its headers, but never imported.
 
-    JITACCEL_CPU, JITACCEL_CUDA   auto (default: build where that works, say where not), 1 (must build), 0 (skip)
+    JITACCEL_CPU, JITACCEL_CUDA   auto (default: build if possible, report if not), 1 (must build), 0 (skip)
     TORCH_CUDA_ARCH_LIST          as in PyTorch, such as "9.0" or "8.0;9.0+PTX"; default: all that nvcc can make
     CXX, CUDA_HOME                the compilers
     JITACCEL_CXXFLAGS, JITACCEL_NVCCFLAGS   more options
-    JITACCEL_TORCH                the folder of torch, for builds that cannot see it (`uv pip install` isolates them)
+    JITACCEL_TORCH                the folder of torch, for isolated builds that cannot see it (`uv pip install`)
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from pathlib import Path
 
 KINDS = {"cpu": ".cpp", "cuda": ".cu"}
 _HEADERS = {"cpu": ("*.h", "*.map"), "cuda": ("*.h", "*.cuh", "*.map")}
-TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable ABI is used
+TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest with the stable ABI used here
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0+PTX"
 _PACKAGE = Path(__file__).resolve().parent
-_WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")  # psabi: vectors are passed to no function of another file
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")  # psabi: no vectors are passed between files
 
 
 class MissingToolError(RuntimeError):
-    """Something that a build needs is not there (as opposed to: the compiler failed)."""
+    """A tool or package needed for the build is missing; the compiler itself did not fail."""
 
 
 class CompilerError(RuntimeError):
-    """The compiler failed, or could not be run."""
+    """The compiler failed or could not be run."""
 
 
 def source_folder() -> Path:
-    """Returns csrc/: inside the package where it is installed, beside it in a checkout."""
+    """Returns csrc/: inside an installed package, next to the package in a checkout."""
     installed = _PACKAGE / "csrc"
     return installed if installed.is_dir() else _PACKAGE.parent / "csrc"
 
 
 def library_path(kind: str, folder: Path | None = None) -> Path:
-    """Returns where the library of a kind ("cpu", "cuda") lies."""
+    """Returns the path of the library of a kind ("cpu" or "cuda")."""
     return (folder or _PACKAGE) / f"_C_{kind}.so"
 
 
@@ -60,7 +60,7 @@ def sources(kind: str) -> list[Path]:
 
 
 def source_hash(kind: str) -> str | None:
-    """Returns a hash of all that a library is made of, headers included; None where the sources are not at hand."""
+    """Returns a hash of all sources of a library, including headers; None if the sources are not available."""
     headers = [file for pattern in _HEADERS[kind] for file in sorted(source_folder().glob(pattern))]
     files = [*sources(kind), *headers]
     if not sources(kind):
@@ -72,10 +72,10 @@ def source_hash(kind: str) -> str | None:
 
 
 def staleness(kind: str, library: Path) -> str | None:
-    """Returns why a library may not be used: it is missing, or was built from other sources; None where it may.
+    """Returns why a library cannot be used (missing, or built from other sources), or None if it can be.
 
-    Read from the mark in the file, since loading it would register its operators. A library without sources at hand is
-    taken as it is.
+    Reads the mark in the file, because loading the library would register its operators. If no sources are available,
+    the library is accepted as it is.
     """
     if not library.is_file():
         return f"{library.name} is not built"
@@ -86,25 +86,25 @@ def staleness(kind: str, library: Path) -> str | None:
 
 
 def cuda_mismatch(library: Path, torch_cuda: str) -> str | None:
-    """Returns why a CUDA library may not be used by a torch of a CUDA version, such as "12.8"; None where it may.
+    """Returns why a CUDA library cannot be used by a torch for a CUDA version such as "12.8", or None if it can be.
 
-    The library holds the runtime of the CUDA that it was linked with, which wants a driver of that major at least. A
-    torch of a smaller one runs on older drivers, where every call would fail.
+    The library contains the runtime of the CUDA version it was linked with, which needs a driver of at least that major
+    version. A torch for an older major version also runs on older drivers, where every call would fail.
     """
     mark = re.search(rb"jitaccel-cuda-major:(\d+);", library.read_bytes())
     if mark is None or int(mark[1]) <= int(torch_cuda.partition(".")[0]):
         return None
     return (
         f"{library.name} was linked with CUDA {int(mark[1])} and torch is built for CUDA {torch_cuda}: "
-        f"compile it with that CUDA (CUDA_HOME), or take a torch for CUDA {int(mark[1])}"
+        f"compile it with that CUDA (CUDA_HOME), or install a torch for CUDA {int(mark[1])}"
     )
 
 
 def build(kind: str, out: Path, sanitize: bool = False, required: bool = False) -> bool:
-    """Returns whether the library was built.
+    """Builds a library and returns whether that succeeded.
 
-    Where it is asked for, by its switch or `required`, all that keeps it from being built is an error; else a warning,
-    since plain torch stands in for it.
+    If the library was requested, by its environment variable or `required`, a failure is an error. Otherwise it is a
+    warning, because plain torch is the fallback.
     """
     switch = f"JITACCEL_{kind.upper()}"
     mode = os.environ.get(switch, "auto")
@@ -127,7 +127,7 @@ def build(kind: str, out: Path, sanitize: bool = False, required: bool = False) 
 
 
 def unsupported_reason(kind: str, platform: str) -> str | None:
-    """Returns why a library cannot work on a platform (as `sys.platform` names it), None where it can."""
+    """Returns why a library cannot work on a platform (as `sys.platform` names it), or None if it can."""
     if platform == "win32":
         return "they are written for g++ and clang++, not for Windows"
     if platform == "darwin" and kind == "cuda":
@@ -136,7 +136,7 @@ def unsupported_reason(kind: str, platform: str) -> str | None:
 
 
 def compile_command(kind: str, sanitize: bool = False) -> list[str]:
-    """Returns the compiler call of a library, but for its output. Raises MissingToolError where a tool is missing."""
+    """Returns the compiler command of a library without its output. Raises MissingToolError for a missing tool."""
     torch_root = find_torch()
     if not sources(kind):
         raise MissingToolError(f"no sources in {source_folder()}")
@@ -158,16 +158,16 @@ def compile_command(kind: str, sanitize: bool = False) -> list[str]:
 
 
 def _link_options(*names: str, escape: str = "") -> list[str]:
-    """Of both compilers: -Xlinker takes one option of the linker's, in which nvcc wants spaces escaped."""
+    """Linker options for both compilers: -Xlinker passes one option; with nvcc, spaces in it must be escaped."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
-    # The libraries are kept though nothing refers to them: they are what loads torch where Python has not.
+    # Link these libraries although nothing refers to them: they load torch in programs without Python.
     exports = str(source_folder() / "exports.map").replace(" ", f"{escape} ")
     return ["-Xlinker", "--no-as-needed", *(f"-l{name}" for name in names), "-Xlinker", f"--version-script={exports}"]
 
 
 def _compile(command: Sequence[str], out: Path) -> None:
-    """Runs the compiler into a temporary file beside `out`, which is replaced only by a whole library."""
+    """Runs the compiler into a temporary file next to `out`, and replaces `out` only if it succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_suffix(f".{os.getpid()}.tmp")
     started = time.monotonic()
@@ -188,14 +188,14 @@ def _compile(command: Sequence[str], out: Path) -> None:
 
 
 def find_torch() -> Path:
-    """Returns the folder of the installed torch, without importing it: under pip's build isolation too."""
+    """Returns the folder of the installed torch without importing it, under pip's build isolation too."""
     for root in _torch_folders():
         if (root / "include/torch/csrc/stable/library.h").is_file():
             if _torch_version(root) < (2, 10):
                 raise MissingToolError(f"torch in {root} is older than 2.10")
             return root
-    hint = "; uv builds apart from it: --no-build-isolation or JITACCEL_TORCH=FOLDER" if os.environ.get("UV") else ""
-    raise MissingToolError(f"no torch of 2.10 or newer with headers beside {sys.executable}{hint}")
+    hint = "; uv builds in isolation: --no-build-isolation or JITACCEL_TORCH=FOLDER" if os.environ.get("UV") else ""
+    raise MissingToolError(f"no torch of 2.10 or newer with headers for {sys.executable}{hint}")
 
 
 def _torch_folders() -> Iterator[Path]:
@@ -204,7 +204,7 @@ def _torch_folders() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")
     yield from map(Path, (spec.submodule_search_locations or ()) if spec else ())
     yield from (Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib"))
-    # An isolated build has a path of its own; the environment it runs for is the interpreter's prefix.
+    # An isolated build has its own path; the environment it builds for is at the interpreter's prefix.
     yield from Path(sys.prefix).glob("lib/python3*/site-packages/torch")
 
 
@@ -216,7 +216,7 @@ def _torch_version(root: Path) -> tuple[int, int]:
 
 
 def find_compiler() -> list[str]:
-    """Returns the C++ compiler's command. Raises MissingToolError where there is none."""
+    """Returns the command of the C++ compiler. Raises MissingToolError if none is found."""
     if chosen := os.environ.get("CXX"):
         return shlex.split(chosen)
     for name in ("g++", "c++", "clang++"):
@@ -226,7 +226,7 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
-    """Returns nvcc's path. Raises MissingToolError where there is none."""
+    """Returns the path of nvcc. Raises MissingToolError if it is not found."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for candidate in (*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"):
         if path := shutil.which(candidate):
@@ -235,7 +235,7 @@ def find_nvcc() -> str:
 
 
 def architecture_options(nvcc: str) -> list[str]:
-    """Returns nvcc's options for the architectures asked for, or for those of the default that this nvcc can make."""
+    """Returns nvcc's options for the requested architectures, or for those defaults that this nvcc supports."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     wanted = re.split(r"[;,\s]+", asked or DEFAULT_ARCHITECTURES)
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
@@ -255,13 +255,13 @@ def _say(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Builds what can be built, into the package or `--out`."""
+    """Builds the libraries into the package or into `--out`."""
     parser = argparse.ArgumentParser(
         prog="python -m jitaccel.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda: must be built; default: both, if possible")
-    parser.add_argument("--out", type=Path, help="where to; JITACCEL_LIBRARIES makes jitaccel load from there")
-    parser.add_argument("--if-stale", action="store_true", help="leave alone what was built from these sources")
+    parser.add_argument("--out", type=Path, help="output folder; set JITACCEL_LIBRARIES to load from there")
+    parser.add_argument("--if-stale", action="store_true", help="skip libraries that are up to date with their sources")
     parser.add_argument("--sanitize", action="store_true", help="cpu: with address and undefined-behaviour sanitizers")
     options = parser.parse_args(arguments)
     if unknown := set(options.kinds) - set(KINDS):

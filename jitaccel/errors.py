@@ -1,4 +1,4 @@
-"""Exceptions of the package, and what their messages suggest.
+"""Exceptions of the package, and suggestions for misspelled names.
 
 Message format: `<function>: <argument> must <rule>, got <value>; <what to do>`.
 """
@@ -6,11 +6,11 @@ Message format: `<function>: <argument> must <rule>, got <value>; <what to do>`.
 import difflib
 from collections.abc import Iterable
 
-_ALIKE = 0.6  # share of letters that two names must have in common; "8x" is not "7x", "execution" is "executon"
+_ALIKE = 0.6  # difflib's similarity ratio; "executon" suggests "execution", but "8x" does not suggest "7x"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists every reason, one a line."""
+    """An invalid configuration. The message lists every problem, one per line."""
 
 
 class UnsupportedModelError(RuntimeError):
@@ -18,21 +18,21 @@ class UnsupportedModelError(RuntimeError):
 
 
 class NonFiniteVelocityError(RuntimeError):
-    """A model returned NaN or infinity, so that tokens cannot be ranked by importance."""
+    """A model returned NaN or infinity, so tokens cannot be ranked by importance."""
 
 
 class ArtefactError(ValueError):
-    """Exported stages that are damaged, or were made for something else than what is asked of them."""
+    """Exported stages that are damaged or incomplete, or do not fit this software, machine or request."""
 
 
 class CommandError(Exception):
-    """Arguments that a command cannot run with, or a file or package that it lacks."""
+    """A command cannot run: an argument is invalid, or a file or package is missing."""
 
 
-def suggestion(name: object, allowed: Iterable[str], otherwise: str = "take one of these") -> str:
-    """Returns what to do instead of `name`: the allowed name most like it, or `otherwise` where none is like it.
+def suggestion(name: object, allowed: Iterable[str], otherwise: str = "choose one of these") -> str:
+    """Returns advice for an unknown name: the most similar allowed name, or `otherwise` if none is similar.
 
-    Case is ignored. What is no text is like nothing.
+    Case is ignored. A `name` that is not a string matches nothing.
     """
     by_folded = {candidate.casefold(): candidate for candidate in allowed}
     word = name.casefold() if isinstance(name, str) else ""

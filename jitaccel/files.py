@@ -1,4 +1,4 @@
-"""Files that are whole under their names: written next to their place, and moved there when all is in them."""
+"""Atomic file writes: content goes to a temporary file in the same folder, which is then renamed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives a hidden name in the same folder to write to, and moves what was written to `path` at the end.
+    """Yields a hidden temporary path in the same folder, and moves it to `path` when the block succeeds.
 
-    Where the writer fails, nothing of it stays, and what was at `path` before is still there. A process that is killed
-    leaves the hidden file.
+    If the block fails, the temporary file is deleted and an existing file at `path` is untouched. A killed process
+    leaves the temporary file behind.
 
     Args:
-        path: The file to be; its folder exists. Its suffix is that of the name given.
+        path: The file to write. Its folder must exist. The temporary path has the same suffix.
     """
     partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}{path.suffix}")
     try:
@@ -29,13 +29,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, whole or not at all; text in UTF-8."""
+    """Writes a file atomically; text is encoded as UTF-8."""
     with whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def is_there(path: Path) -> bool:
-    """Returns whether a path stands for something; not where the system cannot even ask (a name that is too long)."""
+    """Returns whether a path exists; False also where the system cannot check, as for a name that is too long."""
     try:
         return path.exists()
     except OSError:

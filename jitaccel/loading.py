@@ -1,4 +1,4 @@
-"""Loads a pipeline from a folder or the Hugging Face hub, and says in one line why it cannot."""
+"""Loads a pipeline from a folder or the Hugging Face hub; a failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ EMBEDDED_TEXT_TOKENS = 48  # the embedded model's captions are shorter; its defa
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSizes:
-    """The pictures that a pipeline makes, in pixels: `unit` divides both sides, `side` is the default of each."""
+    """The picture sizes of a pipeline, in pixels: both sides must be multiples of `unit`, `side` is their default."""
 
     unit: int
     side: int
 
 
 def picture_sizes(model: str | None) -> PictureSizes | None:
-    """Returns which pictures a pipeline makes, from its autoencoder's configuration alone: no weights are loaded.
+    """Returns the picture sizes of a pipeline, read from its autoencoder's configuration without loading weights.
 
     Args:
         model: Folder, hub id, or None for the embedded pipeline.
 
     Returns:
-        None where the configuration does not say.
+        The sizes, or None if the configuration does not give them.
 
     Raises:
-        CommandError: For a folder that is no pipeline, and a hub id that is gated, unknown or out of reach.
+        CommandError: For a folder that is not a pipeline, and for a hub id that is gated, unknown or unreachable.
     """
     config = _settings(model, "vae/config.json")
     if not {"block_out_channels", "sample_size"} <= config.keys():
@@ -52,7 +52,7 @@ def pipeline_class(model: str | None) -> type | None:
         model: Folder, hub id, or None for the embedded pipeline.
 
     Returns:
-        None where the index names no class of diffusers.
+        The class, or None if the index does not name a class of diffusers.
 
     Raises:
         CommandError: As `picture_sizes`.
@@ -66,7 +66,7 @@ def pipeline_class(model: str | None) -> type | None:
 
 
 def _settings(model: str | None, name: str) -> Mapping[str, Any]:
-    """Returns what a small JSON file of a model holds; nothing where the model has no such file."""
+    """Returns the content of a small JSON file of a model, or {} if the model does not have it."""
     require_diffusers()
     source = _checked_source(model)
     file = Path(source) / name if Path(source).is_dir() else _from_hub(source, name)
@@ -80,7 +80,7 @@ def _settings(model: str | None, name: str) -> Mapping[str, Any]:
 
 
 def _from_hub(model: str, name: str) -> Path | None:
-    """Returns one small file of a hub model, from the cache where it is there; None where the model has no such."""
+    """Returns a small file of a hub model, from the cache if present, or None if the model does not have it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -95,11 +95,11 @@ def _from_hub(model: str, name: str) -> Path | None:
 
 @contextmanager
 def _hub_errors(model: str, option: str = "--model") -> Iterator[None]:
-    """Raises CommandError with what to do where a hub model is gated, unknown or out of reach."""
+    """Turns errors of the hub (model gated, unknown or unreachable) into a CommandError that says what to do."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # without a line for each of its tries: what is raised in the end says it
+    logging.set_verbosity_error()  # suppress one line per retry; the final error says enough
     try:
         yield
     except GatedRepoError as error:
@@ -114,7 +114,7 @@ def _hub_errors(model: str, option: str = "--model") -> Iterator[None]:
         ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise CommandError(
-            f"{option} must be in the cache or within reach, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
+            f"{option} must be in the cache or reachable, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
             f"set, and the cache does not have it; connect once, or give a folder"
         ) from error
 
@@ -129,7 +129,7 @@ def load_pipeline(
     kind: type | None = None,
     controlnet: str | None = None,
 ) -> Any:
-    """Returns the diffusers pipeline in a folder or of a hub id, on its device; None: the embedded one.
+    """Returns the diffusers pipeline of a folder or hub id, placed on its device.
 
     Args:
         model: Folder, hub id, or None for the embedded pipeline.
@@ -137,7 +137,7 @@ def load_pipeline(
         device: Name of a torch device; "auto" is CUDA if present.
         offload: One of OFFLOADS: "none" puts the whole pipeline on the device, "model" one component at a time,
             "sequential" one layer at a time.
-        pickle: Whether weights may be other files than safetensors; loading those runs code that they hold.
+        pickle: Whether to accept weights in formats other than safetensors. Loading those runs code stored in them.
         kind: Class of pipelines of diffusers; None for the one that the model names.
         controlnet: Folder or hub id of a ControlNet for it.
 
@@ -175,20 +175,22 @@ def load_pipeline(
 
 
 def _loaded(kind: Any, source: str, option: str, what: str, settings: Mapping[str, Any]) -> Any:
-    """Returns a pipeline or model of diffusers. Raises CommandError, which names `option`, where it does not load."""
+    """Returns a pipeline or model of diffusers. Raises CommandError, which names `option`, if it does not load."""
     try:
         with _hub_errors(source, option):
             return kind.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        advice = "; --pickle loads weights that are no safetensors, too" if settings["use_safetensors"] else ""
+        advice = (
+            "; --pickle also loads weights in formats other than safetensors" if settings["use_safetensors"] else ""
+        )
         raise CommandError(
             f"{option} must be a diffusers {what} that loads, got {source}: {lines[0]}{advice}"
         ) from error
 
 
 def _quieten(progress_bars: bool) -> None:
-    """Silences what transformers says about packages that no FLUX pipeline needs, and bars that last a moment."""
+    """Silences transformers' notes on packages that FLUX does not need and, optionally, short progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -200,17 +202,17 @@ def _quieten(progress_bars: bool) -> None:
 
 
 def require_diffusers() -> None:
-    """Raises CommandError where a package that loads pipelines is missing."""
+    """Raises CommandError if a package needed to load pipelines is missing."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"diffusers and what it loads models with must be installed, got no {', '.join(missing)}; "
+            f"diffusers and the packages it loads models with must be installed, got no {', '.join(missing)}; "
             f'pip install "jitaccel[diffusers]"'
         )
 
 
 def pick_device(name: str) -> Any:
-    """Returns the torch device of a name, "auto" for CUDA where there is one. Raises CommandError for one not here."""
+    """Returns the torch device of a name; "auto" is CUDA if present. Raises CommandError for an unavailable device."""
     import torch
 
     if name == "auto":
@@ -227,7 +229,7 @@ def pick_device(name: str) -> Any:
 
 
 def check_offload(offload: str, device: Any) -> None:
-    """Raises CommandError for offloading on a device that weights cannot be moved away from."""
+    """Raises CommandError if offloading is requested on the CPU, where weights cannot be moved away."""
     if offload != "none" and device.type == "cpu":
         raise CommandError(
             f"--offload must be none on the CPU, got {offload}; it moves weights between the CPU and an accelerator; "
@@ -254,12 +256,12 @@ def _checked_source(model: str | None) -> str:
 
 
 def picture_side(pipe: Any) -> int:
-    """Returns the side in pixels of the pictures that a pipeline was made for: what its autoencoder says."""
+    """Returns the side in pixels of the pictures a pipeline was made for, as its autoencoder gives it."""
     return int(pipe.vae.config.sample_size)
 
 
 def size_unit(pipe: Any) -> int:
-    """Returns what height and width of a pipeline must be multiples of: a token's side in pixels."""
+    """Returns the side of a token in pixels; a pipeline's height and width must be multiples of it."""
     from .execution.private import uncompiled
     from .patches.models import model_of
 
@@ -271,7 +273,7 @@ def size_unit(pipe: Any) -> int:
 
 
 def makes_videos(kind: type) -> bool:
-    """Returns whether pipelines of a class make videos: their calls take a number of frames."""
+    """Returns whether pipelines of a class make videos, that is, whether their calls take a number of frames."""
     from .patches.diffusers.asked import parameters_of
 
     return "num_frames" in parameters_of(kind)

@@ -1,4 +1,4 @@
-"""Where a measured number comes from: machine, versions, commit."""
+"""Records where a measurement was made: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .version import __version__, checkout
 
 
 def provenance(device: torch.device | None = None) -> dict[str, str | int]:
-    """Returns what a measurement has to name: date, device, cores, threads, versions and commit.
+    """Returns what every measurement records: date, device, cores, threads, versions and commit.
 
-    device: the one that computes; None: the CPU. Asking for a CUDA device initialises it.
+    Args:
+        device: The device that computes; None is the CPU. Naming a CUDA device initialises it.
     """
     is_cuda = device is not None and device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_cuda else processor_name()
@@ -36,7 +37,7 @@ def provenance(device: torch.device | None = None) -> dict[str, str | int]:
 
 
 def first_line(device: torch.device | None = None) -> str:
-    """Returns the line that stands above every table: machine, torch, commit."""
+    """Returns the header line of every table: machine, torch, commit."""
     p = provenance(device)
     return (
         f"{p['device']} ({p['cores']} cores, {p['threads']} threads), torch {p['torch']}, "
@@ -45,7 +46,7 @@ def first_line(device: torch.device | None = None) -> str:
 
 
 def processor_name() -> str:
-    """Returns the processor's name as Linux tells it, or what Python knows."""
+    """Returns the processor's name from /proc/cpuinfo, or as Python reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -55,14 +56,14 @@ def processor_name() -> str:
 
 
 def num_usable_cores() -> int:
-    """Returns how many cores this process may run on."""
+    """Returns the number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def version(package: str) -> str | None:
-    """Returns the installed version of a package, without importing it, or None."""
+    """Returns the installed version of a package without importing it, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -70,14 +71,14 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Returns the commit of our own checkout, "-dirty" where files differ; elsewhere "installed VERSION".
+    """Returns the commit of this package's checkout, with "-dirty" if files differ, else "installed VERSION".
 
-    A package inside another project's repository must not name that project's commit, nor run its programs: git is
-    asked only where our own pyproject.toml and `.git` lie, with hooks and file-system monitor off. The environment
-    variable JITACCEL_COMMIT names the commit of a copy that came without its history.
+    A package inside another project's repository must not report that project's commit or run its programs, so git is
+    called only if our own pyproject.toml and `.git` are there, with hooks and file-system monitor off. For a copy
+    without history, set the environment variable JITACCEL_COMMIT.
     """
-    if told := os.environ.get("JITACCEL_COMMIT"):
-        return told
+    if given := os.environ.get("JITACCEL_COMMIT"):
+        return given
     root = checkout()
     found = None if root is None or not (root / ".git").exists() else _described(root)
     return found or f"installed {__version__}"
@@ -86,7 +87,7 @@ def commit() -> str:
 def _described(root: Path) -> str | None:
     command = ["git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
     command += ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    # Within somebody's hook, GIT_DIR and others name that repository.
+    # Inside another repository's git hook, GIT_DIR and similar variables point to that repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)
     try:

@@ -1,4 +1,4 @@
-"""The version of this package, and the checkout that it runs from. Imports nothing heavy."""
+"""The version of this package, and the checkout it runs from. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def checkout() -> Path | None:
-    """Returns the root of our own checkout, which holds this package and its pyproject.toml, or None if installed."""
+    """Returns the root of the checkout that holds this package and its pyproject.toml, or None if installed."""
     root = Path(__file__).resolve().parents[1]
     return root if _project_version(root) is not None else None
 
 
 def _project_version(root: Path) -> str | None:
-    """Returns the version in a folder's pyproject.toml, or None if it is missing or another project's."""
+    """Returns the version in a folder's pyproject.toml, or None if that is missing or belongs to another project."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
         return str(project["version"]) if project["name"] == "jitaccel" else None
@@ -25,7 +25,7 @@ def _project_version(root: Path) -> str | None:
 def _version() -> str:
     root = checkout()
     found = None if root is None else _project_version(root)
-    if found is not None:  # what is installed may be another copy
+    if found is not None:  # the installed metadata may describe another copy
         return found
     try:
         return metadata.version("jitaccel")

@@ -39,6 +39,7 @@ from .questions import REFERENCE, dense, native_levels
 from .sampler import GRID, TEXT_TOKENS, Bench, Sampled, sample
 from .variant import Variant
 
+BENCHMARK = "search"
 TRAINING_SEED = 1
 DENSITIES = ((0.32, 1.0), (0.5, 1.0), (0.32, 0.6, 1.0))
 ALPHAS, BETAS = (0.7, 1.0, 1.4, 2.0), (0.3, 0.425, 0.6)
@@ -129,15 +130,15 @@ def _sampled_part(made: Sampled, part: slice) -> Sampled:
 
 def _searches(
     options: argparse.Namespace, model: Mapping[str, object]
-) -> Iterator[tuple[Row, Mapping[str, JiTConfig]]]:
+) -> Iterator[tuple[str, Mapping[str, JiTConfig]]]:
     for budget in options.budget:
         chosen = thinned(candidates(budget, model), options.most)
-        yield {"budget": budget}, {config_name(config): config for config in chosen}
+        yield f"stages under {budget:g}", {config_name(config): config for config in chosen}
     for method in options.levels_of:
         (config,) = (found.config for found in parse_methods(method))
         if config is None or config.steps == "caller" or config.schedule == "native":
             raise CommandError(f"--levels-of must name presets, beta:N or dpm:N, got {method!r}")
-        yield {"levels_of": method}, on_levels(config)
+        yield f"levels of {method}", on_levels(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,16 +158,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench.of(pipe, held_out(options.prompts, seed=TRAINING_SEED), seed=100_000 * TRAINING_SEED)
     reference = sample(bench, dense(50, "native"))
     origin = {**provenance(torch.device("cpu")), "seed": TRAINING_SEED}
-    for searched, among in _searches(options, pipe.transformer.config):
+    for case, among in _searches(options, pipe.transformer.config):
         for number, ranked in enumerate(search(among, bench, judge, options.start, reference)):
             with (options.out / "search.jsonl").open("a") as file:
                 for record in ranked:
-                    file.write(json.dumps({**searched, "round": number, **record, **origin}) + "\n")
+                    row = {**record, "benchmark": BENCHMARK, "case": case, "round": number, **origin}
+                    file.write(json.dumps(row) + "\n")
             for record in ranked:
                 found = {key: record["qualities"][key]["value"] for key in ("attributes", "frechet", "perceptual")}
                 shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-                (of,) = searched.values()
-                print(f"{of} {number} {record['method']:24} {record['cost_dense_steps']:.2f}: {shown}", flush=True)
+                head = f"{case}, round {number}: {record['method']:24}"
+                print(f"{head} {record['cost_dense_steps']:.2f}: {shown}", flush=True)
     return 0
 
 

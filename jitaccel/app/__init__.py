@@ -1,1 +1,1 @@
-"""Pictures of one prompt by several presets: what `jitaccel view` and the app make reports of."""
+"""Makes pictures of one prompt with several presets, for the reports of `jitaccel view` and the app."""

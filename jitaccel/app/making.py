@@ -1,4 +1,4 @@
-"""Makes one picture by several presets, from the same noise, and keeps what a report shows."""
+"""Makes one picture with several presets, from the same noise, and keeps what a report shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..view.underway import Glimpse
 
 AfterStep = Callable[[str, int, int], object]
-"""(preset, steps done, steps) after each step."""
+"""(preset, steps done, total steps), called after each step."""
 
 OnGlimpse = Callable[["Glimpse"], object]
 
@@ -28,12 +28,12 @@ class Wanted:
     """One picture.
 
     Attributes:
-        prompt: What to show.
+        prompt: The prompt.
         height: In pixels.
         width: In pixels.
-        seed: Of the noise.
-        text_tokens: Prompt length with padding.
-        further: Arguments of the pipeline, guidance for example.
+        seed: Seed of the noise.
+        text_tokens: Prompt length including padding.
+        further: Other arguments of the pipeline's call, such as guidance.
     """
 
     prompt: str
@@ -46,7 +46,7 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MadePicture:
-    """A picture, and how it came to be. `seconds`: the pipeline's whole call, without what the report needs."""
+    """A finished picture. `seconds`: time of the whole pipeline call, without the work for the report."""
 
     preset: str
     image: Any
@@ -55,9 +55,9 @@ class MadePicture:
 
 
 def steps_of(preset: str) -> int:
-    """Returns how many steps a preset takes."""
+    """Returns the number of steps of a preset."""
     steps = resolve(preset).steps
-    assert isinstance(steps, int)  # of every preset that has a name
+    assert isinstance(steps, int)  # true for every named preset
     return steps
 
 
@@ -71,16 +71,16 @@ def make_each(
     previews: Previews = "auto",
     progress: bool = False,
 ) -> Iterator[MadePicture]:
-    """Yields the picture of each preset as it is finished; the pipeline is untouched in between.
+    """Yields the picture of each preset when it is finished; between presets the pipeline is unpatched.
 
     Args:
         pipe: A diffusers text-to-image pipeline.
         presets: Their names.
         wanted: The picture.
         on_step: Called after each step.
-        on_glimpse: Called after each step with its pictures, which the pipeline's autoencoder decodes.
+        on_glimpse: Called after each step with its pictures, decoded by the pipeline's autoencoder.
         previews: As in `Handle.playback`.
-        progress: Whether the report's pictures have a progress bar.
+        progress: Whether to show a progress bar for the report's pictures.
     """
     for preset in presets:
         yield _made(pipe, preset, wanted, on_step, on_glimpse, previews, progress)
@@ -142,7 +142,7 @@ def _made(
 
 
 def _glimpse(handle: Handle, preset: str, steps: int, decode: Decode, predicted: dict[int, FrameBytes]) -> Glimpse:
-    """Returns the step just done, and keeps its predicted picture."""
+    """Returns the step just done, and stores its predicted picture."""
     from ..evaluation.pictures import show_stage
     from ..view.playback import predicted_picture
     from ..view.underway import Glimpse
@@ -157,5 +157,5 @@ def _glimpse(handle: Handle, preset: str, steps: int, decode: Decode, predicted:
 
 def _tape_of(handle: Handle) -> Tape:
     history = handle.route.history
-    assert history is not None and history.tape is not None  # the handle records, and a step is done
+    assert history is not None and history.tape is not None  # the handle is recording, and a step has run
     return history.tape

@@ -20,10 +20,10 @@ _ABOUT = (
 
 
 def build(studio: Studio) -> gr.Blocks:
-    """Returns the page; `launch()` serves it. One generation runs at a time, others wait in a queue.
+    """Returns the page; `launch()` serves it. One generation runs at a time; others wait in a queue.
 
     Args:
-        studio: What makes the pictures.
+        studio: Makes the pictures.
     """
     with gr.Blocks(title="jitaccel", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_ABOUT)

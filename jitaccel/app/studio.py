@@ -1,4 +1,4 @@
-"""What the app does, without the page: checks what was asked for, makes pictures, report and code."""
+"""The app without its page: checks the input, makes pictures, report and code."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .threads import yield_from_thread
 GlimpseOrPicture = Glimpse | MadePicture
 
 _TEXT_TOKENS = 512
-_LARGEST_PX = 1536  # of a side, so that one request does not keep others waiting for long
+_LARGEST_PX = 1536  # longest side, so that one request does not block others for long
 _REPORT_BYTES = 3_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Showing:
-    """What the page shows.
+    """The content of the page.
 
     Attributes:
-        steps: As HTML: the step under way, at the end the report.
-        pictures: Files of the pictures finished so far with their captions.
-        report: The file of the report, once every preset is finished; else None.
-        code: What makes the pictures, in Python.
+        steps: HTML of the step in progress; at the end, of the report.
+        pictures: Files of the finished pictures, with captions.
+        report: The report's file once every preset is finished; otherwise None.
+        code: Python code that makes the pictures.
     """
 
     steps: str
@@ -43,7 +43,7 @@ class Showing:
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """A pipeline, and a folder for what it makes, which each generation empties.
+    """A pipeline and an output folder, which each generation empties.
 
     Attributes:
         pipe: The pipeline.
@@ -61,22 +61,22 @@ class Studio:
 
     @property
     def size(self) -> str:
-        """The size that the model was made for."""
+        """The size the model was made for."""
         return "{0}x{0}".format(picture_side(self.pipe))
 
     def generate(self, prompt: str, presets: Sequence[str], seed: float, size: str) -> Iterator[Showing]:
-        """Yields what to show after each step and each preset; the last time with the report.
+        """Yields what to show after each step and each preset, and finally the report.
 
-        The pictures are made in a thread of their own, which ends when this is closed.
+        The pictures are made in a separate thread, which ends when this generator is closed.
 
         Args:
-            prompt: What to show.
-            presets: Their names, one or more.
-            seed: Of the noise, a whole number.
+            prompt: The prompt.
+            presets: One or more names.
+            seed: Seed of the noise, a whole number.
             size: HEIGHTxWIDTH in pixels.
 
         Raises:
-            CommandError: For what cannot be made.
+            CommandError: For invalid input.
         """
         wanted = self._wanted(prompt, presets, seed, size)
         total, done, made = sum(map(steps_of, presets)), 0, list[MadePicture]()
@@ -127,7 +127,7 @@ class Studio:
         return f"{made.preset}: {len(made.playback.stats.steps)} steps, {made.seconds:.1f} s"
 
     def code(self, presets: Sequence[str], wanted: Wanted) -> str:
-        """Returns a program that makes the pictures of presets, and a report of each."""
+        """Returns a program that makes the pictures of these presets, with a report of each."""
         source = "jitaccel.embedded_model()" if self.model is None else repr(self.model)
         place = {
             "none": f"pipe.to({str(self.pipe.device)!r})",
@@ -159,6 +159,6 @@ for preset, steps in {[(preset, steps_of(preset)) for preset in presets]}:
 
 
 def framed(page: str) -> str:
-    """Returns a frame that shows a whole page inside another, and lets it touch nothing of that."""
+    """Returns an iframe that shows a whole page inside another one, isolated from it."""
     style = "width: 100%; height: 80vh; border: 0; border-radius: 8px"
     return f'<iframe sandbox="allow-scripts" title="report" style="{style}" srcdoc="{html.escape(page)}"></iframe>'

@@ -1,4 +1,4 @@
-"""Work in a thread of its own, whose results are read one by one while it runs."""
+"""Runs work in a separate thread, and reads its results one by one while it runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ THREAD = "jitaccel app"
 
 Item = TypeVar("Item")
 _Message = tuple[Item | None, BaseException | None]
-"""(an item, None), or (None, why there are no more); the work is done where both are None."""
+"""(an item, None), or (None, the error that ended the work); both are None when the work is done."""
 
 
 class _GivenUpError(Exception):
-    """Nobody reads the items any more; ends the work from inside."""
+    """Ends the work from inside, because its items are no longer read."""
 
 
 def yield_from_thread(work: Callable[[Callable[[Item], None]], None]) -> Iterator[Item]:
-    """Yields what `work` hands over, as it does so; closing this ends the work at what it hands over next.
+    """Yields the items that `work` hands over as they come; closing this generator ends the work at its next item.
 
     Args:
-        work: Takes the function to hand items over with. What it raises is raised here.
+        work: Receives the function to hand items over with. Its exceptions are raised here.
     """
     messages: queue.SimpleQueue[_Message[Item]] = queue.SimpleQueue()
     given_up = threading.Event()

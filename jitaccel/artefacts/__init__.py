@@ -1,1 +1,1 @@
-"""A generation's stages as files, for deployment. Not named export: that is the function of the package."""
+"""Exports a generation's stages as files for deployment. Not named export, which is the package's function."""

@@ -3,15 +3,16 @@
     jitaccel.export(pipe, "flux-7x", preset="7x", size=(1024, 1024))
     handle = jitaccel.load_exported("flux-7x").apply(pipe)   # pipe may have been loaded with transformer=None
 
-One artefact for each stage (gather, network, lift and Euler step), the weights once beside them, and the manifest
+The folder holds one artefact per stage (gather, network, lift and Euler step), the weights once, and the manifest
 (`jitaccel/artefacts/manifest.py`). A stage is a function of tensors alone,
 
     (weights, state, anchors, nearest, blur, text, pooled, guidance, levels) -> (velocity, next_state)
-    (weights, state, text, pooled, guidance, levels) -> (velocity, next_state)       of a stage that pools the picture
+    (weights, state, text, pooled, guidance, levels) -> (velocity, next_state)       if the stage pools the picture
 
 with the weights in the order of their names: state, velocity, next_state (B, N, D); anchors (B, M), nearest (B, N)
-int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` ends
-Euler's step: for `solver="dpmpp_2m"` the program adds what `solver_gains` in the manifest says (`manifest.py`).
+int64; blur (W,) float32; text (B, L, E); pooled (B, P); guidance (B,) float32; levels (2,) float32. `next_state` is the
+result of Euler's step; for `solver="dpmpp_2m"`, the program adds the correction that `solver_gains` in the manifest
+defines (`manifest.py`).
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from ..execution.private import load_aoti_package, write_aoti_package
 from ..generation import registry
 from ..generation.handle import Handle
 from ..limits import MOST_BATCH, MOST_TEXT_TOKENS
-from ..method.config import JiTConfig, arguments_of, check_fields
+from ..method.config import JiTConfig
 from ..method.grid import num_tokens_of
-from ..method.overrides import Overrides
+from ..method.overrides import Overrides, arguments_of, check_fields
 from ..method.presets import PresetName, resolve
 from .manifest import TENSORS, WEIGHTS, Format, Input, Manifest, file_digest, manifest_tensors, processor, write_tensors
 
@@ -49,10 +50,12 @@ Stage = Callable[..., Sequence[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Exportable:
-    """What a codebase gives to export: its stages as modules of one network, one call of each by name.
+    """The stages that a codebase exports: modules of one network, each with an example call by name.
 
-    The state (B, N, D) comes first; names, shapes and dtypes become the manifest's declaration of what stages are
-    called with. levels: S + 1. model: the network's configuration, which the stand-in shows. device, dtype: of states.
+    The state (B, N, D) comes first; names, shapes and dtypes of the call become the input declarations in the manifest.
+
+    levels: S + 1 noise levels. model: configuration of the network, which its stand-in exposes. device, dtype: of
+    states.
     """
 
     codebase: str
@@ -80,25 +83,24 @@ def export(
 ) -> Path:
     """Writes one artefact for each stage of a preset, the weights and a manifest into a new folder, and returns it.
 
-    What is exported serves this size, batch, dtype, device type, processor and torch only.
+    The result works only for this size, batch, dtype, device type, processor and torch.
 
     Args:
-        target: A diffusers `FluxPipeline` that is not patched; LoRA layers are exported with their scales.
+        target: A diffusers `FluxPipeline` that is not patched. LoRA layers are exported with their scales.
         folder: Must not exist.
         preset: Name of a preset, or a JiTConfig.
         size: (height, width) in pixels.
-        format: "aoti" compiles each stage to native code (AOTInductor, a minute and more each); "torchscript" traces
-            it, for runtimes that still load that.
-        batch_size: Images of every later call; both branches of true CFG are calls of their own.
-        text_tokens: Length of the prompts of every later call, padding counted.
-        attention: "sdpa" runs anywhere torch does.
-        options: Of Inductor.
-        progress: Called with the number of stages written so far and the number of all, before the first and after
-            each.
+        format: "aoti" compiles each stage to native code (AOTInductor; at least a minute per stage). "torchscript"
+            traces it, for runtimes that still load that.
+        batch_size: Images of every later call; with true CFG, each branch is a separate call.
+        text_tokens: Length of the prompts of every later call, including padding.
+        attention: "sdpa" runs wherever torch does.
+        options: Options of Inductor.
+        progress: Called with the number of stages written and the total, once before the first stage and after each.
         **overrides: Fields of JiTConfig.
 
     Raises:
-        ConfigError: For bad settings and a folder that exists.
+        ConfigError: For invalid settings, and if the folder exists.
         UnsupportedModelError: For a pipeline that cannot be exported.
     """
     from .. import patches
@@ -116,23 +118,23 @@ def export(
     for name, value, most in (("batch_size", batch_size, MOST_BATCH), ("text_tokens", text_tokens, MOST_TEXT_TOKENS)):
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise ConfigError(
-                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give that of later calls"
+                f"export: {name} must be a whole number in 1..{most}, got {value!r}; give the value of later calls"
             )
     if format == "aoti":
         check_compiler_paths()
     patch = patches.find(target)
     if patch.export is None:
         raise UnsupportedModelError(
-            f"export: target must be a FluxPipeline, whose stages alone can be written, got {type(target).__name__}; "
-            f"apply(pipeline, compile=True) compiles the stages of other models as they run"
+            f"export: target must be a FluxPipeline, the only one whose stages can be exported, got "
+            f"{type(target).__name__}; apply(pipeline, compile=True) compiles the stages of other models as they run"
         )
     exportable: Exportable = patch.export(target, config, size, batch_size, text_tokens, attention)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside it and moved, so that an export that is cut off leaves no folder that looks whole.
+    # Written next to it and then moved, so an interrupted export leaves no folder that looks complete.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        told = progress or (lambda done, total: None)
-        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {}, told)
+        report = progress or (lambda done, total: None)
+        _write(partial, exportable, config, format, batch_size, text_tokens, attention, options or {}, report)
         partial.chmod(_mode_of_folders(partial))
         partial.rename(folder)
     except BaseException:
@@ -147,7 +149,7 @@ def _path(function: str, folder: Any) -> Path:
         path.stat()
     except FileNotFoundError:
         return path
-    except (TypeError, ValueError, OSError) as error:  # no path, a null character, a name that is too long
+    except (TypeError, ValueError, OSError) as error:  # not a path, a null character, or a name that is too long
         raise ConfigError(
             f"{function}: folder must be a path, got {folder!r:.200} ({error!s:.200}); "
             f"give its name, for example 'flux-7x'"
@@ -156,9 +158,9 @@ def _path(function: str, folder: Any) -> Path:
 
 
 def _check_export(size: Any, attention: Any, options: Any) -> None:
-    """Raises ConfigError for settings of another type than they must be."""
+    """Raises ConfigError for settings of the wrong type."""
     if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise ConfigError(f"export: size must be (height, width) in pixels, got {size!r}; give (1024, 1024), say")
+        raise ConfigError(f"export: size must be (height, width) in pixels, got {size!r}; give (1024, 1024)")
     if attention not in get_args(Attention):
         raise ConfigError(
             f"export: attention must be one of {', '.join(get_args(Attention))}, got {attention!r}; "
@@ -169,7 +171,7 @@ def _check_export(size: Any, attention: Any, options: Any) -> None:
 
 
 def check_compiler_paths() -> None:
-    """Raises ConfigError where Inductor could not call its compiler: it does not quote the path of torch."""
+    """Raises ConfigError if Inductor could not call its compiler, because it does not quote the path of torch."""
     where = str(Path(torch.__file__).parent)
     if any(letter.isspace() for letter in where):
         raise ConfigError(
@@ -226,8 +228,8 @@ def _write(
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and buffers, detached, in the order of their names.
 
-    Raises UnsupportedModelError for weights that are no plain floating tensors: quantised ones call code that an
-    exported stage has not.
+    Raises UnsupportedModelError for weights that are not plain floating-point tensors: quantised weights call code that
+    an exported stage does not include.
     """
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, weight in found.items():
@@ -240,11 +242,11 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Functional(nn.Module):
-    """A stage as a function of its weights too, which are no state of its own: stages then share them."""
+    """A stage as a function that also takes its weights, instead of holding them, so that stages share them."""
 
     def __init__(self, stage: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self._stage = [stage]  # in a list, so that it is no submodule
+        self._stage = [stage]  # in a list, so that it is not registered as a submodule
         self._names = list(names)
 
     def forward(self, weights: list[Tensor], *arguments: Tensor) -> Any:
@@ -272,7 +274,7 @@ def _lower(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """TorchScript is deprecated, and asked for; tracing warns of checks on shapes, which are constants here."""
+    """Silences the deprecation of TorchScript, and tracing's warnings on shape checks, which are constants here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -281,7 +283,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _mode_of_folders(folder: Path) -> int:
-    """Returns the mode that a new folder inside `folder` gets here, as the umask says; mkdtemp's is for one user."""
+    """Returns the mode that the umask gives a new folder inside `folder`; mkdtemp's mode is for one user."""
     example = folder / ".mode"
     example.mkdir()
     mode = example.stat().st_mode & 0o777
@@ -290,7 +292,7 @@ def _mode_of_folders(folder: Path) -> int:
 
 
 class Exported:
-    """Loaded stages. `manifest`: what they were made for. `device`: where they run."""
+    """Loaded stages. `manifest`: describes what they were exported for. `device`: where they run."""
 
     def __init__(
         self, manifest: Manifest, device: torch.device, stages: Sequence[Stage], weights: list[Tensor]
@@ -301,7 +303,7 @@ class Exported:
     def run(self, stage: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (velocity, next_state) of a stage, 0 the sparsest; arguments as the module's docstring lists them.
 
-        Raises ArtefactError for an argument of another shape, dtype or device than the stage was made for.
+        Raises ArtefactError for an argument whose shape, dtype or device differs from the exported one.
         """
         self.manifest.check_arguments(stage, arguments)
         with torch.no_grad():
@@ -309,12 +311,17 @@ class Exported:
         return velocity, state
 
     def apply(self, pipeline: Any) -> Handle:
-        """Returns a handle to a pipeline that from now on denoises with these stages, in place of its transformer.
+        """Makes a pipeline denoise with these stages instead of its transformer, and returns a handle.
 
-        pipeline: of the kind that was exported; its own transformer is not called, and may be None. `remove()` puts it
-        back. Calls must have the size, batch and text length that the stages were made for.
+        `remove()` restores the transformer.
 
-        Raises UnsupportedModelError for other pipelines, ConfigError for one that is patched already.
+        Args:
+            pipeline: Of the exported kind. Its own transformer is not called and may be None. Its calls must have the
+                exported size, batch and text length.
+
+        Raises:
+            UnsupportedModelError: For other pipelines.
+            ConfigError: For a pipeline that is already patched.
         """
         from .. import patches
 
@@ -329,17 +336,17 @@ class Exported:
 
 
 def load_exported(folder: str | Path, device: str | torch.device | None = None) -> Exported:
-    """Returns the stages that `export` wrote into a folder, checked and ready to run; no code of the model is needed.
+    """Returns the stages that `export` wrote into a folder, checked and ready to run; needs no code of the model.
 
-    Stages are native programs: load only folders that you would run a program from. Nothing is unpickled by Python.
+    Stages are native programs: load only folders from a source you trust to run programs. Python unpickles nothing.
 
     Args:
-        folder: That `export` wrote.
-        device: None for the kind that they were made for.
+        folder: A folder written by `export`.
+        device: None uses the exported device type.
 
     Raises:
-        ArtefactError: For files that are missing, truncated or altered, and where torch, device or processor are not
-            those that the stages were made for.
+        ArtefactError: For files that are missing, truncated or altered, and if torch, device or processor differ from
+            the exported ones.
     """
     folder = _path("load_exported", folder)
     manifest = Manifest.read(folder)
@@ -350,7 +357,9 @@ def load_exported(folder: str | Path, device: str | torch.device | None = None) 
             f"load_exported: device must be a device of torch, got {device!r} ({error}); leave it out"
         ) from error
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ArtefactError("load_exported: device must be here, got stages for cuda and no CUDA device; use another")
+        raise ArtefactError(
+            "load_exported: device must be available, got stages for cuda but no CUDA device; use a machine with one"
+        )
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     manifest.check_machine(where)

@@ -1,8 +1,8 @@
-"""What exported folders hold and were made for: `manifest.json` for people, `manifest.safetensors` for programs.
+"""The manifest of an exported folder: `manifest.json` for people, `manifest.safetensors` for programs.
 
-Every file is named in the manifest with its SHA-256, and the manifest with its own, so that a folder that is damaged or
-put together from several is refused. Checksums guard against accidents: they are stored next to what they check, so
-load only what you would run.
+The manifest lists every file with its SHA-256, and includes a checksum of itself, so that a folder that is damaged or
+mixed from several exports is refused. The checksums protect against accidents only, because they are stored next to the
+files; load only folders that you trust.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ JSON, TENSORS, WEIGHTS = "manifest.json", "manifest.safetensors", "weights.safet
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor that a stage is called with: its name, shape, and dtype as torch names it ("float32")."""
+    """One input tensor of a stage: its name, shape, and dtype as torch names it ("float32")."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Input:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Input:
-        """Returns the declaration that a tensor meets."""
+        """Returns the declaration that matches a tensor."""
         return cls(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def is_met_by(self, tensor: Tensor, device: str) -> bool:
@@ -52,24 +52,24 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the stages in a folder compute, and what they were made for.
+    """What the stages in a folder compute, and the conditions they were exported for.
 
     Attributes:
         codebase: Name of the pipeline in statistics.
         format: "aoti" (native code) or "torchscript".
         config: Settings of the method.
-        levels: Noise levels of the steps, the final 0 included.
+        levels: Noise levels of the steps, including the final 0.
         tokens: Number of anchors of each stage.
         grid: Token grid of every call.
         batch: Images of every call.
-        text_tokens: Length of prompts of every call, with padding.
+        text_tokens: Prompt length of every call, including padding.
         inputs: Inputs of each stage, in order; the state (B, N, D) comes first.
-        dtype: Of states and weights.
-        device: Type of device that the stages run on.
+        dtype: Dtype of states and weights.
+        device: Device type that the stages run on.
         processor: Processor or GPU that they were compiled for.
         torch_version: Version of torch that compiled them.
         attention: Attention backend that is compiled in.
-        operators: Types of device whose compiled operators the stages call.
+        operators: Device types whose compiled operators the stages call.
         model: Configuration of the network.
         files: SHA-256 of every other file, by name.
     """
@@ -111,7 +111,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Returns the manifest of a folder. Raises ArtefactError where it is missing, damaged or of another version."""
+        """Returns the manifest of a folder. Raises ArtefactError if it is missing, damaged or of another version."""
         path = folder / JSON
         if not path.is_file():
             raise ArtefactError(f"load_exported: folder must hold {JSON}, got {folder} without it; export again")
@@ -154,7 +154,7 @@ class Manifest:
         return manifest
 
     def check_types(self) -> None:
-        """Raises TypeError for a field of another type than it must have."""
+        """Raises TypeError for a field of the wrong type."""
         texts = ("codebase", "dtype", "device", "processor", "torch_version", "attention")
         for name in (*texts, "batch", "text_tokens"):
             value, kind = getattr(self, name), str if name in texts else int
@@ -170,7 +170,7 @@ class Manifest:
             raise TypeError(f"files must have digests of text, got {self.files}")
 
     def check_values(self) -> None:
-        """Raises ValueError for a field of its type with a value that no export writes."""
+        """Raises ValueError for a field with a value that no export writes."""
         for name, most in (("batch", MOST_BATCH), ("text_tokens", MOST_TEXT_TOKENS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be in 1..{most}, got {getattr(self, name)}")
@@ -184,7 +184,7 @@ class Manifest:
             raise ValueError(f"levels must be one more than the {self.config.steps} steps, got {len(self.levels)}")
 
     def check_files(self, folder: Path) -> None:
-        """Raises ArtefactError for the first file that is missing or is not the one that was written."""
+        """Raises ArtefactError for the first file that is missing or was changed."""
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -196,7 +196,7 @@ class Manifest:
                 )
 
     def check_machine(self, device: torch.device) -> None:
-        """Raises ArtefactError where torch, device or processor differ from those that the stages were made for."""
+        """Raises ArtefactError if torch, device or processor differ from those that the stages were made for."""
         here = {"device": device.type, "torch_version": torch.__version__, "processor": processor(device)}
         for name, value in here.items():
             made_for = getattr(self, name)
@@ -207,9 +207,9 @@ class Manifest:
                 )
 
     def check_arguments(self, stage: int, arguments: Sequence[Tensor]) -> None:
-        """Raises ArtefactError for the first argument of a stage that has not the shape and dtype it was made for.
+        """Raises ArtefactError for the first argument whose shape, dtype or device differs from the exported one.
 
-        Compiled stages check nothing themselves, and would read beyond the end of what is too small.
+        Compiled stages check nothing themselves, and would read beyond the end of a tensor that is too small.
         """
         expected = self.inputs[stage]
         if len(arguments) != len(expected):
@@ -223,27 +223,32 @@ class Manifest:
                 )
 
     def check_call(self, **values: Any) -> None:
-        """Raises ArtefactError where a call's batch, grid, text_tokens, dtype or device is not the manifest's."""
+        """Raises ArtefactError if a call's batch, grid, text_tokens, dtype or device differs from the manifest's."""
         for name, value in values.items():
             made_for = getattr(self, name)
             if made_for != value:
                 raise ArtefactError(
-                    f"jitaccel: {name} must be {_told(made_for)}, which the exported stages were made for, got "
-                    f"{_told(value)}; export for it too, or ask for the former"
+                    f"jitaccel: {name} must be {_as_text(made_for)}, which the exported stages were made for, got "
+                    f"{_as_text(value)}; export again for these, or use the former"
                 )
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def manifest_tensors(config: JiTConfig, levels: Sequence[float], grid: tuple[int, ...]) -> dict[str, Tensor]:
-    """Returns what a program without JSON needs of a manifest, by name.
+    """Returns what a program without JSON needs of a manifest, as tensors by name.
 
-    levels: (S + 1,) float32. stages: (S,) int64, of each step. tokens: (K,) int64. grid: (2,) int64, height and width,
-    or (3,), frames first, which the C++ example refuses. window: (1,) int64, the importance window. move_weight: (1,)
-    float64. own_noise: (1,) int64. blur_k: (W_k,) float32, of stage k. solver_gains: (S,) float64, what a step adds to
-    the state of the change of the clean estimate since the step before, all 0 for Euler.
+    levels: (S + 1,) float32
+    stages: (S,) int64, the stage of each step
+    tokens: (K,) int64
+    grid: (2,) int64, height and width; or (3,), frames first, which the C++ example refuses
+    window: (1,) int64, the importance window
+    move_weight: (1,) float64
+    own_noise: (1,) int64
+    blur_k: (W_k,) float32, of stage k
+    solver_gains: (S,) float64; a step adds this times the change of the clean estimate since the last step; 0 for Euler
     """
     steps, num_tokens = len(levels) - 1, num_tokens_of(grid)
     counts = config.stage_tokens(grid)
@@ -276,7 +281,7 @@ def _solver_gains(config: JiTConfig, levels: Sequence[float]) -> list[float]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file of tensors on any device."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    example = path.with_name(f".{path.name}.mode")  # safetensors' mode is for one user; the umask says whose it is
+    example = path.with_name(f".{path.name}.mode")  # safetensors' mode is for one user; apply the umask
     example.touch()
     path.chmod(example.stat().st_mode & 0o777)
     example.unlink()
@@ -289,7 +294,7 @@ def file_digest(path: Path) -> str:
 
 
 def processor(device: torch.device) -> str:
-    """Returns what compiled code rests on: the instruction set of the CPU, or the GPU's compute capability."""
+    """Returns what compiled code depends on: the instruction set of the CPU, or the GPU's compute capability."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"

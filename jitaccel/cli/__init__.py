@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("--") and word.endswith("=--"):  # argparse takes it for the end of options, and gives a list
+        if word.startswith("--") and word.endswith("=--"):  # argparse reads it as the end of options and returns a list
             return _refuse(arguments.command, f"{word[:-3]} must have a value, got '--'; give another")
         if not _is_encodable(word):
             return _refuse(arguments.command, f"an argument must be text, got {word!a}; give another")
@@ -52,18 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not messages.is_out_of_memory(error):
             raise
         return _refuse(arguments.command, messages.out_of_memory(error, vars(arguments)))
-    except BrokenPipeError:  # `jitaccel doctor | head`: nobody reads on, and the interpreter must not say so at exit
+    except BrokenPipeError:  # `jitaccel doctor | head`: the reader is gone; must not be reported at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         where = error.filename or "a file"
-        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; what was written stays")
+        return _refuse(arguments.command, f"{where} must be writable, got: {error.strerror}; written files are kept")
 
 
 def _is_encodable(word: str) -> bool:
-    """Whether a word can be a name or a text: half of a surrogate pair can be neither."""
+    """Whether a word can be a name or a text, which a lone surrogate cannot."""
     try:
         os.fsencode(word)
     except UnicodeEncodeError:

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     options.add_model_options(parser, offload=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, help="port to listen on; without it the first free one from 7860")
+    parser.add_argument("--port", type=int, help="port to listen on; if omitted, the first free one from 7860")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
 
 

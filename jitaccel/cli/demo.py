@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 _BATCH = 4
 _SHOWN_TOKENS = 3
-_TOKENS_OF = "7x-paper"  # the preset that activates tokens where the picture is busy
+_TOKENS_OF = "7x-paper"  # the preset that activates tokens by importance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="how many held-out prompts to use")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="number of held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png and tokens.png")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt k has seed + k")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; prompt k uses seed + k")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA if present")
 
 
 @dataclass(kw_only=True)
 class _Result:
-    """All that one method made, batch after batch."""
+    """All results of one method, batch by batch."""
 
     method: Method
     generations: list[TimedCall]
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _generate(pipe: Any, prompts: Sequence[str], seed: int) -> list[_Result]:
-    """Makes the same pictures by every method, method after method within each batch."""
+    """Makes the same pictures with every method; within each batch, one method after the other."""
     import torch
     from tqdm import tqdm
 
@@ -124,7 +124,7 @@ _HEADER = (
 
 
 def table(results: Sequence[_Result], scores: Sequence[Score] | None) -> list[str]:
-    """Returns the lines of the table, and below it what its columns mean. All figures are of one picture."""
+    """Returns the lines of the table and the notes on its columns. All figures are per picture."""
     dense, control = (next(r for r in results if r.method.name == name) for name in ("dense", "control"))
     rows: list[tuple[str, ...]] = [_HEADER]
     for index, result in enumerate(results):
@@ -132,13 +132,13 @@ def table(results: Sequence[_Result], scores: Sequence[Score] | None) -> list[st
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    judged = "not told: no judge is installed."
+    judged = "unknown, because no judge is installed."
     if scores:
-        judged = f"share of the {scores[0].claimed.total()} that the prompts claim and the judge sees."
+        judged = f"share shown, by the judge, of the {scores[0].claimed.total()} that the prompts claim."
     return [
         *lines,
-        "Per picture. GFLOP: the transformer, attention and text counted; =dense: the dense steps that cost as much.",
-        "control: as many dense steps as 7x costs, on the same levels by the same solver. Speed-ups are of denoising.",
+        "Per picture. GFLOP: transformer, including attention and text; =dense: dense steps of equal cost.",
+        "control: dense steps that cost as much as 7x, with its levels and solver. Speed-ups are of denoising.",
         f"PSNR: to the picture of 50 steps from the same noise. attributes: {judged}",
     ]
 

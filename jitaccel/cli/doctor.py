@@ -1,4 +1,4 @@
-"""Say what is installed, which devices there are, and what runs on them."""
+"""Report what is installed, which devices are present, and what runs on them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PACKAGES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's arguments: it has none."""
+    """Adds this command's arguments; it has none."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one section after another. It loads no model, compiles nothing, and runs one operator on each device."""
+    """Prints the sections. It loads no model, compiles nothing, and runs one operator on each device."""
     for title, section in SECTIONS:
         print(title)
         for line in section():
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def versions() -> Iterator[str]:
-    """Yields the versions of what is installed, without importing it."""
+    """Yields the versions of installed packages, without importing them."""
     from .. import __version__
     from ..provenance import commit, version
 
@@ -39,7 +39,7 @@ def versions() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Yields what computes here."""
+    """Yields the devices of this machine."""
     import torch
 
     from ..provenance import num_usable_cores, processor_name
@@ -55,7 +55,7 @@ def devices() -> Iterator[str]:
 
 
 def operators() -> Iterator[str]:
-    """Yields which operators are compiled, what stands in where they are not, and whether they run on each device."""
+    """Yields which operators are compiled, what replaces the others, and whether they run on each device."""
     import torch
 
     from .. import ops
@@ -70,7 +70,7 @@ def operators() -> Iterator[str]:
 
 
 def trial(device: str) -> str:
-    """Returns what came of one operator on a device: a library may load and still not run there."""
+    """Returns the result of one operator on a device, because a library may load and still not run there."""
     import torch
 
     from .. import ops
@@ -83,7 +83,7 @@ def trial(device: str) -> str:
 
 
 def attention() -> Iterator[str]:
-    """Yields for each attention of packed execution whether it is usable on the best device here, or why not."""
+    """Yields, for each attention backend of packed execution, whether it is usable on the best device, or why not."""
     import torch
 
     from ..execution.attention.choice import BACKENDS
@@ -99,7 +99,7 @@ def attention() -> Iterator[str]:
 
 
 def embedded() -> Iterator[str]:
-    """Yields whether the model in the box is there."""
+    """Yields whether the embedded model is present."""
     from ..api import embedded_model
 
     folder = embedded_model()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _METHODS = "dense:50,dense:7,beta:7,dpm:4,dpm:6,dpm:12,4x,7x,10x"
 _MODEL_METHODS = "dense:50,dense:28,dense:7,dpm:6,4x,7x"
 _METRICS = "psnr,ssim,spectrum"
-_BATCH = 6  # of the embedded model
+_BATCH = 6  # default for the embedded model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,39 +33,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         default="48",
         metavar="N|FILE",
-        help="how many held-out prompts of drawn landscapes to use (of the embedded model, or one with its judge), or "
-        "a file: .txt with one prompt a line, .jsonl with a field prompt in each",
+        help="number of held-out prompts of drawn landscapes (for the embedded model, or one with its judge), or a "
+        "file: .txt with one prompt per line, or .jsonl with a field prompt in each line",
     )
     parser.add_argument(
         "--methods",
         help="separated by commas, the reference first: dense:N steps on native levels, beta:N on those of the "
-        "presets, dpm:N also by their solver, a preset, a file with the fields of a JiTConfig in JSON, or a cache or "
-        f"another rival (a wrong word lists their forms); without it {_METHODS} (of --model "
+        "presets, dpm:N also with their solver, a preset, a JSON file with the fields of a JiTConfig, or a cache or "
+        f"another rival (a wrong word lists their forms); if omitted, {_METHODS} (for --model "
         f"{_MODEL_METHODS})",
     )
     parser.add_argument(
         "--metrics",
         default=_METRICS,
         help="separated by commas: psnr, ssim, spectrum, and with the extra [eval] imagereward, clip-iqa, hpsv2, "
-        "clip, lpips; or package.module:attribute for one of your own",
+        "clip, lpips; or package.module:attribute for a custom metric",
     )
     options.add_model_options(parser, offload=False)
     options.add_size_option(parser)
-    parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; without it the pipeline's")
+    parser.add_argument("--guidance", type=float, help="embedded guidance of FLUX.1-dev; if omitted, the pipeline's")
     parser.add_argument(
         "--max-sequence-length",
         type=int,
         metavar="TOKENS",
-        help=f"prompt length with padding; without it the pipeline's (embedded: {EMBEDDED_TEXT_TOKENS})",
+        help=f"prompt length including padding; if omitted, the pipeline's (embedded: {EMBEDDED_TEXT_TOKENS})",
     )
-    parser.add_argument("--batch-size", type=int, help=f"prompts in one call; without it 1 (embedded: {_BATCH})")
+    parser.add_argument("--batch-size", type=int, help=f"prompts per call; if omitted, 1 (embedded: {_BATCH})")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of rows, pictures and table")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt k has seed + k")
-    parser.add_argument("--any-commit", action="store_true", help="take up rows that other commits made, too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; prompt k uses seed + k")
+    parser.add_argument("--any-commit", action="store_true", help="also reuse rows made by other commits")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes what is missing of the rows, scores what is missing of the numbers, then prints and writes the table."""
+    """Makes the missing rows, computes the missing scores, then prints and writes the table."""
     size = _checked(arguments)
     from ..evaluation.methods import parse_methods
     from ..evaluation.prompts import read_prompts
@@ -113,7 +113,7 @@ def _write(study: Study, rows: Sequence[Row], names: Sequence[str], scorers: Seq
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    """Returns the size asked for, (height, width). Raises CommandError for what cannot be, with every reason."""
+    """Returns the requested size, (height, width). Raises CommandError for invalid arguments, listing every problem."""
     reasons = []
     checks: list[tuple[Callable[[Any], None], Any]] = [(check_numbers, arguments), (check_folder, arguments.out)]
     for check, given in checks:
@@ -168,7 +168,7 @@ def _study(
 
 
 def _of_judge(study: Study) -> tuple[Scorer, ...]:
-    """Returns what the judge adds to the metrics."""
+    """Returns the metrics that the judge provides."""
     if study.judge is None:
         return ()
     from ..evaluation.quality.scorers import perceptual

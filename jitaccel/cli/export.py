@@ -1,4 +1,4 @@
-"""Write a pipeline's accelerated stages as files for deployment, one artefact a stage."""
+"""Write a pipeline's accelerated stages as files for deployment, one artefact per stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the folder and says what it holds."""
+    """Writes the folder and prints what it contains."""
     config = resolve(options.checked_preset(arguments.preset))
     check_numbers(arguments)
     _check_out(arguments.out)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Raises CommandError for a folder that cannot be made, before a model is loaded."""
+    """Raises CommandError for a folder that cannot be created, before a model is loaded."""
     check_name(out)
     if out.exists():
         raise CommandError(f"--out must not exist, got {str(out)!r}; give another name, or remove it")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("--prompt", required=True, help="what to show")
     parser.add_argument("--out", type=Path, required=True, help="picture or clip to write, with its folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out and --tokens where they exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out and --tokens if they exist")
     options.add_model_options(parser, offload=True)
     presets = ", ".join((*PRESETS, _AUTO, _UNTOUCHED))
     parser.add_argument(
@@ -41,18 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_arguments(parser)
     made.add_arguments(parser)
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, and with it of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of every other random choice")
     options.add_size_option(parser)
     parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline's call; without it its own")
     parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
-    parser.add_argument("--negative-prompt", help="what to lead away from; with FLUX it needs --true-cfg")
+    parser.add_argument("--negative-prompt", help="what to avoid; FLUX needs --true-cfg with it")
     options.add_length_option(parser)
     parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the picture and says what it cost."""
+    """Writes the picture and prints what it cost."""
     check_numbers(arguments)
     config = _config(arguments)
     made.check(arguments)
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"auto: {choice}")
         config = choice.config
     handle = None
-    if config is not None:  # a preset by its name, so that the model's own noise levels stay where it has them
+    if config is not None:  # passed by name, so that a model's own noise levels are kept
         overrides = {} if arguments.steps is None else {"steps": arguments.steps}
         handle = jitaccel.apply(pipe, config if arguments.preset == _AUTO else arguments.preset, **overrides)
         if arguments.report is not None:
@@ -145,7 +145,7 @@ def _called(pipe: Any, call: dict[str, Any], options: list[str] | None) -> Any:
 
 
 def _of_unknown_words(prompt: str) -> str | None:
-    """Returns what to say of a prompt with words that the embedded model was not trained on, None without any."""
+    """Returns a note on words of the prompt that the embedded model was not trained on, or None if there are none."""
     from ..api import embedded_model
     from ..evaluation.scenes.captions import unknown_words
 
@@ -173,7 +173,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_target(arguments: argparse.Namespace) -> None:
-    """Raises before anything is loaded what `apply` would raise after."""
+    """Raises, before anything is loaded, the errors that `apply` would raise later."""
     if arguments.steps is not None:
         raise CommandError(f"--steps must be left out with --preset {_AUTO}, which picks them, got {arguments.steps}")
     from ..speed.auto import check_target

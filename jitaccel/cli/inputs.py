@@ -1,4 +1,4 @@
-"""What `generate` gives a pipeline besides a prompt and a size: pictures, a mask, and other arguments by name."""
+"""Inputs of `generate` besides prompt and size: pictures, a mask, and other arguments of the pipeline's call."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE",
         type=Path,
-        help="picture to change, to extend or to animate; several for models that look at several (FLUX.2)",
+        help="picture to edit or animate; repeat it for models that take several (FLUX.2)",
     )
-    parser.add_argument("--mask", metavar="FILE", type=Path, help="of --image: white is painted again, black is kept")
+    parser.add_argument("--mask", metavar="FILE", type=Path, help="mask of --image: white is repainted, black is kept")
     parser.add_argument(
         "--control-image", metavar="FILE", type=Path, help="edges, depth or pose, for ControlNet and Control models"
     )
-    parser.add_argument("--strength", type=float, help="how much of --image is changed, above 0 and at most 1")
+    parser.add_argument("--strength", type=float, help="how much to change --image, above 0 and at most 1")
     parser.add_argument(
         "--option",
         action="append",
         metavar="NAME=VALUE",
-        help="another argument of the pipeline's call: VALUE is JSON, or @FILE for a picture (several make a list)",
+        help="another argument of the pipeline's call; VALUE is JSON, or @FILE for a picture (repeat it for a list)",
     )
     parser.add_argument("--controlnet", metavar="MODEL", help="ControlNet to add: folder or hub id")
     parser.add_argument(
@@ -107,9 +107,9 @@ def read(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _option_problem(text: str, taken: Collection[str]) -> str | None:
-    """Returns what is wrong with the text of an --option; None for one that can be given.
+    """Returns the problem with the text of an --option, or None if there is none.
 
-    taken: names that were given before.
+    taken: Names given before.
     """
     name, equals, value = text.partition("=")
     shown = repr(text[:80])
@@ -204,7 +204,7 @@ def _parts(kind: type) -> Iterable[str]:
 
 
 def check_call(kind: type, given: Mapping[str, Any]) -> None:
-    """Raises CommandError with all that calls of a class of pipelines do not take, and every picture that they need."""
+    """Raises CommandError with every argument that a class of pipelines does not take, and every picture it needs."""
     from ..patches.diffusers.tasks import accepted, alternatives, needed, takes_several
 
     known, name = accepted(kind), kind.__name__
@@ -238,12 +238,12 @@ def check_call(kind: type, given: Mapping[str, Any]) -> None:
 
 
 def _inputs(known: Sequence[str]) -> list[str]:
-    """Returns what of a call's arguments may be given as an input or by --option."""
+    """Returns the arguments of a call that are inputs or can be given by --option."""
     return [name for name in known if not _is_tensor(name) and (name not in _OWN or name in (*_PICTURES, "strength"))]
 
 
 def _is_tensor(name: str) -> bool:
-    """Returns whether an argument of a call is made of tensors, which no command line gives."""
+    """Returns whether an argument of a call holds tensors, which a command line cannot give."""
     return "embeds" in name or "latents" in name or name.endswith("attention_mask")
 
 
@@ -256,7 +256,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def shape_of(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Returns (height, width) of the picture that a size is taken from, the first; None without one."""
+    """Returns (height, width) of the first input picture, or None if there is none."""
     picture = given.get("image", given.get("control_image"))
     if isinstance(picture, list):
         picture = picture[0]

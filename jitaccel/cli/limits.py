@@ -1,4 +1,4 @@
-"""Which numbers the commands take: beyond them nothing would ever end, or fit into memory."""
+"""Ranges of numbers that the commands accept; larger ones would never finish or not fit into memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..errors import CommandError
 from ..limits import MOST_BATCH, MOST_SIDE
 from ..method.checks import MAX_STEPS
 
-MOST_PROMPTS = 10_000  # of the drawn world, which has not endlessly many
+MOST_PROMPTS = 10_000  # of the drawn world, which is finite
 MOST_SEED = 2**63 - 1
 _WHOLE: Mapping[str, tuple[int, int]] = {
     "batch_size": (1, MOST_BATCH),
-    "max_sequence_length": (1, 512),  # that FLUX.1 takes
+    "max_sequence_length": (1, 512),  # the limit of FLUX.1
     "prompts": (1, MOST_PROMPTS),
     "seed": (0, MOST_SEED),
     "steps": (1, MAX_STEPS),
@@ -21,7 +21,7 @@ _WHOLE: Mapping[str, tuple[int, int]] = {
 
 
 def check_numbers(arguments: object) -> None:
-    """Raises CommandError with every argument of a command that is out of its range, or no number."""
+    """Raises CommandError listing every argument of a command that is out of range or not a number."""
     given = vars(arguments)
     problems = []
     for name, (least, most) in _WHOLE.items():
@@ -36,13 +36,13 @@ def check_numbers(arguments: object) -> None:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raises CommandError for a size (height, width) beyond what pictures are."""
+    """Raises CommandError for a size (height, width) out of range."""
     if any(not 1 <= side <= MOST_SIDE for side in size):
         raise CommandError(f"--size must be of sides in 1..{MOST_SIDE} pixels, got {'x'.join(map(_short, size))}")
 
 
 def _short(value: int) -> str:
-    """Returns a number as it is, or about how large it is: Python refuses to write out those of thousands of digits."""
+    """Returns a number as text, or roughly if it is huge: Python refuses to print integers of thousands of digits."""
     if value == MOST_SEED:
         return "2**63 - 1"
     return str(value) if abs(value) < 10**40 else f"about 2^{value.bit_length()}"

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises CommandError, before anything is loaded, for files that could not be written, and numbers out of range."""
+    """Raises CommandError, before anything is loaded, for files that cannot be written and numbers out of range."""
     for name, path in (("--out", arguments.out), ("--tokens", arguments.tokens)):
         if path is not None:
             _check_file(name, path, arguments.overwrite)
@@ -81,9 +81,9 @@ def size_of(pipe: Any, asked: tuple[int, int] | None, picture: tuple[int, int] |
 
 
 def _own_size(pipe: Any, *, from_picture: bool) -> tuple[int, int] | None:
-    """Returns (height, width) of what a pipeline makes by default; None where only its call knows.
+    """Returns the default (height, width) of a pipeline, or None if only its call knows.
 
-    from_picture: whether it is given one, whose shape its call may take or not.
+    from_picture: whether it is given a picture.
     """
     known = _parameters(type(pipe))
     if not makes_videos(type(pipe)):
@@ -100,7 +100,7 @@ def _own_size(pipe: Any, *, from_picture: bool) -> tuple[int, int] | None:
 
 
 def check_class(pipeline: type, arguments: argparse.Namespace) -> None:
-    """Raises CommandError where pipelines of a class do not make what is to be written, or do not take an argument."""
+    """Raises CommandError if pipelines of a class cannot make the requested output, or do not accept an argument."""
     from ..patches import is_subclass_of
 
     kind, is_video, known = pipeline.__name__, makes_videos(pipeline), _parameters(pipeline)
@@ -133,7 +133,7 @@ def check_class(pipeline: type, arguments: argparse.Namespace) -> None:
 
 
 def call_of(pipe: Any, arguments: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a pipeline's call: those given that it takes, and those of a video."""
+    """Returns the arguments of a pipeline's call: those of `given` that it accepts, and those of a video."""
     known = _parameters(type(pipe))
     video: dict[str, Any] = {}
     if makes_videos(type(pipe)):
@@ -142,13 +142,13 @@ def call_of(pipe: Any, arguments: argparse.Namespace, given: Mapping[str, Any]) 
 
 
 def _fps(pipe: Any, arguments: argparse.Namespace) -> float:
-    """Returns the frames a second of a clip: those asked for, or those that a pipeline makes by default."""
+    """Returns the frames per second of a clip: the requested number, or the pipeline's default."""
     rate = _parameters(type(pipe)).get("frame_rate")
     return float(arguments.fps or (_FPS if rate is None else rate.default))
 
 
 def save(pipe: Any, made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
-    """Writes what a pipeline has made, and the tokens of it where asked; returns its size in words."""
+    """Writes the pipeline's output and, if requested, its tokens; returns its size in words."""
     from ..evaluation import clips
 
     for path in (arguments.out, arguments.tokens):

@@ -1,4 +1,4 @@
-"""What errors of the library say to somebody who typed a command: options in place of arguments, and what to do."""
+"""Rewrites the library's errors for users of a command: options instead of arguments, and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_OPTIONS = {"text_tokens": "max_sequence_length", "folder": "out", "target": "model"}  # by the library's argument
+_OPTIONS = {"text_tokens": "max_sequence_length", "folder": "out", "target": "model"}  # keyed by argument
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*: ", re.MULTILINE)
 _SETTING = re.compile(r'\b(\w+)=(?:"([\w-]+)"|([\d.]+))')
 _APPLY = re.compile(r"jitaccel\.apply\(\.\.\., (.*?)\)")
@@ -18,11 +18,11 @@ _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def as_options(reason: str, options: Mapping[str, Any]) -> str:
-    """Returns an error of the library with the command's own names: no functions, and options for arguments.
+    """Returns an error of the library in the command's terms: without function names, with options for arguments.
 
     Args:
-        reason: One problem a line, `<function>: <argument> must <rule>, got <value>; <what to do>`.
-        options: The command's arguments by their names.
+        reason: One problem per line: `<function>: <argument> must <rule>, got <value>; <what to do>`.
+        options: The command's arguments by name.
     """
 
     def option(name: str) -> str | None:
@@ -43,7 +43,7 @@ def as_options(reason: str, options: Mapping[str, Any]) -> str:
 
 @contextmanager
 def warnings_in_one_line(command: str) -> Iterator[None]:
-    """Shows the library's own warnings inside as errors are shown: in one line, without the place in the code."""
+    """Shows the library's own warnings like errors: in one line, without the location in the code."""
     before = warnings.formatwarning
 
     def shown(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
@@ -65,11 +65,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, options: Mapping[str, Any]) -> str:
-    """Returns what to try next, the remedy that costs least first.
+    """Returns what to try next, the cheapest remedy first.
 
     Args:
-        error: Of which `is_out_of_memory`.
-        options: The command's arguments by their names.
+        error: An error for which `is_out_of_memory` is true.
+        options: The command's arguments by name.
     """
     remedies = []
     following = {"none": "--offload model, then --offload sequential", "model": "--offload sequential"}

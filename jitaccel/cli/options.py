@@ -1,4 +1,4 @@
-"""Options that several commands share, spelled and checked in one way."""
+"""Options that several commands share, with common spelling and checks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..method.presets import PRESETS
 if TYPE_CHECKING:
     from ..loading import PictureSizes
 
-MOST_TEXT_TOKENS = 512  # that FluxPipeline takes, and its default
-_MOST_TOKENS = 65_536  # 4096x4096 pixels on FLUX.1; more is a typing error before it is a picture
+MOST_TEXT_TOKENS = 512  # the limit and default of FluxPipeline
+_MOST_TOKENS = 65_536  # 4096x4096 pixels on FLUX.1; more is more likely a typing error than a picture
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, offload: bool) -> None:
-    """Adds which pipeline is loaded, and how."""
+    """Adds the options that select a pipeline and how to load it."""
     from ..loading import DTYPES, OFFLOADS
 
-    parser.add_argument("--model", help="diffusers pipeline: folder or hub id; without it the embedded model")
+    parser.add_argument("--model", help="diffusers pipeline: folder or hub id; if omitted, the embedded model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument(
         "--pickle", action="store_true", help="load weights that are not safetensors; this runs code stored in them"
@@ -36,28 +36,28 @@ def add_model_options(parser: argparse.ArgumentParser, *, offload: bool) -> None
             "--offload",
             default="none",
             choices=OFFLOADS,
-            help="where weights wait: none: all on the device; model: only the component that works is there; "
-            "sequential: only the layer that works, which needs the least memory and is slow",
+            help="where weights wait: none: all on the device; model: only the active component is on the device; "
+            "sequential: only the active layer is, which needs the least memory and is slow",
         )
 
 
 def add_size_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the size of pictures."""
-    parser.add_argument("--size", metavar="HxW", help="height and width in pixels; without it the model's own")
+    """Adds the option for the size of pictures."""
+    parser.add_argument("--size", metavar="HxW", help="height and width in pixels; if omitted, the model's size")
 
 
 def add_length_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the length of prompts, under the name that diffusers' pipelines give it."""
+    """Adds the option for the length of prompts, named as in diffusers' pipelines."""
     parser.add_argument(
         "--max-sequence-length",
         type=int,
         metavar="TOKENS",
-        help=f"prompt length with padding; without it {MOST_TEXT_TOKENS} (embedded: 48)",
+        help=f"prompt length including padding; if omitted, {MOST_TEXT_TOKENS} (embedded: 48)",
     )
 
 
 def length_of(arguments: argparse.Namespace) -> int:
-    """Returns the length of prompts, which `limits.check_numbers` has checked."""
+    """Returns the length of prompts; `limits.check_numbers` has checked it."""
     from ..loading import EMBEDDED_TEXT_TOKENS
 
     length: int | None = arguments.max_sequence_length
@@ -67,7 +67,7 @@ def length_of(arguments: argparse.Namespace) -> int:
 
 
 def checked_preset(name: str, *others: str, option: str = "--preset") -> str:
-    """Returns the name of a preset or one of `others`. Raises CommandError, with the name most like it, for another."""
+    """Returns the name of a preset or one of `others`. Raises CommandError for others, suggesting a similar name."""
     allowed = (*PRESETS, *others)
     if name not in allowed:
         listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
@@ -76,7 +76,7 @@ def checked_preset(name: str, *others: str, option: str = "--preset") -> str:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Returns (height, width) in pixels of "1024x768", or of "1024" for a square. Raises CommandError for others."""
+    """Returns (height, width) in pixels for "1024x768", or for "1024", a square. Raises CommandError for other text."""
     match = re.fullmatch(r"(-?[0-9]{1,9})(?:[x×](-?[0-9]{1,9}))?", text.strip().lower())
     if match is None:
         raise CommandError(f"--size must be HxW in pixels, got {text!r}; for example 1024x1024")
@@ -86,19 +86,19 @@ def parse_size(text: str) -> tuple[int, int]:
 def size_of(
     arguments: argparse.Namespace, config: JiTConfig | None, picture: tuple[int, int] | None = None
 ) -> tuple[int, int] | None:
-    """Returns the (height, width) asked for or the model's own, before any weights are loaded.
+    """Returns the requested (height, width), or the model's default, before any weights are loaded.
 
     Args:
-        arguments: With `size` and `model`.
-        config: Whose stages must all get a token; None for a pipeline without acceleration.
-        picture: (height, width) of the one that is given, which the model's own size takes its shape from.
+        arguments: Has `size` and `model`.
+        config: Its stages must all get a token; None for a pipeline without acceleration.
+        picture: (height, width) of the input picture, if any; the default takes its shape.
 
     Returns:
-        None where nothing is asked for and the model does not say.
+        The size, or None if none is requested and the model's default is unknown.
 
     Raises:
-        CommandError: For a size that the model does not make, with the nearest that it makes; for a device that is
-            not here and offloading on the CPU, before the hub is asked.
+        CommandError: For a size that the model cannot make, naming the nearest possible one; and, before the hub is
+            contacted, for an unavailable device and for offloading on the CPU.
     """
     from ..loading import check_offload, pick_device, picture_sizes, require_diffusers
 
@@ -115,12 +115,12 @@ def size_of(
 
 
 def size_like(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
-    """Returns the (height, width) in pixels of what is made of a picture: its own, at most `area` of its shape.
+    """Returns the picture's own size, scaled down to `area` if it is larger, in whole units.
 
     Args:
-        picture: (height, width) of it.
-        area: Pixels.
-        unit: What both sides are multiples of.
+        picture: (height, width) in pixels.
+        area: Largest number of pixels.
+        unit: Both sides of the result are multiples of it.
     """
     height, width = picture
     shrink = min(1.0, (area / (height * width)) ** 0.5)
@@ -129,7 +129,7 @@ def size_like(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]
 
 
 def check_size(size: tuple[int, int], sizes: PictureSizes, config: JiTConfig | None = None) -> None:
-    """Raises CommandError for a size that a model does not make, with the nearest that it makes."""
+    """Raises CommandError for a size that a model cannot make, naming the nearest possible one."""
     nearest = _nearest(size, sizes.unit, config)
     if nearest == size:
         return
@@ -147,7 +147,7 @@ def check_size(size: tuple[int, int], sizes: PictureSizes, config: JiTConfig | N
 
 
 def _nearest(size: tuple[int, int], unit: int, config: JiTConfig | None) -> tuple[int, int]:
-    """Returns the size nearest to `size` that a model and the stages of a configuration can have."""
+    """Returns the size nearest to `size` that works for a model and the stages of a configuration."""
     rows, columns = (max(1, (side + unit // 2) // unit) for side in size)
     if config is not None and rows * columns * config.densities[0] < 1.0:
         least = math.ceil(math.sqrt(1.0 / config.densities[0]))
@@ -159,9 +159,9 @@ def _nearest(size: tuple[int, int], unit: int, config: JiTConfig | None) -> tupl
 
 
 def load(arguments: argparse.Namespace, kind: type | None = None) -> Any:
-    """Returns the pipeline of the options above, and says on stderr what its weights will take on a CPU.
+    """Returns the selected pipeline; warns on stderr about the memory its weights take on a CPU.
 
-    kind: class of pipelines to load, where it is not the one that the model names.
+    kind: Class of pipelines to load; None for the one that the model names.
     """
     from ..loading import load_pipeline, pick_device
 

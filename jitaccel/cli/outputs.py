@@ -1,4 +1,4 @@
-"""Where commands write: tried before anything is computed; a finished picture that cannot be saved is not lost."""
+"""Output files of commands. Paths are tested before any computation, and a picture that cannot be saved is kept."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..files import write_whole
 
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 _TRIED_BYTES = 1 << 16
-# What says of the place that is written to, and nothing of the program.
+# Errors that describe the output location, not the program.
 UNWRITABLE = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
 )
 
 
 def check_folder(folder: Path, option: str = "--out") -> None:
-    """Raises CommandError where a folder or what is above it takes no file, by writing one there for a moment.
+    """Raises CommandError if no file can be written in a folder, by briefly writing one there or above it.
 
     Args:
-        folder: That files are to be written in; it and folders above it may be missing.
-        option: Whose value it is.
+        folder: The folder for later files; it and folders above it may be missing.
+        option: The option whose value it is.
     """
     existing = _existing(folder, option)
     if not existing.is_dir():
@@ -41,19 +41,19 @@ def check_folder(folder: Path, option: str = "--out") -> None:
 
 
 def check_name(path: Path, option: str = "--out") -> None:
-    """Raises CommandError where nothing of this name can be written, as `check_folder` does."""
+    """Raises CommandError if no file of this name can be written; tests as `check_folder` does."""
     _existing(path, option)
     check_folder(path.parent, option)
 
 
 def check_file(path: Path, option: str, suffixes: Sequence[str], *, overwrite: bool) -> None:
-    """Raises CommandError, before any compute, for a file that could not be written.
+    """Raises CommandError, before any computation, for a file that cannot be written.
 
     Args:
         path: The file.
-        option: Whose value it is.
-        suffixes: What its name may end in, in lower case.
-        overwrite: Whether it may exist.
+        option: The option whose value it is.
+        suffixes: Allowed suffixes, in lower case.
+        overwrite: Whether the file may exist.
     """
     check_name(path, option)
     if path.suffix.lower() not in suffixes:
@@ -66,13 +66,13 @@ def check_file(path: Path, option: str, suffixes: Sequence[str], *, overwrite: b
 
 
 def _existing(path: Path, option: str) -> Path:
-    """Returns what exists of this path and those above, the nearest. Raises CommandError for names that none has."""
+    """Returns the nearest existing folder at or above a path. Raises CommandError for an impossible name."""
     try:
         if "\0" in str(path):
             raise ValueError("it holds a null character")
         existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
         for part in path.absolute().relative_to(existing).parts:
-            (existing / part).exists()  # raises for a name that is too long, which is asked for only where it stands
+            (existing / part).exists()  # raises for a name that is too long; the limit depends on the folder
     except (OSError, ValueError) as error:
         raise CommandError(
             f"{option} must be a name that a file can have, got {str(path)[:80]!r} ({_reason(error)}); give another"
@@ -83,15 +83,15 @@ def _existing(path: Path, option: str) -> Path:
 
 
 def save_picture(picture: Any, path: Path, option: str = "--out") -> None:
-    """Writes a PIL picture, whole or not at all; its folder is made where missing.
+    """Writes a PIL picture atomically; its folder is created if missing.
 
     Args:
-        picture: What to write.
+        picture: The picture.
         path: The file.
-        option: Whose value it is.
+        option: The option whose value it is.
 
     Raises:
-        CommandError: Where it cannot be written; the picture then lies in the temporary folder, as the error says.
+        CommandError: If it cannot be written; the picture is then saved in the temporary folder that the error names.
     """
     suffix = path.suffix.lower()
     content = io.BytesIO()

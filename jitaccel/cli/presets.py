@@ -6,7 +6,7 @@ import argparse
 
 from . import options
 
-_UNIT = 16  # pixels of a token's side on FLUX.1
+_UNIT = 16  # side of a token in pixels on FLUX.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the table, made of the presets themselves."""
+    """Prints the table, computed from the presets."""
     from ..loading import PictureSizes
     from ..method.presets import DENSE_STEPS
     from ..patches.flux.flops import FLUX_DEV_TEXT_TOKENS, flux_dev_flops

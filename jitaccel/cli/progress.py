@@ -1,4 +1,4 @@
-"""A progress bar for what takes minutes: export, and the timing of steps."""
+"""A progress bar for work that takes minutes: exporting, and timing steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with how much is done and how much there is; the bar is on stderr."""
+    """Yields a function to call with the amount done and the total; the bar is on stderr."""
     from tqdm import tqdm
 
     with tqdm(desc=title, leave=False) as shown:

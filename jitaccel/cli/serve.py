@@ -22,20 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     limits = Limits()
     options.add_model_options(parser, offload=False)
-    parser.add_argument("--replicas", default="1", help="how many pipelines, or FEWEST-MOST for as many as are needed")
-    parser.add_argument("--gpus", type=float, default=0.0, help="of one replica; 1 on machines with GPUs")
-    parser.add_argument("--cpus", type=float, default=1.0, help="of one replica")
-    parser.add_argument("--threads", type=int, help="of torch in one replica; without it torch's own")
-    parser.add_argument("--batch-size", type=int, default=4, help="requests of one replica that run together at most")
-    parser.add_argument("--packed", action="store_true", help="one forward for a batch; pictures the same to rounding")
+    parser.add_argument("--replicas", default="1", help="number of pipelines, or FEWEST-MOST to scale with the load")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs per replica; 1 on machines with GPUs")
+    parser.add_argument("--cpus", type=float, default=1.0, help="CPU cores per replica")
+    parser.add_argument("--threads", type=int, help="torch threads per replica; if omitted, torch's own")
+    parser.add_argument("--batch-size", type=int, default=4, help="most requests that a replica runs together")
+    parser.add_argument("--packed", action="store_true", help="one forward per batch; pictures equal up to rounding")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
-    parser.add_argument("--port", type=int, default=8000, help="to listen on")
-    parser.add_argument("--address", help="of a Ray cluster that runs already; without it one is started here")
-    parser.add_argument("--preset", default="7x", help="where a request names none")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--address", help="address of a running Ray cluster; if omitted, start one here")
+    parser.add_argument("--preset", default="7x", help="preset of requests that name none")
     parser.add_argument("--max-waiting", type=int, default=limits.waiting, help="accepted requests; more get 429")
-    parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of one request; then it gets 504")
-    parser.add_argument("--max-pixels", type=int, default=limits.pixels, help="of one picture")
-    parser.add_argument("--max-steps", type=int, default=limits.steps, help="of one picture")
+    parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="time per request; then it gets 504")
+    parser.add_argument("--max-pixels", type=int, default=limits.pixels, help="largest number of pixels of a picture")
+    parser.add_argument("--max-steps", type=int, default=limits.steps, help="largest number of steps of a picture")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,14 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     serving = serving_of(arguments)
     if arguments.address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts, and asks nobody
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts, without asking
     serve = require_serve()
     import ray
     from ray.serve.config import HTTPOptions
 
     ray.init(address=arguments.address, include_dashboard=False, _node_ip_address=_own_address(arguments))
     try:
-        with suppress(TimeoutError):  # it waits a minute for its HTTP process, which takes longer on a busy machine
+        with suppress(TimeoutError):  # Serve waits only a minute for its HTTP process, too short on a busy machine
             serve.start(http_options=HTTPOptions(host=arguments.host, port=arguments.port))
         serve.run(application(serving), name=NAME, route_prefix="/")
         wait_for_port(arguments.host, arguments.port)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def wait_for_port(host: str, port: int, seconds: float = 120.0) -> None:
-    """Waits until a port takes connections. Raises CommandError where it takes none in time."""
+    """Waits until a port accepts connections. Raises CommandError if it does not in time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with suppress(OSError), socket.create_connection((host, port), timeout=1.0):
@@ -74,7 +74,7 @@ def wait_for_port(host: str, port: int, seconds: float = 120.0) -> None:
 
 
 def wait_for_the_end() -> None:
-    """Waits for an interrupt, or for what a process manager sends in its place."""
+    """Waits for an interrupt, or for the equivalent signal of a process manager."""
     ended = threading.Event()
 
     def end(*_: object) -> None:
@@ -89,7 +89,7 @@ def wait_for_the_end() -> None:
 
 
 def serving_of(arguments: argparse.Namespace) -> Any:
-    """Returns what arguments ask for. Raises CommandError and ConfigError for what cannot be served."""
+    """Returns the settings to serve. Raises CommandError and ConfigError for what cannot be served."""
     from ..serving.deployment import Serving
     from ..serving.limits import Limits
 
@@ -129,5 +129,5 @@ def _replicas(text: str) -> int | tuple[int, int]:
 
 
 def _own_address(arguments: argparse.Namespace) -> str | None:
-    """Returns the address of a Ray that is started here: loopback, unless it is to be reached from elsewhere."""
+    """Returns the address of a Ray started here: loopback, unless other machines must reach it."""
     return "127.0.0.1" if arguments.address is None and arguments.host == "127.0.0.1" else None

@@ -1,4 +1,4 @@
-"""Write a report: one prompt by several presets, as an HTML page with a slider over the steps."""
+"""Write a report: one prompt with several presets, as an HTML page with a slider over the steps."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("--prompt", required=True, help="what to show")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    parser.add_argument("--presets", default="dense,7x", help=f"names with commas between them: {', '.join(PRESETS)}")
+    parser.add_argument("--presets", default="dense,7x", help=f"names separated by commas: {', '.join(PRESETS)}")
     options.add_model_options(parser, offload=True)
     options.add_size_option(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for all presets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise, the same for all presets")
     options.add_length_option(parser)
     parser.add_argument(
         "--previews",
         default="auto",
         choices=("auto", "vae", "colours"),
-        help="vae: the pipeline's autoencoder decodes each step; colours: directions of the latents, at no cost",
+        help="vae: decode each step with the autoencoder; colours: main directions of the latents, at no cost",
     )
 
 
@@ -77,12 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_report(path: Path, overwrite: bool, option: str) -> None:
-    """Raises CommandError for a report that could not be written, before any compute."""
+    """Raises CommandError, before any computation, for a report that cannot be written."""
     check_file(path, option, _SUFFIXES, overwrite=overwrite)
 
 
 def _presets(names: str) -> list[str]:
-    """Returns the names between commas. Raises CommandError for an unknown one, none or one twice."""
+    """Returns the names between commas. Raises CommandError for an unknown, repeated or missing name."""
     presets = [name.strip() for name in names.split(",") if name.strip()]
     if not presets or len(set(presets)) < len(presets):
         raise CommandError(f"--presets must name each preset once, got {names!r}; for example dense,7x")

@@ -1,1 +1,1 @@
-"""How good pictures are: methods beside each other on the same prompts, scored. Imported only when asked for."""
+"""Quality evaluation: compares and scores methods on the same prompts. Imported only when needed."""

@@ -1,4 +1,4 @@
-"""Writes clips, and shows which tokens of a video each stage computed: frames side by side, or moving."""
+"""Writes clips, and shows which tokens of a video each stage computed, as a sheet of frames or as a clip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_COLUMNS = 8  # frames that a sheet shows
 
 
 def require_encoder(path: Path) -> None:
-    """Raises CommandError where a clip of this name cannot be written, for want of a package. A GIF needs none."""
+    """Raises CommandError if a package needed to write a clip of this name is missing. A GIF needs none."""
     if path.suffix.lower() in ENCODED and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise CommandError(
             f"imageio-ffmpeg must be installed to write {path.suffix} clips, got none; "
@@ -36,19 +36,19 @@ def require_encoder(path: Path) -> None:
 
 
 def write_clip(frames: Iterable[Pixels], path: Path, fps: float, sound: Sound | None = None) -> Path:
-    """Writes frames as a clip: .gif by Pillow, others by ffmpeg.
+    """Writes frames as a clip: .gif with Pillow, others with ffmpeg.
 
     Args:
         frames: (h, w, 3) each, floats in [0, 1] or uint8.
         path: The file.
-        fps: Frames a second.
-        sound: To be heard with them. A .gif has none: it is written next to it.
+        fps: Frames per second.
+        sound: Sound of the clip. For a .gif, which has none, it is written next to it as .wav.
 
     Returns:
         The file with the sound: `path`, or the .wav next to a .gif.
 
     Raises:
-        CommandError: Where ffmpeg is not there, or does not write it.
+        CommandError: If ffmpeg is missing or fails.
     """
     require_encoder(path)
     pictures = [_of_even_sides(to_bytes(frame)) for frame in frames]
@@ -66,7 +66,7 @@ def write_clip(frames: Iterable[Pixels], path: Path, fps: float, sound: Sound | 
 
 
 def write_sound(sound: Sound, path: Path) -> None:
-    """Writes sound as a .wav of 16 bits a sample."""
+    """Writes sound as a .wav with 16 bits per sample."""
     samples = np.asarray(sound.samples.detach().float().cpu() if hasattr(sound.samples, "detach") else sound.samples)
     levels = (np.nan_to_num(samples).clip(-1.0, 1.0) * 32767.0).round().astype("<i2")
     with wave.open(str(path), "wb") as file:
@@ -77,7 +77,7 @@ def write_sound(sound: Sound, path: Path) -> None:
 
 
 def _encode(pictures: Sequence[Pixels], path: Path, fps: float, sound: Sound | None) -> str:
-    """Writes pictures by ffmpeg, and returns why it did not; nothing where it did."""
+    """Writes pictures with ffmpeg; returns why that failed, or "" if it succeeded."""
     import imageio_ffmpeg
 
     height, width = pictures[0].shape[:2]
@@ -111,27 +111,27 @@ def _encode(pictures: Sequence[Pixels], path: Path, fps: float, sound: Sound | N
 
 
 def _of_even_sides(picture: Pixels) -> Pixels:
-    """Returns a picture without its last row or column where the number of them is odd, which codecs do not take."""
+    """Returns a picture with even sides, which codecs need; an odd last row or column is dropped."""
     return picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
 
 
 def latent_of(frame: int, num_frames: int, num_latents: int) -> int:
-    """Returns which frame of latents a frame of a video comes from.
+    """Returns the index of the latent frame from which a frame of a video is decoded.
 
-    Video autoencoders put the first frame alone into the first latent, and as many frames each into the others.
+    Video autoencoders encode the first frame alone into the first latent, and equally many frames into each other one.
     """
     return 0 if frame == 0 else 1 + (frame - 1) * (num_latents - 1) // (num_frames - 1)
 
 
 def show_frame(frame: Pixels, stats: Stats, stage: int, latent: int, video: int = 0) -> Pixels:
-    """Returns a frame of a video as a stage showed it to the network; tokens left out are dimmed; uint8.
+    """Returns a frame of a video as a stage showed it to the network, uint8; tokens that were left out are dimmed.
 
     Args:
         frame: (h, w, 3).
-        stats: Of the generation.
-        stage: Which one of it.
-        latent: The frame of latents that the frame comes from.
-        video: Which one of the batch.
+        stats: Statistics of the generation.
+        stage: Index of the stage.
+        latent: Index of the latent frame from which the frame is decoded.
+        video: Index of the video in the batch.
     """
     if (factor := stats.config.pooling_of(stage)) > 1:
         return show_pooled(frame, factor)
@@ -141,7 +141,7 @@ def show_frame(frame: Pixels, stats: Stats, stage: int, latent: int, video: int 
 
 
 def stage_labels(stats: Stats) -> list[str]:
-    """Returns a line for each stage: its steps, and how many tokens they computed."""
+    """Returns a line for each stage with its steps and its number of tokens."""
     labels = []
     for stage in range(len(stats.anchors)):
         steps = [step for step in stats.steps if step.stage == stage]
@@ -152,9 +152,9 @@ def stage_labels(stats: Stats) -> list[str]:
 
 
 def token_sheet(frames: Pixels, stats: Stats) -> Image.Image:
-    """Returns one picture of a video (T, h, w, 3): a row for each stage, a column for each frame of latents.
+    """Returns one picture of a video (T, h, w, 3): a row for each stage, a column for each latent frame.
 
-    Of many frames of latents eight are shown, spread over the video.
+    If there are more than eight latent frames, eight are shown, evenly spread.
     """
     count, latents = len(frames), stats.grid[0]
     spread = np.linspace(0, latents - 1, min(latents, _MOST_COLUMNS)).round().astype(int)
@@ -164,7 +164,7 @@ def token_sheet(frames: Pixels, stats: Stats) -> Image.Image:
 
 
 def token_frames(frames: Pixels, stats: Stats) -> list[Pixels]:
-    """Returns the frames of a clip that shows the stages of a video (T, h, w, 3) beside each other."""
+    """Returns the frames of a clip that shows the stages of a video (T, h, w, 3) side by side."""
     count, latents = len(frames), stats.grid[0]
     labels = stage_labels(stats)
     return [

@@ -1,4 +1,4 @@
-"""The same generation by several methods, timed: dense, the dense control, and the presets."""
+"""Times the same generation with several methods: dense, the dense control, and the presets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ..speed.control import dense_control, schedule_flops
 
 
 class Rival(Protocol):
-    """A way to generate that is not this package's: returns what `pipe(**call)` makes by it, and leaves no trace.
+    """A method of another project: returns what `pipe(**call)` makes with it, and leaves the pipeline unchanged.
 
-    steps: of the sampler. settings: all that its pictures depend on beside the call, as JSON takes it.
+    steps: of the sampler. settings: everything else, apart from the call, that its pictures depend on, as JSON values.
     """
 
     @property
@@ -39,7 +39,7 @@ class Rival(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to generate: a rival's, or `config` applied to the pipeline, or the pipeline untouched without either."""
+    """A way to generate: with a rival, with `config` applied to the pipeline, or, if both are None, untouched."""
 
     name: str
     steps: int
@@ -48,7 +48,7 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """All that pictures depend on beside call and steps, as JSON takes it; None for the pipeline untouched."""
+        """All settings, apart from call and steps, that pictures depend on, as JSON values; None if untouched."""
         if self.rival is not None:
             return self.rival.settings
         return None if self.config is None else self.config.to_dict()
@@ -56,12 +56,14 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedCall:
-    """What one call of a pipeline made, and its cost. FLOPs are of the whole batch, seconds too.
+    """The result of one pipeline call and its cost, for the whole batch.
 
-    denoise_s: from the first call of the transformer to the end of the last step. whole_s: text encoding and
-    decoding as well. token_steps: image tokens through the network, summed over the steps, of one image; where a cache
-    leaves out parts of a step, that step counts as the share of a dense one that ran. stats: None for the pipeline
-    untouched and for rivals.
+    Attributes:
+        denoise_s: Seconds from the first call of the transformer to the end of the last step.
+        whole_s: Seconds including text encoding and decoding.
+        token_steps: Image tokens through the network, summed over the steps, for one image. Where a cache skips parts
+            of a step, that step counts as the share of a dense one that ran.
+        stats: None for the untouched pipeline and for rivals.
     """
 
     pictures: Any
@@ -73,7 +75,7 @@ class TimedCall:
 
 
 def compared_methods(cost: Cost, num_tokens: int, text_tokens: int) -> tuple[Method, ...]:
-    """Returns 50 dense steps on the pipeline's own levels, the dense control that costs as much as 7x, 4x and 7x.
+    """Returns 50 dense steps on the pipeline's own levels, the dense control with the cost of 7x, 4x and 7x.
 
     cost: operations of one forward by numbers of tokens.
     """
@@ -90,7 +92,7 @@ def _steps(config: JiTConfig) -> int:
 
 
 def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = None, **call: Any) -> TimedCall:
-    """Returns what `pipe(**call)` makes by a method; `on_step` is called after every step."""
+    """Returns what `pipe(**call)` makes with a method; `on_step` is called after every step."""
     if method.rival is not None:
         return method.rival(pipe, on_step, call)
     accelerated = nullcontext() if method.config is None else jitaccel.apply(pipe, method.config)
@@ -101,7 +103,7 @@ def generate(pipe: Any, method: Method, on_step: Callable[[], object] | None = N
 def timed(
     pipe: Any, steps: int, handle: Handle | None, on_step: Callable[[], object] | None = None, **call: Any
 ) -> TimedCall:
-    """Returns what `pipe(**call)` makes as it stands, with the handle of what is applied to it, if anything is."""
+    """Returns the timed result of `pipe(**call)`, given the handle of what is applied to it, if any."""
     clock = _DenoisingClock(pipe, on_step)
     with clock.watch():
         start = clock.now()
@@ -120,14 +122,14 @@ def timed(
 
 
 def warm_up(pipe: Any, **call: Any) -> None:
-    """Runs a step or two at every token count that the methods use, so that none pays for being the first."""
+    """Runs a step or two at every token count of the methods, so that no timing includes first-call costs."""
     for name in ("4x", "7x"):
         config = _shortest(PRESETS[name])
         generate(pipe, Method(name=name, steps=_steps(config), config=config), **call)
 
 
 def _shortest(config: JiTConfig) -> JiTConfig:
-    """Returns the configuration with the fewest steps that skip no stage."""
+    """Returns the configuration with the smallest number of steps that skips no stage."""
     for steps in range(config.num_stages, _steps(config)):
         try:
             return config.replace(steps=steps)
@@ -143,7 +145,7 @@ def _dense_cost(pipe: Any, steps: int, clock: _DenoisingClock) -> tuple[int, int
 
 
 class _DenoisingClock:
-    """Notes when a pipeline's first step starts and its last one ends; waits for the device at both."""
+    """Records when a pipeline's first step starts and its last one ends; waits for the device at both."""
 
     def __init__(self, pipe: Any, on_step: Callable[[], object] | None) -> None:
         self._pipe, self._on_step = pipe, on_step
@@ -162,7 +164,7 @@ class _DenoisingClock:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Sees every call of the transformer while it lasts."""
+        """Observes every call of the transformer inside the block."""
         seen = self._pipe.transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         try:
             yield
@@ -173,7 +175,7 @@ class _DenoisingClock:
         if self._start is None:
             state = kwargs["hidden_states"]
             self.shape = (state.shape[0], state.shape[1], kwargs["encoder_hidden_states"].shape[1])
-            self._device = state.device  # the model's own may be the one that it is offloaded to
+            self._device = state.device  # the model's own device may be the one it is offloaded to
             self._start = self.now()
 
     def on_step_end(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `jitaccel eval` writes beside its rows: the table in JSON lines, the Pareto picture and the contact sheet."""
+"""Further outputs of `jitaccel eval`: the table in JSON lines, the Pareto picture and the contact sheet."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ def write_pictures(
 ) -> list[Path]:
     """Writes table.jsonl, pareto.png and contact.png into a folder, and returns their paths.
 
-    There is no Pareto picture where no method has a quality, as of a reference alone that is compared with itself.
+    The Pareto picture is left out if no method has a quality, as when a reference is only compared with itself.
 
-    records, known: of `summary` of the rows, and as it was given them; picture_of, count: as for `contact_sheet`.
+    Args:
+        rows: The rows.
+        records: `summary` of the rows.
+        folder: The output folder.
+        picture_of: As for `contact_sheet`.
+        known: As it was passed to `summary`.
+        count: As for `contact_sheet`.
     """
     methods = [record["method"] for record in records]
     pictures = {"contact.png": contact_sheet(rows, methods, picture_of, count, known=known)}
@@ -42,9 +48,9 @@ def write_pictures(
 
 
 def known_qualities(scorers: Sequence[Scorer]) -> Known:
-    """Returns the qualities that are known, with those of scorers: the ones that judge the prompt come first.
+    """Returns the known qualities together with those of scorers; scorers that judge the prompt come first.
 
-    Scorers say how a metric of somebody's own is called, and which way it is better.
+    A custom scorer defines the title of its metric and whether higher is better.
     """
     sides = {True: float("inf"), False: -float("inf"), None: None}
     named = {

@@ -1,4 +1,4 @@
-"""The table of `jitaccel eval`: what each method costs and how good it is, with intervals, and who beats whom."""
+"""The table of `jitaccel eval`: cost and quality of each method with intervals, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from .quality.scorers import Scorer
 from .quality.statistics import Estimate, mean_of, paired_p_value
 
 _WIDTH = 118
-_NOTES = {  # by the column that needs it
-    "cost in dense steps": "Cost: FLOPs with attention and text, in dense steps.",
+_NOTES = {  # keyed by the column that needs it
+    "cost in dense steps": "Cost: FLOPs including attention and text, in dense steps.",
     "Frechet to reference": "Frechet: squared distance of the judge's features to those of the reference's pictures, "
     "and of {data} held-out drawings; resampling widens it, so its intervals lie high.",
     "perceptual": "perceptual: distance of the judge's feature maps to the reference, 0 to 2.",
-    "LPIPS": "LPIPS: distance to the reference, of AlexNet's features.",
+    "LPIPS": "LPIPS: distance to the reference, by AlexNet's features.",
     "detail, dB": "detail: power above half the Nyquist frequency, against the reference.",
-    "seams": "seams: how steep borders between tokens of different stages are, over those within a stage.",
-    "against": "against: the dense method whose cost is nearest, on the presets' levels and by the "
-    "same solver where one is; {lead} more: the paired difference to it, and p by sign flips.",
+    "seams": "seams: mean pixel step at borders between tokens of different stages, over that within a stage.",
+    "against": "against: the dense method of nearest cost, if possible on the presets' levels and with the "
+    "same solver; {lead} more: the paired difference to it, and p by sign flips.",
 }
 
 
 def table(rows: Rows, records: Sequence[Mapping[str, Any]], scorers: Sequence[Scorer] = (), drawn: int = 0) -> str:
-    """Returns the table in Markdown; what no row tells has no column.
+    """Returns the table in Markdown; a column without values in any row is left out.
 
-    records: of `summary` of the rows, the first the reference. scorers: the metrics whose numbers the rows have in
-    fields of their names. drawn: how many drawings `frechet_to_data` compares with.
+    Args:
+        rows: The rows.
+        records: `summary` of the rows, the reference first.
+        scorers: The metrics whose scores the rows hold in fields of their names.
+        drawn: Number of drawings that `frechet_to_data` compares with.
     """
     methods = [record["method"] for record in records]
     of = by_method(rows, methods, asker="table")
@@ -66,7 +69,7 @@ def _cells(
 ) -> list[str]:
     """Returns a quality of each method with its interval.
 
-    A picture that equals the reference has an infinite PSNR, and a mean of such has no interval: it stands alone.
+    A picture that equals the reference has an infinite PSNR. A mean of such values has no interval, and none is shown.
     """
     cells = []
     for record in records:
@@ -80,7 +83,7 @@ def _cells(
 
 @dataclass(frozen=True)
 class _Lead:
-    """The quality in which methods are compared in pairs: of every row a number."""
+    """The quality in which methods are compared in pairs; returns a number for every row."""
 
     name: str
     unit: str
@@ -90,7 +93,7 @@ class _Lead:
 
 
 def _lead(rows: Rows, scorers: Sequence[Scorer]) -> _Lead | None:
-    """Returns attributes where they are judged, otherwise the first metric that judges the prompt, or None."""
+    """Returns attributes if they are judged, otherwise the first metric that judges the prompt, or None."""
     if _has(rows, "shown"):
         return _Lead(
             "attributes", ", %", lambda some: column(some, "shown") / np.maximum(column(some, "claimed"), 1), 100.0, 1
@@ -102,12 +105,15 @@ def _lead(rows: Rows, scorers: Sequence[Scorer]) -> _Lead | None:
 
 
 def paired(rows: Rows, methods: Sequence[str], scorers: Sequence[Scorer] = ()) -> dict[str, dict[str, Any]]:
-    """Returns for each method, of which JSON can be made, by how much more of the lead quality it has than others.
+    """Returns, for each method, the paired differences in the lead quality to the reference and its dense control.
 
-    By the name of the other, which is the reference and the dense control of its cost: `value` with the ends of its
-    95 % interval, `low` and `high`, over prompts, and `p`, how likely that is by chance. Empty without such a quality.
+    For each of these two, by name: `value` with the ends `low` and `high` of its 95 % interval over prompts, and `p`,
+    the probability of such a difference by chance. Empty without a lead quality. All values are JSON values.
 
-    methods: names, the reference first. scorers: as for `table`.
+    Args:
+        rows: The rows.
+        methods: Names, the reference first.
+        scorers: As for `table`.
     """
     of, lead = by_method(rows, methods, asker="paired"), _lead(rows, scorers)
     if lead is None:
@@ -142,7 +148,7 @@ def _against(of: Mapping[str, Rows], lead: _Lead | None) -> dict[str, list[str]]
 
 
 def _control(name: str, of: Mapping[str, Rows]) -> str | None:
-    """Returns the dense method whose cost is nearest to that of one not dense, or None."""
+    """Returns the dense method of nearest cost, or None for a method that is itself dense."""
     return None if method_kind(of[name][0]).startswith("dense") else control_of(name, of)
 
 

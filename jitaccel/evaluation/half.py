@@ -1,4 +1,4 @@
-"""Half the size first, then the whole: a plain baseline that spends its first steps on a quarter of the tokens."""
+"""A simple baseline: the first steps at half the size, that is, on a quarter of the tokens, the others at full size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .comparison import Method, TimedCall, generate
 class HalfFirst:
     """`steps` dense steps on the levels of the presets, the first `half_steps` at half the height and width.
 
-    The last half-size step goes on to level 0, which is Euler's clean estimate; that is upsampled, bicubic in the
-    autoencoder's space, and noised again to the level where the remaining steps start. No part of the method decides
-    by what an image shows, so batches are as they come. Fresh noise comes from the caller's generator.
+    The last half-size step goes to level 0, Euler's clean estimate. This is upsampled bicubically in the autoencoder's
+    space, and noised again to the level where the remaining steps start. No decision depends on the content of an
+    image, so batches need no special treatment. Fresh noise comes from the caller's generator.
     """
 
     steps: int
@@ -29,13 +29,13 @@ class HalfFirst:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells two such methods apart, as JSON takes it."""
+        """The settings that distinguish two such methods, as JSON values."""
         return {"rival": "half", "steps": self.steps, "half_steps": self.half_steps, "upsampling": "bicubic"}
 
     def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> TimedCall:
-        """Returns what `pipe(**call)` makes. whole_s counts the text's encoding twice, as it is done.
+        """Returns what `pipe(**call)` makes. whole_s includes text encoding twice, because it runs twice.
 
-        Raises CommandError for a height or width that has no half in whole tokens, and for pipelines of other models.
+        Raises CommandError for a height or width whose half is not in whole tokens, and for pipelines of other models.
         """
         if not has_packed_latents(pipe):
             raise CommandError(f"half must have a pipeline of FLUX.1, got {type(pipe).__name__}")

@@ -1,4 +1,4 @@
-"""The judge of drawn landscapes, where one lies with a model."""
+"""Finds the judge of drawn landscapes that comes with a model, if any."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .scenes.judge import Judge
 
 
 def judge_folder(model: str | None = None) -> Path | None:
-    """Returns the folder of the judge that lies with a model, of the embedded one without a name; None without one.
+    """Returns the folder of the judge that comes with a model (None: the embedded one), or None if it has none.
 
-    A model that comes with this judge is one of the world that it judges: the held-out prompts are made for it.
+    A model with this judge draws the world that it judges, and the held-out prompts are made for it.
     """
     folder = (embedded_model() if model is None else Path(model).expanduser()) / "judge"
     return folder if is_there(folder / "judge.json") else None
 
 
 def load_judge(model: str | None = None) -> Judge | None:
-    """Returns the judge that lies with a model, or None without one. Raises CommandError for one of another world."""
+    """Returns the judge that comes with a model, or None. Raises CommandError for a judge of another world."""
     folder = judge_folder(model)
     try:
         return None if folder is None else Judge.load(folder)

@@ -1,4 +1,4 @@
-"""The words of `jitaccel eval --methods`, and the ways to generate that they name."""
+"""Parses `jitaccel eval --methods`: the words for ways to generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DENSE: Mapping[str, Overrides] = {
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
-    """Returns the methods of a list as `--methods` takes it. Raises CommandError naming the word that is none."""
+    """Returns the methods of a `--methods` list. Raises CommandError naming the first unknown word."""
     methods = []
     for word in (word.strip() for word in text.split(",")):
         rival = find_rival(word)
@@ -36,12 +36,12 @@ def parse_methods(text: str) -> tuple[Method, ...]:
             Method(name=Path(word).stem if word.endswith(".json") else word, steps=config.steps, config=config)
         )
     if len({method.name for method in methods}) < len(methods):
-        raise CommandError(f"--methods must be different ones, got {text}")
+        raise CommandError(f"--methods must all be different, got {text}")
     return tuple(methods)
 
 
 def _config_of(word: str) -> JiTConfig:
-    """Returns what a word of `--methods` runs. Raises CommandError for one that is none."""
+    """Returns the configuration of a word of `--methods`. Raises CommandError for an unknown word."""
     kind, _, count = word.partition(":")
     if word in PRESETS:
         return PRESETS[word]
@@ -52,7 +52,7 @@ def _config_of(word: str) -> JiTConfig:
         if word.endswith(".json") and is_there(Path(word)) and Path(word).is_file():
             return JiTConfig.from_dict(json.loads(Path(word).read_text()))
     except (ConfigError, ValueError, OSError) as error:  # int and json raise ValueError
-        raise CommandError(f"--methods must list what can run, got {word[:80]!r}: {error}") from None
+        raise CommandError(f"--methods must list methods that can run, got {word[:80]!r}: {error}") from None
     raise CommandError(
         f"--methods must list dense:N, beta:N, dpm:N, {', '.join(FORMS)}, a preset ({', '.join(PRESETS)}) or a .json "
         f"file, got {word[:80]!r}"

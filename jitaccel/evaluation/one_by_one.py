@@ -1,4 +1,4 @@
-"""Runs a pipeline with something installed in it, image by image, and leaves the pipeline as it was."""
+"""Runs a pipeline with a cache installed, image by image, and restores the pipeline."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _PER_IMAGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class CachedRun(ABC):
-    """`steps` steps on the pipeline's own levels, with what `installed` puts into the pipeline for as long."""
+    """`steps` steps on the pipeline's own levels while `installed` is active in the pipeline."""
 
     steps: int
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What tells two methods apart, as JSON takes it."""
+        """The settings that distinguish two methods, as JSON values."""
 
     @abstractmethod
     def installed(self, pipe: Any) -> AbstractContextManager[None]:
-        """Returns what has the cache in the pipeline while it lasts, empty at first."""
+        """Returns a context in which the pipeline has the cache, initially empty."""
 
     def __call__(self, pipe: Any, on_step: Callable[[], object] | None, call: Mapping[str, Any]) -> TimedCall:
         """Returns what `pipe(**call)` makes; `on_step` is called `steps` times, whatever the number of images.
 
-        Seconds are those of the images one after another, to be compared with methods that make one at a time.
+        Seconds are totals for the images one after another; compare them with methods that make one image at a time.
         """
         calls = _single_calls(call)
         steps_of_batch = _every(len(calls), on_step)
@@ -49,16 +49,16 @@ class CachedRun(ABC):
     def _one(self, pipe: Any, on_step: Callable[[], object], call: Mapping[str, Any]) -> TimedCall:
         with left_as_found(pipe.transformer), counted(pipe.transformer) as work, self.installed(pipe):
             made = timed(pipe, self.steps, None, on_step, **call)
-        ran = work.flops / made.flops  # timed takes every step for a dense one
+        ran = work.flops / made.flops  # `timed` counts every step as a dense one
         return dataclasses.replace(made, flops=work.flops, token_steps=round(made.token_steps * ran))
 
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Puts back, in the end, the attributes of a model's modules and the order of its children.
+    """Restores, on exit, the attributes of a model's modules and the order of its children.
 
-    diffusers' `disable_cache` leaves a `forward` and a registry on every instance that had a hook; cache-dit's leaves
-    a `forward` of its own on the transformer, and the blocks last among its children.
+    diffusers' `disable_cache` leaves a `forward` and a registry on every instance that had a hook. cache-dit leaves its
+    own `forward` on the transformer, and moves the blocks to the end of its children.
     """
     before = [(module, dict(vars(module)), dict(children_of(module))) for module in model.modules()]
     try:
@@ -73,7 +73,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def _single_calls(call: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the calls that make one image each of what one call makes."""
+    """Returns one call per image for a call that makes several."""
     given = {name: call[name] for name in _PER_IMAGE if call.get(name) is not None}
     several = {name: value for name, value in given.items() if not isinstance(value, str) and hasattr(value, "__len__")}
     count = max((len(value) for value in several.values()), default=1)
@@ -81,7 +81,7 @@ def _single_calls(call: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _every(count: int, on_step: Callable[[], object] | None) -> Callable[[], None]:
-    """Returns what calls `on_step` at every `count`-th call."""
+    """Returns a function that calls `on_step` at every `count`-th of its calls."""
     calls = itertools.count(1)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Draws the demonstration's two pictures: methods side by side, and which tokens were active."""
+"""Draws the two pictures of the demo: methods side by side, and the active tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 Pixels = NDArray[Any]
 _GAP_PX, _LABEL_PX = 8, 22
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
-_DIMMED = 0.22  # how much of an inactive token is seen
+_DIMMED = 0.22  # brightness of an inactive token
 
 
 def grid_picture(rows: Sequence[Sequence[Pixels]], columns: Sequence[str], row_labels: Sequence[str]) -> Image.Image:
-    """Returns one sheet: pictures `(h, w, 3)` in [0, 1] or uint8, a label above each column and above each row."""
+    """Returns one sheet of pictures `(h, w, 3)`, in [0, 1] or uint8, with a label above each column and each row."""
     height, width = rows[0][0].shape[:2]
     row_px = height + _GAP_PX + _LABEL_PX
     size = (_GAP_PX + len(columns) * (width + _GAP_PX), _LABEL_PX + len(rows) * row_px + _GAP_PX)
@@ -36,7 +36,7 @@ def grid_picture(rows: Sequence[Sequence[Pixels]], columns: Sequence[str], row_l
 
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:
-    """Writes a label, as small as it must be to fit, or cut off."""
+    """Writes a label, in a smaller font or cut off if needed to fit."""
     for size in (15, 13, 11):
         font = ImageFont.load_default(size)
         if pen.textlength(text, font) <= width:
@@ -49,8 +49,8 @@ def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: 
 def show_active(picture: Pixels, anchors: Sequence[int] | NDArray[np.int64], grid: tuple[int, ...]) -> Pixels:
     """Returns the picture with every token that did not enter the network dimmed, as uint8.
 
-    anchors: raster indices on the grid (grid_h, grid_w), of which each cell is one token's patch. Raises
-    ValueError for a grid of frames: a picture shows one.
+    anchors: raster indices on the grid (grid_h, grid_w); each cell is the patch of one token. Raises ValueError for a
+    grid with frames, because a picture shows only one.
     """
     if len(grid) != 2:
         raise ValueError(f"show_active: grid must be (grid_h, grid_w), got {grid}; show one frame")
@@ -64,9 +64,9 @@ def show_active(picture: Pixels, anchors: Sequence[int] | NDArray[np.int64], gri
 
 
 def show_pooled(picture: Pixels, factor: int) -> Pixels:
-    """Returns the picture as a network sees it that is shown one `factor` times smaller: blocks of their mean, uint8.
+    """Returns the picture as a network sees it after a reduction by `factor`: each block is its mean, uint8.
 
-    Blocks at the last row and column are smaller where the sides do not divide.
+    If the sides are not divisible, the blocks at the last row and column are smaller.
     """
     pixels: Pixels = to_bytes(picture).astype(np.float64)
     for axis in (0, 1):
@@ -80,9 +80,9 @@ def show_pooled(picture: Pixels, factor: int) -> Pixels:
 
 
 def show_stage(picture: Pixels, stats: Stats, stage: int, image: int = 0) -> Pixels:
-    """Returns the picture as a stage of a generation showed it: tokens left out dimmed, or a smaller picture; uint8.
+    """Returns the picture as a stage of a generation showed it, with left-out tokens dimmed or reduced; uint8.
 
-    stats: of the generation. image: which one of its batch `picture` is.
+    stats: of the generation. image: index of `picture` in its batch.
     """
     factor = stats.config.pooling_of(stage)
     if factor > 1:
@@ -91,7 +91,7 @@ def show_stage(picture: Pixels, stats: Stats, stage: int, image: int = 0) -> Pix
 
 
 def to_bytes(picture: Pixels) -> Pixels:
-    """Returns a picture as uint8, from floats in [0, 1] or as it is."""
+    """Returns a picture as uint8; floats are in [0, 1], uint8 is returned unchanged."""
     if picture.dtype == np.uint8:
         return picture
     return (np.clip(picture, 0.0, 1.0) * 255.0).round().astype(np.uint8)

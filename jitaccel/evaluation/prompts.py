@@ -1,4 +1,4 @@
-"""The prompts of `jitaccel eval --prompts`: held-out ones of the drawn world, or those of a file."""
+"""Reads the prompts of `jitaccel eval --prompts`: held-out ones of the drawn world, or those of a file."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..files import is_there
 if TYPE_CHECKING:
     from .scenes.captions import Claims
 
-_MOST = 10_000  # different prompts of the drawn world, which has not endlessly many
+_MOST = 10_000  # different prompts of the drawn world, which is finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt, and what it claims where the judge of drawn landscapes can tell."""
+    """A prompt and, if the judge of drawn landscapes understands it, the attributes it claims."""
 
     text: str
     claims: Claims | None = None
 
 
 def read_prompts(word: str, *, is_judged: bool) -> tuple[Prompt, ...]:
-    """Returns so many held-out prompts, or those of a file: one a line, or the field "prompt" of JSON lines.
+    """Returns the given number of held-out prompts, or those of a file: one per line, or field "prompt" of JSON lines.
 
     is_judged: whether the model comes with a judge of drawn landscapes, as the embedded one does.
 
-    Raises CommandError for fewer than two, and for lines that hold no prompt, with their numbers.
+    Raises CommandError for fewer than two prompts, and for lines without a prompt, with their numbers.
     """
     if word.isascii() and word.lstrip("-").isdigit():
         if not is_judged:
@@ -62,7 +62,7 @@ def _texts(path: Path) -> Iterator[str]:
         try:
             text = line.decode().strip()
             found = json.loads(text) if is_json and text else text
-        except ValueError as error:  # both UnicodeDecodeError and JSONDecodeError are
+        except ValueError as error:  # includes UnicodeDecodeError and JSONDecodeError
             form = "JSON" if is_json else "UTF-8"
             raise CommandError(f"--prompts must be {form}, got line {number} of {path}: {error}") from error
         if not text:

@@ -1,7 +1,7 @@
-"""What users would otherwise install, as words of `jitaccel eval --methods`: caches of what the network computes.
+"""Alternatives that users might install instead, as words of `jitaccel eval --methods`: caches of network outputs.
 
-They run on the pipeline's own levels, as their users run them, and one image at a time: a cache decides once for a
-batch, and what it does to an image must not depend on the images beside it. Cost is what really ran (`work.counted`).
+They run on the pipeline's own levels, as their users run them, and one image at a time: a cache makes one decision per
+batch, and an image must not depend on the others next to it. The cost counts only operations that ran (`work.counted`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .one_by_one import CachedRun
 class FirstBlock(CachedRun):
     """diffusers' FirstBlockCache, after ParaAttention's (github.com/chengzeyi/ParaAttention).
 
-    Every step runs the first block. Where what it adds to the image tokens has changed since the last full step by a
-    mean of at most `threshold`, relative, all that the other blocks added then is added again.
+    Every step runs the first block. If the block's residual for the image tokens has changed since the last full step
+    by a relative mean of at most `threshold`, the residual of all other blocks is reused.
     """
 
     threshold: float
@@ -48,11 +48,11 @@ class FirstBlock(CachedRun):
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeer(CachedRun):
-    """diffusers' TaylorSeerCache (arXiv:2503.06923), of first order and with float32 factors, as its manual shows it.
+    """diffusers' TaylorSeerCache (arXiv:2503.06923), first order with float32 factors, as in its documentation.
 
-    The first three steps are full, and after them every `interval`-th, beginning with the second; the others
-    extrapolate. As diffusers has it by default, the outputs of attention alone are extrapolated, and everything else
-    runs; `is_lite`, its lite mode, extrapolates the network's last layer and skips every block.
+    The first three steps are full; after them every `interval`-th, beginning with the second. The others extrapolate.
+    By diffusers' default, only the outputs of attention are extrapolated, and everything else runs. `is_lite`, its lite
+    mode, extrapolates the network's last layer and skips every block.
     """
 
     interval: int
@@ -75,10 +75,10 @@ class TaylorSeer(CachedRun):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheDiT(CachedRun):
-    """cache-dit's DBCache (github.com/vipshop/cache-dit), which decides as FirstBlock does, from several first blocks.
+    """cache-dit's DBCache (github.com/vipshop/cache-dit), which decides like FirstBlock, but after several blocks.
 
-    Its settings are its defaults: the first 8 of FLUX.1's 57 blocks always run (of fewer, the same share, at least
-    one), and the first 8 steps are full. threshold: of the relative change, its default 0.08 where None.
+    Uses its default settings: the first 8 of FLUX.1's 57 blocks always run (in smaller models the same share, at least
+    one), and the first 8 steps are full. threshold: of the relative change; None is its default, 0.08.
     """
 
     threshold: float | None = None
@@ -105,9 +105,9 @@ class CacheDiT(CachedRun):
 
 
 def find_rival(word: str) -> Rival | None:
-    """Returns the rival that a word names, or None where it names none.
+    """Returns the rival that a word names, or None if it names none.
 
-    Raises CommandError for wrong numbers, and for a package that is missing.
+    Raises CommandError for invalid numbers, and for a missing package.
     """
     kind, *numbers = word.split(":")
     if kind not in _KINDS:
@@ -115,7 +115,7 @@ def find_rival(word: str) -> Rival | None:
     form, rule, make = _KINDS[kind]
     try:
         rival = make(*numbers)
-    except (TypeError, ValueError) as error:  # too many or few of them, or a wrong one
+    except (TypeError, ValueError) as error:  # too many, too few, or an invalid one
         raise CommandError(f"--methods must give {form}, {rule}, got {word!r}") from error
     _require(kind)
     return rival
@@ -171,7 +171,7 @@ _CONFIGS = {
 
 
 def _require(kind: str) -> None:
-    """Raises CommandError where a rival's package is missing, or too old to have it."""
+    """Raises CommandError if a rival's package is missing or too old."""
     if kind == "cachedit" and "cache_dit" not in sys.modules and importlib.util.find_spec("cache_dit") is None:
         raise CommandError('cache-dit must be installed for cachedit, got none; pip install "jitaccel[cache-dit]"')
     if kind in _CONFIGS:
@@ -186,7 +186,7 @@ def _require(kind: str) -> None:
 
 
 def _package(name: str) -> str:
-    """Returns a package's name and version: another version may cache otherwise."""
+    """Returns a package's name and version, because another version may cache differently."""
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
@@ -204,7 +204,7 @@ def _diffusers_cache(pipe: Any, config: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Keeps a logger's handlers to errors while it lasts: cache-dit tells ten lines on stdout for each image."""
+    """Silences a logger below errors inside the block: cache-dit logs ten lines to stdout for each image."""
     levels = [(handler, handler.level) for handler in logging.getLogger(logger).handlers]
     for handler, _ in levels:
         handler.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Scores pictures that are there, and keeps each number, so that another metric asks for no new picture."""
+"""Scores existing pictures and stores each score, so that adding a metric needs no new pictures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _KEYS = ("metric", "version", "prompt", "picture", "reference")
 
 
 def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
-    """Returns the scorers of a list as `--metrics` takes it; an empty one names none.
+    """Returns the scorers of a `--metrics` list; an empty list has none.
 
-    Raises CommandError with every reason: words that name none, packages that are missing.
+    Raises CommandError listing every problem: unknown words and missing packages.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     factories, reasons, missing = {}, [], []
@@ -39,7 +39,7 @@ def parse_metrics(text: str, device: str) -> tuple[Scorer, ...]:
         raise CommandError("\n".join(reasons))
     scorers = [factory.make(device) for factory in factories.values()]
     if len(factories) < len(words) or len({scorer.name for scorer in scorers}) < len(words):
-        raise CommandError(f"--metrics must be different ones, got {text}")
+        raise CommandError(f"--metrics must all be different, got {text}")
     return tuple(scorers)
 
 
@@ -51,11 +51,18 @@ def score_rows(
     picture_of: Callable[[Mapping[str, Any]], Path],
     folder: Path,
 ) -> Rows:
-    """Returns the rows with the number of each metric in a field of its name.
+    """Returns the rows with the score of each metric in a field of its name.
 
-    A number is taken up from `folder`/scores.jsonl where metric, version, prompt and the content of the picture, and of
-    the reference's where the metric needs it, are the same; rows of the reference have no number of such a metric.
-    reference: the method whose pictures others are compared with. picture_of: where the picture of a row is.
+    A stored score in `folder`/scores.jsonl is reused if metric, version, prompt and the content of the picture are the
+    same, and also that of the reference's picture if the metric uses it. Rows of the reference have no score of such a
+    metric.
+
+    Args:
+        rows: The rows.
+        scorers: The metrics.
+        reference: The method whose pictures the others are compared with.
+        picture_of: Returns the path of the picture of a row.
+        folder: Folder of scores.jsonl.
     """
     known = {
         _key(entry): entry["score"]
@@ -69,7 +76,7 @@ def score_rows(
             some = [row for row in found if not (scorer.needs_reference and row["method"] == reference)]
             entries = [_entry(scorer, row, references[row["prompt_index"]]) for row in some]
             new = {_key(entry): k for k, entry in enumerate(entries) if _key(entry) not in known}
-            # The pictures of one prompt side by side: some metrics then look at the prompt once.
+            # Score the pictures of one prompt together, because some metrics then encode the prompt only once.
             order = sorted(new.values(), key=lambda k: int(some[k]["prompt_index"]))
             for start in range(0, len(order), _BATCH):
                 chosen = [some[k] for k in order[start : start + _BATCH]]

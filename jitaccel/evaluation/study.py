@@ -1,4 +1,4 @@
-"""Makes the pictures of `jitaccel eval`, and keeps a row of each, so that a run can be taken up where it stopped."""
+"""Makes the pictures of `jitaccel eval` and stores a row for each, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all rows of a run have in common. model: None for the embedded one; size: None for the pipeline's own.
+    """The settings shared by all rows of a run.
 
-    pickle: whether the model's weights may be other files than safetensors.
+    model: None for the embedded one. size: None for the pipeline's default. pickle: whether to accept weights in other
+    formats than safetensors.
     """
 
     model: str | None
@@ -53,7 +54,7 @@ class Setting:
 
     @property
     def fields(self) -> Row:
-        """What rows say of it, and must agree in; size apart, which may be asked for or be the pipeline's own."""
+        """The settings as rows store them, which must match; without the size, which may be the pipeline's default."""
         name = EMBEDDED if self.model is None else self.model
         return {
             "seed": self.seed,
@@ -64,7 +65,7 @@ class Setting:
         }
 
     def load(self) -> Any:
-        """Returns the pipeline. Raises CommandError where it is none, or makes no pictures of that size."""
+        """Returns the pipeline. Raises CommandError if it cannot be loaded or cannot make pictures of that size."""
         pipe = load_pipeline(self.model, self.dtype, str(self.device), pickle=self.pickle)
         pipe.set_progress_bar_config(disable=True)
         unit = 2 * getattr(pipe, "vae_scale_factor", 8)
@@ -74,7 +75,7 @@ class Setting:
         return pipe
 
     def call(self, pipe: Any) -> dict[str, Any]:
-        """Returns how the pipeline is called for every picture."""
+        """Returns the arguments of the pipeline's call that are the same for every picture."""
         call: dict[str, Any] = {"output_type": "np"}
         size = self.size
         if size is None and self.is_judged:
@@ -92,9 +93,9 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Makes rows, one for each method and prompt, and keeps them with their pictures.
+    """Makes rows, one for each method and prompt, and stores them with their pictures.
 
-    judge: for prompts with claims. any_commit: take up what other commits of this package made too.
+    judge: for prompts with claims. any_commit: also reuse rows made by other commits of this package.
     """
 
     setting: Setting
@@ -106,7 +107,7 @@ class Study:
     any_commit: bool = False
 
     def rows(self) -> list[Row]:
-        """Returns the rows of each method in turn; what the same weights and settings made before is kept."""
+        """Returns the rows, method by method; rows already made with the same weights and settings are reused."""
         done = {(row["method"], row["prompt_index"]): row for row in self._kept()}
         count = len(self.prompts)
         missing = [[k for k in range(count) if (method.name, k) not in done] for method in self.methods]
@@ -117,7 +118,7 @@ class Study:
         return [done[method.name, k] for method in self.methods for k in range(count)]
 
     def path(self, row: Mapping[str, Any]) -> Path:
-        """Returns where the picture of a row is."""
+        """Returns the path of the picture of a row."""
         return self._path(row["method"], row["prompt_index"])
 
     def _path(self, method: str, prompt: int) -> Path:
@@ -140,7 +141,7 @@ class Study:
                 yield {name: value for name, value in row.items() if name not in _SCORED_BEFORE}
 
     def _is_same(self, row: Row) -> bool:
-        """Whether the row was made as this run would make it, whatever the method."""
+        """Whether the row was made under the settings of this run, apart from the method."""
         names = _ORIGIN if self.any_commit else ("commit", *_ORIGIN)
         same = {**self.setting.fields, **{name: self.origin[name] for name in names}}
         defaults = {**_BEFORE_MODELS, "dtype": dtype_of("auto", self.setting.device), "judge": same["judge"] or "some"}
@@ -152,7 +153,7 @@ class Study:
         return asked == (None if size is None else list(size)) or (size is not None and row.get("pixels") == [*size])
 
     def _has_picture(self, row: dict[str, Any]) -> bool:
-        """Whether the row's picture is there, and no later one in its place."""
+        """Whether the row's picture exists and was not replaced by a later one."""
         path = self.path(row)
         found = file_digest(path) if path.exists() else None
         return found is not None and bool(row.setdefault("picture", found) == found)
@@ -183,14 +184,14 @@ class Study:
                     file.flush()
 
     def _loaded_weights(self) -> str | None:
-        """Returns what tells the weights apart, now that they are here: a hub may have sent others than were here."""
+        """Returns the identity of the loaded weights; loading from a hub may have fetched newer ones than before."""
         found, known = weights_digest(self.setting.model), self.origin["weights"]
         if known not in (None, found):
             raise CommandError(f"--model must stay as it is, got other weights of {self.setting.model}; run again")
         return found
 
     def _noted(self, method: Method, chosen: Sequence[int], made: TimedCall, origin: Row) -> Iterator[Row]:
-        """Saves the pictures of one call, and yields their rows."""
+        """Saves the pictures of one call and yields their rows."""
         from .pictures import to_bytes
         from .quality.metrics import seam_ratio
 
@@ -222,7 +223,7 @@ class Study:
             }
 
     def _judged(self, pictures: Any, chosen: Sequence[int]) -> list[Row]:
-        """Returns what the judge says of each picture, nothing where it cannot be asked."""
+        """Returns the judge's fields for each picture; empty if there is no judge."""
         if self.judge is None:
             return [{} for _ in chosen]
         from .scenes.judge import compare
@@ -236,7 +237,7 @@ class Study:
         return rows
 
     def _free_memory(self) -> None:
-        """Gives the pipeline's memory back: what scores pictures may need it."""
+        """Frees the pipeline's memory, which scoring may need."""
         import torch
 
         gc.collect()
@@ -245,31 +246,31 @@ class Study:
 
 
 _ORIGIN = ("device", "torch", "weights", "judge")
-# What rows that were made before models could be chosen leave unsaid.
+# Values of fields that rows lack if they were made before models could be chosen.
 _BEFORE_MODELS: Row = {"model": EMBEDDED, "guidance": None, "text_tokens": EMBEDDED_TEXT_TOKENS}
-_SCORED_BEFORE = ("psnr_db", "ssim", "perceptual", "spectrum_db")  # such rows held them, other rows' scores are apart
+_SCORED_BEFORE = ("psnr_db", "ssim", "perceptual", "spectrum_db")  # scores that such rows hold themselves
 
 
 def dtype_of(name: str, device: Any) -> str:
-    """Returns the dtype that `--dtype` means on a device, as `load_pipeline` does."""
+    """Returns the dtype that `--dtype` selects on a device, as `load_pipeline` does."""
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def weights_digest(model: str | None) -> str | None:
-    """Returns what tells a model's weights from others, or None of a hub's model that is not there yet.
+    """Returns an identity of a model's weights, or None for a hub model that is not in the cache yet.
 
-    Of the embedded one the digest of the transformer's; of a folder a digest of its files' names, sizes and times; of
-    a hub's the commit.
+    For the embedded model, a digest of the transformer's weights; for a folder, a digest of its files' names, sizes and
+    times; for a hub model, the commit.
     """
     if model is None:
         return file_digest(embedded_model() / "transformer" / "diffusion_pytorch_model.safetensors")
     folder = Path(model).expanduser()
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        listed = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, "model_index.json")
@@ -277,32 +278,32 @@ def weights_digest(model: str | None) -> str | None:
 
 
 def judge_of(setting: Setting, prompts: Sequence[Prompt]) -> tuple[Judge | None, str | None]:
-    """Returns the judge and its digest where it can be asked: of square pictures, for held-out prompts."""
+    """Returns the judge and its digest if it applies: to square pictures of held-out prompts."""
     is_square = setting.size is None or setting.size[0] == setting.size[1]
     if not setting.is_judged or not is_square or any(prompt.claims is None for prompt in prompts):
         return None, None
     folder, judge = judge_folder(setting.model), load_judge(setting.model)
     if folder is None or judge is None:
-        raise CommandError("the judge of the embedded model must be installed, got none; install jitaccel whole")
+        raise CommandError("the judge of the embedded model must be installed, got none; reinstall jitaccel")
     return judge, file_digest(folder / "judge.safetensors")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file of JSON lines, none where there is no file.
+    """Yields the objects of a file of JSON lines; nothing if the file does not exist.
 
-    What is no object of JSON is passed by: a line that was cut off, or that something else has written.
+    Lines that are not JSON objects are skipped, such as a truncated line or one written by another program.
     """
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             found = json.loads(line)
-        except (ValueError, RecursionError):  # UnicodeDecodeError is one, too
+        except (ValueError, RecursionError):  # includes UnicodeDecodeError
             continue
         if isinstance(found, dict):
             yield found
 
 
 def _is_row(found: Mapping[str, Any]) -> bool:
-    """Whether an object has what a row of this file must have; another program's lines have not."""
+    """Whether an object has the fields of a row; lines of other programs do not."""
     return (
         isinstance(found.get("method"), str)
         and isinstance(found.get("prompt"), str)
@@ -313,7 +314,7 @@ def _is_row(found: Mapping[str, Any]) -> bool:
 
 
 def append_lines(path: Path) -> Any:
-    """Returns a file of lines, open to write at its end, after an end of line where the last one was cut off."""
+    """Returns a file opened for appending lines; if its last line was cut off, a line end is added first."""
     is_cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     file = path.open("a")
     if is_cut_off:
@@ -322,7 +323,7 @@ def append_lines(path: Path) -> Any:
 
 
 def _stages(made: TimedCall, image: int) -> Any:
-    """Returns in which stage each token of a picture was activated, (grid_h, grid_w); None where all were at once."""
+    """Returns the stage in which each token of a picture was activated, (grid_h, grid_w); None if all in one stage."""
     if made.stats is None or len(made.stats.anchors) < 2:
         return None
     height, width = made.stats.grid

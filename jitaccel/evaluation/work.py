@@ -1,4 +1,4 @@
-"""Counts the operations of a FLUX transformer that really run, whatever a cache leaves out of it."""
+"""Counts the operations of a FLUX transformer that really run, whatever a cache skips."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..errors import CommandError
 
 
 class Work:
-    """Floating-point operations so far, of the whole batch; a multiply-add is two.
+    """Floating-point operations so far, for the whole batch; a multiply-add counts as two.
 
-    Matrix products and attention, as in `jitaccel.flops`: where nothing is left out, a forward counts exactly as much
-    as `flux_flops` says. Counted layer by layer, not block by block, because a cache may replace a part of a block,
-    as TaylorSeer replaces attention; and not by torch's FlopCounterMode, which slows a run that is timed.
+    Counts matrix products and attention, as `jitaccel.flops` does, so a complete forward counts exactly what
+    `flux_flops` returns. Counts layer by layer, not block by block, because a cache may replace a part of a block, as
+    TaylorSeer replaces attention. Does not use torch's FlopCounterMode, which would slow a timed run.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class Work:
         self._tokens = 0
 
     def see_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes with how many tokens, of image and text, the transformer is called."""
+        """Records the numbers of image and text tokens of a call of the transformer."""
         self._tokens = kwargs["hidden_states"].shape[1] + kwargs["encoder_hidden_states"].shape[1]
 
     def counting(self, layer: nn.Linear, is_query: bool) -> Callable[[Tensor], Tensor]:
-        """Returns the forward of a layer, counted; of attention's queries, with the attention that follows them."""
+        """Returns a counting forward of the layer; for queries, also counts the attention that follows."""
         forward = layer.forward
 
         def counted_forward(state: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ class Work:
 
 @contextmanager
 def counted(transformer: nn.Module) -> Iterator[Work]:
-    """Counts the forwards of a diffusers `FluxTransformer2DModel` while it lasts.
+    """Counts the forwards of a diffusers `FluxTransformer2DModel` inside the block.
 
-    The layers' `forward` is wrapped, not hooked: hooks of a module run even where a cache answers in its place. What
-    is installed meanwhile must be gone in the end.
+    Wraps the layers' `forward` instead of using hooks, because a module's hooks run even if a cache answers instead.
+    Anything installed inside the block must be removed before it ends.
 
-    Raises CommandError for another model, whose layers may hold what would not be seen.
+    Raises CommandError for another model, whose layers might not be counted.
     """
     if type(transformer).__name__ != "FluxTransformer2DModel":
         raise CommandError(f"caches must have FLUX.1's FluxTransformer2DModel, got {type(transformer).__name__}")

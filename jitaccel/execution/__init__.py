@@ -1,1 +1,1 @@
-"""How a network runs on some of its tokens: packed sequences, attention, compiled and captured stages."""
+"""Runs a network on a subset of its tokens: packed sequences, attention, compiled and captured stages."""

@@ -1,10 +1,10 @@
-"""One static graph for each signature: a function compiled anew for each set of shapes, and never again for the same.
+"""Compiles one static graph per signature: a function is compiled once for each set of shapes.
 
-Token counts are constants within a stage, so nothing is dynamic: as many graphs as there are stages and batch
-signatures. A compiler keeps few graphs of one function before it gives up (`recompile_limit`), so each signature has
-its own copy of it. What a graph rests on (shapes, which layers, LoRA scales) is guarded by the compiler, which makes
-another graph where that changes; weights are inputs. On CUDA each graph is captured once and replayed (`graphs.py`),
-inside those guards: nothing stale is replayed.
+Token counts are constant within a stage, so nothing is dynamic: there are as many graphs as stages and batch
+signatures. A compiler keeps only a few graphs of a function before it gives up (`recompile_limit`), so each signature
+gets its own copy of the function. The compiler guards what a graph depends on (shapes, which layers, LoRA scales) and
+compiles another graph when that changes; weights are inputs. On CUDA each graph is captured once and replayed inside
+those guards (`graphs.py`), so a stale graph is never replayed.
 """
 
 from __future__ import annotations
@@ -35,17 +35,22 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 _FIXED = ("fullgraph", "dynamic")
 _KNOWN = ("backend", "mode", "options", "graphs", "regions")
 _FLAGS = ("graphs", "regions")
-_MAX_VARIANTS = 6  # graphs of one signature, as for LoRA scales that alternate; a compiler keeps 8
+_MAX_VARIANTS = 6  # graphs of one signature, for example with alternating LoRA scales; a compiler keeps 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileStats:
-    """What compilation did so far. `signatures`: sets of shapes seen. `graphs`: compiled; as many, if nothing changed.
+    """What compilation has done so far.
 
-    `calls`: of compiled functions. `eager_calls`: where a graph could not be made, or must not be. `captures`,
-    `replays`: CUDA graphs recorded, and calls that ran on one. `dropped`: graphs thrown away, since what they rested on
-    had changed. `what`: a graph is a whole stage ("stages"), or a kind of block in it ("blocks"), which is never
-    captured.
+    Attributes:
+        signatures: Sets of shapes seen.
+        graphs: Graphs compiled; equal to `signatures` if nothing changed.
+        calls: Calls of compiled functions.
+        eager_calls: Calls that ran eagerly, because a graph could not or must not be made.
+        captures: CUDA graphs captured.
+        replays: Calls that replayed a CUDA graph.
+        dropped: CUDA graphs discarded because something they depended on changed.
+        what: A graph covers a whole stage ("stages") or one kind of block in it ("blocks"), which is never captured.
     """
 
     signatures: int = 0
@@ -59,12 +64,17 @@ class CompileStats:
 
 
 def compile_options(value: bool | str | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the compiler's options, or None for no compilation. Raises ConfigError for what it does not take.
+    """Returns the compiler's options, or None for no compilation.
 
-    value: True, a mode, or arguments of `torch.compile` (backend, mode, options) and two of ours. `graphs`: whether a
-        stage is captured as a CUDA graph. It is on CUDA, unless the mode is "max-autotune-no-cudagraphs"; elsewhere
-        True replays the recorded call, which gains nothing and behaves alike. `regions`: whether blocks that repeat
-        get code once (the default), which takes a fraction of the time.
+    Args:
+        value: True, a mode, or a dict with arguments of `torch.compile` (backend, mode, options) and two of ours:
+            `graphs`, whether to capture stages as CUDA graphs (by default on CUDA, unless the mode is
+            "max-autotune-no-cudagraphs"; on other devices True replays the recorded call, which behaves the same and
+            saves nothing), and `regions`, whether repeated blocks are compiled once (the default, which takes a
+            fraction of the time).
+
+    Raises:
+        ConfigError: For unsupported values.
     """
     if isinstance(value, bool):
         return {} if value else None
@@ -110,7 +120,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Compiled:
-    """One signature's function. `variants`: graphs that its compiler has made of it. `is_regional`: of regions."""
+    """The function of one signature. `variants`: graphs compiled of it. `is_regional`: compiled in regions."""
 
     run: Callable[..., Any]
     code: types.CodeType
@@ -119,7 +129,7 @@ class _Compiled:
 
 
 class Compiler:
-    """Compiled copies of functions by signature. options: of `compile_options`. strict: a failure is an error."""
+    """Compiled copies of functions by signature. options: from `compile_options`. strict: raise on failure."""
 
     def __init__(self, options: Mapping[str, Any], strict: bool = False) -> None:
         self._options = dict(options)
@@ -147,18 +157,18 @@ class Compiler:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why what runs eagerly does, and why what is not captured, or not compiled in regions, is not."""
+        """The reasons why stages run eagerly, are not captured, or are not compiled in regions."""
         eager = (f"not compiled, since {reason}" for _, reason in self._eager_reasons)
         return tuple(dict.fromkeys([*eager, *self._notes]))
 
     def release(self) -> None:
-        """Lets go of every graph and its memory; counts stay."""
+        """Frees every graph and its memory; counts are kept."""
         for signature in [*self._compiled]:
             self._forget(signature)
         self._recorder = None
 
     def _forget(self, signature: Hashable) -> None:
-        """Drops one function and its graphs, which the compiler would keep as long as the process lives."""
+        """Drops one function and its graphs, which the compiler would otherwise keep for the life of the process."""
         forget_graphs(self._compiled.pop(signature).code)
 
     def run(
@@ -169,12 +179,16 @@ class Compiler:
         regional: Callable[..., Any] | None = None,
         reason: str | None = None,
     ) -> Any:
-        """Returns `function(*args)`, compiled for this signature; eagerly where that fails, or where there is a reason.
+        """Returns `function(*args)`, compiled for this signature, or run eagerly if that fails or a `reason` is given.
 
-        function: a plain function, the same for one signature, that returns tensors and writes none of its arguments.
-        regional: the same with regions that repeat (`torch.compiler.nested_compile_region`), compiled in its place
-            where that works.
-        reason: why this call must run eagerly; the next one without a reason is compiled again.
+        Args:
+            signature: Identifies the shapes.
+            function: A plain function, the same for one signature, that returns tensors and writes none of its
+                arguments.
+            *args: Its arguments.
+            regional: The same function with repeated regions (`torch.compiler.nested_compile_region`); compiled instead
+                of `function` where that works.
+            reason: Why this call must run eagerly. The next call without a reason is compiled again.
         """
         if reason is not None:
             self._note_eager(signature, reason)
@@ -223,11 +237,11 @@ class Compiler:
         return compiled
 
     def _run_of(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """Returns the graph compiled by the backend that was asked for."""
+        """Returns the graph compiled by the chosen backend."""
         backend, mode, options = (self._options.get(name) for name in ("backend", "mode", "options"))
         if backend in (None, "inductor"):
             settings = inductor_options_of_mode(mode) if mode else dict(options or {})
-            # Inductor's own CUDA graphs would be captured beside ours.
+            # Otherwise Inductor would capture CUDA graphs of its own.
             return compiled_by_inductor(graph, inputs, {**settings, "triton.cudagraphs": False})
         given = {name: value for name, value in (("mode", mode), ("options", options)) if value is not None}
         run: Callable[..., Any] = backend_named(backend)(graph, inputs, **given)
@@ -252,12 +266,12 @@ class Compiler:
         self._notes.append(reason)
 
     def _fail(self, signature: Hashable, reason: str) -> None:
-        """Notes that a signature cannot be compiled, now or later."""
+        """Marks a signature as one that cannot be compiled, now or later."""
         self._note_eager(signature, reason)
         self._failed.add(signature)
 
     def _note_eager(self, signature: Hashable, reason: str) -> None:
-        """Says why a stage runs eagerly, once for each reason. Raises UnsupportedModelError if strict."""
+        """Logs why a stage runs eagerly, once per reason. Raises UnsupportedModelError if strict."""
         if self._strict:
             raise UnsupportedModelError(
                 f"jitaccel: every stage must compile into one graph with strict=True, got {reason}; "
@@ -269,13 +283,13 @@ class Compiler:
 
 
 def _buffers_of(args: Sequence[Any]) -> Callable[[], Iterable[Tensor]]:
-    """Returns what looks up the buffers of the modules among the arguments, as they are when it is called."""
+    """Returns a function that lists the current buffers of the modules among the arguments."""
     modules = [weakref.ref(x) for x in args if isinstance(x, nn.Module)]
     return lambda: [x for module in modules if (held := module()) is not None for x in held.buffers()]
 
 
 def _copy(function: Callable[..., Any], number: int) -> types.FunctionType:
-    """Returns the same function with code of its own, to which a compiler's cache and limits belong."""
+    """Returns a copy of the function with its own code object, which a compiler's cache and limits are tied to."""
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{number}")
     return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)

@@ -1,8 +1,8 @@
-"""A call recorded once and replayed: CUDA graphs, and a stand-in where there are none.
+"""Records a call once and replays it: CUDA graphs, and a stand-in for devices without them.
 
-A recording reads and writes the same memory at every replay. So what changes from call to call is copied to where it
-reads, its results are copied from where it writes, and where a weight has moved, it is dropped and made anew.
-Parameters, buffers, and what is too large to be copied each time are read where they stand.
+A recording reads and writes the same memory at every replay. So inputs that change from call to call are copied to
+where it reads, and its results are copied from where it writes. If a weight has moved, the recording is dropped and
+made again. Parameters, buffers, and inputs that are too large to copy each time are read in place.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from .private import inner_tensors
 
 Function = Callable[..., Sequence[Any]]
-_MOST_COPIED = 256 * 2**20  # bytes of an input; 0.1 ms at 4.8 TB/s
-_MOST_DROPPED = 3  # recordings of one function, before inputs that move are a reason to record it no more
+_MOST_COPIED = 256 * 2**20  # bytes of an input; takes 0.1 ms at 4.8 TB/s
+_MOST_DROPPED = 3  # recordings of one function that moving inputs may invalidate before it is no longer recorded
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """`replay` repeats the recorded call and writes `outputs` anew, where they are."""
+    """A recorded call. `replay` repeats it and writes the results into `outputs` again."""
 
     outputs: Sequence[Any]
     replay: Callable[[], None]
 
 
 class CallRecorder(Protocol):
-    """Records calls. Those of one recorder share memory, so one is replayed at a time, and its outputs are copied."""
+    """Records calls. Those of one recorder share memory, so they are replayed one at a time; outputs are copied."""
 
     def record(self, call: Callable[[], Sequence[Any]]) -> Recording:
-        """Returns the recording of a call that ran once before. Raises RuntimeError for what cannot be recorded."""
+        """Returns the recording of a call that has run once before. Raises RuntimeError if it cannot be recorded."""
         ...
 
     def turn(self) -> Any:
@@ -57,7 +57,7 @@ class CudaGraphs:
 
     def record(self, call: Callable[[], Sequence[Any]]) -> Recording:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may allocate meanwhile.
+        # thread_local: other threads may allocate during the capture.
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
@@ -70,7 +70,7 @@ class CudaGraphs:
         refuse_capture()
         with self._lock, torch.cuda.device(self._device):
             if self._done is not None:
-                torch.cuda.current_stream().wait_event(self._done)  # another thread's stream may be at work
+                torch.cuda.current_stream().wait_event(self._done)  # another stream may still use the memory
             try:
                 yield
             finally:
@@ -79,7 +79,7 @@ class CudaGraphs:
 
 
 def refuse_capture() -> None:
-    """Raises RuntimeError where the current stream is being captured by someone else: a capture cannot hold another."""
+    """Raises RuntimeError if the current stream is already being captured, because captures cannot be nested."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "jitaccel: a stage that is captured as a CUDA graph must run outside of other captures, got a call within "
@@ -88,7 +88,7 @@ def refuse_capture() -> None:
 
 
 class RepeatedCalls:
-    """The stand-in: a replay repeats the call on the same inputs, and copies what it returns to where it once was."""
+    """The stand-in: a replay repeats the call on the same inputs and copies the results into the recorded outputs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class RepeatedCalls:
 
 @dataclass
 class Counts:
-    """What recording did so far. `dropped`: recordings whose weights had moved, or whose replay failed."""
+    """Counts of recordings. `dropped`: those whose weights had moved, or whose replay failed."""
 
     captures: int = 0
     replays: int = 0
@@ -121,14 +121,14 @@ class Counts:
 class Replayed:
     """A function of tensors alone that runs once, is recorded, and from then on replayed.
 
-    Parameters, buffers and inputs of more than `most_copied` bytes are read where they stand, others are copied.
+    Parameters, buffers and inputs of more than `most_copied` bytes are read in place; other inputs are copied.
 
     Args:
-        function: Reads nothing but its inputs, and writes none.
-        recorder: What records its calls.
-        counts: What is counted in.
-        on_failure: Called once with the reason why it cannot be recorded; it runs as it is from then on.
-        buffers: Returns the buffers that inputs may be, looked up when a call is recorded.
+        function: Reads only its inputs, and writes none of them.
+        recorder: Records the calls.
+        counts: Counts to update.
+        on_failure: Called once with the reason if the function cannot be recorded; it then runs unrecorded.
+        buffers: Returns the buffers that inputs may be; called when a call is recorded.
         most_copied: Size in bytes of the largest input that is copied at each replay.
     """
 
@@ -162,7 +162,7 @@ class Replayed:
             return self._replay(inputs)
 
     def _first(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        results = self._function(*inputs)  # kernels are loaded and tuned here, which cannot be recorded
+        results = self._function(*inputs)  # loads and tunes kernels, which cannot be recorded
         buffers = {id(x) for x in self._buffers()}
         self._stands = [self._stands_still(x, buffers) for x in inputs]
         try:
@@ -206,23 +206,23 @@ class Replayed:
         return isinstance(x, nn.Parameter) or id(x) in buffers or self._is_large(x)
 
     def _is_large(self, x: Any) -> bool:
-        """Whether an input is no parameter and too large to be copied each time."""
+        """Whether an input is not a parameter and too large to copy each time."""
         if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
             return False
         return x.numel() * x.element_size() > self._most_copied
 
     def _addresses_of(self, inputs: Sequence[Any]) -> list[int]:
-        """Returns where the inputs are that are read where they stand."""
+        """Returns the addresses of the inputs that are read in place."""
         standing = (x for x, stands in zip(inputs, self._stands, strict=True) if stands)
         return [address for x in standing for address in _addresses_of(x)]
 
 
 def _own(x: Any) -> Any:
-    """Returns a copy of an input, laid out alike, or the input itself where it is no tensor."""
+    """Returns a copy of an input with the same layout, or the input itself if it is not a tensor."""
     if not isinstance(x, Tensor):
         return x
     copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return copy.copy_(x)  # a RuntimeError where elements of x share memory
+    return copy.copy_(x)  # raises RuntimeError if elements of x share memory
 
 
 def _addresses_of(x: Tensor) -> list[int]:

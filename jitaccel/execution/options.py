@@ -1,4 +1,4 @@
-"""How the network runs: on which execution and attention, beside what the method computes (`JiTConfig`)."""
+"""How the network runs: execution, attention, compilation. `JiTConfig` defines what the method computes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ Attention = Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "xform
 class Execution:
     """How a network runs on the anchors.
 
-    execution: "packed" (the blocks run on one packed sequence: images of a batch with anchors of their own in one
-        forward), "indexed" (the model's own forward on the anchors), or "auto": packed where the model is covered and
-        something is sparse.
-    attention: what packed execution attends with; "auto" takes the first that is usable.
-    compile: what `torch.compile` gets for each stage's packed forward, or None to run it eagerly.
-    strict: raise where a fallback would run instead of what was asked for.
-    on_unsupported: what to do with a target, sampler or call that cannot be accelerated correctly: raise ("error"), or
-        let it run as if untouched and log a warning ("dense").
-    controlnet: whether a pipeline's ControlNet runs on every token ("dense"), or on the "anchors" alone.
+    Attributes:
+        execution: "packed" (the blocks run on one packed sequence, so images of a batch with different anchors share a
+            forward), "indexed" (the model's own forward runs on the anchors), or "auto" (packed if the model is covered
+            and any stage is sparse).
+        attention: Attention backend of packed execution; "auto" uses the first usable one.
+        compile: Options of `torch.compile` for each stage's packed forward; None runs it eagerly.
+        strict: Raise where a fallback would run instead of what was requested.
+        on_unsupported: For a target, sampler or call that cannot be accelerated correctly: "error" raises, "dense" logs
+            a warning and runs it as if untouched.
+        controlnet: Whether a pipeline's ControlNet runs on every token ("dense") or on the "anchors" alone.
 
-    Raises ConfigError for unknown names, and for compilation of the model's own forward.
+    Raises:
+        ConfigError: For unknown names, and for compilation of the model's own forward.
     """
 
     execution: Mode = "auto"
@@ -65,5 +67,5 @@ class Execution:
 
     @property
     def may_be_dense(self) -> bool:
-        """Whether what cannot be accelerated correctly may run as if untouched."""
+        """Whether a call that cannot be accelerated correctly may run as if untouched."""
         return self.on_unsupported == "dense"

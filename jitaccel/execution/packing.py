@@ -1,10 +1,10 @@
-"""Sequences of different length as one: where each token of a packed sequence comes from.
+"""Packed sequences: several sequences of different length as one, and the place of each token in it.
 
-A segment is what one image's forward sees: its text tokens and its image tokens. A model keeps text and image tokens
-apart, segment after segment in each (`text`, `image`), where their weights differ, and needs them together for
-attention: a document `[text_k, image_k]` for each segment, one after the other.
+A segment is the tokens of one image's forward: its text tokens and its image tokens. Where weights differ between text
+and image, a model keeps the two apart, each with all segments in order (`text`, `image`). For attention it needs them
+together: one document `[text_k, image_k]` per segment, in order.
 
-Everything is worked out when a layout is made, so that nothing but tensors and plain numbers is left to a compiler.
+Everything is computed when a layout is made, so that a compiler sees only tensors and plain numbers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from torch import Tensor
 class Segments:
     """Tokens of several segments in one sequence `(sum of lengths, ...)`.
 
-    lengths: tokens of each segment. is_even: whether all are equally long. segment_of: the segment of each token, (T,)
-    int64.
+    Attributes:
+        lengths: Number of tokens of each segment.
+        is_even: Whether all segments have the same length.
+        segment_of: (T,) int64, the segment of each token.
     """
 
     lengths: tuple[int, ...]
@@ -35,27 +37,32 @@ class Segments:
         return cls(tuple(lengths), len(set(lengths)) == 1, segments.to(device))
 
     def beside(self, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        """Returns tokens `x` (T, D) and `values` (S, D), one a segment, in shapes that broadcast: pointwise work.
+        """Returns tokens `x` (T, D) and per-segment `values` (S, D) in shapes that broadcast for pointwise operations.
 
-        `flat` brings a result back to (T, D). Nothing is copied where the segments are equally long.
+        `flat` turns a result back into (T, D). Nothing is copied if the segments have the same length.
         """
         if self.is_even:
             return (x.unflatten(0, (len(self.lengths), -1)), *(value.unsqueeze(1) for value in values))
         return (x, *(value.index_select(0, self.segment_of) for value in values))
 
     def flat(self, x: Tensor) -> Tensor:
-        """Returns the result of work on what `beside` returned as `(T, D)`."""
+        """Returns a result computed from the output of `beside` as `(T, D)`."""
         return x.flatten(0, 1) if self.is_even else x
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """Where the tokens of several segments stand; made once for each stage and batch, by `PackedLayout.of`.
+    """The places of the tokens of several segments; made once per stage and batch by `PackedLayout.of`.
 
-    text, image, documents: tokens of each segment, apart and together. cu_seqlens: where each document starts, and the
-    end of the last, (S + 1,) int32. max_seqlen: tokens of the longest, a plain number. order: of each document token,
-    its place in `cat([text, image])`. text_places, image_places: of each text and image token, its place in the
-    documents.
+    Attributes:
+        text: Text tokens of each segment.
+        image: Image tokens of each segment.
+        documents: All tokens of each segment.
+        cu_seqlens: (S + 1,) int32, the start of each document, and the end of the last.
+        max_seqlen: Length of the longest document, a plain number.
+        order: For each document token, its place in `cat([text, image])`.
+        text_places: For each text token, its place in the documents.
+        image_places: For each image token, its place in the documents.
     """
 
     text: Segments
@@ -71,12 +78,12 @@ class PackedLayout:
     def of(cls, text_lengths: Sequence[int], image_lengths: Sequence[int], device: torch.device) -> PackedLayout:
         """Returns the layout of segments with these numbers of tokens.
 
-        Raises ValueError where they are not as many, where a segment has no token, and where there is no segment.
+        Raises ValueError if the two lists differ in length, if a segment has no token, or if there is no segment.
         """
         lengths = [text + image for text, image in zip(text_lengths, image_lengths, strict=False)]
         if not lengths or len(text_lengths) != len(image_lengths) or min(lengths) < 1:
             raise ValueError(
-                f"PackedLayout: every segment must have text and image lengths, with a token at least, got text "
+                f"PackedLayout: every segment must have text and image lengths of at least one token, got text "
                 f"{tuple(text_lengths)} and image {tuple(image_lengths)}; give one number of both for each segment"
             )
         ends = [0, *accumulate(lengths)]
@@ -95,12 +102,12 @@ class PackedLayout:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document."""
+        """Number of tokens of each document."""
         return self.documents.lengths
 
     @property
     def is_even(self) -> bool:
-        """Whether all segments have as many text tokens and as many image tokens."""
+        """Whether all segments have the same numbers of text and image tokens."""
         return self.text.is_even and self.image.is_even
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
@@ -111,7 +118,7 @@ class PackedLayout:
         return torch.cat([text, image]).index_select(0, self.order)
 
     def split(self, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns text and image tokens of the documents: views where there is one segment, copies otherwise."""
+        """Returns text and image tokens of the documents: views if there is one segment, copies otherwise."""
         if self.is_even:
             whole = documents.unflatten(0, (len(self.lengths), -1))
             text, image = whole.split_with_sizes([self.text.lengths[0], self.image.lengths[0]], dim=1)

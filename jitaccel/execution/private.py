@@ -1,4 +1,4 @@
-"""The private names of torch that jitaccel uses, each in one function; tests/execution/test_private.py tries each."""
+"""torch's private names that jitaccel uses, each in one function; tests/execution/test_private.py tests each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CompilationError = TorchDynamoException
 
 
 def forget_graphs(code: types.CodeType) -> None:
-    """Drops what torch compiled of a function's code, which it would keep as long as the process lives."""
+    """Drops what torch compiled for a code object, which it would otherwise keep for the life of the process."""
     reset_code(code)
 
 
 def backend_named(backend: Any) -> Callable[..., Any]:
-    """Returns a compiler backend by its name; a callable is returned as it is."""
+    """Returns the compiler backend of a name; a callable is returned unchanged."""
     found: Callable[..., Any] = lookup_backend(backend)
     return found
 
@@ -34,7 +34,7 @@ def inductor_options() -> tuple[str, ...]:
 
 
 def inductor_options_of_mode(mode: str) -> dict[str, Any]:
-    """Returns the options that a mode of torch.compile stands for."""
+    """Returns the options that a mode of torch.compile implies."""
     return dict(torch._inductor.list_mode_options(mode))
 
 
@@ -52,12 +52,12 @@ def write_aoti_package(program: Any, path: Path, options: Mapping[str, Any]) -> 
 
 
 def load_aoti_package(path: Path, device_index: int) -> Any:
-    """Returns the callable of a package that `write_aoti_package` wrote; -1: the current device."""
+    """Returns the callable of a package that `write_aoti_package` wrote; device index -1 is the current device."""
     return torch._inductor.aoti_load_package(str(path), device_index=device_index)
 
 
 def inner_tensors(x: Tensor) -> list[Tensor] | None:
-    """Returns the tensors that a wrapper (a quantised weight) consists of, or None for a plain tensor."""
+    """Returns the tensors inside a wrapper tensor, such as a quantised weight, or None for a plain tensor."""
     if not is_traceable_wrapper_subclass(x):
         return None
     names, _ = x.__tensor_flatten__()
@@ -65,7 +65,7 @@ def inner_tensors(x: Tensor) -> list[Tensor] | None:
 
 
 def is_compile_wrapper(model: Any) -> bool:
-    """Returns whether a module is what torch.compile made of another."""
+    """Returns whether a module is the wrapper that torch.compile makes around another module."""
     return hasattr(model, "_orig_mod")
 
 
@@ -85,5 +85,5 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Returns a module's own dictionary of children, in their order; writing to it changes the module."""
+    """Returns the module's own dictionary of children; writing to it changes the module."""
     return module._modules

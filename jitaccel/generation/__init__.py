@@ -1,1 +1,1 @@
-"""One generation, whoever drives it: its route, handle, statistics and times."""
+"""Everything about one generation: its route through a step, its handle, statistics and timing."""

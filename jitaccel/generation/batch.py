@@ -16,38 +16,38 @@ from .sound import Sound
 
 OutputType = Literal["pil", "latent"]
 OnBatchStep = Callable[[int, int, int], None]
-"""Called after each step of each request: (index of the request, steps done, steps in all)."""
+"""Called after each step of each request: (index of the request, steps done, total steps)."""
 OnOutcome = Callable[[int, "Outcome"], None]
-"""Called as soon as a request has its outcome: (index of the request, outcome)."""
+"""Called as soon as a request finishes: (index of the request, outcome)."""
 
-_WHOLE = {  # fields that are whole numbers, with the least and the greatest
+_WHOLE = {  # fields that are whole numbers, with their smallest and largest value
     "height": (1, MOST_SIDE),
     "width": (1, MOST_SIDE),
     "seed": (0, 2**64 - 1),
     "max_sequence_length": (1, MOST_TEXT_TOKENS),
 }
-_OF_THE_PIPELINE = ("height", "width", "true_cfg_scale", "guidance_scale", "max_sequence_length")  # where they are None
+_OF_THE_PIPELINE = ("height", "width", "true_cfg_scale", "guidance_scale", "max_sequence_length")  # when they are None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture or video to make. Every request of a batch may differ from the others in every field.
+    """One picture or video to make. Requests of a batch may differ in every field.
 
-    What is None is as the pipeline's call has it by default.
+    A field that is None uses the default of the pipeline's call.
 
     Attributes:
-        prompt: One text; a batch of several is several requests. None where `options` bring `prompt_embeds`.
+        prompt: One text; for several texts, make several requests. None if `options` contains `prompt_embeds`.
         height: In pixels.
         width: In pixels.
-        seed: Of the noise, from 0 to 2^64 - 1; the same seed gives the picture that the pipeline makes with
-            `torch.Generator().manual_seed(seed)`.
+        seed: Seed of the noise, from 0 to 2^64 - 1. Gives the same noise as passing
+            `torch.Generator().manual_seed(seed)` to the pipeline.
         preset: A name of `PRESETS` or a JiTConfig.
-        steps: Overrides its number.
+        steps: Overrides the preset's number of steps.
         negative_prompt: For guidance that runs an unguided branch.
-        true_cfg_scale: Of true CFG.
-        guidance_scale: Of embedded guidance, or of CFG where the pipeline calls it so.
+        true_cfg_scale: Scale of true CFG.
+        guidance_scale: Scale of embedded guidance, or of CFG if the pipeline uses this name for it.
         max_sequence_length: Tokens of the prompt.
-        options: What else the pipeline's call takes, by name: `{"image": picture, "strength": 0.6}`,
+        options: Other arguments of the pipeline's call, such as `{"image": picture, "strength": 0.6}` or
             `{"num_frames": 81}`. On FLUX.1 such requests run one by one.
     """
 
@@ -64,14 +64,14 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def problems(self) -> list[str]:
-        """Returns what is wrong with the fields, but for what `config` and a pipeline say."""
+        """Returns what is wrong with the fields; `config` and the pipeline check the rest."""
         found = []
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
             if value is None and (name == "negative_prompt" or self._has_embeddings()):
                 continue
             if not isinstance(value, str):
-                found.append(f"{name} must be one text, got {value!r}; make a request of each")
+                found.append(f"{name} must be one text, got {value!r}; make one request for each")
             elif not _is_unicode(value):
                 found.append(f"{name} must be text that UTF-8 can hold, got {value!r}; remove lone surrogates")
         for name, (least, most) in _WHOLE.items():
@@ -99,13 +99,13 @@ class Request:
         return isinstance(self.options, Mapping) and "prompt_embeds" in self.options
 
     def config(self, defaults: Mapping[str, Any] | None = None) -> JiTConfig:
-        """Returns what runs.
+        """Returns the configuration of this request.
 
         Args:
-            defaults: Fields that the pipeline's model has in presets given by name.
+            defaults: Fields that the pipeline's model overrides in presets given by name.
 
         Raises:
-            ConfigError: For an unknown preset or a number of steps that skips a stage.
+            ConfigError: For an unknown preset, or a number of steps that skips a stage.
         """
         fields = {**(defaults or {})} if isinstance(self.preset, str) else {}
         if self.steps is not None:
@@ -113,7 +113,7 @@ class Request:
         config = resolve(self.preset, **fields)
         if config.steps == "caller":
             raise ConfigError(
-                "Request: steps must be a number where the preset leaves it to the caller, got None; give steps="
+                "Request: steps must be a number if the preset leaves it to the caller, got None; give steps="
             )
         return config
 
@@ -128,7 +128,7 @@ def _is_unicode(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request: a picture, or the error that it alone failed with."""
+    """The result of one request: a picture, or the error with which it failed."""
 
     request: Request
     error: Exception | None = None
@@ -138,9 +138,9 @@ class Outcome:
 
     @property
     def image(self) -> Any:
-        """The picture, a video's list of frames, or latents, as asked for. Raises the request's error where it failed.
+        """The picture, list of video frames, or latents of the request. Raises its error if it failed.
 
-        Latents of FLUX.1 are tokens (N, D), those of other pipelines the first of what the pipeline returns.
+        Latents of FLUX.1 are tokens (N, D); for other pipelines, they are the first item that the pipeline returns.
         """
         if self.error is not None:
             raise self.error
@@ -165,27 +165,28 @@ def generate_batch(
     on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
-    """Returns one outcome for each request, in their order.
+    """Runs several requests and returns one outcome for each, in order.
 
-    On FLUX.1 all share each forward of the network; other pipelines make one request after the other. Requests may
-    differ in size, text length, preset and hence stage. Outcome k is what request k gives alone, to rounding. A request
-    that fails on its way (a velocity that is not finite, say) fails alone.
+    On FLUX.1 all requests share each forward of the network; other pipelines run them one after the other. Requests may
+    differ in size, text length and preset, and so in their stage. Each outcome equals that of the request alone, up to
+    rounding. A request that fails while running (for example with a velocity that is not finite) does not affect the
+    others.
 
     Args:
-        target: A diffusers pipeline that `apply` takes, and that is not patched.
+        target: A diffusers pipeline that `apply` accepts and that is not patched.
         requests: Any number of them.
-        execution: As in `apply`; "indexed" runs the requests' forwards one after the other, and outcome k is then what
-            request k gives alone bit for bit.
+        execution: As in `apply`. With "indexed", forwards of different requests run one after the other, and each
+            outcome equals that of the request alone bit for bit.
         attention: As in `apply`.
-        strict: As in `apply`: requests that could not share forwards raise, unless execution="indexed" asks for it.
+        strict: As in `apply`. Requests that cannot share forwards raise, unless execution="indexed" asks for it.
         output_type: "pil" or "latent".
-        on_step: Called after each step of each request with the request's index, the steps done and the steps in all;
-            not by pipelines without `callback_on_step_end`. An Exception that it raises ends that request alone and is
-            its error: how a server drops one that nobody awaits.
-        on_outcome: Called as soon as a request has its outcome, with the request's index; others may go on for long.
+        on_step: Called after each step of each request with the request's index, the steps done and the total steps;
+            not called by pipelines without `callback_on_step_end`. If it raises an Exception, that request ends with it
+            as its error and the others continue, so a server can cancel a request nobody waits for.
+        on_outcome: Called with a request's index and outcome as soon as it finishes; others may take much longer.
 
     Raises:
-        ConfigError: With every request that cannot be run, by index, before any is run.
+        ConfigError: If any request cannot be run, before any is run; the message lists all of them by index.
         UnsupportedModelError: For pipelines that cannot be accelerated correctly.
     """
     from .. import patches
@@ -207,7 +208,7 @@ def generate_batch(
 def checked_requests(
     requests: Sequence[Request], defaults: Mapping[str, Any] | None = None
 ) -> list[tuple[Request, JiTConfig]]:
-    """Returns the requests with their configurations. Raises ConfigError naming each that cannot be run, by index."""
+    """Returns the requests with their configurations. Raises ConfigError listing, by index, all that cannot be run."""
     try:
         given = [*requests]
     except TypeError:

@@ -1,4 +1,4 @@
-"""What cannot be accelerated correctly, left as it is where the user asked for that."""
+"""Runs targets unchanged that cannot be accelerated correctly, if the user asked for that."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _log = logging.getLogger(__name__)
 
 
 class DenseRoute:
-    """Statistics of a target that was not patched, and why."""
+    """Statistics of a target that was not patched; they give the reason."""
 
     def __init__(self, config: JiTConfig, reason: str) -> None:
         self.config = config
         self._reason = reason
-        self.history = None  # of a target that was not patched nothing is seen
+        self.history = None  # an unpatched target cannot be observed
 
     def stats(self) -> Stats:
         """Returns statistics without a generation; the note says why nothing is accelerated."""
@@ -35,7 +35,7 @@ class DenseRoute:
         )
 
     def reset(self) -> None:
-        """Nothing is kept."""
+        """Does nothing; nothing is stored."""
 
 
 def leave_dense(target: Any, config: JiTConfig, error: UnsupportedModelError) -> Installation:
@@ -45,4 +45,4 @@ def leave_dense(target: Any, config: JiTConfig, error: UnsupportedModelError) ->
 
 
 def _change_nothing(target: Any, handle: Handle) -> None:
-    """The target stays as it is."""
+    """Leaves the target unchanged."""

@@ -1,4 +1,4 @@
-"""The handle that `apply` returns: it owns every change made, and takes all of them back."""
+"""The handle that `apply` returns. It owns every change to the target and can undo them all."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from .route import History
 
 MISSING = object()
-HANDLE = "_jitaccel_handle"  # the attribute under which a replaced method knows its handle
-_BEFORE = "_jitaccel_before"  # the attribute of an instance under which lies what was replaced on it
+HANDLE = "_jitaccel_handle"  # the attribute that links a replaced method to its handle
+_BEFORE = "_jitaccel_before"  # the attribute of a patched instance that stores the original values
 
 
 class Route(Protocol):
-    """What a patch runs calls through; a handle asks it for statistics and tells it to forget a generation."""
+    """What a patch runs calls through; the handle reads its statistics and resets it."""
 
     config: JiTConfig
 
@@ -44,18 +44,18 @@ class Route(Protocol):
 
 
 class Uncopied:
-    """Stands on a patched instance, and goes into no copy of it: there it would run the original."""
+    """Part of a patched instance that refuses to be copied, because the copy would run the original's weights."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Raises TypeError; `copy.deepcopy` asks here, too."""
+        """Raises TypeError; `copy.deepcopy` calls this too."""
         raise TypeError(
-            "jitaccel: what is copied or pickled must not be patched, since the copy would run the original's weights; "
-            "remove() the handle, copy, and apply to each"
+            "jitaccel: a model must not be patched when it is copied or pickled, because the copy would run the "
+            "original's weights; remove() the handle, copy, and apply to each"
         )
 
 
 class Patched(Uncopied):
-    """A function in place of a method of one instance."""
+    """A function that replaces a method of one instance."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -66,23 +66,24 @@ class Patched(Uncopied):
 
 
 def _release_nothing() -> None:
-    """Nothing was built that has to be let go."""
+    """Does nothing; nothing was built that has to be released."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """What a patch has checked and built for a target, of which nothing is changed yet.
+    """What a patch has checked and built for a target, before any change is made.
 
     Attributes:
-        route: What calls will run through.
-        install: Makes the changes to a target through a handle, which undoes them. It must not hold the target.
-        release: Lets go of what was built (compiled graphs); called when the changes are undone.
-        check_idle: Raises where the changes must not be undone now, since another thread depends on them.
+        route: The object that calls will run through.
+        install: Makes the changes to a target through a handle, which undoes them. Must not hold a reference to the
+            target.
+        release: Frees what was built (compiled graphs); called when the changes are undone.
+        check_idle: Raises if the changes cannot be undone now because another thread depends on them.
         replaces: Handles to remove first, besides the one of the same target.
-        generate: Makes pictures of an empty prompt, (target, height, width, batch, further arguments), for a warm-up;
-            None where only a loop of somebody's own makes any.
-        decode: Makes pictures for a report, (target, tokens (1, N, D), grid, latents along a token's side) to
-            (frames, H, W, 3) in [0, 1]; None where there is no autoencoder to ask.
+        generate: Makes pictures of an empty prompt for a warm-up: (target, height, width, batch, further arguments).
+            None for a target that runs in the user's own loop.
+        decode: Makes pictures for a report: (target, tokens (1, N, D), grid, latents along a token's side) to (frames,
+            H, W, 3) in [0, 1]. None if the target has no autoencoder.
     """
 
     route: Route
@@ -95,9 +96,9 @@ class Installation:
 
 
 class Handle:
-    """What one `apply` changed. Use it as a context manager, or call `remove()`; removing twice is harmless.
+    """The changes made by one `apply`. Use it as a context manager or call `remove()`; removing twice is harmless.
 
-    It keeps neither its target nor a part of it alive.
+    The handle does not keep its target, or parts of it, alive.
 
     Attributes:
         choice: What `preset="auto"` picked, and why; None for other presets.
@@ -114,17 +115,17 @@ class Handle:
 
     @property
     def replaces(self) -> tuple[Handle, ...]:
-        """The handles that have to go when this one is installed, besides the one of the same target."""
+        """The handles to remove when this one is installed, besides the one of the same target."""
         return self._installation.replaces
 
     @property
     def target(self) -> Any:
-        """The pipeline or model that was patched; None once it is gone."""
+        """The patched pipeline or model; None once it has been garbage-collected."""
         return self._target()
 
     @property
     def config(self) -> JiTConfig:
-        """What runs."""
+        """The configuration."""
         return self.route.config
 
     @property
@@ -133,33 +134,34 @@ class Handle:
         return bool(self._changes)
 
     def install(self) -> None:
-        """Makes the changes. Those of an installation that fails half way are undone by `remove`."""
+        """Makes the changes. If this fails half way, `remove` undoes what was done."""
         target = self.target
         if target is None:
             raise RuntimeError("Handle.install: the target must be alive, got one that is gone; apply to another")
         self._installation.install(target, self)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets `owner.name` on the instance alone; `remove` puts back what stood there, or its absence.
+        """Sets `owner.name` on this instance only; `remove` restores the earlier value, or its absence.
 
-        Where somebody has put another value there since, that stays: it may call ours, which then passes calls on.
+        A value that other code has set there since then is left in place: it may call ours, which then passes calls
+        through.
         """
         attributes = vars(owner)
         self.change(f"{type(owner).__name__}.{name}", _put_back, weakref.ref(owner), name, weakref.ref(value))
-        # On the owner, so that a handle that is kept keeps nothing of it alive.
+        # Stored on the owner, so that a handle that outlives it keeps nothing of it alive.
         attributes.setdefault(_BEFORE, {})[name] = attributes.get(name, MISSING)
         attributes[name] = value
 
     def change(self, what: str, undo: Callable[..., None], *args: Any) -> None:
-        """Notes one change before it is made, and how it is undone: harmless where it was not made, or twice.
+        """Records a change before it is made. Its undo must be harmless if the change was not made, or if run twice.
 
-        Arguments must hold owners weakly.
+        Arguments must hold owners by weak reference.
         """
         self._undo.append(functools.partial(undo, *args))
         self._changes.append(what)
 
     def on_remove(self, undo: Callable[..., None], *args: Any) -> None:
-        """Notes what `remove` has to call, the last noted first."""
+        """Registers a function that `remove` calls; the one registered last is called first."""
         self._undo.append(functools.partial(undo, *args))
 
     def warmup(
@@ -170,30 +172,30 @@ class Handle:
         progress: bool = True,
         **call: Any,
     ) -> Stats:
-        """Makes one picture of each size and batch, and drops it: compiles every stage before the first request.
+        """Makes and discards one picture of each size and batch, which compiles every stage before the first request.
 
         Args:
             sizes: (height, width) in pixels.
-            batch_sizes: Images of each call.
-            progress: Shows a bar.
-            **call: Further arguments of the pipeline, as requests will have them: the length of prompts
-                (`max_sequence_length`) and guidance make graphs of their own. The prompt is empty.
+            batch_sizes: Images per call.
+            progress: Whether to show a progress bar.
+            **call: Further arguments of the pipeline, as later requests will pass them: a different prompt length
+                (`max_sequence_length`) or guidance needs its own graphs. The prompt is empty.
 
         Returns:
             The statistics.
 
         Raises:
-            ConfigError: If what was patched is no pipeline, or one that takes no size: call it once yourself.
+            ConfigError: If the target is not a pipeline, or is one that takes no size; call such a target once instead.
         """
         pipeline, generate = self.target, self._installation.generate
         if generate is None:
             raise ConfigError(
-                f"Handle.warmup: what was patched must be a pipeline, got {self._kind}; run your own loop once instead"
+                f"Handle.warmup: the target must be a pipeline, got {self._kind}; run your own loop once instead"
             )
         if pipeline is None:
             raise ConfigError(
                 f"Handle.warmup: the pipeline must be alive, got a {self._kind} that is gone; keep it in a "
-                f"variable, for a handle does not"
+                f"variable, because a handle does not keep it alive"
             )
         todo = [(*size, batch) for size in checked_sizes(sizes) for batch in checked_batches(batch_sizes)]
         if progress:
@@ -205,23 +207,23 @@ class Handle:
         return self.stats()
 
     def stats(self) -> Stats:
-        """Returns what the last generation did: tokens, operations and time of each step, and what ran and why."""
+        """Returns statistics of the last generation: tokens, operations and time of each step, and what ran and why."""
         return self.route.stats()
 
     def record(self, image: int | None = 0) -> Handle:
-        """Keeps what a report shows of each generation from the next one on: one image's state at each step.
+        """Stores what a report needs of each generation from the next one on: one image's state at each step.
 
-        Nothing is kept unless this is called. Copies of state and clean estimate are made in float16 on the CPU, 1 MiB
-        a step for FLUX.1 at 1024x1024. The picture stays the same, bit for bit. Only the last generation is kept.
+        Nothing is stored unless this is called. State and clean estimate are copied in float16 to the CPU, 1 MiB per
+        step for FLUX.1 at 1024x1024. The picture is the same bit for bit. Only the last generation is kept.
 
         Args:
-            image: Which image of a batch, from 0; None stops recording and drops what was kept.
+            image: Index of the image in the batch, from 0. None stops recording and discards what was stored.
 
         Returns:
             This handle.
 
         Raises:
-            ConfigError: For what is no index, and for a target that `on_unsupported="dense"` left unpatched.
+            ConfigError: For an invalid index, and for a target that `on_unsupported="dense"` left unpatched.
         """
         if image is not None and (not isinstance(image, int) or isinstance(image, bool) or image < 0):
             raise ConfigError(f"Handle.record: image must be an index from 0, or None, got {image!r}")
@@ -246,15 +248,15 @@ class Handle:
         """Returns the pictures of each step of the last generation, for `jitaccel.view.write_report`.
 
         Args:
-            name: What the report calls it; without it the preset's name.
-            prompt: What was asked for.
-            previews: "vae" decodes each step by the pipeline's own autoencoder, "colours" shows the main directions of
-                the latents as colours, which costs nothing; "auto" takes the autoencoder if there is one.
-            frames: At most so many frames of a video.
+            name: Name in the report; defaults to the preset's name.
+            prompt: The prompt to show.
+            previews: "vae" decodes each step with the pipeline's autoencoder. "colours" shows the main directions of
+                the latents as colours, which costs nothing. "auto" uses the autoencoder if there is one.
+            frames: Maximum number of video frames.
             progress: Whether to show a progress bar.
 
         Raises:
-            ConfigError: Where nothing was recorded, and for `previews="vae"` without an autoencoder.
+            ConfigError: If nothing was recorded, and for `previews="vae"` without an autoencoder.
         """
         from ..view.playback import make_playback
 
@@ -284,14 +286,14 @@ class Handle:
         previews: Previews = "auto",
         progress: bool = True,
     ) -> Path:
-        """Writes the last generation as one HTML file that needs nothing else: a slider over its steps.
+        """Writes the last generation as one self-contained HTML file with a slider over its steps.
 
-        Call `record()` before the generation. docs/report.md shows how to put several next to each other.
+        Call `record()` before the generation. docs/report.md shows how to compare several generations in one report.
 
         Args:
             path: The file to write, at most 5 MB.
-            name: What the report calls the generation; without it the preset's name.
-            prompt: What was asked for.
+            name: Name in the report; defaults to the preset's name.
+            prompt: The prompt to show.
             previews: As in `playback`.
             progress: Whether to show a progress bar.
 
@@ -299,23 +301,24 @@ class Handle:
             The path.
 
         Raises:
-            ConfigError: As `playback`, and where Pillow is missing.
+            ConfigError: As `playback`, and if Pillow is missing.
         """
         from ..view.page import write_report
 
         return write_report(path, [self.playback(name, prompt=prompt, previews=previews, progress=progress)])
 
     def reset(self) -> None:
-        """Forgets a generation that was left unfinished; a loop that knows no pipeline may call it before a new one."""
+        """Discards an unfinished generation. A loop without a pipeline may call this before it starts a new one."""
         self.route.reset()
 
     def remove(self) -> None:
-        """Takes every change back, the last first.
+        """Undoes every change, the last one first.
 
-        Raises RuntimeError, and undoes nothing, while another thread makes a picture with what is patched.
+        If one undo fails, the others still run and its error is raised at the end; the next call retries what failed or
+        was interrupted.
 
-        An undo that fails does not keep the others from being done; its error is raised at the end. What has failed or
-        was interrupted is done again by the next call.
+        Raises:
+            RuntimeError: If another thread is generating with the target; then nothing is undone.
         """
         self._installation.check_idle()
         self._changes.clear()
@@ -371,7 +374,7 @@ def _put_back(owner: weakref.ref[Any], name: str, ours: weakref.ref[Any]) -> Non
 
 
 def restore_attributes(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Puts back into `vars` of an object what it held before; what was `MISSING` is taken out."""
+    """Restores the values that `vars` of an object held before; those that were `MISSING` are deleted."""
     for name, value in before.items():
         if value is MISSING:
             attributes.pop(name, None)

@@ -1,7 +1,7 @@
-"""Processes that make one picture together: ranks, which agree on what they start from before the first forward.
+"""Ranks: processes that make one picture together. They agree on their starting point before the first forward.
 
-Each rank owns the whole state and makes every decision of the method itself; only the network's inside is divided. So
-ranks that start alike stay alike, bit for bit, and nothing else has to be exchanged.
+Each rank holds the whole state and makes every decision of the method itself; only the work inside the network is
+divided. So ranks that start with the same state stay the same bit for bit, and need no further exchange.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..errors import ConfigError
 
 Made = TypeVar("Made")
 
-_REFUSED = 0  # what a rank says that cannot begin
+_REFUSED = 0  # sent by a rank that cannot begin
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """Who divides the tokens of each forward. group: their process group of torch.distributed; None for one process."""
+    """The processes that divide the tokens of each forward. group: their torch.distributed group; None if alone."""
 
     size: int = 1
     group: Any = None
@@ -33,18 +33,25 @@ ALONE = Ranks()
 
 
 def eight_bytes(*values: object) -> int:
-    """Returns a number from 1 to 2^63 - 1 that other values, told apart by their `repr`, would hardly give."""
+    """Returns a number from 1 to 2^63 - 1 that is almost certainly different for values with a different `repr`."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return max(int.from_bytes(digest) & (2**63 - 1), 1)
 
 
 def begun_alike(ranks: Ranks, device: torch.device, begin: Callable[[], Made], number: Callable[[Made], int]) -> Made:
-    """Returns what `begin` makes, once every rank has made one of the same number; one exchange of eight bytes.
+    """Returns what `begin` makes, once every rank has made one with the same number. Exchanges eight bytes.
 
-    A rank that fails tells the others, so that none waits for it.
+    A rank that fails informs the others, so that they do not wait for it.
 
-    device: where the exchange takes place, one that the group can send from.
-    Raises ConfigError on every rank where numbers differ; where one fails, its error there and RuntimeError elsewhere.
+    Args:
+        ranks: The processes.
+        device: Device of the exchange, one that the group can send from.
+        begin: Makes the object.
+        number: Returns the number of the object to compare.
+
+    Raises:
+        ConfigError: On every rank, if the numbers differ.
+        RuntimeError: On the other ranks, if one fails; that one raises its own error.
     """
     if ranks.group is None:
         return begin()
@@ -57,7 +64,7 @@ def begun_alike(ranks: Ranks, device: torch.device, begin: Callable[[], Made], n
     numbers = _exchanged(ranks, own, device)
     if refused := [rank for rank, each in enumerate(numbers) if each == _REFUSED]:
         raise RuntimeError(
-            f"jitaccel: every rank must begin the generation, got an error on {_named(refused)}; read it there"
+            f"jitaccel: every rank must begin the generation, got an error on {_named(refused)}; see its message there"
         )
     if others := [rank for rank, each in enumerate(numbers) if each != numbers[0]]:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""The one place that knows which handle has patched which target.
+"""The registry of patched targets and their handles.
 
-Targets are held weakly: an entry goes with its target, and keeps no model alive.
+It holds targets by weak reference: an entry disappears with its target, and keeps no model alive.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ _HANDLES: dict[int, tuple[weakref.ref[Any], Handle]] = {}
 
 
 def handle_of(target: Any) -> Handle | None:
-    """Returns the handle of what was applied to `target`, or None where nothing is.
+    """Returns the handle that has patched `target`, or None if it is not patched.
 
     Args:
-        target: The pipeline or model that was given to `apply`; the very object, not a part of it.
+        target: The pipeline or model that was passed to `apply`; the same object, not a part of it.
     """
     found = _HANDLES.get(id(target))
     return found[1] if found is not None and found[0]() is target else None
 
 
 def remove(target: Any) -> bool:
-    """Takes back what was applied to `target`, though its handle was lost; returns whether anything was.
+    """Removes what was applied to `target`, even if its handle was lost; returns whether anything was removed.
 
     Args:
-        target: The pipeline or model that was given to `apply`.
+        target: The pipeline or model that was passed to `apply`.
     """
     handle = handle_of(target)
     if handle is None:
@@ -38,9 +38,9 @@ def remove(target: Any) -> bool:
 
 
 def put_in_place(handle: Handle) -> None:
-    """Installs a handle in place of what patched its target before.
+    """Installs a handle in place of the one that patched its target before.
 
-    Where that fails or is interrupted, all it has changed is undone, and what stood before stands again.
+    If that fails or is interrupted, its changes are undone and the earlier handle is installed again.
     """
     target = handle.target
     before = handle_of(target)
@@ -61,14 +61,14 @@ def put_in_place(handle: Handle) -> None:
 
 
 def note(handle: Handle) -> None:
-    """Enters a handle that is installed."""
+    """Registers an installed handle."""
     target = handle.target
     key = id(target)
     _HANDLES[key] = (weakref.ref(target, lambda gone: _forget_dead(key, gone)), handle)
 
 
 def forget(handle: Handle) -> None:
-    """Drops the entry of a handle that was removed; one that has taken its place stays."""
+    """Removes the entry of a handle that was removed, unless another handle has taken its place."""
     for key, (_, known) in [*_HANDLES.items()]:
         if known is handle:
             del _HANDLES[key]

@@ -1,10 +1,10 @@
-"""One generation's way through a step, written once: enter, evaluate, leave. How it reaches a sampler is a delivery.
+"""One generation's route through a step: enter, evaluate, leave. How the result reaches the sampler is the delivery.
 
-enter      the state of the step, moved where a stage begins
-evaluate   the network on the anchors of that state
-leave      the velocity at every token, from the one at the anchors
+enter      returns the state of the step, with tokens moved where a stage begins
+evaluate   runs the network on the anchors of that state
+leave      returns the velocity at every token, from that at the anchors
 deliver    differs by codebase: a sampler whose state can be set gets the moved state (`Generation.enter` after its
-           step); a loop that cannot be reached gets the move folded into the velocity (`fold_move`)
+           step); for a loop that cannot be reached, the move is folded into the velocity (`fold_move`)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A network's velocity at the anchors, `values` (B, M, D), and `lifted` (B, N, D) where that came along."""
+    """A network's velocity at the anchors, `values` (B, M, D), and, if already computed, `lifted` (B, N, D)."""
 
     values: Tensor
     lifted: Tensor | None = None
@@ -39,7 +39,7 @@ Network = Callable[[Run, Tensor], Answer]
 
 
 class Executor(Protocol):
-    """What runs a codebase's network for a route, as far as statistics name it."""
+    """Runs a codebase's network for a route; statistics read these properties."""
 
     @property
     def execution(self) -> str: ...
@@ -57,19 +57,19 @@ class Executor(Protocol):
 
 
 class Generation:
-    """One generation: its run of the method, and the record of its steps.
+    """One generation: its run of the method and the record of its steps.
 
     Args:
-        config: What runs.
+        config: The configuration.
         grid: The token grid; N is the product of its sides.
         step: The first step.
         state: (B, N, D), the first state.
         cost: Operations of one forward by numbers of tokens.
-        text_tokens: Text tokens next to those of the image.
-        forced: (B, N) bool, tokens that are anchors from the first stage on, or None.
-        multiple: What numbers of anchors are rounded up to.
+        text_tokens: Text tokens in addition to those of the image.
+        forced: Returns (B, N) bool, tokens that are anchors from the first stage on, or None.
+        multiple: Numbers of anchors are rounded up to a multiple of this.
         patch: Latents along a token's side, which pooled stages average.
-        ranks: Who divides the tokens of each forward; they have begun alike when this is made.
+        ranks: The processes that divide the tokens of each forward; the constructor makes sure they start alike.
     """
 
     def __init__(
@@ -113,19 +113,19 @@ class Generation:
             return self.run.enter(step, state)
 
     def evaluate(self, step: Step, state: Tensor, network: Network, branches: int = 1) -> Answer:
-        """Returns what the network says of the anchors of a state (B, N, D); one forward, counted and timed.
+        """Returns the network's answer at the anchors of a state (B, N, D); one forward, counted and timed.
 
         Args:
-            step: The step under way.
+            step: The current step.
             state: The state that the network sees.
-            network: What is run.
-            branches: How many branches of guidance the forward holds.
+            network: The function to run.
+            branches: Number of guidance branches in the forward.
         """
         with self.recorder.network(step, self.run.anchors, branches):
             return network(self.run, state)
 
     def leave(self, step: Step, state: Tensor, answer: Answer) -> Tensor:
-        """Returns the velocity (B, N, D) that an Euler step from `state`, the one the network saw, is to take."""
+        """Returns the velocity (B, N, D) for the Euler step from `state`, which is the state that the network saw."""
         with self.recorder.outside(step.index):
             velocity = answer.lifted
             if velocity is None:
@@ -136,7 +136,7 @@ class Generation:
         return corrected
 
     def record(self, image: int) -> None:
-        """Keeps from now on what a report shows of one image of the batch. Raises ConfigError where it has fewer."""
+        """Starts recording one image of the batch for a report. Raises ConfigError if the batch has fewer images."""
         self.tape = Tape(image, self.recorder.batch, self.run.grid, self._patch)
 
 
@@ -147,7 +147,7 @@ def fold_move(velocity: Tensor, move: Tensor | None, step: Step) -> Tensor:
 
     Args:
         velocity: (B, N, D), of the moved state.
-        move: (B, N, D), moved minus unmoved state; None where nothing is moved.
+        move: (B, N, D), moved minus unmoved state; None if nothing is moved.
         step: The step that the sampler takes.
     """
     if move is None:
@@ -156,10 +156,12 @@ def fold_move(velocity: Tensor, move: Tensor | None, step: Step) -> Tensor:
 
 
 class History:
-    """What the generations of one route did: how many there were, and the record of the last one.
+    """The generations of one route: how many there were, and the record of the last one.
 
-    `notes` are the route's own remarks on it. `image`: which image of a batch to keep for a report; None keeps nothing.
-    `tape`: what was kept of the last generation, None where nothing was.
+    Attributes:
+        notes: Remarks of the route on it.
+        image: Index of the image of a batch to record for a report; None records nothing.
+        tape: The recording of the last generation; None if there is none.
     """
 
     def __init__(self, config: JiTConfig, codebase: str, executor: Executor) -> None:
@@ -171,25 +173,25 @@ class History:
         self.tape: Tape | None = None
 
     def begin(self, generation: Generation) -> None:
-        """Counts a generation, which is the last one from now on."""
+        """Counts a generation and makes it the last one."""
         self._generations += 1
         if self.image is not None:
             generation.record(self.image)
         self.show(generation)
 
     def record(self, image: int | None) -> None:
-        """Keeps this image of each generation from the next one on; None drops what was kept."""
+        """Records this image of each generation from the next one on; None stops and discards the recording."""
         self.image = image
         if image is None:
             self.tape = None
 
     def show(self, generation: Generation | None) -> None:
-        """Makes statistics those of this generation; of None, where the last one ran dense."""
+        """Makes `stats` report this generation; None if the last one ran dense."""
         self._recorder = None if generation is None else generation.recorder
         self.tape = None if generation is None else generation.tape
 
     def stats(self) -> Stats:
-        """Returns what the last generation did."""
+        """Returns the statistics of the last generation."""
         return summarize(
             self._recorder,
             codebase=self._codebase,

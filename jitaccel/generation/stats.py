@@ -1,4 +1,4 @@
-"""What a generation really did: tokens, operations and time of each step."""
+"""Statistics of a generation: tokens, operations and time of each step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Cost = Callable[[int, int], int]
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """One step. `calls`: forwards of the whole batch (2 with true CFG). `outside_s`: the method beside the network."""
+    """One step. `calls`: forwards of the whole batch (2 with true CFG). `outside_s`: seconds of the method itself."""
 
     index: int
     stage: int
@@ -39,13 +39,16 @@ class StepStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """The last generation. `flops` count every image of the batch; `dense_step_flops` is one dense step of it.
+    """Statistics of the last generation.
 
-    `ranks`: how many processes divide the tokens of each forward; everything else is of all of them together.
-
-    `execution`: "packed" or "indexed". `attention`: the backend of packed execution, None for the model's own.
-    `compiled`: what compilation did since `apply`, None without it.
-    `anchors`: of each stage that ran, (B, M) raster indices, on the device that computed.
+    Attributes:
+        flops: Operations for all images of the batch.
+        dense_step_flops: Operations of one dense step of the batch.
+        ranks: Processes that divide the tokens of each forward; all other values are totals over them.
+        execution: "packed" or "indexed".
+        attention: The backend of packed execution; None for the model's own.
+        compiled: What compilation did since `apply`; None without it.
+        anchors: For each stage that ran, (B, M) raster indices, on the device that computed.
     """
 
     codebase: str
@@ -65,12 +68,12 @@ class Stats:
 
     @property
     def token_steps(self) -> int:
-        """Image tokens through the network, summed over the steps, of one image and one branch."""
+        """Image tokens through the network, summed over the steps, for one image and one branch."""
         return sum(step.tokens for step in self.steps)
 
     @property
     def rank_tokens(self) -> tuple[int, ...]:
-        """Image tokens of each step that one rank has, the most where they differ; all of them without ranks."""
+        """Image tokens per step on one rank, the largest number if ranks differ; all tokens without ranks."""
         return tuple(-(-step.tokens // self.ranks) for step in self.steps)
 
     @property
@@ -79,7 +82,7 @@ class Stats:
 
     @property
     def dense_steps(self) -> float:
-        """The cost in dense steps of one branch: the number of them that costs the same."""
+        """The cost expressed as a number of dense steps of one branch."""
         return self.flops / self.dense_step_flops if self.dense_step_flops else 0.0
 
     @property
@@ -165,7 +168,7 @@ class Recorder:
 
     @contextmanager
     def network(self, step: Step, anchors: Tensor, branches: int = 1) -> Iterator[None]:
-        """Counts and times one forward of the batch on its anchors (B, M), for `branches` of guidance at once."""
+        """Counts and times one forward of the batch on its anchors (B, M), with `branches` of guidance at once."""
         entry = self._entries.setdefault(step.index, _Entry(step, anchors.shape[1]))
         self._anchors[step.stage] = anchors
         entry.calls += branches
@@ -174,7 +177,7 @@ class Recorder:
 
     @contextmanager
     def outside(self, index: int) -> Iterator[None]:
-        """Times what the method does for a step beside the network."""
+        """Times the work of the method for a step, outside the network."""
         with self._watch.span((index, "outside")):
             yield
 
@@ -210,7 +213,7 @@ def summarize(
     config: JiTConfig,
     generations: int,
 ) -> Stats:
-    """Returns the statistics of what a recorder saw; without one, those of a patch that has not run."""
+    """Returns the statistics of a recorder; without one, those of a patch that has not run yet."""
     ran = Stats(
         codebase=codebase,
         execution=execution,

@@ -12,15 +12,16 @@ import torch
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until a device has finished its work; the CPU always has."""
+    """Waits until a device has finished its work; returns at once on the CPU."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
 
 
 class Stopwatch:
-    """Adds up the seconds of named spans; on accelerators through events, read only when asked.
+    """Adds up the seconds of named spans. On accelerators it uses events, which are read only on request.
 
-    Seconds are NaN on a device whose torch module has no timed events: the host's clock would time only the queueing.
+    Seconds are NaN on a device whose torch module has no timed events, because the host's clock would time only the
+    queueing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +30,7 @@ class Stopwatch:
 
     @contextmanager
     def span(self, key: Hashable) -> Iterator[None]:
-        """Times the block it wraps under `key`; a block that raises counts too."""
+        """Adds the time of the wrapped block to `key`, even if the block raises."""
         start = self._mark()
         try:
             yield
@@ -50,7 +51,7 @@ class Stopwatch:
         return event
 
     def seconds(self, key: Hashable) -> float:
-        """Returns the seconds spent under `key`; on an accelerator waits for it. NaN where they are not known."""
+        """Returns the seconds spent under `key`, NaN if unknown. On an accelerator, waits for it."""
         return sum(_seconds_between(start, end) for start, end in self._spans.get(key, ()))
 
 

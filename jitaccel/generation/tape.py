@@ -1,4 +1,4 @@
-"""What a report needs of a generation: state and clean estimate of one image at each step, kept when asked for."""
+"""Recording for a report: state and clean estimate of one image at each step, stored on request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Frame:
 
     Attributes:
         step: The step.
-        state: (N, D), the state that the step starts from.
-        clean: (N, D), the clean estimate (x0) that follows from the velocity of the step.
+        state: (N, D), the state at the start of the step.
+        clean: (N, D), the clean estimate (x0) by the velocity of the step.
     """
 
     step: Step
@@ -27,12 +27,12 @@ class Frame:
 
 
 class Tape:
-    """Keeps the steps of one image while a generation runs. It only reads: the picture stays the same, bit for bit.
+    """Records the steps of one image while a generation runs. It only reads; the picture is the same bit for bit.
 
-    A custom loop may call the network once for each branch of guidance; the first call of a step is kept then.
+    A custom loop may call the network once per guidance branch; then the first call of a step is recorded.
 
     Attributes:
-        image: Which image of the batch.
+        image: Index of the image in the batch.
         grid: The token grid.
         patch: Latents along a token's side.
         final: (N, D), the state after the last step seen; None before the first.
@@ -54,13 +54,13 @@ class Tape:
 
     @torch.no_grad()
     def see(self, step: Step, state: Tensor, velocity: Tensor, corrected: Tensor) -> None:
-        """Keeps copies of a step. Waits for the device.
+        """Stores copies of a step. Waits for the device.
 
         Args:
             step: The step.
-            state: (B, N, D), what it started from.
+            state: (B, N, D), the state at its start.
             velocity: (B, N, D), the velocity at every token.
-            corrected: (B, N, D), the velocity that the sampler's Euler step takes, with the solver's correction.
+            corrected: (B, N, D), the velocity of the sampler's Euler step, with the solver's correction.
         """
         if step.index in self._frames:
             return

@@ -1,4 +1,4 @@
-"""What a warm-up is asked for: sizes and batches that can be made."""
+"""Checks the arguments of a warm-up: sizes and batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ConfigError
 
 
 def checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns sizes as pairs. Raises ConfigError for what is no list of pairs: one size alone, say."""
+    """Returns sizes as a list of pairs. Raises ConfigError for anything else, such as a single size."""
     pairs = _listed(sizes)
     if pairs is None or not all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side) for side in pair) for pair in pairs
@@ -22,7 +22,7 @@ def checked_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def checked_batches(batch_sizes: Sequence[int]) -> list[int]:
-    """Returns numbers of pictures as a list. Raises ConfigError for what is no list of whole numbers above 0."""
+    """Returns numbers of pictures as a list. Raises ConfigError for anything but a list of whole numbers above 0."""
     batches = _listed(batch_sizes)
     if batches is None or not all(_is_count(batch) for batch in batches):
         raise ConfigError(
@@ -33,12 +33,12 @@ def checked_batches(batch_sizes: Sequence[int]) -> list[int]:
 
 
 def _listed(value: Any) -> list[Any] | None:
-    """Returns the items of what has some; None of anything else, a text too."""
+    """Returns the items of an iterable; None for a string and for anything that has no items."""
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         return None
     try:
         return list(value)
-    except TypeError:  # a tensor without dimensions says that it has items
+    except TypeError:  # a tensor without dimensions claims to be iterable
         return None
 
 

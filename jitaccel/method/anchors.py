@@ -1,6 +1,6 @@
-"""Which tokens enter the network: the first anchors, those activated later, and indexing by them.
+"""Selects the tokens that enter the network: the first anchors, those activated later, and their union.
 
-Anchors are int64 raster indices, sorted, one row for each image: every image of a batch has its own.
+Anchors are sorted int64 raster indices, one row per image; every image of a batch has its own.
 """
 
 import torch
@@ -19,13 +19,16 @@ def first_anchors(
 ) -> Tensor:
     """Returns the anchors of the sparsest stage of one image, `(count,)` int64 on the CPU.
 
-    The even rows and columns plus the whole border; where that is fewer than `count`, more tokens are drawn
-    at random among the others; where more, some are dropped at random (arXiv:2603.10744, nested token
-    sets, as its released code builds them). Departs from that code, which draws from the global generator.
-    On (t, h, w) each frame has these places, and keeps one anchor at least.
+    Starts from the even rows and columns plus the whole border. If these are fewer than `count`, more tokens are drawn
+    at random; if more, some are dropped at random (arXiv:2603.10744, nested token sets, as its released code builds
+    them). Departs from that code, which draws from the global generator. On a (t, h, w) grid this holds in each frame,
+    and each frame keeps at least one anchor.
 
-    grid: (h, w) or (t, h, w). count: frames..N. generator: needed where something is drawn. forced: (N,) bool,
-    tokens that are anchors whatever comes, `count` of them at most; the rest is placed among the others.
+    Args:
+        grid: (h, w) or (t, h, w).
+        count: Number of anchors, from the number of frames to N.
+        generator: Source of the random draws; may be None if nothing is drawn.
+        forced: (N,) bool, tokens that are always anchors, at most `count`. The others are placed among the rest.
     """
     num_tokens = num_tokens_of(grid)
     if not num_frames(grid) <= count <= num_tokens:
@@ -51,14 +54,14 @@ def first_anchors(
 def _dropped(
     inside: Tensor, always: Tensor, count: int, grid: tuple[int, ...], generator: torch.Generator | None
 ) -> Tensor:
-    """Returns `count` of the tokens `inside`, at random; of each frame that `always` leaves empty one at least."""
+    """Returns `count` of the tokens `inside`, at random, at least one in each frame where `always` has none."""
     order = inside[_draw(len(inside), len(inside), generator, shuffle=True)]
     frames = num_frames(grid)
     if frames == 1:
         return order[:count]
     frame_size = num_tokens_of(grid[-2:])
     needed = ~always.view(frames, frame_size).any(dim=1)
-    # Of each frame that needs one, the token that is drawn first.
+    # In each frame that needs one, keep the token that was drawn first.
     first = torch.zeros(len(order), dtype=torch.bool, device="cpu")
     for frame in needed.nonzero().squeeze(1).tolist():
         first[(order // frame_size == frame).nonzero()[0]] = True
@@ -76,8 +79,8 @@ def _draw(population: int, count: int, generator: torch.Generator | None, *, shu
         return torch.arange(population, device="cpu")
     if generator is None:
         raise ValueError(
-            "first_anchors: generator must be given where anchors are drawn at random, got None; "
-            "pass a torch.Generator, the global one is never touched"
+            "first_anchors: generator must be given if anchors are drawn at random, got None; "
+            "pass a torch.Generator, because the global one is never used"
         )
     return torch.randperm(population, generator=generator, device=generator.device)[:count].cpu()
 
@@ -85,13 +88,17 @@ def _draw(population: int, count: int, generator: torch.Generator | None, *, shu
 def activate(importance: Tensor, anchors: Tensor, count: int) -> Tensor:
     """Returns the `count` most important inactive tokens of each image, `(B, count)` int64, sorted.
 
-    Importance-guided token activation (ITA, arXiv:2603.10744). Equal importance goes to the lowest raster
-    index, so that the result does not depend on device or batch. Departs from the released code, which ranks
-    image 0 alone and gives its anchors to the whole batch.
+    Importance-guided token activation (ITA, arXiv:2603.10744). Ties go to the lowest raster index, so the result does
+    not depend on device or batch. Departs from the released code, which ranks image 0 only and uses its anchors for the
+    whole batch.
 
-    importance: (B, N) float32, finite. anchors: (B, M). count: 0..N - M.
+    Args:
+        importance: (B, N) float32, finite.
+        anchors: (B, M) int64.
+        count: Tokens to activate, from 0 to N - M.
 
-    Raises NonFiniteVelocityError where importance is not finite.
+    Raises:
+        NonFiniteVelocityError: If importance is not finite.
     """
     if not torch.isfinite(importance).all():
         images = (~torch.isfinite(importance)).any(dim=1).nonzero().squeeze(1).tolist()

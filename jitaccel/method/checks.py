@@ -1,4 +1,4 @@
-"""What a value must be to describe stages, steps and levels; each function returns or raises what is wrong."""
+"""Checks of values that describe stages, steps and levels; each returns a truth value or problems, or raises."""
 
 import math
 import numbers
@@ -7,16 +7,16 @@ from typing import TypeGuard
 
 from ..errors import ConfigError, suggestion
 
-MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler takes more steps
+MAX_STEPS = 10_000  # bounds the search for a step count that works; no sampler runs more steps
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Tells whether a value is a whole number; numpy's are, truth values are not."""
+    """Returns whether a value is a whole number; numpy integers count, booleans do not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_steps(function: str, value: object) -> None:
-    """Raises ConfigError, in the name of `function`, for what is no number of steps that a sampler takes."""
+    """Raises ConfigError, in the name of `function`, unless `value` is a valid number of sampler steps."""
     if not is_step_count(value):
         raise ConfigError(
             f"{function}: steps must be a whole number from 1 to {MAX_STEPS}, got {value!r}; "
@@ -25,22 +25,22 @@ def check_steps(function: str, value: object) -> None:
 
 
 def is_step_count(value: object) -> TypeGuard[int]:
-    """Tells whether a value is a number of steps that a sampler takes."""
+    """Returns whether a value is a valid number of sampler steps."""
     return is_whole(value) and 1 <= value <= MAX_STEPS
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Tells whether a value is a real number that a float can hold."""
+    """Returns whether a value is a real number that a float can hold."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond a float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def stage_problems(name: str, shares: tuple[float, ...], remedy: str) -> list[str]:
-    """Returns what is wrong with a field of one share per stage, which rise strictly to 1.0."""
+    """Returns what is wrong with a field of one share per stage; shares must rise strictly to 1.0."""
     problems = []
     if not all(0.0 < share <= 1.0 for share in shares):
         problems.append(f"JiTConfig: {name} must lie in (0, 1], got {shares}; give shares, not counts")
@@ -52,7 +52,7 @@ def stage_problems(name: str, shares: tuple[float, ...], remedy: str) -> list[st
 
 
 def choice_problems(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
-    """Returns what is wrong with a field that holds one of a few words."""
+    """Returns what is wrong with a field that must hold one of the allowed words."""
     if isinstance(value, str) and value in allowed:
         return []
     return [

@@ -1,20 +1,19 @@
 """What to run: stages, schedule and variants of the method, as one frozen value."""
 
 import dataclasses
-import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, Unpack
 
-from ..errors import ConfigError, suggestion
+from ..errors import ConfigError
 from ..limits import MOST_SHARED
 from .checks import MAX_STEPS, check_steps, choice_problems, is_finite_number, is_step_count, is_whole, stage_problems
 from .counts import has_empty_stage, pooled_count, whole_part, with_side
-from .overrides import Overrides
+from .overrides import Overrides, check_fields
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -26,46 +25,47 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _SCHEDULES = ("beta", "log_snr", "native")
 _FACTORS = (1, 2, 4)
-MAX_WINDOW = 1023  # the operators' own limit
-_MAX_TOKENS = 2**40  # the operators' own limit
+MAX_WINDOW = 1023  # a limit of the operators
+_MAX_TOKENS = 2**40  # a limit of the operators
 
 
 @dataclass(frozen=True, kw_only=True)
 class JiTConfig:
     """A schedule of stages and the variants of the method (Just-in-Time, arXiv:2603.10744).
 
-    Lists and whole numbers are accepted where tuples and floats are declared, and stored as declared.
+    Lists and whole numbers are accepted where tuples and floats are declared; they are converted.
 
     Attributes:
-        densities: Share of the tokens that enter the network, per stage, sparsest first, last 1.0.
-        boundaries: Share of the steps after which each stage ends, last 1.0.
-        steps: Number of steps, or "caller" to take the number that the sampler asks for.
-        schedule: "beta" (levels from a Beta distribution), "log_snr" (levels at even steps of the logarithm of the
-            signal-to-noise ratio), "native" (the sampler's own levels), or the noise levels themselves, from the first
-            down to 0.0.
+        densities: Share of the tokens that enter the network in each stage, sparsest first; the last is 1.0.
+        boundaries: Share of the steps after which each stage ends; the last is 1.0.
+        steps: Number of steps, or "caller" to use the number the sampler asks for.
+        schedule: "beta" (levels from a Beta distribution), "log_snr" (levels evenly spaced in the logarithm of the
+            signal-to-noise ratio), "native" (the sampler's own levels), or the noise levels themselves, falling to 0.0.
         alpha: First parameter of the Beta distribution.
-        beta: Second one. The paper's text says 0.42; its code, 0.425.
-        log_snr: Of "log_snr", log((1 - level) / level) at the second level, after 1.0, and at the last above 0.0.
-        lifter: What is interpolated to the other tokens: the velocity (paper) or the clean estimate.
-        micro_flow: How newly activated tokens move: all the way to the target ("exact", the paper's hitting ODE), one
-            blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
+        beta: Second parameter. The paper's text says 0.42, its code 0.425.
+        log_snr: For schedule="log_snr": log((1 - level) / level) at the second level, which follows 1.0, and at the
+            last level above 0.0.
+        lifter: What is interpolated from the anchors to the other tokens: the "velocity" (paper) or the "clean"
+            estimate.
+        micro_flow: How far newly activated tokens move to their target: all the way ("exact", the paper's hitting ODE),
+            by one blend of weight 1 / relax_steps ("released", the authors' code), or not at all ("none").
         relax_steps: Divisor of the released blend.
         noise: Noise of the target: "fresh" (paper) or the token's "own" initial noise.
         solver: "euler" (paper) or "dpmpp_2m", DPM-Solver++(2M) (arXiv:2211.01095), which extrapolates the clean
-            estimate from the step before; it rides on the returned velocity, so the sampler stays an Euler one.
-            "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and DPM-Solver++ then keep their
-            own solver, which starts again at newly activated tokens.
-        importance_window: Side of the window of the local variance, in tokens, odd.
-        blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens; at or below
-            sqrt(density), as in every preset, the width is 1 token whatever the scale.
-        pooling: How each stage shows the picture to the network: 1, its tokens as they are; 2 or 4, the picture so many
-            times smaller along both sides, each latent the mean of a block, at its own noise level (a variant of ours,
-            `jitaccel.method.pool`). A stage that pools by f has density 1 / f^2. Empty: no stage pools.
-        multiple: What numbers of tokens that enter the network are rounded up to, for who divides them among ranks in a
-            way that cannot be read off the model; with what can be read, the least common multiple of both.
-
+            estimate from the previous step. Its correction is folded into the velocity the model returns, so you keep
+            your Euler scheduler or loop. "caller" leaves the step to the scheduler of a diffusers pipeline: UniPC and
+            DPM-Solver++ keep their own solver, which restarts at newly activated tokens.
+        importance_window: Side in tokens of the window of the local variance; odd.
+        blur_scale: The lift blurs with standard deviation clip(blur_scale / sqrt(density), 1, 10) tokens. If
+            blur_scale is at most sqrt(density), as in every preset, the width is 1 token.
+        pooling: For each stage, the factor by which the picture is reduced along both sides before the network sees it.
+            1 keeps its tokens; with 2 or 4, each latent is the mean of a block, at its own noise level (a variant of
+            ours, `jitaccel.method.pool`). A stage with factor f > 1 must have density 1 / f^2. Empty if no stage pools.
+        multiple: Numbers of tokens that enter the network are rounded up to a multiple of this. Set it if you divide
+            tokens among ranks in a way that jitaccel cannot read off the model; the least common multiple with what it
+            does read off is used.
     Raises:
-        ConfigError: With every problem found, one a line.
+        ConfigError: For an invalid configuration; the message lists every problem, one per line.
     """
 
     densities: tuple[float, ...]
@@ -111,7 +111,7 @@ class JiTConfig:
             object.__setattr__(self, name, int(getattr(self, name)))
 
     def _normalise(self, name: str, problems: list[str]) -> tuple[float, ...] | None:
-        """Stores the field as a tuple of floats and returns it, or notes the problem and returns None."""
+        """Stores the field as a tuple of floats and returns it, or adds a problem and returns None."""
         value = getattr(self, name)
         is_sequence = isinstance(value, (tuple, list)) and len(value) > 0
         if not is_sequence or not all(is_finite_number(item) for item in value):
@@ -127,7 +127,7 @@ class JiTConfig:
         return items
 
     def _pooling_problems(self) -> list[str]:
-        """Stores `pooling` as a tuple of whole numbers, empty where no stage pools; returns what is wrong with it."""
+        """Stores `pooling` as a tuple of whole numbers, empty if no stage pools, and returns what is wrong with it."""
         value, densities = self.pooling, self.densities
         is_sequence = isinstance(value, (tuple, list))
         if not is_sequence or not all(is_whole(factor) and factor in _FACTORS for factor in value):
@@ -141,12 +141,12 @@ class JiTConfig:
             return []
         if len(factors) != len(densities):
             return [
-                f"JiTConfig: pooling must be as many as densities, got {len(factors)} factors and {len(densities)} "
-                f"densities; give 1 for a stage that does not pool"
+                f"JiTConfig: pooling must have one factor for each of densities, got {len(factors)} factors and "
+                f"{len(densities)} densities; give 1 for a stage that does not pool"
             ]
         return [
             f"JiTConfig: a stage that pools by {factor} must have density {1 / factor**2:g}, got {density!r}; "
-            f"set it, since every latent it sees is the mean of {factor**2}, or pooling=() to leave tokens out instead"
+            f"set it, because every latent it sees is the mean of {factor**2}, or use pooling=() to leave tokens out"
             for factor, density in zip(factors, densities, strict=True)
             if factor > 1 and density != 1 / factor**2
         ]
@@ -186,7 +186,7 @@ class JiTConfig:
         if ends is not None and (len(ends) != 2 or not -30.0 <= ends[0] < ends[1] <= 30.0):
             problems.append(
                 f"JiTConfig: log_snr must be two numbers that rise within -30..30, got {ends}; "
-                f"give those of the second and the last level, for example (-5.0, 3.0)"
+                f"give the values of the second and the last level, for example (-5.0, 3.0)"
             )
         for name, choices in _CHOICES.items():
             problems += choice_problems(name, getattr(self, name), choices)
@@ -197,7 +197,7 @@ class JiTConfig:
         if not is_whole(self.relax_steps) or self.relax_steps < 1:
             problems.append(
                 f"JiTConfig: relax_steps must be a whole number above 0, got {self.relax_steps!r}; "
-                f"the released code's is 3"
+                f"the released code uses 3"
             )
         if not is_whole(self.multiple) or not 1 <= self.multiple <= MOST_SHARED:
             problems.append(
@@ -208,7 +208,7 @@ class JiTConfig:
         if not is_whole(window) or not 1 <= window <= MAX_WINDOW or window % 2 == 0:
             problems.append(
                 f"JiTConfig: importance_window must be an odd whole number in 1..{MAX_WINDOW}, got {window!r}; "
-                f"the paper's is 3"
+                f"the paper uses 3"
             )
         return problems
 
@@ -232,7 +232,7 @@ class JiTConfig:
         return len(self.densities)
 
     def pooling_of(self, stage: int) -> int:
-        """Returns by how much a stage pools each side of the picture; 1 where it does not."""
+        """Returns the factor by which a stage reduces each side of the picture; 1 if it does not pool."""
         return self.pooling[stage] if self.pooling else 1
 
     @property
@@ -241,13 +241,14 @@ class JiTConfig:
         return {"exact": 1.0, "released": 1.0 / self.relax_steps, "none": 0.0}[self.micro_flow]
 
     def stage_ends(self, steps: int) -> tuple[int, ...]:
-        """Returns the number of steps done when each stage ends: the whole part of `steps * boundary`.
+        """Returns for each stage the number of steps done when it ends: the whole part of `steps * boundary`.
 
-        A product that floating point leaves a hair below a whole number counts as that number, so that
-        100 steps with boundary 0.29 end after 29 (the released code: 28). Departs from the released code
-        also in refusing a step count that skips a stage (3 steps of the paper's: 1, 1, 3).
+        A product that floating point leaves just below a whole number counts as that number: 100 steps with boundary
+        0.29 end after 29 (28 in the released code). Also unlike the released code, a step count that skips a stage is
+        refused (3 steps of the paper's preset would end after 1, 1, 3).
 
-        Raises ConfigError where a stage would get no step, naming the next step count that works.
+        Raises:
+            ConfigError: If a stage would get no step; the message names the next step count that works.
         """
         check_steps("stage_ends", steps)
         problems = self._empty_stage_problems(steps, "stage_ends")
@@ -260,7 +261,7 @@ class JiTConfig:
         return tuple(end - start for start, end in pairwise((0, *self.stage_ends(steps))))
 
     def stage_of_step(self, step: int, steps: int) -> int:
-        """Returns the stage, 0 the sparsest, that runs step `step` (counted from 0) of `steps`."""
+        """Returns the stage (0 is the sparsest) of step `step`, counted from 0, out of `steps`."""
         ends = self.stage_ends(steps)
         if not is_whole(step) or not 0 <= step < steps:
             raise ConfigError(f"stage_of_step: step must be in 0..{steps - 1}, got {step!r}; count from 0")
@@ -269,13 +270,17 @@ class JiTConfig:
     def token_counts(self, num_tokens: int, num_forced: int = 0, multiple: int = 1) -> tuple[int, ...]:
         """Returns the number of anchors of each stage: the whole part of `density * num_tokens`.
 
-        Two stages may get equal counts on a small grid: the later one then activates nothing, which is
-        harmless. Rounds as `stage_ends` does.
+        On a small grid two stages may get the same count; the later one then activates nothing, which is harmless.
+        Rounds as `stage_ends` does.
 
-        num_tokens: tokens of the grid. num_forced: of them, those that are anchors in every stage; the densities then
-        are shares of the others. multiple: what counts are rounded up to, the grid's at most, beside the field of that
-        name: to the least common multiple of both.
-        Raises ConfigError where a stage would get no token.
+        Args:
+            num_tokens: Tokens of the grid.
+            num_forced: Tokens that are anchors in every stage. The densities then are shares of the others.
+            multiple: Counts are rounded up to a multiple of both this and the field `multiple`, but not beyond the
+                grid.
+
+        Raises:
+            ConfigError: If a stage would get no token.
         """
         if not is_whole(num_tokens) or not 1 <= num_tokens <= _MAX_TOKENS:
             raise ConfigError(
@@ -303,12 +308,17 @@ class JiTConfig:
         return tuple(min(-(-count // unit) * unit, num_tokens) for count in counts)
 
     def stage_tokens(self, grid: Sequence[int], num_forced: int = 0, multiple: int = 1) -> tuple[int, ...]:
-        """Returns the number of tokens that each stage gives the network on a grid; pooled stages exactly.
+        """Returns the number of tokens that enter the network in each stage on a grid; exact for pooled stages too.
 
-        A pooled stage has the tokens of the smaller picture, its sides rounded up, whatever is forced.
+        A pooled stage has the tokens of the reduced picture, with sides rounded up, whether tokens are forced or not.
 
-        grid: (h, w) or (t, h, w). num_forced, multiple: as in `token_counts`.
-        Raises ConfigError as `token_counts` does, and where a pooled stage's tokens are no multiple.
+        Args:
+            grid: (h, w) or (t, h, w).
+            num_forced: As in `token_counts`.
+            multiple: As in `token_counts`.
+
+        Raises:
+            ConfigError: As `token_counts`, and if the tokens of a pooled stage are not a multiple.
         """
         counts = self.token_counts(math.prod(grid), num_forced, multiple)
         return tuple(
@@ -321,18 +331,20 @@ class JiTConfig:
         if count % unit:
             sizes = " or ".join("x".join(map(str, size)) for size in self.sizes_near(grid, multiple))
             raise ConfigError(
-                f"stage_tokens: a picture pooled by {factor} must have a multiple of {unit} tokens, which its "
-                f"model divides among ranks or pads to, got {count} of {'x'.join(map(str, grid))}; choose another "
-                f"size, in tokens for example {sizes}, or a configuration without pooling"
+                f"stage_tokens: a picture pooled by {factor} must have a multiple of {unit} tokens, because the "
+                f"model divides them among ranks or pads them, got {count} of {'x'.join(map(str, grid))}; choose "
+                f"another size, in tokens for example {sizes}, or a configuration without pooling"
             )
         return count
 
     def sizes_near(self, grid: Sequence[int], multiple: int = 1) -> tuple[tuple[int, ...], ...]:
-        """Returns the grids nearest to `grid`, one side changed, whose stages can all have a multiple of tokens.
+        """Returns the grids nearest to `grid` on which the token count of every stage is a multiple.
 
-        Those next to it in either side, smaller and larger, where there are such; `grid` itself is none of them.
+        One side changes, each way, by as little as possible; `grid` itself is not among them.
 
-        grid: (h, w) or (t, h, w). multiple: as in `token_counts`.
+        Args:
+            grid: (h, w) or (t, h, w).
+            multiple: As in `token_counts`.
         """
         unit = math.lcm(self.multiple, multiple)
         factors = {self.pooling_of(stage) for stage in range(self.num_stages)}
@@ -348,7 +360,7 @@ class JiTConfig:
     def replace(self, **overrides: Unpack[Overrides]) -> "JiTConfig":
         """Returns a copy with the named fields changed and validated; unknown names raise ConfigError.
 
-        Densities make new stages: unless `pooling` is given too, none of these pools.
+        New densities define new stages, which do not pool unless `pooling` is given too.
         """
         check_fields("replace", overrides)
         changes: dict[str, Any] = {"pooling": ()} if "densities" in overrides else {}
@@ -356,7 +368,7 @@ class JiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict of numbers, strings and lists, ready for JSON."""
-        fields = {name: getattr(self, name) for name in _field_names()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
@@ -372,30 +384,3 @@ class JiTConfig:
         if missing:
             raise ConfigError(f"from_dict: fields must hold {', '.join(missing)}, got {sorted(fields)}; add them")
         return cls(**fields)
-
-
-def _field_names() -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(JiTConfig))
-
-
-def arguments_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Returns the keywords that a public function takes beside the fields of JiTConfig and what it works on."""
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(each.name for each in parameters if each.kind in kinds and each.name != "target")
-
-
-def check_fields(function: str, names: Iterable[str], arguments: Iterable[str] = ()) -> None:
-    """Raises ConfigError, with every reason, for names that are no fields of JiTConfig.
-
-    function: that was called with them. arguments: its own, which may have been meant.
-    """
-    fields, own = _field_names(), tuple(arguments)
-    known = f"an argument of {function} or a field of JiTConfig" if own else "a field of JiTConfig"
-    where = f"see help(jitaccel.{function})" if own else f"it has {', '.join(fields)}"
-    if problems := [
-        f"{function}: {name} must be {known}, got an unknown name; {suggestion(name, (*own, *fields), where)}"
-        for name in names
-        if name not in fields
-    ]:
-        raise ConfigError("\n".join(problems))

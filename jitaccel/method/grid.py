@@ -1,8 +1,8 @@
-"""Grids of tokens: (h, w), or (t, h, w) for the frames of a video or the layers of a picture.
+"""Token grids: (h, w), or (t, h, w) for the frames of a video or the layers of a picture.
 
-The method keeps to the last two axes: lattice, nearest anchor, blur and importance window lie within each frame, and
-only activation ranks all frames together. A step along t is no distance on the picture: where things move, or are new
-in a frame, the rest of that frame predicts a token better than the frames next to it do.
+The method works along the last two axes: lattice, nearest anchor, blur and importance window stay within a frame. Only
+activation ranks all frames together. Neighbours along t are not treated as near: where something moves or appears, the
+rest of a token's own frame predicts it better than the adjacent frames do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["lattice", "name_of", "num_frames", "num_tokens_of"]
 
 
 def name_of(grid: Sequence[int]) -> str:
-    """Returns a grid as people read it: "64x64", or "21x30x52"."""
+    """Returns a grid as text, such as "64x64" or "21x30x52"."""
     return "x".join(map(str, grid))
 
 

@@ -1,4 +1,4 @@
-"""How much the velocity varies around each token: what decides which tokens are activated."""
+"""How much the velocity varies around each token, which decides the tokens to activate."""
 
 from torch import Tensor
 
@@ -8,7 +8,9 @@ from .. import ops
 def importance(velocity: Tensor, grid: tuple[int, ...], window: int = 3) -> Tensor:
     """Returns the local variance of the velocity, mean over channels, `(B, N)` float32: `ops.importance`.
 
-    velocity: (B, N, D) at every token, any float dtype. grid: (h, w), or (t, h, w), where the window stays within each
-    frame. window: side in tokens, odd.
+    Args:
+        velocity: (B, N, D) at every token, any float dtype.
+        grid: (h, w), or (t, h, w); the window then stays within each frame.
+        window: Side of the window in tokens, odd.
     """
     return ops.importance(velocity, grid, window, stack=True)

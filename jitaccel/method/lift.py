@@ -1,4 +1,4 @@
-"""From the anchors to every token, within each frame: nearest fill, Gaussian blur, anchors kept."""
+"""Interpolates from the anchors to every token, within each frame: nearest fill, Gaussian blur, anchors kept."""
 
 import math
 from dataclasses import dataclass
@@ -17,10 +17,13 @@ Level = TypeVar("Level", float, Tensor)
 
 @dataclass(frozen=True, eq=False)
 class LiftPlan:
-    """What `lift` needs to know of a stage, built once a stage by `make_lift_plan`.
+    """The data that `lift` needs for a stage; `make_lift_plan` builds it once per stage.
 
-    grid: (h, w) or (t, h, w). anchors: (B, M) int64, sorted. nearest: (B, N) int64, index among the M anchors of
-    the one nearest to each token. weights: (K,) float32, the blur's.
+    Attributes:
+        grid: (h, w) or (t, h, w).
+        anchors: (B, M) int64, sorted.
+        nearest: (B, N) int64; for each token, the index among the M anchors of the nearest one.
+        weights: (K,) float32, of the blur.
     """
 
     grid: tuple[int, ...]
@@ -30,19 +33,20 @@ class LiftPlan:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every token is an anchor, so that there is nothing to lift."""
+        """Whether every token is an anchor, so there is nothing to lift."""
         return self.anchors.shape[1] == self.nearest.shape[1]
 
     @property
     def positions(self) -> Tensor:
-        """Which position ids of the whole picture the network's tokens have, (B, M): the anchors'."""
+        """Indices, (B, M), of the position ids that the network's tokens have: the anchors."""
         return self.anchors
 
     def show(self, state: Tensor, level: "float | Tensor | None" = None) -> Tensor:
-        """Returns the anchors' tokens (B, M, ...) of a state (B, N, ...); itself where every token is an anchor.
+        """Returns the anchors' tokens (B, M, ...) of a state (B, N, ...); the state if every token is an anchor.
 
-        state: may hold several branches, one after the other: (k * B, N, ...). level: not looked at, a subset of a
-        state is as noisy as the state.
+        Args:
+            state: May hold several branches, one after the other: (k * B, N, ...).
+            level: Ignored; a subset of a state has the noise level of the state.
         """
         if self.is_dense:
             return state
@@ -50,7 +54,7 @@ class LiftPlan:
         return gather_tokens(state, self.anchors if branches == 1 else self.anchors.repeat(branches, 1))
 
     def show_beside(self, x: Tensor) -> Tensor:
-        """Returns the anchors' tokens of what is shown beside the state: as `show`."""
+        """Returns the anchors' tokens of other latents next to the state, such as a mask: as `show`."""
         return self.show(x)
 
     def show_features(self, x: Tensor) -> Tensor:
@@ -58,11 +62,11 @@ class LiftPlan:
         return self.show(x)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Returns features (B, M, C) of the network's tokens in place among zeros, (B, N, C)."""
+        """Returns features (B, M, C) of the network's tokens scattered into zeros, (B, N, C)."""
         return x if self.is_dense else scatter_tokens(x, self.anchors, num_tokens_of(self.grid))
 
     def show_level(self, level: Level) -> Level:
-        """Returns the level at which the network sees a state at `level`: that one."""
+        """Returns the level at which the network sees a state at `level`: the same level."""
         return level
 
     def lift(
@@ -73,15 +77,20 @@ class LiftPlan:
         lifter: Literal["velocity", "clean"] = "velocity",
         shown: Tensor | None = None,
     ) -> Tensor:
-        """Returns the velocity at every token (B, N, D) from the one at the anchors (B, M, D): `lift_velocity`.
+        """Returns the velocity at every token (B, N, D) from that at the anchors (B, M, D), by `lift_velocity`.
 
-        shown: not looked at, what `show` gave is part of the state.
+        Args:
+            values: (B, M, D), the velocity at the anchors.
+            state: (B, N, D).
+            level: Noise level of the state.
+            lifter: As in `lift_velocity`.
+            shown: Ignored; the output of `show` is part of the state.
         """
         return lift_velocity(values, state, level, self, lifter)
 
 
 def blur_weights(density: float, blur_scale: float = 0.4) -> Tensor:
-    """Returns the Gaussian's weights, `(2 * ceil(3 s) + 1,)` float64, of sum 1.
+    """Returns the weights of the Gaussian, `(2 * ceil(3 s) + 1,)` float64, which sum to 1.
 
     s = clip(blur_scale / sqrt(density), 1, 10) tokens, density = M / N (arXiv:2603.10744, SAG-ODE).
     """
@@ -97,9 +106,17 @@ def make_lift_plan(
 ) -> LiftPlan:
     """Returns the plan that lifts from `anchors` (B, M) int64, sorted, to a grid of (h, w) or (t, h, w).
 
-    All tensors live on the anchors' device. Raises ValueError for anchors that are unsorted or off the grid, and
-    for a frame without one. That is looked up, for which it waits for a GPU, unless `is_checked`: the anchors are known
-    to be right, as those that this package makes.
+    All tensors are on the anchors' device.
+
+    Args:
+        anchors: (B, M) int64, sorted.
+        grid: (h, w) or (t, h, w).
+        blur_scale: As in JiTConfig.
+        is_checked: The anchors are known to be valid, as those this package makes are. Otherwise they are checked,
+            which waits for a GPU.
+
+    Raises:
+        ValueError: For anchors that are unsorted or off the grid, and for a frame without an anchor.
     """
     num_tokens = num_tokens_of(grid)
     ops.schema.check_nearest_anchor("make_lift_plan", anchors, grid, stack=True)
@@ -116,9 +133,9 @@ def make_lift_plan(
 
 
 def lift(values: Tensor, plan: LiftPlan) -> Tensor:
-    """Returns `values` at every token, `(B, N, D)` in their dtype; anchors keep theirs bit for bit: `ops.lift`.
+    """Returns `values` (B, M, D) lifted to every token, `(B, N, D)` in their dtype: `ops.lift`.
 
-    With every token an anchor, `values` itself is returned. values: (B, M, D) at `plan.anchors`.
+    Anchors keep their values bit for bit. If every token is an anchor, `values` itself is returned.
     """
     if plan.is_dense:
         ops.schema.check_values("lift", values, plan.anchors)
@@ -135,12 +152,17 @@ def lift_velocity(
 ) -> Tensor:
     """Returns the velocity at every token, `(B, N, D)` in the dtype of `values`.
 
-    "velocity" lifts the velocity (I_k of the SAG-ODE, arXiv:2603.10744). "clean", a variant of ours, lifts
-    the clean estimate `x0 = y - level * v` and takes `v_i = (y_i - x0_i) / level`, so that an inactive token
-    keeps its own noise. Anchors keep their velocity bit for bit in both.
+    "velocity" lifts the velocity (I_k of the SAG-ODE, arXiv:2603.10744). "clean", a variant of ours, lifts the clean
+    estimate `x0 = y - level * v` and sets `v_i = (y_i - x0_i) / level`, so that an inactive token keeps its own noise.
+    Anchors keep their velocity bit for bit in both.
 
-    values: (B, M, D) velocity at the anchors. state: (B, N, D) at every token. level: noise level of the
-    state; above 0 for "clean", which is not looked up where it is a tensor (), as in a graph.
+    Args:
+        values: (B, M, D), the velocity at the anchors.
+        state: (B, N, D), every token.
+        level: Noise level of the state. Must be above 0 for "clean"; this is not checked for a tensor (), as in a
+            graph.
+        plan: The stage's plan.
+        lifter: "velocity" or "clean".
     """
     if lifter == "velocity" or plan.is_dense:
         return lift(values, plan)

@@ -1,4 +1,4 @@
-"""The move of newly activated tokens to where they belong on the path from noise to data."""
+"""Moves newly activated tokens to their place on the path from noise to data."""
 
 import torch
 from torch import Tensor
@@ -19,11 +19,17 @@ def micro_flow(
 ) -> Tensor:
     """Returns a new `state` (B, N, D) with `tokens` moved by `weight` towards their target: `ops.micro_flow_into`.
 
-    Every other token keeps its bits (DMF, arXiv:2603.10744). Departs from the released code in that the caller gives
-    the noise.
+    Every other token keeps its bits (DMF, arXiv:2603.10744). Unlike in the released code, the caller passes the noise.
 
-    previous, velocity: state and full velocity (B, N, D) of the step before. tokens: (B, count) int64, those activated.
-    plan: of the anchors before activation. levels: of the step before, and of the step about to be taken.
+    Args:
+        state: (B, N, D), the current state.
+        previous: (B, N, D), the state of the previous step.
+        velocity: (B, N, D), the full velocity of the previous step.
+        noise: (B, N, D), standard normal.
+        tokens: (B, count) int64, the activated tokens.
+        plan: The plan of the anchors before activation.
+        levels: Noise levels of the previous step and of the step about to be taken.
+        weight: In [0, 1].
     """
     moved = state.clone(memory_format=torch.contiguous_format)
     both = torch.tensor(levels, dtype=torch.float32, device=state.device)

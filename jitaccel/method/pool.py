@@ -1,9 +1,9 @@
 """Pooled stages: the network sees a smaller picture, while the state keeps its size and every token its own noise.
 
-A state `y = (1 - s) x + s e`, averaged over f x f latents, is `(1 - s) x_mean + (s / f) e'` with e' standard normal:
-divided by `1 - s + s / f` it is a state of the picture that is f times smaller, at a level of its own. The network runs
-there as it runs pictures of that size. Its clean estimate is brought up bilinearly. So nothing moves and nothing is
-drawn where a pooled stage ends. A variant of ours, not the paper's.
+A state `y = (1 - s) x + s e`, averaged over f x f latents, is `(1 - s) x_mean + (s / f) e'` with e' standard normal.
+Divided by `1 - s + s / f`, it is a state of the picture reduced by f, at a lower noise level. The network runs on it as
+on any picture of that size, and its clean estimate is upsampled bilinearly. So no token has to be moved, and no noise
+drawn, where a pooled stage ends. A variant of ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ __all__ = ["PooledPlan", "make_pooled_plan", "pooled_grid", "pooled_level"]
 def pooled_level(level: Level, factor: int) -> Level:
     """Returns the noise level of a state at `level` after pooling by `factor` along each side.
 
-    `s' = (s / f) / (1 - s + s / f)`: the shift of levels between sizes of pictures with which SD3 and FLUX are trained.
-    1 stays 1, and 0 stays 0.
+    `s' = (s / f) / (1 - s + s / f)`, the shift of levels between picture sizes that SD3 and FLUX are trained with. 1
+    stays 1, and 0 stays 0.
     """
     return (level / factor) / (1.0 - level + level / factor)
 
 
 @dataclass(frozen=True, eq=False)
 class PooledPlan:
-    """What a pooled stage shows the network, and how the answer comes back; built once a stage.
+    """How a pooled stage reduces the picture for the network and brings the answer back; built once per stage.
 
-    grid: of the state, (h, w) or (t, h, w). factor: how many times smaller rows and columns are. patch: latents along a
-    token's side. anchors: (B, M) int64, sorted, the first token of each block that becomes one: where the network's
-    values stand in a grid of the full size. positions: (B, M) int64, tokens of the full grid at the rows and columns
-    that the smaller picture has, whose position ids are its own.
+    Attributes:
+        grid: Grid of the state, (h, w) or (t, h, w).
+        factor: Reduction of rows and columns.
+        patch: Latents along a token's side.
+        anchors: (B, M) int64, sorted: the first token of each block that becomes one token. The network's values have
+            this place in the full grid.
+        positions: (B, M) int64: the tokens of the full grid at the rows and columns of the smaller picture, whose
+            position ids it uses.
     """
 
     grid: tuple[int, ...]
@@ -50,18 +54,18 @@ class PooledPlan:
 
     @property
     def small_grid(self) -> tuple[int, ...]:
-        """The grid of the picture that the network sees; M is the product of its sides."""
+        """Grid of the picture that the network sees; M is the product of its sides."""
         return pooled_grid(self.grid, self.factor)
 
     def show(self, state: Tensor, level: float | Tensor) -> Tensor:
         """Returns the tokens (B, M, D) that the network sees of a state (B, N, D) at `level`: `ops.pool`.
 
-        Several branches may come one after the other: (k * B, N, D).
+        The state may hold several branches, one after the other: (k * B, N, D).
         """
         return ops.pool(state, self.grid, self.patch, self.factor, level)
 
     def show_beside(self, x: Tensor) -> Tensor:
-        """Returns the means (B, M, C) of what is shown beside the state in latents of the same layout, (B, N, C)."""
+        """Returns the means (B, M, C) of other latents in the layout of the state, (B, N, C), such as a mask."""
         return ops.pool(x, self.grid, self.patch, self.factor)
 
     def show_features(self, x: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class PooledPlan:
         return ops.pool(x, self.grid, 1, self.factor)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Returns features (B, M, C) of the network's tokens at all that went into each, (B, N, C)."""
+        """Returns features (B, M, C) of the network's tokens, each copied to all tokens of its block, (B, N, C)."""
         *_, rows, columns = self.grid
         small = x.unflatten(1, self.small_grid)
         large = small.repeat_interleave(self.factor, dim=-3).repeat_interleave(self.factor, dim=-2)
@@ -89,8 +93,12 @@ class PooledPlan:
     ) -> Tensor:
         """Returns the velocity at every token (B, N, D) from the network's values (B, M, D): `ops.lift_pooled`.
 
-        lifter: not looked at, a pooled stage always lifts the clean estimate. shown: what `show` gave for this state
-        and level, (B, M, D), where that was kept.
+        Args:
+            values: (B, M, D).
+            state: (B, N, D).
+            level: Noise level of the state.
+            lifter: Ignored; a pooled stage always lifts the clean estimate.
+            shown: (B, M, D), the output of `show` for this state and level, if it was kept.
         """
         pooled = self.show(state, level) if shown is None else shown
         return ops.lift_pooled(values, pooled, state, self.grid, self.patch, self.factor, level)

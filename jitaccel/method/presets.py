@@ -1,4 +1,4 @@
-"""The presets: what people choose by name."""
+"""The named presets."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..errors import ConfigError, suggestion
 from .config import JiTConfig
 
 DENSE_STEPS = 50
-"""What a speed-up is against, in the names of the presets too."""
+"""The baseline of a speed-up, also in the names of the presets."""
 
 
 def pooled_start(pooled: int, dense: int, alpha: float, beta: float) -> JiTConfig:
-    """Returns steps that show the network a picture of half the size, then dense ones, of second order throughout.
+    """Returns steps on a picture of half the size followed by dense ones, all with the second-order solver.
 
     Args:
-        pooled: Number of pooled steps (`jitaccel.method.pool`), 1 or more.
-        dense: Number of dense steps, 1 or more.
+        pooled: Number of pooled steps (`jitaccel.method.pool`), at least 1.
+        dense: Number of dense steps, at least 1.
         alpha: First parameter of the Beta distribution of all levels together.
-        beta: Second one. The exact laboratory searches both (docs/exact-lab.md).
+        beta: Second parameter. The exact laboratory optimises both (docs/exact-lab.md).
     """
     steps = pooled + dense
     return JiTConfig(
@@ -37,11 +37,11 @@ def pooled_start(pooled: int, dense: int, alpha: float, beta: float) -> JiTConfi
 
 
 def few_steps(steps: int, boundary: float | None = None) -> JiTConfig:
-    """Returns one step at a third of the tokens, then dense ones of second order: few steps rather than sparse ones.
+    """Returns one step on a third of the tokens, then dense second-order steps: few steps rather than sparse ones.
 
     Args:
-        steps: 2 or more.
-        boundary: Share of the steps that are sparse; given where other numbers of steps are to be allowed as well.
+        steps: At least 2.
+        boundary: Share of the steps that are sparse. Set it if the preset must allow other step counts too.
     """
     return JiTConfig(
         densities=(0.32, 1.0),
@@ -53,10 +53,10 @@ def few_steps(steps: int, boundary: float | None = None) -> JiTConfig:
     )
 
 
-# Levels are those with the least error in the exact laboratory at 64x64 tokens, spectra 2.0 and 2.6 together, while the
-# network of half the size may know a spectrum that is off by 0.15 (docs/exact-lab.md). Levels that lie closer than 2^-9
-# are left out: timesteps in bfloat16 do not tell them apart, and a pooled step between them would do nothing. At least
-# half of the steps are pooled. The dearest first.
+# Levels with the least error in the exact laboratory at 64x64 tokens, for spectra 2.0 and 2.6 together, if the network
+# at half the size may assume a spectrum that is off by 0.15 (docs/exact-lab.md). Levels closer than 2^-9 are left out:
+# bfloat16 timesteps cannot distinguish them, and a pooled step between them would have no effect. At least half of the
+# steps are pooled. Most expensive first.
 _PLANS = (
     (9, 9, 0.985, 0.457),
     (8, 8, 0.917, 0.431),
@@ -71,7 +71,7 @@ _PLANS = (
 POOLED_PLANS: Mapping[tuple[int, int], JiTConfig] = MappingProxyType(
     {(pooled, dense): pooled_start(pooled, dense, alpha, beta) for pooled, dense, alpha, beta in _PLANS}
 )
-"""Configurations by their numbers of pooled and dense steps, the dearest first."""
+"""Configurations by their numbers of pooled and dense steps, most expensive first."""
 
 PresetName = Literal["4x", "7x", "10x", "few-steps", "4x-paper", "7x-paper", "dense"]
 """The names of PRESETS, for type checkers and editors."""

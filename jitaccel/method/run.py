@@ -1,4 +1,4 @@
-"""One generation's state: it wires anchors, lift, importance and micro-flow, and knows no model."""
+"""The state of one generation. Combines anchors, lift, importance and micro-flow; knows no model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .steps import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """What the last step left for the next stage: its state, full velocity and level (`_p` in the method)."""
+    """The state, full velocity and level that the last step left for the next stage (`_p` in the method)."""
 
     state: Tensor
     velocity: Tensor
@@ -37,7 +37,7 @@ def importance_of(run: Run, left: Left) -> Tensor:
 
 
 def lifted(run: Run, step: Step, state: Tensor, values: Tensor) -> Tensor:
-    """Returns the velocity at every token, (B, N, D), as the stage and `JiTConfig.lifter` say."""
+    """Returns the velocity at every token, (B, N, D), as the stage and `JiTConfig.lifter` define it."""
     return run.plan.lift(values, state, step.noise_level, run.config.lifter, run.shown_of(state))
 
 
@@ -49,9 +49,9 @@ def moved(run: Run, step: Step, state: Tensor, left: Left, tokens: Tensor, old: 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a run computes with; a variant of the method replaces some.
+    """The parts of a run that a variant of the method can replace.
 
-    scores: (run, left) -> (B, N) float32, what tokens are activated by; asked only where some tokens, not all, are.
+    scores: (run, left) -> (B, N) float32, by which tokens are activated; called only if some tokens, not all, are.
     lift: (run, step, state, values (B, M, D)) -> the velocity at every token, (B, N, D).
     move: (run, step, state, left, tokens (B, count), plan before activation) -> a new state.
     """
@@ -64,20 +64,28 @@ class Parts:
 class Run:
     """One generation: `enter` a step with the state, run the network at `anchors`, `leave` with its velocity.
 
-    All random choices of an image (extra first anchors, fresh noise) come from a generator seeded by the bits of
-    that image's first state, hence from the caller's own generator: the global one is neither read nor written,
-    and an image of a batch makes the choices that it makes alone. (The released code draws both from global
-    generators, once for the whole batch.)
+    All random choices for an image (extra first anchors, fresh noise) come from a generator seeded by the bits of that
+    image's first state, hence from the caller's own generator. The global generator is neither read nor written, and an
+    image in a batch gets the same choices as alone. (The released code draws both from global generators, once for the
+    whole batch.)
 
-    state: (B, N, D), the first of the generation. anchors, noise: given only to replay a recorded generation. forced:
-    (B, N) bool, tokens that are anchors from the first stage on (a mask that is painted anew); densities are shares of
-    the others. multiple: what numbers of anchors are rounded up to. patch: latents along a token's side, which pooled
-    stages average; a token holds them channel by channel. parts: what a variant of the method replaces
-    (`benchmarks/lab`). `noise_level` is that of the step entered last; `generators`, one for each image, are where its
-    random choices come from.
+    `noise_level` is that of the step entered last. `generators` holds one generator per image.
 
-    Raises ConfigError for token counts that the grid cannot have, and for own noise below level 1;
-    UnsupportedModelError where the images' masks give them stages of different numbers of tokens.
+    Args:
+        config: The configuration.
+        grid: The token grid.
+        step: The first step.
+        state: (B, N, D), the first state of the generation.
+        anchors: Given only to replay a recorded generation.
+        noise: Given only to replay a recorded generation.
+        forced: (B, N) bool, tokens that are anchors from the first stage on (a mask); densities are shares of the rest.
+        multiple: Numbers of anchors are rounded up to a multiple of this.
+        patch: Latents along a token's side, which pooled stages average; a token holds them channel by channel.
+        parts: Replacements by a variant of the method (`benchmarks/lab`).
+
+    Raises:
+        ConfigError: For token counts that the grid cannot have, and for own noise if the first level is below 1.
+        UnsupportedModelError: If the images' masks would give them stages with different numbers of tokens.
     """
 
     def __init__(
@@ -102,8 +110,8 @@ class Run:
             )
         if config.noise == "own" and config.num_stages > 1 and step.noise_level < 1.0:
             raise ConfigError(
-                f'Run: noise must be "fresh" where the first level is below 1, got "own" at level '
-                f"{step.noise_level:g}; the state no longer is the noise it started from"
+                f'Run: noise must be "fresh" if the first level is below 1, got "own" at level '
+                f"{step.noise_level:g}; the state is no longer the noise it started from"
             )
         self.config, self.grid, self.stage = config, grid, step.stage
         self.noise_level = step.noise_level
@@ -116,7 +124,7 @@ class Run:
         self._last_step = step.index
         self._solver = make_solver(config.solver)
         self._finite: list[tuple[int, Tensor]] = []
-        self._shown: tuple[Tensor, Tensor] | None = None  # a state of the step entered last, and what was shown of it
+        self._shown: tuple[Tensor, Tensor] | None = None  # a state of the step entered last, and `show` of it
         self._has_shared_anchors: bool | None
         self.plan: LiftPlan | PooledPlan
         if self.factor > 1:
@@ -126,9 +134,9 @@ class Run:
             self._plan(own, is_checked=anchors is None)
 
     def _first_anchors(self, state: Tensor, count: int, image: int | None = None) -> Tensor:
-        """Returns `count` anchors for each image, (B, count), before anything is known of the picture.
+        """Returns `count` anchors for each image, (B, count), before anything is known about the picture.
 
-        image: the one for which they are, (1, count); None for all.
+        image: the only image to choose for, (1, count); None for all.
         """
         masks = [None] * len(self.generators) if self._forced is None else self._forced.cpu().unbind(0)
         each = [*zip(self.generators, masks, strict=True)]
@@ -136,7 +144,7 @@ class Run:
         return torch.stack(drawn).to(state.device)
 
     def _plan(self, anchors: Tensor, is_checked: bool = True) -> None:
-        """Makes all that depends on the anchors alone, once a stage."""
+        """Computes everything that depends on the anchors alone, once per stage."""
         self.plan = make_lift_plan(anchors, self.grid, self.config.blur_scale, is_checked)
         self._has_shared_anchors = None
 
@@ -146,7 +154,7 @@ class Run:
 
     @property
     def has_shared_anchors(self) -> bool:
-        """Whether all images have the same anchors. Waits for the device once a stage where there are several."""
+        """Whether all images have the same anchors. With several images, waits for the device once per stage."""
         if self._has_shared_anchors is None:
             first, *others = self.anchors
             self._has_shared_anchors = not others or bool((self.anchors == first).all())
@@ -154,14 +162,14 @@ class Run:
 
     @property
     def factor(self) -> int:
-        """By how much the stage pools each side of the picture; 1 where it does not."""
+        """The factor by which the stage reduces each side of the picture; 1 if it does not pool."""
         return self.config.pooling_of(self.stage)
 
     @property
     def anchors(self) -> Tensor:
-        """Where the network's values stand among all tokens, (B, M) int64, sorted: the tokens that enter it.
+        """The place of the network's values among all tokens, (B, M) int64, sorted: the tokens that enter it.
 
-        In a pooled stage, the first token of each block that enters as one.
+        In a pooled stage, the first token of each block that enters as one token.
         """
         return self.plan.anchors
 
@@ -187,27 +195,27 @@ class Run:
         return shown
 
     def shown_of(self, state: Tensor) -> Tensor | None:
-        """Returns what `show` gave for this state, the same object, in the step entered last; None where it has not."""
+        """Returns what `show` returned for this state object in the step entered last; None if it was not called."""
         return self._shown[1] if self._shown is not None and self._shown[0] is state else None
 
     def show_beside(self, x: Tensor) -> Tensor:
-        """Returns what the network sees of latents beside the state, (B, N, C): a mask, another picture; (B, M, C)."""
+        """Returns latents next to the state, such as a mask or another picture (B, N, C), as the network sees them."""
         return self.plan.show_beside(x)
 
     def show_features(self, x: Tensor) -> Tensor:
-        """Returns what the network sees of features of whole tokens, (B, N, C): a ControlNet's residuals; (B, M, C)."""
+        """Returns features of whole tokens, such as ControlNet residuals (B, N, C), as the network sees them."""
         return self.plan.show_features(x)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Returns the anchors' tokens of `x` (B, N, ...), or `x` itself where every token is one."""
+        """Returns the anchors' tokens of `x` (B, N, ...), or `x` itself if every token is an anchor."""
         return x if self.is_dense else gather_tokens(x, self.anchors)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Returns the anchors' `values` in place among zeros, (B, N, ...), or `values` where every token is one."""
+        """Returns the anchors' `values` scattered into zeros, (B, N, ...), or `values` if every token is an anchor."""
         return values if self.is_dense else scatter_tokens(values, self.anchors, num_tokens_of(self.grid))
 
     def enter(self, step: Step, state: Tensor) -> Tensor:
-        """Returns the state from which the network runs at `step`: `state`, moved where a stage begins.
+        """Returns the state from which the network runs at `step`: `state`, with tokens moved where a stage begins.
 
         Importance-guided activation and the deterministic micro-flow (arXiv:2603.10744). `state` is not written.
         """
@@ -223,7 +231,7 @@ class Run:
         self.stage += 1
         old = self.plan
         if isinstance(old, PooledPlan):
-            # Every token has noise of its own and a velocity at the right level: none is moved.
+            # Every token has its own noise and a velocity at the right level, so none has to be moved.
             self._plan_after_pooled(left, state)
             return state
         tokens = self._activated(left, old.anchors)
@@ -236,8 +244,8 @@ class Run:
         return self._parts.move(self, step, state, left, tokens, old)
 
     def _plan_after_pooled(self, left: Left, state: Tensor) -> None:
-        """Makes the plan of a stage before which every token was shown: of its anchors the most important are chosen
-        beside the regular ones."""
+        """Makes the plan of a stage that follows one in which every token was computed: the regular anchors, and the
+        most important of the others."""
         if self.factor > 1:
             self.check_finite()
             self._plan_pooled(state)
@@ -250,7 +258,7 @@ class Run:
             anchors = self._first_anchors(state, counts[0])
             self._plan(merge_anchors(anchors, self._activated(left, anchors)))
             return
-        # Masks hold different numbers of regular places: each image has the anchors that it has alone.
+        # Masks cover different numbers of regular places: each image gets the anchors that it would get alone.
         rows = []
         for image, count in enumerate(counts):
             anchors = self._first_anchors(state, count, image)
@@ -261,9 +269,9 @@ class Run:
         self._plan(torch.cat(rows))
 
     def _activated(self, left: Left, anchors: Tensor) -> Tensor:
-        """Returns the tokens that a stage activates beside `anchors` (B, M), (B, count); all of them where it pools.
+        """Returns the tokens (B, count) that a stage activates in addition to `anchors` (B, M); all if it pools.
 
-        Where it is all or none, nothing has to rank them.
+        They are ranked only if some, but not all, are activated.
         """
         inactive = num_tokens_of(self.grid) - anchors.shape[1]
         count = inactive if self.factor > 1 else self._counts[self.stage] - anchors.shape[1]
@@ -275,8 +283,8 @@ class Run:
         return ops.activate(scores, anchors, count)
 
     def target_noise(self, state: Tensor) -> Tensor:
-        """Returns the standard normal noise of the targets, (B, N, D), one for the generation: the first `state`'s own,
-        or drawn from `generators` when it is first asked for."""
+        """Returns the standard normal noise of the targets, (B, N, D), fixed for the generation: the first state's own
+        noise, or noise drawn from `generators` at the first call."""
         if self._noise is None:
             shape = state.shape[1:]
             drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
@@ -286,19 +294,19 @@ class Run:
     def leave(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
         """Returns the velocity at every token, (B, N, D), from the network's `values` (B, M, D) at the anchors.
 
-        Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744), but for what a solver beyond Euler
-        adds to it. state: the one the network saw.
+        Anchors keep their velocity bit for bit (consistency, arXiv:2603.10744), except for the correction of a solver
+        beyond Euler. state: the one the network saw.
         """
         return self.remember(step, state, self.lift(step, state, values))
 
     def lift(self, step: Step, state: Tensor, values: Tensor) -> Tensor:
-        """Returns the velocity at every token, (B, N, D), before the solver; nothing is kept."""
+        """Returns the velocity at every token, (B, N, D), before the solver's correction. Stores nothing."""
         return self._parts.lift(self, step, state, values)
 
     def remember(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
-        """Keeps what later steps need of a full velocity: copies, since samplers may write in place.
+        """Stores copies of what later steps need of a full velocity, because samplers may write in place.
 
-        Returns the velocity whose Euler step is the solver's: the same one, but with `dpmpp_2m`.
+        Returns the velocity whose Euler step equals the solver's step; it differs from `velocity` only with `dpmpp_2m`.
         """
         self._last_step, self._shown = step.index, None
         self._finite.append((step.index, torch.isfinite(velocity).all()))
@@ -309,18 +317,18 @@ class Run:
 
     @property
     def needs_every_step(self) -> bool:
-        """Whether each step depends on the velocity of the one before, not only the first of a stage."""
+        """Whether every step, not only the first of a stage, depends on the velocity of the previous one."""
         return self._solver.needs_every_step
 
     def before_solver(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
-        """Returns the velocity that `remember` got where it returned this one, at the step that was left last."""
+        """Inverts `remember` for the step left last: returns the velocity it was given when it returned `velocity`."""
         return self._solver.uncorrect(step, state, velocity)
 
     def check_finite(self, scores: Tensor | None = None) -> None:
         """Raises NonFiniteVelocityError naming the first step since the last check that was not finite.
 
-        Waits for the device, so it is asked only where a stage starts and at the end. scores: by which that stage
-        chooses its tokens, (B, N), looked at in the same wait.
+        Waits for the device, so it is called only where a stage starts and at the end. scores: (B, N), by which that
+        stage chooses its tokens, checked in the same wait.
         """
         checked, self._finite = self._finite, []
         chosen = [] if scores is None else [torch.isfinite(scores).all()]
@@ -336,7 +344,7 @@ class Run:
         if not all(flags):
             level = "" if self._left is None else f" at noise level {self._left.noise_level:g}"
             raise NonFiniteVelocityError(
-                f"Run: what stage {self.stage} activates must be chosen by finite importance, got NaN or infinity of "
+                f"Run: stage {self.stage} must activate tokens by finite importance, got NaN or infinity in "
                 f"the step{level}, the last of stage {self.stage - 1} (step {self._last_step}); the model's velocity "
                 f"overflowed, try bfloat16 or float32"
             )
@@ -350,13 +358,13 @@ def stage_tokens_of(
     Args:
         config: What runs.
         grid: The token grid.
-        forced: (B, N) bool, tokens that are anchors in every stage; None for none. Waits for the device.
+        forced: (B, N) bool, tokens that are anchors in every stage, or None. If given, waits for the device.
         multiple: As in `JiTConfig.token_counts`.
 
     Raises:
         ConfigError: As `JiTConfig.stage_tokens` does.
-        UnsupportedModelError: Where masks of different sizes would give the images different numbers: one of them
-            would not be the picture that is made alone.
+        UnsupportedModelError: If masks of different sizes would give the images different numbers of tokens, so that a
+            picture would differ from the one made alone.
     """
     numbers = [0] if forced is None else [int(number) for number in forced.sum(dim=1).tolist()]
     counts = {number: config.stage_tokens(grid, number, multiple) for number in numbers or [0]}
@@ -364,7 +372,7 @@ def stage_tokens_of(
         raise UnsupportedModelError(
             f"jitaccel: masks of a batch must cover equally many tokens in every image, got "
             f"{', '.join(map(str, numbers))} of {num_tokens_of(grid)}; make the images one after "
-            f"the other, or give all of them one mask"
+            f"the other, or give all of them the same mask"
         )
     return next(iter(counts.values()))
 
@@ -380,7 +388,8 @@ def image_generators(state: Tensor) -> list[torch.Generator]:
 def state_seeds(state: Tensor) -> list[int]:
     """Returns a 63-bit number for each image (B, ...), the same for the same bits on every device.
 
-    A sum of all values' bits with odd weights that grow along the state, modulo 2^64. Waits for the device.
+    It is the sum of the bits of all values with odd weights that grow along the state, modulo 2^64. Waits for the
+    device.
     """
     bits = state.detach().contiguous().flatten(1)
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]

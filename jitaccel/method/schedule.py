@@ -9,8 +9,8 @@ from ..errors import ConfigError
 from .checks import check_steps
 from .config import JiTConfig
 
-# bfloat16 is off by up to 2**-8 of a value, and diffusers' pipelines round twice: the timestep, 1000 times
-# the level, and then its quotient by 1000.
+# bfloat16 is off by up to 2**-8 of a value, and diffusers' pipelines round twice: first the timestep, 1000 times the
+# level, then its quotient by 1000.
 LEVEL_TOLERANCE = 2.0**-7
 
 
@@ -18,11 +18,12 @@ LEVEL_TOLERANCE = 2.0**-7
 def beta_levels(num_steps: int, alpha: float = 1.4, beta: float = 0.425) -> tuple[float, ...]:
     """Returns `num_steps + 1` noise levels, from 1 down to `1 / num_steps`, then 0.
 
-    `level_i = s + (1 - s) * BetaPPF(1 - i / (n - 1); alpha, beta)`, s = 1 / n (arXiv:2603.10744; beta = 0.425
-    is the released code's, the paper's text says 0.42). In double precision, which the released code rounds
-    to float32. A single step starts at level 1.
+    `level_i = s + (1 - s) * BetaPPF(1 - i / (n - 1); alpha, beta)`, s = 1 / n (arXiv:2603.10744; beta = 0.425 is the
+    released code's, the paper's text says 0.42). Computed in double precision; the released code rounds to float32. A
+    single step starts at level 1.
 
-    Raises ConfigError where `alpha` and `beta` make levels that do not fall.
+    Raises:
+        ConfigError: If the levels of `alpha` and `beta` do not fall strictly.
     """
     from scipy.special import betaincinv  # type: ignore[import-untyped]  # lazily: no other part of the package needs scipy
 
@@ -42,8 +43,8 @@ def beta_levels(num_steps: int, alpha: float = 1.4, beta: float = 0.425) -> tupl
 def log_snr_levels(num_steps: int, first: float, last: float) -> tuple[float, ...]:
     """Returns `num_steps + 1` noise levels: 1, then even steps of log((1 - level) / level) from `first` to `last`, 0.
 
-    Solvers of second order extrapolate in that logarithm; a variant of ours. Two steps have the middle of both ends
-    between 1 and 0, a single one nothing.
+    Second-order solvers extrapolate in that logarithm. A variant of ours. With two steps, the level between 1 and 0 is
+    at the middle of `first` and `last`; a single step has none.
     """
     if num_steps < 1:
         raise ConfigError(f"log_snr_levels: num_steps must be at least 1, got {num_steps}; ask for a step")
@@ -56,12 +57,12 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
     """Returns the noise levels of a configuration, one more than it has steps, the last 0.
 
     Args:
-        config: Its schedule, alpha, beta and log_snr count.
-        steps: Number of steps; needed if `config.steps` is "caller", and takes precedence otherwise.
+        config: The configuration; its schedule, alpha, beta and log_snr are used.
+        steps: Number of steps. Required if `config.steps` is "caller"; otherwise it takes precedence.
 
     Raises:
-        ConfigError: For the "native" schedule, whose levels only the sampler knows, for a missing step count, and for
-            one that an explicit schedule does not have.
+        ConfigError: For the "native" schedule, whose levels only the sampler knows; for a missing step count; and for a
+            step count that differs from that of an explicit schedule.
     """
     if not isinstance(config, JiTConfig):
         raise ConfigError(
@@ -82,7 +83,7 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
     count = config.steps if steps is None else steps
     if count == "caller":
         raise ConfigError(
-            'noise_levels: steps must be given where config.steps is "caller", got None; '
+            'noise_levels: steps must be given if config.steps is "caller", got None; '
             "pass the sampler's number of steps"
         )
     check_steps("noise_levels", count)
@@ -94,8 +95,8 @@ def noise_levels(config: JiTConfig, steps: int | None = None) -> tuple[float, ..
 def stage_starts_by_level(config: JiTConfig, steps: int | None = None) -> tuple[float, ...]:
     """Returns the noise level at which each stage starts on the configuration's own levels.
 
-    For a bare model, whose loop is not known: a stage is due once the level has fallen to its start.
-    Raises ConfigError as `noise_levels` does.
+    Used for a bare model, whose loop is unknown: a stage is due once the level has fallen to its start. Raises
+    ConfigError as `noise_levels` does.
     """
     levels = noise_levels(config, steps)
     starts = (0, *config.stage_ends(len(levels) - 1)[:-1])
@@ -103,20 +104,24 @@ def stage_starts_by_level(config: JiTConfig, steps: int | None = None) -> tuple[
 
 
 def stage_of_level(level: float, starts: Sequence[float]) -> int:
-    """Returns the last stage whose starting level is not below `level`, but for bfloat16 rounding.
+    """Returns the last stage whose starting level is at least `level`, up to bfloat16 rounding.
 
-    starts: as `stage_starts_by_level` returns them. A level above every later start is stage 0; where levels
-    lie closer than the rounding, a stage may start one step early.
+    A level above every later start is stage 0. Where levels are closer than the rounding, a stage may start one step
+    early.
+
+    Args:
+        level: Noise level of the step.
+        starts: As `stage_starts_by_level` returns them.
     """
     return sum(level <= start * (1.0 + LEVEL_TOLERANCE) for start in starts[1:])
 
 
 def match_level(level: float, levels: Sequence[float], after: int = -1) -> int | None:
-    """Returns the index of the entry nearest to `level` past index `after`, or None where none is near.
+    """Returns the index, beyond `after`, of the entry of `levels` nearest to `level`, or None if none is near.
 
-    Near is within bfloat16 rounding. Equal distances go to the earlier entry. The final entry, at which no
-    step starts, never matches. bfloat16 makes 1.0 of the first two levels of 4x-paper: `after`, the
-    index matched at the previous step, tells them apart.
+    Near means within bfloat16 rounding. Ties go to the earlier entry. The final entry never matches, because no step
+    starts there. bfloat16 rounds the first two levels of 4x-paper to 1.0; `after`, the index matched at the previous
+    step, distinguishes them.
     """
     candidates = range(after + 1, len(levels) - 1)
     nearest = min(candidates, key=lambda i: abs(levels[i] - level), default=None)
@@ -130,16 +135,19 @@ def predict_next_level(
 ) -> float:
     """Returns the level to which the step that starts at `level` probably goes, in [0, level).
 
-    Known levels answer where one matches (`match_level`); otherwise the last step is taken to repeat; with
-    no step to repeat, the nearest known level below is taken, or 0.
+    If a known level matches (`match_level`), the answer is the next known level. Otherwise the last step is assumed to
+    repeat; without a last step, the answer is the nearest known level below, or 0.
 
-    level: in (0, 1]. levels: the levels expected, falling, may be empty. previous: the level of the step
-    before. after: index of `levels` matched by the step before.
+    Args:
+        level: In (0, 1].
+        levels: The expected levels, falling; may be empty.
+        previous: The level of the previous step.
+        after: The index of `levels` matched by the previous step.
     """
     if not (math.isfinite(level) and level > 0.0):
         raise ValueError(f"predict_next_level: level must be above 0, got {level}; no step starts at 0")
     index = match_level(level, levels, after)
-    # The matched entry may lie below its rounded level and the next one above it: no step goes up.
+    # The matched entry may be below its rounded level and the next one above it; the level must still fall.
     if index is not None and levels[index + 1] < level:
         return levels[index + 1]
     if index is None and previous is not None and previous > level:

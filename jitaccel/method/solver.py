@@ -1,8 +1,9 @@
-"""Solvers: the velocity with which an Euler step, which every sampler takes, ends where the solver's step does.
+"""Solvers: compute the velocity whose Euler step, which every sampler takes, ends where the solver's step would.
 
-`Euler` keeps the velocity. `Multistep` is DPM-Solver++(2M), of second order (arXiv:2211.01095). In flow matching an
-Euler step goes towards the clean estimate `x0 = y - level * v`. That solver goes towards one that is extrapolated from
-the step before, linearly in the logarithm of the signal-to-noise ratio: `x0 + w * (x0 - x0_before)`.
+`Euler` keeps the velocity. `Multistep` is the second-order DPM-Solver++(2M) (arXiv:2211.01095). In flow matching, an
+Euler step goes towards the clean estimate `x0 = y - level * v`. DPM-Solver++(2M) goes towards an estimate that is
+extrapolated from the previous step, linearly in the logarithm of the signal-to-noise ratio: `x0 + w * (x0 -
+x0_before)`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from .steps import Step
 
-_MOST = 2.0  # presets reach 1.7; levels that crowd and then fall would be extrapolated without bound
+_MOST = 2.0  # presets reach 1.7; without a bound, closely spaced levels followed by a large fall would extrapolate far
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CleanEstimate:
-    """The clean estimate (B, N, D) float32 of a step. anchors: tokens that were computed, (B, M); None: all of them.
+    """The clean estimate (B, N, D) float32 of a step.
 
-    A pooled stage computes all of them, in a smaller picture.
+    anchors: (B, M), the tokens that were computed; None if all were. A pooled stage computes all, in a smaller picture.
     """
 
     step: Step
@@ -34,8 +35,8 @@ class CleanEstimate:
 def extrapolation_weight(before: float, level: float, next_level: float) -> float:
     """Returns w for a step from `level` to `next_level` after one from `before`.
 
-    0, an Euler step, where the ratio is 0 or infinite at an end: after the step that starts from pure noise, and in the
-    one that ends at the picture. At most 2, which departs from the paper.
+    0, an Euler step, if the ratio is 0 or infinite at an end: in the step after the one that starts from pure noise,
+    and in the step that ends at the picture. At most 2, which departs from the paper.
     """
     if not 0.0 < next_level < level < before < 1.0:
         return 0.0
@@ -48,32 +49,32 @@ def _log_ratio(level: float) -> float:
 
 
 class Solver(Protocol):
-    """The solver of one generation: `correct` what the network returns, step by step.
+    """The solver of one generation; `correct` turns the network's velocity into the one to step along.
 
-    needs_every_step: whether each step depends on the velocity of the one before, not only the first of a stage.
+    needs_every_step: whether every step, not only the first of a stage, depends on the velocity of the previous one.
     """
 
     @property
     def needs_every_step(self) -> bool: ...
 
     def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
-        """Returns the velocity (B, N, D) that an Euler step is to take, in its dtype.
+        """Returns the velocity (B, N, D), in its dtype, that an Euler step is to take.
 
-        state: the one the network saw. anchors: (B, M) of this step; None: every token.
+        state: the one the network saw. anchors: (B, M) of this step; None for every token.
         """
         ...
 
     def uncorrect(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
-        """Returns what `correct` got where it returned `velocity`, at a step that was given last."""
+        """Inverts `correct` at the step it saw last: returns its input when it returned `velocity`."""
         ...
 
     def weight(self, before: float, level: float, next_level: float) -> float:
-        """Returns w: how far a step from `level` to `next_level`, after one from `before`, extrapolates."""
+        """Returns w, the weight of the extrapolation in a step from `level` to `next_level` after one from `before`."""
         ...
 
 
 class Euler:
-    """Steps along the velocity as it is."""
+    """Steps along the unchanged velocity."""
 
     needs_every_step = False
 
@@ -88,11 +89,11 @@ class Euler:
 
 
 class Multistep:
-    """DPM-Solver++(2M): steps towards a clean estimate that is extrapolated from the step before.
+    """DPM-Solver++(2M): steps towards a clean estimate that is extrapolated from the previous step.
 
-    Where a stage begins, tokens that were lifted before it, or are after a pooled one, take an Euler step: their
-    estimate was an interpolation between anchors, or has become one. That of a pooled stage counts: to extrapolate from
-    it has two to four times less error (docs/exact-lab.md).
+    Where a stage begins, some tokens take an Euler step: those that were lifted in the step before, and those that are
+    lifted in a stage after a pooled one. Their estimate was, or has become, an interpolation between anchors. The
+    estimate of a pooled stage does count: extrapolating from it gives two to four times less error (docs/exact-lab.md).
     """
 
     needs_every_step = True
@@ -102,10 +103,16 @@ class Multistep:
         self._now: CleanEstimate | None = None
 
     def correct(self, step: Step, state: Tensor, velocity: Tensor, anchors: Tensor | None) -> Tensor:
-        """Returns the velocity (B, N, D) that an Euler step is to take, in its dtype; `velocity` itself for w = 0.
+        """Returns the velocity (B, N, D), in its dtype, that an Euler step is to take; `velocity` itself if w = 0.
 
-        A step may be given again, for each branch of a guidance and for what they came to: the last one counts
-        for the next step. state: the one the network saw. anchors: (B, M) of this step; None: every token.
+        May be called several times for a step, for each branch of guidance and for their combination; the last call
+        counts for the next step.
+
+        Args:
+            step: The step.
+            state: (B, N, D), the one the network saw.
+            velocity: (B, N, D).
+            anchors: (B, M) of this step; None for every token.
         """
         if self._now is not None and self._now.step.index < step.index:
             self._before = self._now
@@ -118,7 +125,7 @@ class Multistep:
         return (velocity.float() - change / step.noise_level).to(velocity.dtype)
 
     def uncorrect(self, step: Step, state: Tensor, velocity: Tensor) -> Tensor:
-        """Returns what `correct` got where it returned `velocity`, at a step that was given last."""
+        """Inverts `correct` at the step it saw last: returns its input when it returned `velocity`."""
         weight = self._weight(step, state)
         if self._before is None or weight is None:
             return velocity
@@ -129,7 +136,7 @@ class Multistep:
         return extrapolation_weight(before, level, next_level)
 
     def _weight(self, step: Step, like: Tensor) -> Tensor | float | None:
-        """Returns w, of each token (B, N, 1) where a stage has begun; None where it is 0 for all."""
+        """Returns w, or w per token (B, N, 1) in the first step of a stage; None if it is 0 for all."""
         before = self._before
         if before is None:
             return None
@@ -145,5 +152,5 @@ class Multistep:
 
 
 def make_solver(name: Literal["euler", "dpmpp_2m", "caller"]) -> Solver:
-    """Returns a fresh solver of one generation, by `JiTConfig.solver`; where the sampler has its own, none is added."""
+    """Returns a new solver for one generation; "caller" adds no correction to the solver of the sampler."""
     return Multistep() if name == "dpmpp_2m" else Euler()

@@ -1,4 +1,4 @@
-"""Which step a call of the network belongs to: its index, its stage, its noise level and the next one."""
+"""Finds the step that a call of the network belongs to: its index, stage, noise level and next level."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .schedule import match_level, noise_levels, predict_next_level, stage_of_le
 class Step:
     """One step of the sampler, from `noise_level` to `next_level`.
 
-    `may_end_stage`: whether a new stage may be due after it, so that what activation needs must be kept.
-    `matched`: which of the expected levels this is; -1: none, so that the sampler's levels are its own.
+    `may_end_stage`: whether a new stage may follow, so that the inputs of activation must be kept.
+    `matched`: the index of this level among the expected ones; -1 if none matches, that is, the sampler has its own
+    levels.
     """
 
     index: int
@@ -27,7 +28,7 @@ class Step:
 
 
 class KnownLevels:
-    """The clock of a sampler whose levels are known; stages are shares of its steps."""
+    """The clock of a sampler with known levels; stages are shares of its steps."""
 
     def __init__(self, config: JiTConfig, levels: Sequence[float]) -> None:
         self.levels = tuple(levels)
@@ -35,7 +36,7 @@ class KnownLevels:
         self._ends = config.stage_ends(self.num_steps)
 
     def step(self, index: int) -> Step:
-        """Returns the step of an index in 0 .. num_steps - 1."""
+        """Returns the step with an index in 0 .. num_steps - 1."""
         return Step(
             index=index,
             stage=sum(index >= end for end in self._ends),
@@ -45,7 +46,7 @@ class KnownLevels:
         )
 
     def follow(self, previous: Step | None, noise_level: float) -> Step | None:
-        """Returns the step after `previous`, or None where `noise_level` is not its level."""
+        """Returns the step after `previous`, or None if its level is not `noise_level`."""
         index = 0 if previous is None else previous.index + 1
         if index >= self.num_steps or match_level(noise_level, self.levels[index : index + 2]) != 0:
             return None
@@ -55,10 +56,10 @@ class KnownLevels:
 
 
 class PredictedLevels:
-    """The clock of a sampler nothing is known of: stages by noise level, the next level by prediction.
+    """The clock of an unknown sampler: stages go by noise level, the next level is predicted.
 
-    A stage starts at the level at which it starts on the configuration's own levels; a sampler that uses those
-    levels is predicted exactly.
+    A stage starts at the level where it starts on the configuration's own levels. A sampler that uses those levels is
+    predicted exactly.
     """
 
     def __init__(self, config: JiTConfig) -> None:
@@ -83,9 +84,9 @@ class PredictedLevels:
         )
 
     def _match(self, previous: Step | None, noise_level: float) -> int | None:
-        """Returns which of the expected levels this is, for a sampler that has followed them since its first step.
+        """Returns the index of the matching expected level, if the sampler has followed them since its first step.
 
-        A single level near an expected one is chance: its step would be taken for one of another length.
+        A single level near an expected one may be chance, and its step would be taken for one of another length.
         """
         after = -1 if previous is None else previous.matched
         if previous is not None and after < 0:
@@ -104,9 +105,9 @@ class PredictedLevels:
 
 
 def is_rounding_of(value: float, level: float) -> bool:
-    """Returns whether `value` may be `level` after the rounding that its own digits show: bfloat16, float16, or none.
+    """Returns whether `value` may be `level` after the rounding that its own digits show: bfloat16, float16 or none.
 
-    In half precision a level is rounded twice (`match_level`), so that it may be off by one unit in the last place.
+    In half precision a level is rounded twice (`match_level`), so it may be off by one unit in the last place.
     """
     significand = math.frexp(value)[0]
     tolerance = next((2.0 ** (1 - bits) for bits in (8, 11) if (significand * 2.0**bits).is_integer()), 1e-4)

@@ -1,6 +1,6 @@
-"""Loads the compiled operators, and defines and registers all that they lack: schemas, references, fake kernels.
+"""Loads the compiled operators, and defines and registers what they do not: schemas, references, fake kernels.
 
-A device without a compiled kernel runs the plain-torch reference, so nothing else asks what is compiled.
+A device without a compiled kernel runs the plain-torch reference, so no other module has to check what is compiled.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def compiled() -> dict[str, Path]:
 
 
 def missing() -> dict[str, str]:
-    """Returns for each device type without a compiled library the reason."""
+    """Returns, for each device type without a compiled library, the reason."""
     return dict(_MISSING)
 
 
 def _load(kind: str) -> None:
     torch_cuda = torch.version.cuda
-    if kind == "cuda" and torch_cuda is None:  # a property of the build: asking the driver would wake it
+    if kind == "cuda" and torch_cuda is None:  # a property of the build; querying the driver would initialise it
         _MISSING[kind] = _NO_CUDA
         return
     folder = os.environ.get("JITACCEL_LIBRARIES")
@@ -66,10 +66,10 @@ def _warn() -> None:
 
 
 def _register() -> torch.library.Library:
-    """Returns the library that holds what Python registers; it lives as long as the process."""
+    """Returns the library that holds the registrations from Python; it lives as long as the process."""
     registered = torch.library.Library("jitaccel", "FRAGMENT")
     for name, signature in schema.SCHEMAS.items():
-        if "cpu" not in _COMPILED:  # the CPU library defines the schemas, for C++ programs too
+        if "cpu" not in _COMPILED:  # the CPU library defines the schemas, because C++ programs need them too
             registered.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         registered.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"jitaccel::{name}", _FAKES[name], lib=registered)

@@ -1,6 +1,6 @@
-"""What each operator means, in plain torch: what runs where nothing is compiled, and what tests compare with.
+"""Reference implementations in plain torch. They run where nothing is compiled, and tests compare against them.
 
-Grids are (h, w) or (t, h, w); `stack` keeps to each frame of the latter. Shapes are checked by the callers
+Grids are (h, w) or (t, h, w); with `stack`, operators stay within each frame of the latter. Callers check shapes
 (`jitaccel.ops`, or tracing); values are checked here.
 """
 
@@ -17,8 +17,8 @@ from .schema import num_stacked, num_tokens_of, pooled_grid, refuse_empty_frame
 
 
 def nearest_anchor(anchors: Tensor, grid: Sequence[int], stack: bool = False) -> Tensor:
-    """Separable: the nearest anchor within each row, then the best along each further axis at growing offsets, until
-    none farther can be nearer. O(N) memory, where the released code builds an N x M matrix at every step."""
+    """Separable: finds the nearest anchor within each row, then the best along each further axis at growing offsets,
+    until no farther one can be nearer. O(N) memory; the released code builds an N x M matrix at every step."""
     num_tokens = num_tokens_of(grid)
     check_rows("nearest_anchor", anchors, num_tokens)
     if stack:
@@ -45,7 +45,7 @@ def check_rows(operator: str, tokens: Tensor, num_tokens: int) -> None:
 
 
 def check_frames(operator: str, anchors: Tensor, grid: Sequence[int]) -> None:
-    """Raises ValueError unless the anchors (B, M) hold a token of every frame of (t, h, w). Waits for the device."""
+    """Raises ValueError unless the anchors (B, M) include a token of every frame of (t, h, w). Waits for the device."""
     if len(grid) == 2 or anchors.numel() == 0:
         return
     frames = torch.zeros(anchors.shape[0], grid[0], dtype=torch.bool, device=anchors.device)
@@ -58,8 +58,8 @@ def check_frames(operator: str, anchors: Tensor, grid: Sequence[int]) -> None:
 def _row_keys(is_anchor: Tensor) -> Tensor:
     """Returns `distance^2 * N + raster index` of the nearest anchor in each token's own row, of shape (B, *grid).
 
-    The smallest key is the nearest anchor, and among equals the lowest raster index. A row without an
-    anchor gets a distance beyond every one on the grid.
+    The smallest key is the nearest anchor, with ties going to the lowest raster index. A row without an anchor gets a
+    distance larger than any on the grid.
     """
     grid = is_anchor.shape[1:]
     num_tokens, width = num_tokens_of(grid), grid[-1]
@@ -75,7 +75,7 @@ def _row_keys(is_anchor: Tensor) -> Tensor:
 def _nearest_along(keys: Tensor, axis: int, num_tokens: int) -> Tensor:
     size, best = keys.shape[axis], keys.clone()
     for offset in range(1, size):
-        # Equal distance may still win its tie: stop only where every farther row is strictly farther.
+        # A farther row may have equal distance and win the tie: stop only where every farther row is strictly farther.
         if best.numel() == 0 or offset * offset > int(best.max()) // num_tokens:
             break
         shifted = keys + offset * offset * num_tokens
@@ -88,7 +88,7 @@ def _nearest_along(keys: Tensor, axis: int, num_tokens: int) -> Tensor:
 def blur_matrix(weights: Tensor, size: int) -> Tensor:
     """Returns the `(size, size)` matrix, in the weights' dtype, that blurs an axis, reflected at its ends.
 
-    The reflection repeats where the axis is shorter than the kernel; torch's reflect padding refuses that.
+    The reflection repeats if the axis is shorter than the kernel, which torch's reflect padding does not support.
     """
     radius = weights.shape[0] // 2
     period = max(2 * (size - 1), 1)
@@ -101,9 +101,9 @@ def blur_matrix(weights: Tensor, size: int) -> Tensor:
 def lift(
     values: Tensor, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor, stack: bool = False
 ) -> Tensor:
-    """The blur is one product with a banded matrix along each axis, outside autocast, in float32 (float64 for float64).
+    """Blurs by one product with a banded matrix along each axis, outside autocast, in float32 (float64 for float64).
 
-    It follows `torch.set_float32_matmul_precision`, and a NaN or infinity spreads along the axes.
+    Follows `torch.set_float32_matmul_precision`. A NaN or infinity spreads along the axes.
     """
     dtype = torch.promote_types(values.dtype, torch.float32)
     blurred = gather_tokens(values, nearest).to(dtype)
@@ -131,7 +131,7 @@ def lift_clean(
     stack: bool = False,
     lift: Callable[[Tensor, Tensor, Tensor, Sequence[int], Tensor, bool], Tensor] = lift,
 ) -> Tensor:
-    """Returns the velocity (B, N, D), in the dtype of `values`, whose clean estimate is the anchors' one, lifted."""
+    """Returns the velocity (B, N, D), in the dtype of `values`, whose clean estimate is lifted from the anchors."""
     dtype = torch.promote_types(torch.promote_types(values.dtype, state.dtype), torch.float32)
     at_anchors = gather_tokens(state, anchors).to(dtype) - level * values.to(dtype)
     # In place: on a CPU each new tensor of this size costs as much as an operation.
@@ -140,23 +140,23 @@ def lift_clean(
 
 
 def importance(velocity: Tensor, grid: Sequence[int], window: int = 3, stack: bool = False) -> Tensor:
-    """The two moments are taken in float64, where the square of a float32 is exact: their difference keeps float32
-    accuracy down to a standard deviation of about 1e-4 of the mean."""
-    # MPS has no float64, and this runs once a stage: the CPU does it.
+    """Takes the two moments in float64, where the square of a float32 is exact: their difference keeps float32 accuracy
+    down to a standard deviation of about 1e-4 of the mean."""
+    # MPS has no float64, and this runs only once per stage, so use the CPU.
     device = torch.device("cpu") if velocity.device.type == "mps" else velocity.device
     first = num_stacked(grid, stack)
     frames = velocity.shape[0] * num_tokens_of(grid[:first])
     field = velocity.to(device).double().reshape(frames, *grid[first:], velocity.shape[2])
     size = window ** len(grid[first:])
     mean = _window_sum(field, window) / size
-    # The mean over channels and the window sum commute: the second moment needs one channel only.
+    # The mean over channels and the window sum commute, so the second moment needs only one channel.
     mean_square = _window_sum(field.square().mean(dim=-1, keepdim=True), window) / size
     variance = mean_square.squeeze(-1) - mean.square().mean(dim=-1)
     return variance.clamp_min(0.0).reshape(velocity.shape[:2]).to(velocity.device, torch.float32)
 
 
 def _window_sum(field: Tensor, window: int) -> Tensor:
-    """Returns the sums of `field` (B, *grid, D) over windows, zeros beyond the border."""
+    """Returns the sums of `field` (B, *grid, D) over windows, with zeros beyond the border."""
     reach = window // 2
     for axis in range(1, field.ndim - 1):
         size = field.shape[axis]
@@ -240,6 +240,6 @@ def _tokens(latents: Tensor, batch: int, grid: Sequence[int], patch: int) -> Ten
 
 
 def _repeated(latents: Tensor, multiple: int) -> Tensor:
-    """Returns latents whose last row and column are repeated up to a multiple of a side."""
+    """Returns latents padded to a multiple of a side by repeating the last row and column."""
     missing = [-side % multiple for side in latents.shape[-2:]]
     return F.pad(latents, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else latents

@@ -1,6 +1,6 @@
-"""The operators' names, arguments and shape rules: what C++ repeats, and what tracing needs to know of them.
+"""The operators' names, arguments and shape rules, which C++ duplicates and tracing needs.
 
-A C++ program that loads the compiled library finds the schemas there; where no library is built, Python defines these.
+A C++ program that loads the compiled library finds the schemas there. Without a library, Python defines them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SCHEMAS = {
 }
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the compiled kernels take; the reference also takes float64."""
+"""The dtypes of the compiled kernels; the reference also takes float64."""
 
 MOST_POOLED = 8
-"""The largest factor of pooling, and the most latents along a token's side."""
+"""The largest pooling factor, and the largest number of latents along a token's side."""
 
 
 def num_tokens_of(grid: Sequence[int]) -> int:
@@ -48,11 +48,11 @@ def pooled_grid(grid: Sequence[int], factor: int) -> tuple[int, ...]:
 
 
 MAX_WINDOW = 1023
-"""Of a window's side, in tokens: wider than pictures are, and its cube fits in 32 bits."""
+"""Largest side of a window, in tokens: wider than pictures are, and its cube fits in 32 bits."""
 
 
 def num_stacked(grid: Sequence[int], stack: bool) -> int:
-    """Returns how many leading axes of `grid` only stack frames: 1 for a stack of (t, h, w), else 0."""
+    """Returns how many leading axes of `grid` stack separate pictures: 1 for (t, h, w) with `stack`, else 0."""
     return len(grid) - 2 if stack else 0
 
 
@@ -81,7 +81,7 @@ def check_anchors(operator: str, anchors: Tensor, num_tokens: int) -> None:
 def check_plan(
     operator: str, nearest: Tensor, anchors: Tensor, grid: Sequence[int], weights: Tensor, device: torch.device
 ) -> None:
-    """Raises ValueError unless the four describe one lift on `device`. Reads no values."""
+    """Raises ValueError unless the arguments describe one lift on `device`. Reads no values."""
     check_grid(operator, grid)
     num_tokens = num_tokens_of(grid)
     check_anchors(operator, anchors, num_tokens)
@@ -141,7 +141,7 @@ def check_levels(operator: str, levels: Tensor, device: torch.device) -> None:
 
 
 def check_out(operator: str, name: str, out: Tensor) -> None:
-    """Raises ValueError unless `out`, which is written, is contiguous."""
+    """Raises ValueError unless the output tensor `out` is contiguous."""
     if not out.is_contiguous():
         _refuse(operator, name, "be contiguous", f"strides {out.stride()}", "pass a fresh buffer")
 
@@ -153,7 +153,7 @@ def check_device(operator: str, name: str, tensor: Tensor, device: torch.device)
 
 
 def check_activate(operator: str, importance: Tensor, anchors: Tensor, count: int) -> None:
-    """Raises ValueError unless the arguments of `activate` fit: `count` tokens of (B, N) are none of (B, M) anchors."""
+    """Raises ValueError unless the arguments of `activate` fit: `count` tokens exist outside the (B, M) anchors."""
     if not (importance.ndim == 2 and anchors.ndim == 2 and importance.shape[0] == anchors.shape[0]):
         _refuse(
             operator, "importance and anchors", "be (B, N) and (B, M)",
@@ -172,7 +172,7 @@ def check_activate(operator: str, importance: Tensor, anchors: Tensor, count: in
 
 
 def check_nearest_anchor(operator: str, anchors: Tensor, grid: Sequence[int], stack: bool = False) -> None:
-    """Raises ValueError unless the arguments of `nearest_anchor` fit. Like all below, it reads shapes, never values."""
+    """Raises ValueError unless the arguments of `nearest_anchor` fit. Like all checks below, reads shapes only."""
     check_grid(operator, grid)
     check_anchors(operator, anchors, num_tokens_of(grid))
     if num_stacked(grid, stack) and anchors.shape[1] < grid[0]:
@@ -180,7 +180,7 @@ def check_nearest_anchor(operator: str, anchors: Tensor, grid: Sequence[int], st
 
 
 def refuse_empty_frame(operator: str, got: str) -> NoReturn:
-    """Raises ValueError: a frame of a stack holds no anchor."""
+    """Raises ValueError for a frame of a stack without an anchor."""
     _refuse(operator, "anchors", "hold at least one token of every frame", got, "take them from first_anchors")
 
 
@@ -233,7 +233,7 @@ def check_micro_flow_into(
 def check_pooling(
     operator: str, name: str, x: Tensor, grid: Sequence[int], patch: int, factor: int, level: Tensor | None
 ) -> None:
-    """Raises ValueError unless `x` (B, N, D) on `grid` can be pooled: D holds whole patches of latents."""
+    """Raises ValueError unless `x` (B, N, D) on `grid` can be pooled, that is, D holds whole patches of latents."""
     check_grid(operator, grid)
     for what, value in (("patch", patch), ("factor", factor)):
         if not 1 <= value <= MOST_POOLED:

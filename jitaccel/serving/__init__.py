@@ -1,1 +1,1 @@
-"""Pictures over HTTP from many replicas. Only `deployment` needs Ray; what decides is plain Python."""
+"""Serves pictures over HTTP from many replicas. Only `deployment` needs Ray; the logic is plain Python."""

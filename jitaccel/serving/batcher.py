@@ -1,4 +1,4 @@
-"""Waiting requests of one pipeline, run together: `generate_batch` on a thread, steps and pictures as they come."""
+"""Batches the waiting requests of one pipeline: `generate_batch` on a thread, with steps and pictures as they come."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .events import Event, Failed, FinishedPicture, Progress
 _log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Request], OnBatchStep, OnOutcome], Any]
-"""`generate_batch` on a pipeline; requests that it refuses before any is run raise ConfigError."""
+"""`generate_batch` on a pipeline; raises ConfigError if it refuses requests before it runs any."""
 
 
 class _LeftError(Exception):
-    """Nobody awaits the picture any more."""
+    """Nobody waits for the picture any more."""
 
 
 @dataclass(eq=False)
@@ -37,19 +37,19 @@ class _Ticket:
     is_answered: bool = False
 
     def tell(self, event: Event) -> None:
-        """Hands an event over, from the thread that computes."""
+        """Delivers an event, from the computing thread."""
         self.is_answered = not isinstance(event, Progress)
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class Batcher:
-    """Runs requests in the order they come in, as many at once as wait, on one thread.
+    """Runs requests in order of arrival, as many at once as are waiting, on one thread.
 
     Args:
-        generate: Makes pictures of a batch.
-        most: Requests of one batch at most.
-        who: What statistics call this replica.
+        generate: Makes the pictures of a batch.
+        most: Largest number of requests in a batch.
+        who: Name of this replica in statistics.
     """
 
     def __init__(self, generate: Generate, *, most: int = 4, who: str = "") -> None:
@@ -61,11 +61,11 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """How many requests no batch has taken yet."""
+        """Number of requests that no batch has taken yet."""
         return len(self._waiting)
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
-        """Yields a request's steps, and at last its picture or error; who stops reading gives the request up."""
+        """Yields a request's steps, and finally its picture or error. Closing this generator cancels the request."""
         ticket = _Ticket(request, asyncio.get_running_loop())
         self._waiting.append(ticket)
         if self._running is None or self._running.done():
@@ -87,7 +87,7 @@ class Batcher:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._make, batch)
 
     def _make(self, batch: Sequence[_Ticket]) -> None:
-        """Answers every ticket of a batch, on the thread; where the batch is refused as a whole, each alone."""
+        """Answers every ticket of a batch, on the thread; if the batch as a whole is refused, runs each alone."""
         now = time.monotonic()
         for ticket in batch:
             ticket.begun = now
@@ -148,7 +148,7 @@ class Batcher:
 
 
 def _png_of(image: Any) -> bytes:
-    """Returns a picture as PNG without metadata, so that equal pictures are equal bytes."""
+    """Returns a picture as PNG without metadata, so that equal pictures give equal bytes."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()

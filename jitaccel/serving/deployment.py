@@ -1,6 +1,6 @@
-"""The server on Ray Serve: one front that takes requests, and replicas of one pipeline each.
+"""The server on Ray Serve: one front that accepts requests, and replicas with one pipeline each.
 
-The front decides (`Desk`), a replica batches and computes (`Batcher`). Both are plain Python; only this file knows Ray.
+The front decides (`Desk`); a replica batches and computes (`Batcher`). Both are plain Python; only this file uses Ray.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from .desk import Desk, ReplicaLostError, Reply
 from .events import Event
 from .limits import Limits
 
-NAME = "jitaccel"  # of the application
-_REPLICAS = "Replica"  # of their deployment
+NAME = "jitaccel"  # name of the application
+_REPLICAS = "Replica"  # name of the replicas' deployment
 _MODES: tuple[Mode, ...] = ("indexed", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What is served, and by how many.
+    """What is served, and by how many replicas.
 
     Attributes:
-        model: Folder or hub id of a pipeline that makes pictures from text; None for the embedded one.
-        dtype, device, pickle: As `jitaccel generate` has them.
-        execution: "indexed": a picture is the same bit for bit whatever else is in its batch. "auto" packs a batch into
-            one forward, which is faster on a GPU; pictures are then the same to rounding.
-        replicas: How many, or (fewest, most) of them: Serve adds and removes replicas by `target_ongoing`.
-        target_ongoing: With (fewest, most), the requests of a replica that Serve aims at; None: one batch.
-        cpus, gpus: That Ray reserves for one replica. threads: of torch in one; None leaves torch's own.
-        batch: Requests of one batch at most; FLUX.1 alone runs them together.
-        limits: What a request may ask for.
-        defaults: Fields that a request may leave out.
+        model: Folder or hub id of a text-to-image pipeline; None for the embedded one.
+        dtype: As in `jitaccel generate`.
+        device: As in `jitaccel generate`.
+        pickle: As in `jitaccel generate`.
+        execution: With "indexed", a picture is the same bit for bit whatever else is in its batch. "auto" packs a batch
+            into one forward, which is faster on a GPU; pictures are then the same up to rounding.
+        replicas: Number of replicas, or (fewest, most): Serve then adds and removes replicas by `target_ongoing`.
+        target_ongoing: With (fewest, most): the number of requests per replica that Serve aims at; None is one batch.
+        cpus: CPUs that Ray reserves for each replica.
+        gpus: GPUs that Ray reserves for each replica.
+        threads: torch threads in each replica; None keeps torch's default.
+        batch: Largest number of requests in a batch; only FLUX.1 runs them together.
+        limits: Limits on requests.
+        defaults: Values for fields that a request leaves out.
     """
 
     model: str | None = None
@@ -91,13 +95,13 @@ class Replica:
         self._batcher = Batcher(generate, most=serving.batch, who=str(os.getpid()))
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
-        """Yields what becomes of a request."""
+        """Yields the events of a request."""
         async with aclosing(self._batcher.events(request)) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event
 
     def check_health(self) -> None:
-        """Raises where the device is lost, after which every generation fails: Serve then starts another replica."""
+        """Raises if the device is lost, after which every generation fails; Serve then starts another replica."""
         import torch
 
         error = self._batcher.last_error
@@ -117,7 +121,7 @@ def check_served(pipe: Any) -> None:
 
 
 class Front:
-    """What answers HTTP."""
+    """Answers HTTP requests."""
 
     def __init__(self, replicas: Any, serving: Serving) -> None:
         facts = {"model": serving.model or "embedded", "version": __version__}
@@ -130,7 +134,7 @@ class Front:
         async for part in http.stream():
             body += part
             if len(body) > self._most:
-                break  # what came is too long already
+                break  # the body is already too long
         path = http.url.path.removeprefix(http.scope.get("root_path", ""))
         return _response(await self._desk.answer(http.method, path, bytes(body), http.headers.get("accept", "")))
 
@@ -143,7 +147,7 @@ def _response(reply: Reply) -> Any:
 
 
 async def _ask(replicas: Any, request: Request) -> AsyncIterator[Event]:
-    """Yields what a replica says of a request; ends its work where nobody reads on."""
+    """Yields a replica's events for a request; cancels its work if the reader stops."""
     from ray.exceptions import RayActorError
 
     answers = replicas.events.remote(request)
@@ -157,7 +161,7 @@ async def _ask(replicas: Any, request: Request) -> AsyncIterator[Event]:
 
 
 async def _states() -> Mapping[str, int]:
-    """Returns how many replicas there are in each state."""
+    """Returns the number of replicas in each state."""
     import asyncio
 
     from ray import serve
@@ -168,9 +172,9 @@ async def _states() -> Mapping[str, int]:
 
 
 def application(serving: Serving) -> Any:
-    """Returns the application for `serve.run`. Raises CommandError where Ray is missing."""
+    """Returns the application for `serve.run`. Raises CommandError if Ray is missing."""
     serve = require_serve()
-    ongoing = 2 * serving.batch  # one batch that runs, and the next
+    ongoing = 2 * serving.batch  # the running batch and the next
     scale: dict[str, Any] = {"num_replicas": serving.replicas}
     if isinstance(serving.replicas, tuple):
         fewest, most = serving.replicas
@@ -188,19 +192,19 @@ def application(serving: Serving) -> Any:
     front = serve.deployment(
         Front,
         name="Front",
-        num_replicas=1,  # so that its count of accepted requests is that of all
-        max_ongoing_requests=4 * serving.limits.waiting + 100,  # those beyond the limit are refused at once, not queued
+        num_replicas=1,  # so that it counts all accepted requests
+        max_ongoing_requests=4 * serving.limits.waiting + 100,  # requests beyond it are refused, not queued
         ray_actor_options={"num_cpus": 0},
     )
     return front.bind(replica.bind(serving), serving)
 
 
 def require_serve() -> Any:
-    """Returns `ray.serve`. Raises CommandError where it is missing."""
+    """Returns `ray.serve`. Raises CommandError if it is missing."""
     try:
         from ray import serve
     except ImportError as error:
         raise CommandError(
-            f'ray with its part serve must be installed, got none ({error}); pip install "jitaccel[serve]"'
+            f'ray with its serve extra must be installed, got none ({error}); pip install "jitaccel[serve]"'
         ) from None
     return serve

@@ -1,4 +1,4 @@
-"""What answers HTTP: a bounded number of accepted requests, a time limit, another try where a replica ends."""
+"""Answers HTTP: a bounded number of accepted requests, a time limit, and a retry if a replica ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .events import Event, Failed, FinishedPicture, Progress
 from .limits import Limits, RefusedError, request_of
 
 Ask = Callable[[Request], AsyncIterator[Event]]
-"""Gives a request to a replica and yields what it says. Raises ReplicaLostError where the replica ends."""
-STATISTICS = "X-Jitaccel-Statistics"  # the header that holds them as JSON beside a PNG
+"""Passes a request to a replica and yields its events. Raises ReplicaLostError if the replica ends."""
+STATISTICS = "X-Jitaccel-Statistics"  # the header with statistics as JSON, next to a PNG body
 _JSON, _EVENTS, _PNG = "application/json", "text/event-stream", "image/png"
 
 
@@ -26,7 +26,7 @@ class ReplicaLostError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer to one HTTP request. body: whole, or piece by piece."""
+    """The answer to one HTTP request. body: complete, or an iterator of pieces."""
 
     status: int
     media: str
@@ -35,14 +35,14 @@ class Reply:
 
 
 class Desk:
-    """Takes requests and hands pictures out.
+    """Accepts requests and returns pictures.
 
     Args:
-        ask: Gives one request to a replica.
-        replicas: How many replicas there are in each state; those "RUNNING" can work.
-        limits: What is allowed.
-        defaults: Fields that a request may leave out.
-        facts: What `/health` says besides.
+        ask: Passes one request to a replica.
+        replicas: Returns the number of replicas in each state; those "RUNNING" can work.
+        limits: Limits on requests.
+        defaults: Values for fields that a request leaves out.
+        facts: Additional content of `/health`.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Desk:
         self.num_accepted = 0
 
     async def answer(self, method: str, path: str, body: bytes, accept: str = "") -> Reply:
-        """Returns the answer to one HTTP request; whoever cancels this gives the request up.
+        """Returns the answer to one HTTP request; cancelling this cancels the request.
 
         Args:
             method: "GET" or "POST".
             path: "/generate" or "/health".
             body: JSON for "/generate".
-            accept: The header Accept: "application/json" for picture and statistics in one object,
-                "text/event-stream" for progress too, anything else for a PNG.
+            accept: The header Accept. "application/json" returns picture and statistics in one object,
+                "text/event-stream" adds progress, anything else returns a PNG.
         """
         try:
             wanted = {"/generate": "POST", "/health": "GET"}.get(path)
@@ -78,7 +78,7 @@ class Desk:
                 return await self._health()
             request = request_of(body, self._limits, self._defaults)
             if self.num_accepted >= self._limits.waiting:
-                raise RefusedError(429, f"{self._limits.waiting} requests wait already; send it again later")
+                raise RefusedError(429, f"{self._limits.waiting} requests are already waiting; send it again later")
             self.num_accepted += 1
             if _EVENTS in accept:
                 return Reply(status=200, media=_EVENTS, body=self._stream(request))
@@ -110,7 +110,7 @@ class Desk:
         return Reply(status=200 if is_well else 503, media=_JSON, body=json.dumps(said).encode())
 
     async def _accepted(self, request: Request, note: Callable[[Progress], None] = lambda _: None) -> FinishedPicture:
-        """Returns the picture of an accepted request. Raises RefusedError where there is none."""
+        """Returns the picture of an accepted request. Raises RefusedError if it could not be made."""
         try:
             async with asyncio.timeout(self._limits.seconds):
                 return await self._made(request, note)
@@ -141,7 +141,7 @@ class Desk:
     def _stream(self, request: Request) -> AsyncIterator[bytes]:
         """Returns server-sent events: `progress`, and at the end `picture` or `error`.
 
-        The work is a task of its own from now on: a body that nobody reads must not hold a place for ever.
+        The work runs as a separate task, so that a response nobody reads does not occupy a place for ever.
         """
         lines: asyncio.Queue[bytes | None] = asyncio.Queue()
 
@@ -157,7 +157,7 @@ class Desk:
         task = asyncio.create_task(work())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(self._release)  # a task that is cancelled before it begins runs no `finally`
+        task.add_done_callback(self._release)  # a task that is cancelled before it starts does not run its `finally`
 
         async def read() -> AsyncIterator[bytes]:
             try:

@@ -1,4 +1,4 @@
-"""What a replica says of a request on its way: steps, and at the end a picture or an error."""
+"""The events of a request in a replica: steps, and at the end a picture or an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps done, of how many."""
+    """The number of steps done, and the total."""
 
     step: int
     steps: int
@@ -17,7 +17,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class FinishedPicture:
-    """A picture as PNG, and what it cost."""
+    """A picture as PNG, and its cost."""
 
     png: bytes
     statistics: Mapping[str, Any]
@@ -25,7 +25,7 @@ class FinishedPicture:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why there is no picture. status: of HTTP, 400 where the request is at fault."""
+    """The reason why there is no picture. status: HTTP status, 400 if the request is at fault."""
 
     status: int
     reason: str

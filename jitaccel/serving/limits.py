@@ -1,4 +1,4 @@
-"""What a server takes: a request's JSON, checked against limits, as a `jitaccel.Request`."""
+"""Checks a request's JSON against the server's limits and turns it into a `jitaccel.Request`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..errors import ConfigError, suggestion
 from ..generation.batch import Request
 from ..method.presets import PRESETS
 
-_FIELDS = tuple(field.name for field in fields(Request) if field.name != "options")  # which are the server's to set
+_FIELDS = tuple(field.name for field in fields(Request) if field.name != "options")  # clients cannot set options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server allows.
+    """The limits of a server.
 
     Attributes:
-        waiting: Requests that are accepted and not answered yet; more are refused with 429.
-        seconds: From acceptance to answer; a request that takes longer ends with 504.
+        waiting: Accepted requests without an answer; further ones are refused with 429.
+        seconds: Time from acceptance to answer; a request that takes longer ends with 504.
         pixels: Height times width of one picture.
         steps: Denoising steps of one picture.
-        characters: Of a prompt, and of a negative prompt.
-        body_bytes: Of a request.
-        tries: How often a request is given to a replica, where the one that had it ends.
+        characters: Length of a prompt, and of a negative prompt.
+        body_bytes: Size of a request's body.
+        tries: How many replicas a request is passed to, if those that had it end.
     """
 
     waiting: int = 64
@@ -46,7 +46,7 @@ class Limits:
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error. `status`: of HTTP."""
+    """A request that is answered with an error. `status`: HTTP status."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(status, reason)
@@ -54,15 +54,15 @@ class RefusedError(Exception):
 
 
 def request_of(body: bytes, limits: Limits, defaults: Mapping[str, Any]) -> Request:
-    """Returns the request that a body asks for.
+    """Returns the request in a body.
 
     Args:
-        body: A JSON object; its fields are those of `jitaccel.Request`, with presets by name.
-        limits: What is allowed.
-        defaults: Fields that a body may leave out, in place of the request's own defaults.
+        body: A JSON object with the fields of `jitaccel.Request`; presets are given by name.
+        limits: The server's limits.
+        defaults: Values for missing fields; they replace the defaults of `jitaccel.Request`.
 
     Raises:
-        RefusedError: With 413 for a body that is too long, 400 and every reason for one that cannot be run.
+        RefusedError: With 413 for a body that is too long, and with 400 and every problem for one that cannot be run.
     """
     if len(body) > limits.body_bytes:
         raise RefusedError(413, f"the body must have at most {limits.body_bytes} bytes, got {len(body)}")

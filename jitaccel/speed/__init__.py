@@ -1,1 +1,1 @@
-"""What a generation costs, the dense one that costs the same, and settings for a wanted speed."""
+"""Costs of a generation, the dense control of equal cost, and settings for a target speed."""

@@ -1,4 +1,4 @@
-"""Steps and densities for a wanted speed: `preset="auto"`, picked from what steps really cost here."""
+"""Steps and densities for a target speed: `preset="auto"`, chosen by measured costs of steps on this machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..execution.options import Attention, Execution, Mode
 from ..limits import MOST_TEXT_TOKENS
 from ..method.checks import is_finite_number
-from ..method.config import JiTConfig, arguments_of, check_fields
-from ..method.overrides import Overrides
+from ..method.config import JiTConfig
+from ..method.overrides import Overrides, arguments_of, check_fields
 from ..method.presets import DENSE_STEPS, POOLED_PLANS, few_steps
 from .cost import Costs, Seconds, StageTokens, loop_seconds, measure
 from .target import target_problems
 
-_OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # of JiTConfig, which the choice is about
+_OWN_FIELDS = ("densities", "boundaries", "steps", "pooling")  # the fields of JiTConfig that are chosen here
 
-# The best first: the first that is affordable is taken, so that a larger budget never buys a worse plan. Where ten
-# dense steps are affordable, pooled ones no longer gain on them (docs/exact-lab.md).
+# Best first: the first affordable configuration is used, so a larger budget never gets a worse one. Once ten dense
+# steps are affordable, pooled steps no longer improve on them (docs/exact-lab.md).
 FAMILY: tuple[JiTConfig, ...] = (
     *(few_steps(steps) for steps in range(DENSE_STEPS, 10, -1)),
     *(config for (_, dense), config in POOLED_PLANS.items() if dense < 8),
@@ -29,10 +29,11 @@ FAMILY: tuple[JiTConfig, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was picked and why. `config` may be given to `apply` as it is; `costs` to `decide` for another target.
+    """The chosen configuration and the reason. Pass `config` to `apply`, or `costs` to `decide` for another target.
 
-    predicted_ms: of the denoising loop of one image, one branch (true CFG takes twice that): its networks and lifts.
-    predicted_speedup: against 50 dense steps of the same model, untouched.
+    predicted_ms: milliseconds of the denoising loop (networks and lifts) for one image and one branch; true CFG takes
+    twice that.
+    predicted_speedup: relative to 50 dense steps of the same untouched model.
     """
 
     config: JiTConfig
@@ -59,13 +60,20 @@ def choose(
     multiple: int = 1,
     stage_tokens: StageTokens | None = None,
 ) -> JiTConfig:
-    """Returns the first configuration of a family whose steps take at most `budget_s` seconds, one image, one branch.
+    """Returns the first configuration of a family whose steps take at most `budget_s` seconds.
 
-    cost: seconds of a step by its tokens. num_tokens: N. family: the best first. multiple: what numbers of anchors are
-    rounded up to. stage_tokens: as in `loop_seconds`.
+    A budget larger than the most expensive configuration gets that one, because a budget is an upper limit.
 
-    A budget beyond the largest configuration gets that one: a budget is a limit, which it keeps. Raises ConfigError
-    below the cheapest, naming it.
+    Args:
+        cost: Seconds of a step by its tokens, for one image and one branch.
+        num_tokens: N.
+        budget_s: Seconds for all steps.
+        family: Candidates, best first.
+        multiple: Numbers of anchors are rounded up to a multiple of this.
+        stage_tokens: As in `loop_seconds`.
+
+    Raises:
+        ConfigError: If even the cheapest configuration exceeds the budget; the message names it.
     """
     if not is_finite_number(budget_s) or budget_s <= 0.0:
         raise ConfigError(f"choose: budget_s must be a finite number above 0, got {budget_s!r}; give seconds")
@@ -87,7 +95,7 @@ def fastest(
     multiple: int = 1,
     stage_tokens: StageTokens | None = None,
 ) -> tuple[JiTConfig, float]:
-    """Returns the cheapest configuration of a family, and the seconds of its steps."""
+    """Returns the cheapest configuration of a family and the seconds of its steps."""
     priced = ((config, loop_seconds(config, num_tokens, cost, multiple, stage_tokens)) for config in family)
     return min(priced, key=lambda pair: pair[1])
 
@@ -100,7 +108,7 @@ def decide(
     family: Sequence[JiTConfig] = FAMILY,
     **overrides: Unpack[Overrides],
 ) -> Choice:
-    """Returns the choice for a target from costs measured before; arguments and errors are those of `auto_config`."""
+    """Returns the choice for a target from costs measured earlier; arguments and errors as in `auto_config`."""
     check_target(target_speedup, target_ms, overrides)
     dense_s = DENSE_STEPS * costs.dense_s
     budget_s = dense_s / target_speedup if target_speedup is not None else (target_ms or 0.0) / 1000.0
@@ -140,29 +148,29 @@ def auto_config(
     progress: Callable[[int, int], None] | None = None,
     **overrides: Unpack[Overrides],
 ) -> Choice:
-    """Returns the configuration that reaches a speed on this machine, and what is expected of it; applies nothing.
+    """Returns the configuration that reaches a speed on this machine, with its predicted cost. Applies nothing.
 
-    A few steps of `target` are timed, on its own device and dtype, at four densities, as `apply` would run them:
-    about five dense steps' time, four times over. What a speed leaves room for is spent on steps first.
+    jitaccel times a few steps of `target` at four densities, on its own device and dtype and as `apply` would run them,
+    fits a cost model, and picks the first configuration that meets the target. Candidates with more steps come first.
+    The timing takes four rounds, each about as long as five dense steps.
 
     Args:
-        target: What `apply` takes: a pipeline of diffusers that starts from noise, or a transformer of FLUX.1, FLUX.2
-            or Chroma.
-        target_speedup: Against 50 dense steps of the untouched model, above 1. Give this or `target_ms`.
-        target_ms: Milliseconds for the denoising loop of one image, one branch: true CFG takes twice that, a batch as
-            many times more; text encoding and decoding are not in it, nor are a ControlNet or reference pictures.
-        size: (height, width) of the pictures in pixels; without it the pipeline's default. A bare transformer needs it,
-            and is taken to make 16 x 16 pixels of a token.
-        text_tokens: Length of prompts with padding; without it what the pipeline pads to by default, or 512.
-        execution: As in `apply`. Compilation is not measured: its gain comes on top.
+        target: A diffusers pipeline that starts from noise, or a transformer of FLUX.1, FLUX.2 or Chroma.
+        target_speedup: Relative to 50 dense steps of the untouched model, above 1. Give this or `target_ms`.
+        target_ms: Milliseconds for the denoising loop of one image and one branch; true CFG takes twice that, and a
+            batch proportionally more. Excludes text encoding, decoding, ControlNets and reference pictures.
+        size: (height, width) of the pictures in pixels; defaults to the pipeline's size. Required for a bare
+            transformer, whose tokens are assumed to cover 16 x 16 pixels.
+        text_tokens: Prompt length including padding; defaults to the pipeline's padded length, or 512.
+        execution: As in `apply`. Compilation is not measured; its gain comes on top.
         attention: As in `apply`.
         call: As in `Auto`.
-        clock: Returns seconds, for tests.
-        progress: Called with the number of forwards that have run and the number expected, as they run.
+        clock: Returns seconds; for tests.
+        progress: Called after each forward with the number of forwards done and the expected total.
         **overrides: Fields of JiTConfig other than densities, boundaries, steps and pooling.
 
     Raises:
-        ConfigError: For a target that is out of reach, naming the fastest that is not.
+        ConfigError: For a target that is out of reach; the message names the fastest possible.
         UnsupportedModelError: For a model that cannot be measured.
     """
     check_fields("auto_config", overrides, arguments_of(auto_config))
@@ -181,7 +189,7 @@ def measure_costs(
     progress: Callable[[int, int], None] | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> Costs:
-    """Returns what steps of a target cost on this machine; `auto_config` says more of the arguments."""
+    """Returns the measured costs of a target's steps on this machine; arguments as in `auto_config`."""
     from .. import patches
 
     is_length = isinstance(text_tokens, int) and not isinstance(text_tokens, bool)
@@ -206,7 +214,7 @@ def measure_costs(
 
 
 def check_target(target_speedup: float | None, target_ms: float | None, overrides: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with every reason, where not just one target is given, or fields that are to be chosen."""
+    """Raises ConfigError, listing every problem, unless exactly one target is given and no chosen field is."""
     names = ("target_speedup", "target_ms")
     if problems := [*target_problems("auto_config", names, (target_speedup, target_ms)), *_chosen_problems(overrides)]:
         raise ConfigError("\n".join(problems))
@@ -214,7 +222,7 @@ def check_target(target_speedup: float | None, target_ms: float | None, override
 
 def _chosen_problems(overrides: Mapping[str, Any]) -> list[str]:
     return [
-        f"auto_config: {name} must be left out, got {overrides[name]!r}, which is what is chosen; "
+        f"auto_config: {name} must be left out, got {overrides[name]!r}, because it is chosen automatically; "
         f'give a preset ("4x", "7x") to set it yourself'
         for name in _OWN_FIELDS
         if name in overrides
@@ -226,6 +234,6 @@ def _describe(config: JiTConfig) -> str:
 
 
 def _floor(value: float) -> float:
-    """Returns the number rounded down to four significant digits, so that a limit that is named can be kept."""
+    """Returns the number rounded down to four significant digits, so that a limit shown in a message can be met."""
     digits = 3 - math.floor(math.log10(abs(value)))
     return math.floor(value * 10.0**digits) / 10.0**digits

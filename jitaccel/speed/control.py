@@ -1,4 +1,4 @@
-"""The honest denominator: how many dense steps cost as much as a sparse schedule, and the control that takes them."""
+"""The fair comparison for a sparse schedule: the number of dense steps of equal cost, and a control that runs them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..method.config import JiTConfig
 
-if TYPE_CHECKING:  # it imports torch, which the list of presets does without
+if TYPE_CHECKING:  # imports torch, which listing the presets does not need
     from ..generation.stats import Cost
 
 Number = TypeVar("Number", int, float)
 
 
 def loop_cost(config: JiTConfig, counts: Sequence[int], cost: Callable[[int], Number], steps: int) -> Number:
-    """Returns what `steps` steps cost together, of one image, one call of the network each.
+    """Returns the total cost of `steps` steps for one image, with one call of the network each.
 
     Args:
-        config: Its stages count.
-        counts: Tokens of a step of each stage.
-        cost: Of one step by its tokens: operations or seconds.
-        steps: Of the sampler.
+        config: Its stages are used.
+        counts: Tokens per step, for each stage.
+        cost: Cost of one step by its tokens, in operations or seconds.
+        steps: Number of steps of the sampler.
     """
     return sum(length * cost(count) for length, count in zip(config.stage_lengths(steps), counts, strict=True))
 
@@ -33,23 +33,27 @@ def schedule_flops(config: JiTConfig, num_tokens: int, text_tokens: int, cost: C
 def equivalent_dense_steps(
     config: JiTConfig, num_tokens: int, text_tokens: int, cost: Cost, steps: int | None = None
 ) -> float:
-    """Returns how many dense steps cost what `config` costs: 7.19 for 7x-paper on FLUX.1-dev at 1024x1024.
+    """Returns how many dense steps cost as much as `config`: 7.19 for 7x-paper on FLUX.1-dev at 1024x1024.
 
-    text_tokens: padding counted. cost: of the model, such as `functools.partial(flux_flops, transformer.config)`.
-    steps: of the sampler, needed where the configuration leaves them to the caller.
+    Args:
+        config: The configuration.
+        num_tokens: N.
+        text_tokens: Including padding.
+        cost: Of the model, such as `functools.partial(flux_flops, transformer.config)`.
+        steps: Steps of the sampler; required if the configuration leaves them to the caller.
     """
     if steps is None:
         if isinstance(config.steps, str):
-            raise ValueError('equivalent_dense_steps: steps must be given where config.steps is "caller", got None')
+            raise ValueError('equivalent_dense_steps: steps must be given if config.steps is "caller", got None')
         steps = config.steps
     sparse = schedule_flops(config, num_tokens, text_tokens, cost, steps)
     return sparse / cost(num_tokens, text_tokens)
 
 
 def dense_control(config: JiTConfig, num_tokens: int, text_tokens: int, cost: Cost) -> JiTConfig:
-    """Returns the control of a configuration: dense steps at its cost, to the nearest whole, on its kind of levels.
+    """Returns the control of a configuration: dense steps of the same cost, rounded, with the same kind of levels.
 
-    Raises ValueError for a configuration with levels of its own, of which a control could not have fewer.
+    Raises ValueError for a configuration with explicit levels, because a control cannot have fewer of them.
     """
     if not isinstance(config.schedule, str):
         raise ValueError(

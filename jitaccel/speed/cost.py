@@ -1,4 +1,4 @@
-"""What a step costs on this machine: seconds by the number of tokens that enter the network, measured."""
+"""Measures what a step costs on this machine: seconds by the number of tokens that enter the network."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from ..method.config import JiTConfig
 from .control import loop_cost
 
 Seconds = Callable[[int], float]
-"""Seconds of one step of one image, one branch, by its number of tokens M."""
+"""Seconds of one step of one image and one branch, by its number of tokens M."""
 StageTokens = Callable[[JiTConfig], Sequence[int]]
-"""The numbers of tokens that the stages of a configuration give the network."""
+"""The numbers of tokens that enter the network in the stages of a configuration."""
 
-_DENSITIES = (0.32, 0.46, 0.61, 1.0)  # measured; near those of the presets, where the fit has to be right
-_ROUNDS = (3, 50)  # at least and at most, each of which times every density once
-_ENOUGH_S = 1.0  # past the least number of rounds, no further one is begun after this
-_SLOW_S = 20.0  # one round in this or more is all there is: its medians are of steps too long to be disturbed much
+_DENSITIES = (0.32, 0.46, 0.61, 1.0)  # measured; close to those of the presets, where the fit matters most
+_ROUNDS = (3, 50)  # smallest and largest number; each round times every density once
+_ENOUGH_S = 1.0  # after the smallest number of rounds, none is started after this many seconds
+_SLOW_S = 20.0  # if one round takes this long, no more are run: long steps are hardly affected by disturbances
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a patch answers: forwards of one image that can be timed, on the model's own device and dtype.
+    """Forwards of one image that a patch provides for timing, on the model's own device and dtype.
 
-    num_tokens, text_tokens: N and the text beside it. multiple: what numbers of anchors are rounded up to.
-    dense: one step's forward of the untouched model. sparse: makes what one accelerated step of M tokens does,
-    network and lift. grid: of the tokens, where it is known. num_forced: of the tokens, those that are anchors in every
-    step, such as a frame that is given. rows: how many images and branches of guidance a forward holds. release: leaves
-    the model where it was, called once.
+    Attributes:
+        num_tokens: N.
+        text_tokens: Text tokens in addition.
+        multiple: Numbers of anchors are rounded up to a multiple of this.
+        dense: Runs one step's forward of the untouched model.
+        sparse: Returns a function that runs one accelerated step of M tokens, network and lift.
+        grid: The token grid, if known.
+        num_forced: Number of tokens that are anchors in every step, such as those of a given frame.
+        rows: Images times guidance branches in a forward.
+        release: Restores the model; called once.
     """
 
     num_tokens: int
@@ -52,11 +57,18 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Measured seconds of a step, and `a + b M + c M^2` between: linear layers and attention, none below 0.
+    """Measured seconds of a step, with `a + b M + c M^2` in between (linear layers and attention; no term negative).
 
-    dense_s: of the untouched model on all N tokens. measured: (tokens, seconds) pairs of accelerated steps.
-    terms: a, b, c. multiple, grid, num_forced: as in Probe. defaults: the fields that presets have on this model when
-    they are given by name. Called with a number of tokens, returns seconds.
+    Calling it with a number of tokens returns seconds.
+
+    Attributes:
+        dense_s: Seconds of the untouched model on all N tokens.
+        measured: (tokens, seconds) pairs of accelerated steps.
+        terms: a, b, c.
+        multiple: As in Probe.
+        grid: As in Probe.
+        num_forced: As in Probe.
+        defaults: The fields that presets given by name have on this model.
     """
 
     num_tokens: int
@@ -70,7 +82,7 @@ class Costs:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def stage_tokens(self, config: JiTConfig) -> tuple[int, ...]:
-        """Returns how many tokens each stage of a configuration gives the network."""
+        """Returns how many tokens enter the network in each stage of a configuration."""
         if self.grid is None:
             return config.token_counts(self.num_tokens, self.num_forced, self.multiple)
         return config.stage_tokens(self.grid, self.num_forced, self.multiple)
@@ -83,11 +95,15 @@ class Costs:
 def measure(
     probe: Probe, clock: Callable[[], float] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Costs:
-    """Returns the medians of what a probe's forwards take of a row, each warmed up once; rounds over all take turns.
+    """Returns median seconds per row of a probe's forwards, after warming each up once.
 
-    Three rounds at least, more of what is fast, one of what takes 20 s or more. Waits for the device around each.
-    clock: returns seconds; without one, the wall's. progress: called with the number of forwards that have run and the
-    number expected, after each.
+    The forwards take turns in rounds: at least three, more for fast ones, and only one if it takes 20 s or more. Waits
+    for the device around each forward.
+
+    Args:
+        probe: The forwards.
+        clock: Returns seconds; by default the wall clock.
+        progress: Called after each forward with the number of forwards done and the expected total.
     """
     counts = measured_counts(probe.num_tokens, probe.multiple, probe.num_forced)
     runs: list[Callable[[], object]] = [probe.dense, *(probe.sparse(count) for count in counts)]
@@ -95,12 +111,13 @@ def measure(
     clock = perf_counter if clock is None else clock
     least, most = _ROUNDS
     with torch.no_grad():
-        for done, run in enumerate(runs, start=1):  # kernels are chosen and memory is taken here
+        for done, run in enumerate(runs, start=1):  # chooses kernels and allocates memory
             _timed(run, probe.device, clock)
             if progress is not None:
                 progress(done, len(runs) * (1 + least))
         while len(seen) < least or (len(seen) < most and sum(map(sum, seen)) < _ENOUGH_S):
-            # Each round starts with another one: what interrupts regularly must not always hit the same.
+            # Each round starts with a different forward, so that a periodic disturbance does not always hit the same
+            # one.
             turn = [(k + len(seen)) % len(runs) for k in range(len(runs))]
             times = {k: _timed(runs[k], probe.device, clock) for k in turn}
             seen.append([times[k] for k in range(len(runs))])
@@ -123,9 +140,9 @@ def measure(
 
 
 def measured_counts(num_tokens: int, multiple: int = 1, num_forced: int = 0) -> tuple[int, ...]:
-    """Returns the numbers of tokens at which a grid of `num_tokens` is measured, rising, the last all of them.
+    """Returns the numbers of tokens at which a grid of `num_tokens` is measured, rising; the last is all tokens.
 
-    num_forced: of the tokens, those that are in all of these numbers.
+    num_forced: the number of tokens included in every one of them.
     """
     counts = (max(1, num_forced + int(density * (num_tokens - num_forced))) for density in _DENSITIES)
     return tuple(sorted({min(-(-count // multiple) * multiple, num_tokens) for count in counts}))
@@ -133,19 +150,19 @@ def measured_counts(num_tokens: int, multiple: int = 1, num_forced: int = 0) -> 
 
 def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     """Returns a, b, c >= 0 of `a + b M + c M^2`, least squares of the relative errors of (tokens, seconds) pairs."""
-    from scipy.optimize import nnls  # type: ignore[import-untyped]  # lazily, it takes a moment
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # lazily, because it is slow to import
 
     tokens, seconds = np.array(measured, dtype=np.float64).T
-    largest, seconds = tokens.max(), np.maximum(seconds, 1e-9)  # a clock too coarse reads 0
+    largest, seconds = tokens.max(), np.maximum(seconds, 1e-9)  # a coarse clock may read 0
     design = np.stack([np.ones_like(tokens), tokens / largest, (tokens / largest) ** 2], axis=1)
     terms, _ = nnls(design / seconds[:, None], np.ones_like(seconds))
     return float(terms[0]), float(terms[1] / largest), float(terms[2] / largest**2)
 
 
 def seconds_of_flops(cost: Cost, text_tokens: int, flops_per_s: float = 1.0) -> Seconds:
-    """Returns the cost of a step by its operations alone, for where nothing can be measured.
+    """Returns the cost of a step by its operations alone, for machines on which nothing can be measured.
 
-    cost: (image tokens, text tokens) to operations, as in `flops`. At the default speed a second is an operation.
+    cost: (image tokens, text tokens) to operations, as in `flops`. By default, one second stands for one operation.
     """
     return lambda tokens: cost(tokens, text_tokens) / flops_per_s
 
@@ -153,9 +170,9 @@ def seconds_of_flops(cost: Cost, text_tokens: int, flops_per_s: float = 1.0) -> 
 def loop_seconds(
     config: JiTConfig, num_tokens: int, seconds: Seconds, multiple: int = 1, stage_tokens: StageTokens | None = None
 ) -> float:
-    """Returns what the steps of a configuration with a number of steps take, of one image and one branch.
+    """Returns the seconds of all steps of a configuration, for one image and one branch.
 
-    stage_tokens: how many tokens its stages have; without it, those of `num_tokens` rounded to `multiple`.
+    stage_tokens: Returns the token counts of its stages; by default those of `num_tokens` rounded up to `multiple`.
     """
     if isinstance(config.steps, str):
         raise ValueError('loop_seconds: config.steps must be a number, got "caller"; use config.replace(steps=...)')

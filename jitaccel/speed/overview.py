@@ -1,4 +1,4 @@
-"""The presets at a glance, computed from their fields: steps, what the network sees in them, and what they cost."""
+"""An overview of the presets, computed from their fields: steps, what the network sees, and cost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..method.config import JiTConfig
 from ..method.presets import DENSE_STEPS, PRESETS
 from .control import loop_cost
 
-FEWER_STEPS = 28  # with which FLUX.1-dev is often run, where it is not run with DENSE_STEPS
+FEWER_STEPS = 28  # the other common number of steps for FLUX.1-dev
 _POOLED = {2: "half the size", 4: "a quarter of the size"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetRow:
-    """A preset. `cost`: in dense steps; `speedups`: of operations, to DENSE_STEPS and FEWER_STEPS dense steps."""
+    """A preset. `cost`: in dense steps. `speedups`: by operations, against DENSE_STEPS and FEWER_STEPS dense steps."""
 
     name: str
     steps: int
@@ -29,10 +29,10 @@ class PresetRow:
 
 
 def stages(config: JiTConfig) -> tuple[str, ...]:
-    """Returns the number of steps of each stage and what the network sees in them, in words.
+    """Returns, for each stage, its number of steps and what the network sees in them, in words.
 
     Args:
-        config: With a number of steps of its own.
+        config: Must have a fixed number of steps.
     """
     lengths = config.stage_lengths(int(config.steps))
     return tuple(f"{n} {_seen(config, stage)}" for stage, n in enumerate(lengths))

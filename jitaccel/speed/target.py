@@ -1,4 +1,4 @@
-"""What a wanted speed is: `preset=jitaccel.Auto(speedup=8)`."""
+"""A target speed as a preset: `preset=jitaccel.Auto(speedup=8)`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from ..method.checks import is_finite_number
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """A speed in place of a preset: steps and densities that reach it on this machine are picked by a few timed steps.
+    """A target speed instead of a preset. jitaccel times a few steps and picks steps and densities that reach it.
 
     Args:
-        speedup: Against 50 dense steps of the untouched model, above 1.
-        ms: Milliseconds for the denoising loop of one image, one branch; with true CFG it takes twice that. Give one of
-            both.
-        size: (height, width) in pixels to measure at; without it the pipeline's default.
-        text_tokens: Length of prompts to measure with, padding counted; without it what the pipeline pads to.
-        call: Further arguments of the pipeline's call to measure with, of models other than FLUX: `num_frames` of a
-            video, the `image` that it is made from.
+        speedup: Relative to 50 dense steps of the untouched model, above 1. Give this or `ms`.
+        ms: Milliseconds for the denoising loop of one image and one branch; true CFG takes twice that.
+        size: (height, width) in pixels to measure at; defaults to the pipeline's size.
+        text_tokens: Prompt length to measure with, including padding; defaults to the pipeline's padded length.
+        call: Further arguments of the pipeline's call to measure with, for models other than FLUX: `num_frames` of a
+            video, or the `image` it is made from.
 
     Raises:
-        ConfigError: For none or both of the targets, and for what is no speed.
+        ConfigError: If not exactly one target is given, or if it is not a valid speed.
     """
 
     speedup: float | None = None
@@ -39,7 +38,7 @@ class Auto:
 
 
 def target_problems(function: str, names: tuple[str, str], values: tuple[float | None, float | None]) -> list[str]:
-    """Returns what is wrong with a speed-up and milliseconds, which `function` gets by these names: one is wanted."""
+    """Returns what is wrong with a speed-up and milliseconds, which `function` takes by these names; one is needed."""
     problems, (speedup, ms) = [], values
     if (speedup is None) == (ms is None):
         problems.append(

@@ -1,4 +1,4 @@
-"""Pictures of latents without an autoencoder: their three main directions as red, green and blue."""
+"""Pictures of latents without an autoencoder, with their three main directions as red, green and blue."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 _REACH = 2.5  # standard deviations on either side of the mean that the colours span
-_SMALLEST_PX = 128  # side up to which the picture is enlarged, one block a token
+_SMALLEST_PX = 128  # the picture is enlarged to at most this side, one block per token
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Axes:
-    """Where colours come from: mean (D,), three directions (D, 3), and the spread along each, (3,)."""
+    """The mapping to colours: mean (D,), three directions (D, 3), and the spread along each, (3,)."""
 
     mean: Tensor
     directions: Tensor
@@ -21,18 +21,18 @@ class Axes:
 
 
 def main_axes(tokens: Tensor) -> Axes:
-    """Returns the three directions in which tokens (N, D) float32 differ most."""
+    """Returns the three directions along which tokens (N, D) float32 vary most."""
     mean = tokens.nan_to_num().mean(dim=0)
     centred = tokens.nan_to_num() - mean
     directions = torch.zeros(tokens.shape[1], 3)
-    found = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T  # fewer for tokens of one or two channels
+    found = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T  # fewer if tokens have one or two channels
     directions[:, : found.shape[1]] = found
     spread = (centred @ directions).std(dim=0, correction=0)
     return Axes(mean=mean, directions=directions, spread=spread.clamp(min=1e-6))
 
 
 def false_colours(tokens: Tensor, axes: Axes, grid: tuple[int, ...]) -> Tensor:
-    """Returns frames (T, H, W, 3) float32 in [0, 1] of tokens (N, D) on a grid, a block of pixels each."""
+    """Returns frames (T, H, W, 3) float32 in [0, 1] of tokens (N, D) on a grid, one block of pixels per token."""
     values = (tokens - axes.mean) @ axes.directions / (2.0 * _REACH * axes.spread) + 0.5
     frames = values.clamp(0.0, 1.0).view(-1, *grid[-2:], 3)
     block = max(1, _SMALLEST_PX // max(grid[-2:]))

@@ -1,4 +1,4 @@
-"""What a report says of a generation, as numbers and words that its page and JSON take."""
+"""The content of a report as numbers and words, for its page and its JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def contents_of(playback: Playback, uris: Sequence[str]) -> dict[str, Any]:
-    """Returns what the page's script reads of one generation.
+    """Returns the data of one generation that the page's script reads.
 
     Args:
         playback: The generation.
-        uris: Noisy and clean picture of each step in turn, and the finished one at the end.
+        uris: For each step in turn the noisy and the clean picture, and at the end the finished one.
     """
     stats = playback.stats
     costs = costs_of(stats, [moment.stats for moment in playback.moments])
@@ -42,7 +42,7 @@ def contents_of(playback: Playback, uris: Sequence[str]) -> dict[str, Any]:
 
 
 def costs_of(stats: Stats, steps: Sequence[StepStats]) -> list[float]:
-    """Returns the cost so far after each step, in dense steps of one branch."""
+    """Returns the cumulative cost after each step, in dense steps of one branch."""
     return [flops / max(1, stats.dense_step_flops) for flops in accumulate(step.flops for step in steps)]
 
 
@@ -57,7 +57,7 @@ def _step_of(step: StepStats) -> dict[str, Any]:
 
 
 def _stage_of(stats: Stats, stage: int, image: int) -> dict[str, Any]:
-    """Returns how a stage showed the picture; `ran`: a bit for each token, first token first, of a subset alone."""
+    """Returns how a stage showed the picture; `ran` is a bit per token, in raster order, only for a subset."""
     kind, _, factor = stats.shown(stage).partition(" ")
     anchors = stats.anchors[stage][image].cpu().numpy()
     known: dict[str, Any] = {"kind": kind, "factor": int(factor or 1), "tokens": len(anchors)}
@@ -77,7 +77,7 @@ def described(kind: str, factor: int = 1) -> str:
 
 
 def facts_of(stats: Stats) -> list[tuple[str, str]]:
-    """Returns what is said of a whole generation: (name, value) pairs."""
+    """Returns the facts of a whole generation as (name, value) pairs."""
     if not stats.steps:
         return [("codebase", stats.codebase), ("generations", str(stats.generations))]
     execution = stats.execution + (f" with {stats.attention}" if stats.attention else "")

@@ -1,4 +1,4 @@
-"""Pictures as data URIs, as large and as good as a limit on all of them together allows."""
+"""Encodes pictures as data URIs, with the best size and quality that a total limit allows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .playback import FrameBytes
 if TYPE_CHECKING:
     from PIL import Image
 
-_SAMPLED = 12  # pictures that are encoded to guess how large all will be
-_TALLEST_PX = 16000  # of a strip of frames; WebP ends at 16383
+_SAMPLED = 12  # pictures that are encoded to estimate the total size
+_TALLEST_PX = 16000  # of a strip of frames; WebP's limit is 16383
 
 
 @dataclass(frozen=True)
 class _Rung:
-    """One way to encode: the longest side of a step's picture, that of the finished one, and WebP's quality."""
+    """One encoding: the longest side of a step's picture, that of the finished one, and WebP's quality."""
 
     side_px: int
     final_px: int
@@ -47,15 +47,15 @@ _LADDER = (
 def encoded(pictures: Sequence[FrameBytes], is_final: Sequence[bool], limit: int) -> list[str]:
     """Returns a data URI of each picture, in the best quality in which all fit.
 
-    The frames of a video stand below each other in one picture.
+    The frames of a video are stacked vertically in one picture.
 
     Args:
         pictures: (frames, h, w, 3) each.
         is_final: Which of them are finished pictures, which are kept larger.
-        limit: Of all URIs together, in bytes.
+        limit: Total size of all URIs in bytes.
 
     Raises:
-        ConfigError: Where they do not fit in the worst quality, or Pillow is missing.
+        ConfigError: If they do not fit even in the worst quality, or if Pillow is missing.
     """
     _require_pillow()
     pairs = list(zip(pictures, is_final, strict=True))

@@ -1,4 +1,4 @@
-"""What notebooks show of a handle and of statistics: the facts, a strip of the steps' tokens, and a table."""
+"""Shows a handle or statistics in a notebook: the facts, a strip of the steps' tokens, and a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def stats_html(stats: Stats) -> str:
-    """Returns statistics as HTML with styles inside, since notebooks drop style sheets."""
+    """Returns statistics as HTML with inline styles, because notebooks drop style sheets."""
     total = num_tokens_of(stats.grid)
     rows = []
     for step, cost in zip(stats.steps, costs_of(stats, stats.steps), strict=True):
@@ -31,5 +31,5 @@ def stats_html(stats: Stats) -> str:
 
 
 def handle_html(words: str, stats: Stats) -> str:
-    """Returns a handle as HTML: what it says of itself, and the last generation if there was one."""
+    """Returns a handle as HTML: its description, and the last generation if there was one."""
     return template("handle.html.j2").render(words=words, stats=stats_html(stats) if stats.generations else None)

@@ -1,4 +1,4 @@
-"""Writes reports: fills the template with what is said of generations, and their pictures."""
+"""Writes reports: fills the template with the content and pictures of generations."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .playback import FrameBytes, Playback
 from .templates import template
 
 MOST_BYTES = 5_000_000
-"""The largest report that is written."""
+"""The largest size of a report in bytes."""
 
 
 def write_report(
     path: str | PathLike[str], playbacks: Sequence[Playback], *, title: str | None = None, limit: int = MOST_BYTES
 ) -> Path:
-    """Writes generations next to each other as one HTML file that needs nothing else, and works offline.
+    """Writes generations next to each other as one self-contained HTML file that works offline.
 
     Args:
-        path: The file to write; its folder is made where missing.
-        playbacks: Of `Handle.playback`, one or more. The first two are compared at first.
-        title: The page's; without it the prompt, where all have the same.
-        limit: Of the file, in bytes. Pictures become smaller until they fit.
+        path: The file to write; its folder is created if missing.
+        playbacks: One or more results of `Handle.playback`. The first two are compared initially.
+        title: Title of the page; defaults to the prompt if all generations have the same.
+        limit: Largest size of the file in bytes. Pictures become smaller until they fit.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: For no generation, one without steps, or pictures that do not fit.
+        ConfigError: If there is no generation, one without steps, or pictures that do not fit.
     """
     text = report_html(playbacks, title=title, limit=limit)
     path = Path(path)
@@ -42,7 +42,7 @@ def write_report(
 
 
 def report_html(playbacks: Sequence[Playback], *, title: str | None = None, limit: int = MOST_BYTES) -> str:
-    """Returns the text of a report; arguments and errors as of `write_report`."""
+    """Returns the text of a report; arguments and errors as in `write_report`."""
     if not playbacks or any(not playback.moments for playback in playbacks):
         raise ConfigError("write_report: playbacks must be generations with a step or more, got none")
     named = _distinct([playback.name for playback in playbacks])
@@ -87,7 +87,7 @@ def _rendered(
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Returns names of which no two are the same: a repeated one gets a number."""
+    """Returns the names made unique: a repeated one gets a number."""
     return [
         f"{name} ({names[:k].count(name) + 1})" if names.count(name) > 1 else name for k, name in enumerate(names)
     ]

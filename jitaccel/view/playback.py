@@ -25,12 +25,12 @@ FrameBytes = NDArray[np.uint8]
 Decode = Callable[[Tensor, tuple[int, ...], int], Tensor]
 """(tokens (1, N, D), grid, latents along a token's side) -> frames (T, H, W, 3) in [0, 1]."""
 
-_STILL_PX, _FRAME_PX, _FINAL_PX = 512, 256, 1024  # longest sides kept: of a step's picture, of a video, of the last
+_STILL_PX, _FRAME_PX, _FINAL_PX = 512, 256, 1024  # longest sides: step, video frame, final picture
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Moment:
-    """One step: its statistics, and what is seen of it, (frames, h, w, 3) uint8."""
+    """One step: its statistics and its pictures, (frames, h, w, 3) uint8."""
 
     stats: StepStats
     noisy: FrameBytes
@@ -39,16 +39,17 @@ class Moment:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Playback:
-    """A generation that can be shown step by step; `Handle.playback` makes it.
+    """A generation that can be shown step by step; made by `Handle.playback`.
 
     Attributes:
-        name: What a report calls it.
-        prompt: What was asked for, or None.
+        name: Name in the report.
+        prompt: The prompt, or None.
         stats: The statistics of the generation.
-        image: Which image of its batch is shown.
+        image: Index in its batch of the image shown.
         moments: The steps, in order.
         final: The finished picture (frames, h, w, 3) uint8.
-        has_true_colours: Whether an autoencoder made the pictures; else they are directions of the latents as colours.
+        has_true_colours: Whether an autoencoder made the pictures; otherwise they show directions of the latents as
+            colours.
     """
 
     name: str
@@ -72,21 +73,22 @@ def make_playback(
     progress: bool = True,
     predicted: Mapping[int, FrameBytes] | None = None,
 ) -> Playback:
-    """Returns the pictures of what a tape has kept.
+    """Returns the pictures of a recorded tape.
 
     Args:
-        tape: Of the generation; it has seen a step.
-        stats: Of the same generation.
-        decode: Makes pictures of tokens; None where there is no autoencoder.
-        name: What the report calls it; None for the preset's name.
-        prompt: What was asked for, or None.
-        previews: "vae" for `decode`, "colours" for directions of the latents as colours, "auto" for what there is.
-        most_frames: At most so many frames of a video.
+        tape: The recording; it has at least one step.
+        stats: Statistics of the same generation.
+        decode: Makes pictures of tokens; None if there is no autoencoder.
+        name: Name in the report; None for the preset's name.
+        prompt: The prompt, or None.
+        previews: "vae" uses `decode`, "colours" shows directions of the latents as colours, "auto" uses `decode` if it
+            is given.
+        most_frames: Maximum number of frames of a video.
         progress: Whether to show a progress bar.
-        predicted: Predicted pictures that `predicted_picture` has made already, by the index of their step.
+        predicted: Predicted pictures that `predicted_picture` has already made, by the index of their step.
 
     Raises:
-        ConfigError: For unknown previews, for "vae" where `decode` is None, and for fewer than one frame.
+        ConfigError: For unknown previews, for "vae" if `decode` is None, and for fewer than one frame.
     """
     if previews not in ("auto", "vae", "colours"):
         raise ConfigError(f"playback: previews must be 'auto', 'vae' or 'colours', got {previews!r}")
@@ -121,18 +123,18 @@ def make_playback(
 
 
 def predicted_picture(tape: Tape, decode: Decode, most_frames: int = 12) -> FrameBytes:
-    """Returns the picture (frames, h, w, 3) that the last step of a tape predicts; the generation may be under way.
+    """Returns the picture (frames, h, w, 3) predicted by the last step of a tape; the generation may still be running.
 
     Args:
-        tape: Of the generation; it has seen a step.
+        tape: The recording; it has at least one step.
         decode: Makes pictures of tokens.
-        most_frames: At most so many frames of a video.
+        most_frames: Maximum number of frames of a video.
     """
     return _shown_by(decode, tape, most_frames)(tape.frames[-1].clean)
 
 
 def name_of_config(stats: Stats) -> str:
-    """Returns the name of the preset that ran, with its number of steps where that is another one; else "custom"."""
+    """Returns the name of the preset that ran, with its step count if that was changed; otherwise "custom"."""
     own = {"steps": stats.config.steps, "schedule": stats.config.schedule}
     for name, preset in PRESETS.items():
         if preset == stats.config:
@@ -151,7 +153,7 @@ def _counted(frames: list[Any], progress: bool) -> Iterable[Any]:
 
 
 def _shown_by(decode: Decode | None, tape: Tape, most_frames: int) -> Callable[..., FrameBytes]:
-    """Returns what makes pixels of tokens (N, D); its second argument says whether they are the finished picture's."""
+    """Returns a function from tokens (N, D) to pixels; its second argument marks the finished picture."""
     axes: Axes | None = None
     if decode is None:
         assert tape.final is not None
@@ -171,12 +173,12 @@ def _shown_by(decode: Decode | None, tape: Tape, most_frames: int) -> Callable[.
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Returns at most `most` indices out of `count`, evenly spread, the first and the last among them."""
+    """Returns at most `most` indices out of `count`, evenly spread, including the first and the last."""
     return [round(place) for place in np.linspace(0, count - 1, min(count, most)).tolist()]
 
 
 def _shrunk(frames: Tensor, longest: int) -> Tensor:
-    """Returns frames (T, H, W, 3) whose longer side is at most `longest`."""
+    """Returns frames (T, H, W, 3) reduced so that the longer side is at most `longest`."""
     height, width = frames.shape[1:3]
     scale = longest / max(height, width)
     if scale >= 1.0:
@@ -188,5 +190,5 @@ def _shrunk(frames: Tensor, longest: int) -> Tensor:
 
 
 def _to_bytes(frames: Tensor) -> FrameBytes:
-    """Returns frames in [0, 1] as uint8; NaN, which a broken generation has, is black."""
+    """Returns frames in [0, 1] as uint8; NaN, as a broken generation may contain, becomes black."""
     return (frames.nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""A step of a generation that is under way, as HTML inside another page."""
+"""A step of a running generation, as HTML inside another page."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _BYTES = 300_000
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Glimpse:
-    """The last step of a generation under way.
+    """The last step of a running generation.
 
     Attributes:
-        preset: Its name.
-        steps: How many steps the generation takes.
-        stats: Of the steps done.
+        preset: Name of the preset.
+        steps: Number of steps of the generation.
+        stats: Statistics of the steps done.
         predicted: (1, h, w, 3), the picture that the step predicts.
-        tokens: The same, as the network saw it: tokens that did not run dimmed, or a smaller picture.
+        tokens: The same picture as the network saw it: tokens that did not run are dimmed, or the picture is smaller.
     """
 
     preset: str
@@ -37,11 +37,11 @@ class Glimpse:
 
 
 def underway_html(glimpse: Glimpse, share: float) -> str:
-    """Returns a step as HTML with styles inside.
+    """Returns a step as HTML with inline styles.
 
     Args:
         glimpse: The step.
-        share: How much of all that is to be made is done, in [0, 1].
+        share: Overall progress, in [0, 1].
     """
     stats, step = glimpse.stats, glimpse.stats.steps[-1]
     cost = costs_of(stats, stats.steps)[-1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # torch needs it
 
 from tests.support import tiny
 from tests.support.exports import TWO_STAGES, export
@@ -30,5 +33,16 @@ def aoti(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if " " in torch.__file__:
         pytest.skip("torch's inductor does not quote its own path to the C++ compiler")
     options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-    folder = tmp_path_factory.mktemp("artefacts") / "aoti"
-    return export(tiny.pipeline(), folder, TWO_STAGES, format="aoti", options=options)
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return _made_once(
+        shared, "aoti", lambda folder: export(tiny.pipeline(), folder, TWO_STAGES, format="aoti", options=options)
+    )
+
+
+def _made_once(shared: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """Returns a folder that the first worker to ask for it makes; the others wait for it."""
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            make(shared / name)
+    return shared / name

@@ -314,7 +314,7 @@ def test_errors_of_latents_are_nothing_for_the_same_and_split_off_the_layout(ben
 def test_a_search_for_levels_takes_presets_and_dense_steps_alone() -> None:
     options = argparse.Namespace(budget=[], levels_of=["dpm:6", "7x"])
     (dense, own), (preset, pooled) = search._searches(options, {})
-    assert (dense, preset) == ({"levels_of": "dpm:6"}, {"levels_of": "7x"})
+    assert (dense, preset) == ("levels of dpm:6", "levels of 7x")
     assert {config.steps for config in own.values()} == {6} and {*own} <= {*pooled, "alpha 1.4, beta 0.425"}
     for wrong in ("dense:6", "firstblock:28:0.2"):
         with pytest.raises(CommandError, match="--levels-of"):

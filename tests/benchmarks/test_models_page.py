@@ -36,6 +36,6 @@ def test_dense_step_is_that_of_the_operations_of_wan() -> None:
     assert 4 * 0.32**2 + 3 * 0.6**2 + 4 < dense_steps(row, "7x-paper") < 4 * 0.32 + 3 * 0.6 + 4
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_page_is_what_the_command_writes() -> None:
     assert PAGE.read_text() == page()

@@ -226,3 +226,20 @@ def test_docs_show_the_committed_rows() -> None:
     for page, text in texts.items():
         if "<!-- table: " in text:
             assert filled(text, rows) == text, f"run python -m benchmarks.table {page}"
+
+
+def test_search_shows_its_last_round_the_best_first(tmp_path: Path) -> None:
+    def row(method: str, number: int, rank: float, attributes: float) -> dict[str, Any]:
+        qualities = {"attributes": {"value": attributes, "low": attributes - 0.1, "high": attributes}}
+        kind = {"benchmark": "search", "case": "levels of 7x", "method": method, "round": number, "rank": rank}
+        return {**kind, "prompts": 8 * 2**number, "qualities": qualities, "date": "2026-11-29", "commit": "abc"}
+
+    rounds = [row("a", 0, 1.0, 0.7), row("b", 0, 2.0, 0.6), row("c", 0, 3.0, 0.5), row("a", 1, 2.0, 0.8)]
+    write(tmp_path, "search-cpu-2026-11-29.jsonl", *rounds, row("b", 1, 1.0, 0.9))
+    text = TABLES["search"](read_results(tmp_path))
+    head, table = text.split("\n\n")
+    assert head == "**levels of 7x** (best 2 of 3, 16 training prompts, 2026-11-29, abc)"
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
+        ["| b", "90.0 (80.0 to 90.0)"],
+        ["| a", "80.0 (70.0 to 80.0)"],
+    ]

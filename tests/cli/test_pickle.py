@@ -59,7 +59,7 @@ def test_pickled_weights_are_loaded_where_asked_alone(
     assert main(argv) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"jitaccel {command}: --model must be a diffusers pipeline that loads")
-    assert line.endswith("; --pickle loads weights that are no safetensors, too")
+    assert line.endswith("; --pickle also loads weights in formats other than safetensors")
     assert not (tmp_path / MADE[command]).is_file()
     assert main([*argv, "--pickle"]) == 0, capsys.readouterr().err
     assert (tmp_path / MADE[command]).exists()

@@ -118,10 +118,10 @@ def test_methods_are_presets_dense_steps_or_files(in_folder: Path) -> None:
         "8x": "got '8x'",
         "dense:0": "got 'dense:0'",
         "dense:99999999999999999999": "--methods .*got 'dense:99999999999999999999': .*steps must be",
-        f"dense:{'9' * 5000}": "--methods must list what can run",
+        f"dense:{'9' * 5000}": "--methods must list methods that can run",
         f"{'a' * 5000}.json": "--methods must list",
         "none.json": "got 'none.json'",
-        "7x,7x": "must be different ones",
+        "7x,7x": "must all be different",
     }.items():
         with pytest.raises(CommandError, match=words):
             parse_methods(wrong)

@@ -183,7 +183,7 @@ def test_metrics_are_names_or_ones_own(in_folder: Path, stub: str) -> None:
     for wrong, words in {
         "pnsr": 'did you mean "psnr"',
         "fid": "package.module:attribute",
-        "psnr,psnr": "must be different ones",
+        "psnr,psnr": "must all be different",
         f"{stub}:made,{stub}:nothing": "has no attribute 'nothing'",
         "no_such_module:score": "PYTHONPATH",
         f"{stub}:STUB": "has no attribute",

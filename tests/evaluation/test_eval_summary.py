@@ -71,7 +71,7 @@ def test_summary_takes_the_qualities_that_are_there() -> None:
         ([row("dense:50", k) for k in (0, 1)], ["dense:50", "7x"], "got none of 7x; there are dense:50"),
         ([row("dense:50", 0), row("dense:50", 1), row("7x", 1)], ["dense:50", "7x"], r"got others of 7x \(\[0\]\)"),
         ([row("dense:50", k) for k in (0, 1, 1)], ["dense:50"], "got some of dense:50 twice"),
-        ([row("dense:50", k) for k in (0, 1)], ["dense:50"] * 2, "methods must be different ones"),
+        ([row("dense:50", k) for k in (0, 1)], ["dense:50"] * 2, "methods must all be different"),
         ([], [], "methods must name at least one"),
     ],
 )

@@ -206,7 +206,7 @@ def test_other_models_are_refused(pipe: Any) -> None:
         ("half:4:0", "half:STEPS:HALF_STEPS"),
         ("cachedit:x", "cachedit:STEPS or cachedit:STEPS:THRESHOLD"),
         ("firstblocks:4:1", "must list dense:N, beta:N, dpm:N, firstblock:STEPS:THRESHOLD"),
-        ("half:4:2,half:4:2", "must be different ones"),
+        ("half:4:2,half:4:2", "must all be different"),
     ],
 )
 def test_wrong_words_are_told_with_the_form(word: str, text: str) -> None:

@@ -126,7 +126,7 @@ def test_auto_passes_over_a_package_that_fails_to_import(
 ) -> None:
     broken(hopper, tmp_path, "flash_attn")
     assert choose_backend("auto", CUDA, torch.bfloat16, 64).name == "torch_varlen"
-    assert "flash_attn is passed over: flash-attn is installed but fails to import (OSError: undefined" in caplog.text
+    assert "flash_attn is skipped: flash-attn is installed but fails to import (OSError: undefined" in caplog.text
 
 
 def test_forced_package_that_fails_to_import_says_so(hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:

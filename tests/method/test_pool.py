@@ -190,7 +190,7 @@ def test_a_configuration_with_pooling_goes_through_its_dict_and_pools_nothing_by
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pooling": (2,)}, "pooling must be as many as densities"),
+        ({"pooling": (2,)}, "pooling must have one factor for each of densities"),
         ({"pooling": (3, 1)}, "pooling must be a tuple of 1, 2, 4"),
         ({"pooling": 2}, "pooling must be a tuple of 1, 2, 4"),
         ({"pooling": (2.0, 1)}, "pooling must be a tuple of 1, 2, 4"),

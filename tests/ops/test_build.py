@@ -89,7 +89,7 @@ def test_torch_is_found_without_importing_it_and_an_old_one_refused(
 def test_torch_that_uv_hides_is_missed_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_torch_folders", lambda: iter(()))
     monkeypatch.delenv("UV", raising=False)
-    with pytest.raises(build.MissingToolError, match=r"with headers beside .*python\S*$"):
+    with pytest.raises(build.MissingToolError, match=r"with headers for .*python\S*$"):
         build.find_torch()
     monkeypatch.setenv("UV", "/usr/bin/uv")
     with pytest.raises(build.MissingToolError, match="--no-build-isolation or JITACCEL_TORCH=FOLDER"):

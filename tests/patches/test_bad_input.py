@@ -45,7 +45,7 @@ def target(request: pytest.FixtureRequest, pipe: Any) -> Any:
         ),
         ("4x-paper", {"steps": 2}, ("at least one step", "got 2", "use 4 steps")),
         ("7x", {"steps": 0}, ("steps must be a whole number", "got 0")),
-        ("7x", {"micro_flow": "hitting"}, ("micro_flow must be one of exact, released", "'hitting'", "take one")),
+        ("7x", {"micro_flow": "hitting"}, ("micro_flow must be one of exact, released", "'hitting'", "choose one")),
         ("7x", {"lifter": "velocty"}, ("lifter must be one of velocity, clean", 'did you mean "velocity"')),
         ("7x", {"schedule": (1.0, 0.5, 0.6, 0.0), "steps": 3}, ("schedule must fall strictly", "0.6")),
     ],

@@ -100,7 +100,7 @@ def test_every_rank_says_the_same_of_what_is_refused(refusals: list[Any], name: 
 @pytest.mark.slow
 def test_rank_that_refuses_alone_tells_the_others(refusals: list[Any]) -> None:
     first, second = (found["one rank"] for found in refusals)
-    assert "got an error on rank 1; read it there" in first
+    assert "got an error on rank 1; see its message there" in first
     assert 'noise must be "fresh"' in second
 
 

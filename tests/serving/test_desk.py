@@ -145,7 +145,7 @@ def test_queue_is_bounded_and_places_come_free() -> None:
         assert (
             full.status == 429
             and full.headers["Retry-After"] == "1"
-            and "3 requests wait already" in said(full)["error"]
+            and "3 requests are already waiting" in said(full)["error"]
         )
         assert (await generate(desk, 9, "text/event-stream")).status == 429
         assert (await generate(desk, 9, seeds=1)).status == 400

@@ -1,1 +1,1 @@
-"""How good pictures are, and how sure that is: metrics of pictures, intervals and paired tests. Knows no model."""
+"""Measures picture quality and its uncertainty: metrics, intervals and paired tests. Knows no model."""

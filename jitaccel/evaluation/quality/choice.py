@@ -1,4 +1,4 @@
-"""Which prompts and methods of an evaluation are worth looking at, and why."""
+"""Selects the prompts and methods of an evaluation that are worth showing, with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DISTANCES = {"perceptual": "perceptual distance", "lpips": "LPIPS", "ssim": "1 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Prompts that are shown for one reason. notes: why each is here."""
+    """Prompts shown for one reason. notes: for each prompt, why it was selected."""
 
     heading: str
     prompts: tuple[int, ...]
@@ -23,47 +23,47 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """How well a picture does by itself, more being better: the share of attributes shown, or a quality of its row."""
+    """The quality of a single picture, higher being better: the share of attributes shown, or a quality of its row."""
 
     name: str
     quality: Quality
 
     def __call__(self, row: Row) -> float:
-        """Returns the number of a row, in the units of `points`."""
+        """Returns the score of a row, in the units of `points`."""
         if self.name == "attributes":
             return float(row["shown"]) / max(float(row["claimed"]), 1.0)
         return math.copysign(1.0, self.quality.best or 1.0) * float(row[self.name])
 
     @property
     def title(self) -> str:
-        """What it is."""
+        """Name of the criterion."""
         return "the share of attributes shown" if self.name == "attributes" else self.quality.title
 
     def points(self, difference: float, sign: str = "") -> str:
-        """Returns a difference of two numbers in words."""
+        """Returns a difference of two scores in words."""
         return f"{100 * difference:{sign}.0f} points" if self.name == "attributes" else f"{difference:{sign}.2f}"
 
     def caption(self, row: Row) -> str:
-        """Returns what is written under a picture."""
+        """Returns the caption of a picture."""
         return f"{row['shown']} of {row['claimed']}" if self.name == "attributes" else f"{row[self.name]:.2f}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """How far a picture is from the reference's, 0 for the reference; by a field that the rows have."""
+    """The distance of a picture from the reference's, 0 for the reference, by a field of its row."""
 
     name: str
     title: str
 
     def __call__(self, row: Row) -> float:
-        """Returns the number of a row."""
+        """Returns the distance of a row."""
         if row.get(self.name) is None:
             return 0.0
         return 1.0 - float(row[self.name]) if self.name == "ssim" else float(row[self.name])
 
 
 def criterion_of(rows: Rows, known: Known = QUALITIES) -> Criterion | None:
-    """Returns by what prompts are chosen: attributes, else the first known quality of which every row has a number."""
+    """Returns the criterion for choosing prompts: attributes, or the first known quality that every row has."""
     for name, quality in known.items():
         fields = ("shown", "claimed") if name == "attributes" else (name,)
         is_one_sided = quality.best is not None and math.isinf(quality.best)
@@ -81,9 +81,9 @@ def distance_of(rows: Rows) -> Distance | None:
 
 
 def columns_of(rows: Rows, methods: Sequence[str]) -> list[str]:
-    """Returns which methods are shown, 8 at most: the reference, the sparse ones with their controls, then others.
+    """Returns the methods to show, at most 8: the reference, the sparse ones with their controls, then others.
 
-    They stand in the order of `methods`.
+    They are in the order of `methods`.
     """
     of = by_method(rows, methods, asker="contact_sheet")
     wanted = [methods[0]]
@@ -95,12 +95,15 @@ def columns_of(rows: Rows, methods: Sequence[str]) -> list[str]:
 
 
 def sections(rows: Rows, methods: Sequence[str], count: int = 3, known: Known = QUALITIES) -> list[Section]:
-    """Returns which prompts are shown, and why. A prompt may be in several sections.
+    """Returns the prompts to show, with the reasons. A prompt may be in several sections.
 
-    First those whose score is spread widest over the methods shown, then those where any of them is farthest from the
-    reference; then, of the first two sparse methods, those where the score is most above and most below that of the
-    dense control. Ties go by the distance. Without scores and distances, the first prompts. Raises ValueError where the
-    rows are not of the same 2 or more prompts for every method, or count is not positive.
+    First the prompts with the widest spread of scores over the shown methods, then those with the largest distance of
+    any method from the reference. Then, for each of the first two sparse methods, the prompts with the largest gains
+    and losses in score against the dense control. Ties are broken by the distance. Without scores and distances, the
+    first prompts are shown.
+
+    Raises:
+        ValueError: If the rows do not have the same 2 or more prompts for every method, or if count is not positive.
     """
     if count < 1:
         raise ValueError(f"contact_sheet: count must be 1 or more, got {count}; say how many prompts a section shows")
@@ -110,11 +113,11 @@ def sections(rows: Rows, methods: Sequence[str], count: int = 3, known: Known = 
     criterion, distance = criterion_of(rows, known), distance_of(rows)
     if criterion is None and distance is None:
         first = of[names[0]][:count]
-        return [_section("The first prompts, as the rows have no scores to choose by", first, [""] * len(first))]
+        return [_section("The first prompts, because the rows have no scores to choose by", first, [""] * len(first))]
     found = _differ(of, criterion, distance, count) if len(of) > 1 else []
     for name in [name for name in names if method_kind(of[name][0]) == "sparse"][:_SPARSE]:
         found += _against(name, control_of(name, of), of, criterion, distance, count)
-    return found or [_section("The first prompts, as there is one method", of[names[0]][:count], [""] * count)]
+    return found or [_section("The first prompts, because there is one method", of[names[0]][:count], [""] * count)]
 
 
 def _differ(of: ByMethod, criterion: Criterion | None, distance: Distance | None, count: int) -> list[Section]:
@@ -138,7 +141,7 @@ def _differ(of: ByMethod, criterion: Criterion | None, distance: Distance | None
 def _against(
     name: str, control: str | None, of: ByMethod, criterion: Criterion | None, distance: Distance | None, count: int
 ) -> list[Section]:
-    """Returns the best and the worst prompts of a sparse method against its dense control, half of all at most."""
+    """Returns the best and worst prompts of a sparse method against its dense control, at most half of all each."""
     if control is None:
         return []
     pairs = [*zip(of[name], of[control], strict=True)]

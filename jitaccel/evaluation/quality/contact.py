@@ -1,4 +1,4 @@
-"""The contact sheet of an evaluation: prompts where methods differ most, and the best and worst of the sparse ones."""
+"""The contact sheet of an evaluation: prompts on which methods differ most, and the best and worst of sparse ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ _HEADING_PX, _CAPTION_PX, _LEAST_COLUMNS = 72, 40, 4
 def contact_sheet(
     rows: Rows, methods: Sequence[str], picture_of: PictureOf, count: int = 3, *, known: Known = QUALITIES
 ) -> Image.Image:
-    """Returns one sheet: a row of pictures for each prompt of `sections`, a column for each method of `columns_of`.
+    """Returns one sheet with a row of pictures for each prompt of `sections` and a column for each method.
 
-    methods: names, the reference first. picture_of: of a method's name and a prompt's index. count: prompts in a
-    section, fewer where there are not so many. known: qualities by which prompts can be chosen, the first one that all
-    rows have. Raises ValueError where the rows are not of the same 2 or more prompts for every method, or count is not
-    positive.
+    Args:
+        rows: The rows.
+        methods: Names, the reference first; `columns_of` selects those shown.
+        picture_of: Returns the picture of a method's name and a prompt's index.
+        count: Prompts per section, fewer if there are not enough.
+        known: Qualities by which prompts can be chosen; the first one that all rows have is used.
+
+    Raises:
+        ValueError: If the rows do not have the same 2 or more prompts for every method, or if count is not positive.
     """
     found = sections(rows, methods, count, known)
     columns = columns_of(rows, methods)
@@ -43,7 +48,7 @@ def contact_sheet(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sheet:
-    """What all rows of pictures have in common."""
+    """Data shared by all rows of pictures."""
 
     columns: Mapping[str, Mapping[int, Row]]
     costs: Mapping[str, float]
@@ -73,26 +78,26 @@ class _Sheet:
         return pen.picture()
 
     def _head(self) -> str:
-        """Returns what is said of the whole sheet."""
+        """Returns the notes on the whole sheet."""
         reference, rows = next(iter(self.columns.items()))
         first = next(iter(rows.values()))
-        told = [f"Reference: {reference}; chosen from {len(rows)} prompts."]
+        notes = [f"Reference: {reference}; chosen from {len(rows)} prompts."]
         if self.criterion is not None:
             what = "attributes shown of those claimed" if self.criterion.name == "attributes" else self.criterion.title
-            told.append(f"Under a picture, on the left: {what}.")
+            notes.append(f"Under a picture, on the left: {what}.")
         if self.distance is not None:
-            told.append(f"On the right: {self.distance.title} to the reference.")
+            notes.append(f"On the right: {self.distance.title} to the reference.")
         origin = [str(first["device"])] if "device" in first else []
         origin += [f"{name} {str(first[name])[:18]}" for name in ("commit", "weights", "seed") if name in first]
-        return " ".join([*told, ", ".join(origin)])
+        return " ".join([*notes, ", ".join(origin)])
 
     def _text(self, prompt: int, note: str) -> list[str]:
-        """Returns the lines above a row of pictures: the prompt, then why it is here."""
+        """Returns the lines above a row of pictures: the prompt, then the reason for showing it."""
         words = next(iter(self.columns.values()))[prompt].get("prompt", "")
         return [*wrap(f"{prompt}: {words}", self.width, 14), *([note] if note else [])]
 
     def _heading(self, pen: Pen, text: str, y: float) -> float:
-        """Draws a section's heading and the names of the columns; returns where they end."""
+        """Draws a section's heading and the names of the columns; returns the y below them."""
         pen.box((_MARGIN_PX, y, _MARGIN_PX + self.width, y + 1.5), PALE)
         pen.text((_MARGIN_PX, y + 10), cut(text, self.width, 19), 19)
         for column, (name, rows) in enumerate(self.columns.items()):
@@ -105,7 +110,7 @@ class _Sheet:
         return y + _HEADING_PX
 
     def _row(self, pen: Pen, prompt: int, note: str, y: float) -> float:
-        """Draws a prompt, why it is here, and its pictures with their numbers; returns where they end."""
+        """Draws a prompt, the reason for showing it, and its pictures with their scores; returns the y below them."""
         lines = self._text(prompt, note)
         for line in lines:
             pen.text((_MARGIN_PX, y), line, 14, GREY if line is note else INK)

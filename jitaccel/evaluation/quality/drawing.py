@@ -1,4 +1,4 @@
-"""Lines, markers, text and scales for pictures of measurements, on Pillow alone."""
+"""Draws lines, markers, text and scales for plots of measurements, using only Pillow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 INK, GREY, PALE, PAPER = (30, 30, 30), (105, 105, 105), (228, 228, 228), (255, 255, 255)
-# Okabe and Ito's colours, which the colour-blind tell apart; each kind has a marker of its own as well.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; each kind also has its own marker.
 COLOURS: dict[str, Colour] = {
     "dense-native": (0, 114, 178),
     "dense-beta": (0, 158, 115),
@@ -24,24 +24,24 @@ COLOURS: dict[str, Colour] = {
 METHOD_KINDS = {
     "dense-native": "dense, native levels",
     "dense-beta": "dense, the presets' levels",
-    "dense-dpm": "dense, those by DPM-Solver++(2M)",
+    "dense-dpm": "dense, DPM-Solver++(2M)",
     "sparse": "sparse (JiT)",
     "rival": "other methods",
 }
 RADIUS = 5.5
-_FINER = 2  # Pillow's lines have no smooth edges: what is drawn is halved
+_FINER = 2  # Pillow does not anti-alias lines, so draw at twice the size and halve
 
 
 class Pen:
-    """Draws on a sheet in pixels, fractions of them too."""
+    """Draws on a white sheet. Coordinates are in pixels and may be fractional."""
 
     def __init__(self, width: float, height: float) -> None:
-        """Takes a white sheet of this size."""
+        """Creates a white sheet of this size in pixels."""
         self._sheet = Image.new("RGB", (round(width) * _FINER, round(height) * _FINER), PAPER)
         self._draw = ImageDraw.Draw(self._sheet)
 
     def picture(self) -> Image.Image:
-        """Returns what is drawn."""
+        """Returns the drawn picture."""
         return self._sheet.reduce(_FINER)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float = 1.0) -> None:
@@ -49,7 +49,7 @@ class Pen:
         self._draw.line(_finer(points), fill=colour, width=round(width * _FINER), joint="curve")
 
     def dashes(self, start: Point, end: Point, colour: Colour, width: float = 1.0) -> None:
-        """Draws a line of dashes 6 pixels long with gaps of 4."""
+        """Draws a dashed line, with dashes of 6 pixels and gaps of 4."""
         length = math.dist(start, end)
         for at in range(0, int(length), 10):
             ends = [_between(start, end, part / length) for part in (at, min(at + 6, length))]
@@ -60,7 +60,7 @@ class Pen:
         self._draw.rectangle([round(each * _FINER) for each in box], fill=fill)
 
     def text(self, at: Point, text: str, size: float = 13, colour: Colour = INK, anchor: str = "la") -> None:
-        """Writes one line with a white rim. anchor: as Pillow has it, which point of the text lies at `at`."""
+        """Writes a line of text with a white outline. anchor: Pillow's code for the point of the text at `at`."""
         place = (at[0] * _FINER, at[1] * _FINER)
         rim = _FINER * 2
         self._draw.text(
@@ -69,7 +69,7 @@ class Pen:
         self._draw.text(place, text, fill=colour, font=_font(size * _FINER), anchor=anchor)
 
     def marker(self, kind: str, at: Point, *, is_hollow: bool = False, colour: Colour | None = None) -> None:
-        """Draws the marker of a kind of method: circle, square, diamond or triangle, with a white rim."""
+        """Draws the marker of a kind of method (circle, square, diamond or triangle) with a white outline."""
         colour = COLOURS[kind] if colour is None else colour
         self._shape(kind, at, RADIUS + 1.5, PAPER)
         self._shape(kind, at, RADIUS, colour)
@@ -77,7 +77,7 @@ class Pen:
             self._shape(kind, at, RADIUS - 2.2, PAPER)
 
     def paste(self, picture: Image.Image, at: Point) -> None:
-        """Puts a picture down, its corner at a point."""
+        """Pastes a picture with its top left corner at a point."""
         size = picture.width * _FINER, picture.height * _FINER
         finer = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
         self._sheet.paste(finer, (round(at[0] * _FINER), round(at[1] * _FINER)))
@@ -114,12 +114,12 @@ def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def text_width(text: str, size: float = 13) -> float:
-    """Returns how wide a line is, in pixels."""
+    """Returns the width of a line of text in pixels."""
     return float(_font(size * _FINER).getlength(text)) / _FINER
 
 
 def wrap(text: str, width: float, size: float = 13) -> list[str]:
-    """Returns the lines of a text that are no wider than `width`; a longer word stands alone, cut off."""
+    """Returns a text wrapped into lines at most `width` wide; a single longer word is cut off."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -131,7 +131,7 @@ def wrap(text: str, width: float, size: float = 13) -> list[str]:
 
 
 def cut(text: str, width: float, size: float = 13) -> str:
-    """Returns a text, its end replaced by dots where it is wider than `width`."""
+    """Returns a text whose end is replaced by dots if it is wider than `width`."""
     if text_width(text, size) <= width:
         return text
     while text and text_width(f"{text}...", size) > width:
@@ -153,7 +153,7 @@ def darken(colour: Colour) -> Colour:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Where numbers from low to high lie, in pixels from start to end; evenly, or by their logarithm."""
+    """Maps numbers from low to high to pixels from start to end, linearly or logarithmically."""
 
     low: float
     high: float
@@ -162,12 +162,12 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Returns the place of a number."""
+        """Returns the pixel position of a number."""
         low, high, value = (math.log(each) if self.is_log else each for each in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int = 8) -> list[float]:
-        """Returns round numbers on the scale, at most so many."""
+        """Returns at most `most` round numbers on the scale."""
         if self.is_log:
             for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
                 powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)

@@ -1,4 +1,4 @@
-"""Where the names of points go, so that they cover neither each other nor what is drawn."""
+"""Places the labels of points so that they overlap neither each other nor the drawing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Box(NamedTuple):
     bottom: float
 
     def shared_px(self, other: Box) -> float:
-        """Returns the area that two boxes share."""
+        """Returns the area of the intersection of two boxes, in square pixels."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(width, 0.0) * max(height, 0.0)
@@ -37,12 +37,12 @@ class Box(NamedTuple):
         )
 
     def nearest(self, point: tuple[float, float]) -> tuple[float, float]:
-        """Returns the point of the box that is nearest to another one."""
+        """Returns the point of the box nearest to `point`."""
         return min(max(point[0], self.left), self.right), min(max(point[1], self.top), self.bottom)
 
     @property
     def middle(self) -> tuple[float, float]:
-        """The point in the middle."""
+        """The centre of the box."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
 
@@ -52,10 +52,10 @@ def place_labels(
     obstacles: Sequence[Box],
     bounds: Box,
 ) -> list[Box]:
-    """Returns a box for the label of each point, near it and inside the bounds.
+    """Returns a box for the label of each point, near the point and inside the bounds.
 
-    The points with the most neighbours choose first, each the nearest place that covers no label before it and as
-    little as can be of the obstacles. Where there is no such place the labels overlap as little as they can.
+    Points with the most neighbours are placed first. Each gets the nearest place that overlaps no earlier label and
+    covers as little as possible of the obstacles. If there is no such place, the overlap with labels is minimised.
     """
     crowd = [sum(math.dist(point, other) < 60 for other in points) for point in points]
     placed: dict[int, Box] = {}
@@ -69,7 +69,7 @@ def place_labels(
 
 
 def _covered(boxes: Sequence[Box], things: Sequence[Box]) -> NDArray[Any]:
-    """Returns the area of the things that each box covers, (boxes,)."""
+    """Returns the area of `things` that each box covers, (boxes,)."""
     one, other = np.array(boxes)[:, None], np.array(things).reshape(1, -1, 4)
     sides = np.minimum(one[..., 2:], other[..., 2:]) - np.maximum(one[..., :2], other[..., :2])
     area: NDArray[Any] = np.maximum(sides, 0.0).prod(axis=-1).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Metrics of pictures (H, W, 3) in [0, 1], and of features that a network has of them."""
+"""Metrics of pictures (H, W, 3) in [0, 1], and of a network's features of them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from .statistics import Array
 
-_SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2  # of SSIM
+_SIGMA, _C1, _C2 = 1.5, 0.01**2, 0.03**2  # constants of SSIM
 _TINY = 1e-12
 
 
 def psnr_db(picture: Array, reference: Array) -> float:
-    """Returns the peak signal-to-noise ratio of pictures in [0, 1]; infinite where they are equal."""
+    """Returns the peak signal-to-noise ratio of pictures in [0, 1]; infinite if they are equal."""
     error = float(np.mean((np.asarray(picture, np.float64) - np.asarray(reference, np.float64)) ** 2))
     return float("inf") if error == 0 else -10.0 * float(np.log10(error))
 
 
 def ssim(picture: Array, reference: Array) -> float:
-    """Returns the structural similarity of two pictures, 1 for the same (Wang et al. 2004).
+    """Returns the structural similarity of two pictures, 1 if they are equal (Wang et al. 2004).
 
     Mean over pixels and colours; Gaussian windows of standard deviation 1.5 pixels, population variances.
     """
@@ -36,9 +36,9 @@ def ssim(picture: Array, reference: Array) -> float:
 
 
 def spectrum_error_db(picture: Array, reference: Array) -> float:
-    """Returns by how many dB the power of fine detail differs, above half the Nyquist frequency: mean over its rings.
+    """Returns the difference in the power of fine detail in dB: the mean over frequency rings above half Nyquist.
 
-    Positive where the picture has more of it than the reference, negative where it is smoother.
+    Positive if the picture has more detail than the reference, negative if it is smoother.
     """
     powers = [_ring_powers(np.asarray(each, np.float64).mean(axis=2)) for each in (picture, reference)]
     rings = slice(len(powers[0]) // 2, None)
@@ -57,10 +57,12 @@ def _ring_powers(luminance: Array) -> Array:
 
 
 def seam_ratio(picture: Array, stages: Array) -> float:
-    """Returns how steep the borders between tokens of different stages are, over those between tokens of one stage.
+    """Returns the mean pixel step at borders between tokens of different stages, relative to that within a stage.
 
-    1 where stages leave no trace, more where they can be seen. stages: (grid_h, grid_w), in which stage each token was
-    activated. Mean absolute difference of the pixels on both sides. 1 where all tokens have one stage.
+    1 if stages leave no trace, more if they are visible. The step is the absolute difference of the pixels on both
+    sides. 1 if all tokens have the same stage.
+
+    stages: (grid_h, grid_w), the stage in which each token was activated.
     """
     pixels = np.asarray(picture, np.float64)
     cell_h, cell_w = pixels.shape[0] // stages.shape[0], pixels.shape[1] // stages.shape[1]
@@ -79,9 +81,9 @@ def seam_ratio(picture: Array, stages: Array) -> float:
 
 
 def perceptual_distance(features: Array, reference: Array) -> float:
-    """Returns how far two feature maps (C, h, w) are apart, in [0, 2], 0 for the same; like LPIPS (Zhang et al. 2018).
+    """Returns the distance of two feature maps (C, h, w), in [0, 2], 0 if equal; similar to LPIPS (Zhang et al. 2018).
 
-    The squared distance of the channels at each place, normalised to length 1, mean over places; no learnt weights.
+    The squared distance of the channels at each place, normalised to length 1, averaged over places; no learnt weights.
     """
     unit = [each / (np.linalg.norm(each, axis=0, keepdims=True) + _TINY) for each in (features, reference)]
     return float(np.mean(((unit[0] - unit[1]) ** 2).sum(axis=0)) / 2.0)
@@ -90,15 +92,15 @@ def perceptual_distance(features: Array, reference: Array) -> float:
 def frechet_distance(features: Array, reference: Array) -> float:
     """Returns the squared Frechet distance of two normal distributions fitted to features (n, F) and (m, F).
 
-    Heusel et al. 2017, on whatever features are given; 0 for equal ones. n and m must be 2 or more.
+    As in Heusel et al. 2017, but for any features; 0 if they are equal. n and m must be at least 2.
     """
     if len(features) < 2 or len(reference) < 2:
         raise ValueError(
             f"frechet_distance: needs 2 pictures or more, got {len(features)} and {len(reference)}; add some"
         )
     means = [each.mean(axis=0) for each in (features, reference)]
-    # Of centred features x, y the traces of covariances, and of the root of their product: singular values of x y^T.
-    # Those are the same of the triangles of their QR decompositions, which are small where there are many pictures.
+    # For centred features x, y: traces of the covariances, and the singular values of x y^T for the root of their
+    # product. The triangular factors of the QR decompositions give the same, and are small if there are many pictures.
     both = zip((features, reference), means, strict=True)
     x, y = (_triangle((each - mean) / np.sqrt(len(each) - 1)) for each, mean in both)
     root = np.linalg.svd(x @ y.T, compute_uv=False).sum()

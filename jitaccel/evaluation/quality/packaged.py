@@ -1,4 +1,4 @@
-"""Scorers that packages of their own compute, each as that package documents it. None is imported before it scores."""
+"""Scorers from other packages, each used as its documentation describes. None is imported before it scores."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def imagereward(device: str) -> Scorer:
 def hpsv2(device: str) -> Scorer:
     """Returns Human Preference Score v2.1 (Wu et al. 2023): what people would prefer for the prompt, about 0.2 to 0.35.
 
-    The package picks its device itself, CUDA where there is one, and reads its checkpoint anew at each call, so the
-    pictures of one prompt go in one call.
+    The package always uses CUDA if it is present, and loads its checkpoint again at each call, so the pictures of one
+    prompt are scored in one call.
     """
 
     def score(prompts: Sequence[str], pictures: Pictures, references: Pictures | None) -> list[float]:
@@ -54,9 +54,9 @@ def hpsv2(device: str) -> Scorer:
 
 
 def clip(device: str) -> Scorer:
-    """Returns CLIPScore (Hessel et al. 2021): 100 times the cosine of picture and prompt, 0 where that is negative.
+    """Returns CLIPScore (Hessel et al. 2021): 100 times the cosine of picture and prompt, or 0 if that is negative.
 
-    Of OpenAI's ViT-L/14 at 224 pixels; a prompt's tokens after the 77th are not seen.
+    Uses OpenAI's ViT-L/14 at 224 pixels. Prompt tokens after the 77th are ignored.
     """
 
     @functools.cache
@@ -87,7 +87,7 @@ def clip(device: str) -> Scorer:
 def clip_iqa(device: str) -> Scorer:
     """Returns CLIP-IQA (Wang et al. 2023): whether the picture is nearer to "Good photo." than to "Bad photo.", 0 to 1.
 
-    Of piq, one picture at a time, as it asks for. It does not look at the prompt.
+    Uses piq, with one picture at a time, as piq requires. Does not look at the prompt.
     """
 
     @functools.cache
@@ -104,7 +104,7 @@ def clip_iqa(device: str) -> Scorer:
 
 
 def lpips(device: str) -> Scorer:
-    """Returns LPIPS (Zhang et al. 2018) to the reference, of AlexNet's features: 0 for the same picture."""
+    """Returns LPIPS (Zhang et al. 2018) to the reference, with AlexNet's features: 0 for the same picture."""
 
     @functools.cache
     def model() -> Any:

@@ -31,17 +31,17 @@ from .rows import QUALITIES, Known, Quality, quality_of
 Records = Sequence[Mapping[str, Any]]
 
 _PANEL_W, _PANEL_H, _MARGIN_PX, _LEGEND_PX = 600, 420, 24, 26
-_LEFT_PX, _RIGHT_PX, _TOP_PX, _BOTTOM_PX = 58, 14, 34, 48  # of a panel, around what is measured
+_LEFT_PX, _RIGHT_PX, _TOP_PX, _BOTTOM_PX = 58, 14, 34, 48  # margins of a panel around its plot
 _LABEL_PX, _APART_PX = 13.0, 10.0
 _NOTE = (
-    "Bars: 95 % bootstrap intervals over prompts. Dashes: the reference. Methods of about one cost stand side by side."
+    "Bars: 95 % bootstrap intervals over prompts. Dashes: the reference. Methods of similar cost stand side by side."
 )
 _NOTE_SPARSE = "Steps: the best sparse method for a cost; a hollow one is no better than a cheaper one."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Where a method stands in a panel, in pixels. is_hollow: another sparse method is as good for less."""
+    """The place of a method in a panel, in pixels. is_hollow: a cheaper sparse method is at least as good."""
 
     name: str
     kind: str
@@ -54,7 +54,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """What one panel shows, and where on the picture. labels: in the order of marks. steps: the sparse front."""
+    """The content of one panel and its place in the picture. labels: in the order of marks. steps: the sparse front."""
 
     quality: Quality
     frame: Box
@@ -69,10 +69,15 @@ class Panel:
 def pareto_picture(
     records: Records, qualities: Sequence[str] | None = None, *, known: Known = QUALITIES
 ) -> Image.Image:
-    """Returns a panel for each quality: cost in dense steps, by its logarithm, against the quality with its interval.
+    """Returns a panel for each quality: the quality with its interval against cost in dense steps, on a log scale.
 
-    records: of `summary`. qualities: names; None: all that the records hold. known: how qualities are shown, in which
-    order, and which way they are better. Raises ValueError where there is nothing to draw or a name is in no record.
+    Args:
+        records: From `summary`.
+        qualities: Names; None for all that the records have.
+        known: How qualities are shown, in which order, and which direction is better.
+
+    Raises:
+        ValueError: If there is nothing to draw, or if no record has a named quality.
     """
     panels = arrange(records, qualities, known)
     right, bottom = (max(panel.frame[side] for panel in panels) for side in (2, 3))
@@ -142,9 +147,9 @@ def _panel(records: Records, name: str, quality: Quality, corner: Point) -> Pane
 
 
 def front(records: Records, name: str, quality: Quality) -> list[str]:
-    """Returns the sparse methods that no other one beats in cost and quality, the cheapest first.
+    """Returns the sparse methods that no cheaper sparse method equals in quality, cheapest first.
 
-    None of them where it is not known which way a quality is better.
+    Empty if it is unknown which direction of the quality is better.
     """
     best = quality.best
     if best is None:
@@ -165,7 +170,7 @@ def front(records: Records, name: str, quality: Quality) -> list[str]:
 
 
 def _side_by_side(places: Sequence[float]) -> list[float]:
-    """Returns the places in the same order, those nearer than a marker moved apart around their middle."""
+    """Returns the places in the same order, with those closer than a marker spread around their middle."""
     groups: list[list[int]] = []
     for index in sorted(range(len(places)), key=lambda k: places[k]):
         groups.append([index])
@@ -201,7 +206,7 @@ def _labels(marks: Sequence[Mark], steps: Sequence[Point], frame: Box) -> list[B
 
 
 def _family_lines(marks: Sequence[Mark]) -> list[tuple[Mark, Mark]]:
-    """Returns which marks lines join: neighbours in cost of each dense family."""
+    """Returns the pairs of marks to join by lines: neighbours in cost within each dense family."""
     lines = []
     for kind in ("dense-native", "dense-beta", "dense-dpm"):
         lines += [*pairwise(sorted((mark for mark in marks if mark.kind == kind), key=lambda mark: mark.cost))]
@@ -232,7 +237,7 @@ def _draw(pen: Pen, panel: Panel) -> None:
 
 
 def _steps(marks: Sequence[Mark], right: float) -> list[Point]:
-    """Returns the front of the sparse methods: each is the best for its cost and more, until the next."""
+    """Returns the front of the sparse methods as steps: each method is the best from its cost up to the next one's."""
     members = sorted((m for m in marks if m.kind == "sparse" and not m.is_hollow), key=lambda m: m.cost)
     steps = [member.at for member in members[:1]]
     for member in members[1:]:
@@ -280,7 +285,7 @@ def _title(records: Records) -> str:
 
 def _small_print(records: Records, width: float) -> list[str]:
     first = records[0]
-    told = [str(first[name]) for name in ("device", "date") if name in first]
-    told += [f"{name} {str(first[name])[:18]}" for name in ("torch", "commit", "weights", "seed") if name in first]
+    facts = [str(first[name]) for name in ("device", "date") if name in first]
+    facts += [f"{name} {str(first[name])[:18]}" for name in ("torch", "commit", "weights", "seed") if name in first]
     note = f"{_NOTE} {_NOTE_SPARSE}" if any(record["kind"] == "sparse" for record in records) else _NOTE
-    return [*wrap(", ".join(told), width), *wrap(note, width)]
+    return [*wrap(", ".join(facts), width), *wrap(note, width)]

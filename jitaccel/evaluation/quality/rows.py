@@ -1,4 +1,4 @@
-"""Rows of an evaluation, one for each method and prompt: checked, sorted, and which qualities they hold."""
+"""Rows of an evaluation, one for each method and prompt: checks, order, and the qualities they contain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS_OF_COST = ("_s", "_ms", "_mib", "_gib", "_w", "_j")
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How a quality is shown: its number times `scale`. best: what to be near, infinities too; None: unknown."""
+    """How a quality is shown: its value times `scale`. best: the ideal value, possibly infinite; None if unknown."""
 
     title: str
     best: float | None
@@ -48,14 +48,14 @@ QUALITIES: Known = {
 
 
 def quality_of(name: str, known: Known) -> Quality:
-    """Returns how a quality is shown; of one that is not known, whether more is better is not either."""
+    """Returns how a quality is shown; for an unknown one, it is also unknown whether more is better."""
     return known.get(name, Quality(title=name.replace("_", " "), best=None))
 
 
 def settings_as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row's settings with the default of each field of JiTConfig that did not exist when it was written.
+    """Returns a row's settings, completed by the defaults of fields of JiTConfig added since it was written.
 
-    Settings that are not a configuration's (native steps, rivals) stay as they are.
+    Settings that are not a configuration (native steps, rivals) are unchanged.
     """
     given = dict(settings)
     if "densities" not in given or "rival" in given:
@@ -64,20 +64,20 @@ def settings_as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    """Returns the defaults as JSON has them: lists in place of tuples."""
+    """Returns the defaults as JSON values, with lists instead of tuples."""
     found = {field.name: field.default for field in fields(JiTConfig) if field.default is not MISSING}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def by_method(rows: Rows, methods: Sequence[str], *, asker: str) -> dict[str, Rows]:
-    """Returns the rows of each method in the order of prompts. asker: the function that errors name.
+    """Returns the rows of each method in the order of prompts. asker: the function named in errors.
 
-    Raises ValueError with every reason: methods named twice or without rows, fewer than 2 prompts, prompts that are
-    there twice or not for every method.
+    Raises ValueError listing every problem: methods named twice or without rows, fewer than 2 prompts, prompts that are
+    repeated or missing for a method.
     """
     reasons = [] if methods else ["methods must name at least one, got none; name the reference first"]
     if len(set(methods)) < len(methods):
-        reasons.append(f"methods must be different ones, got {', '.join(methods)}; drop the repeated ones")
+        reasons.append(f"methods must all be different, got {', '.join(methods)}; drop the repeated ones")
     of = {name: sorted((row for row in rows if row["method"] == name), key=_prompt) for name in methods}
     if missing := [name for name, some in of.items() if not some]:
         known = ", ".join(dict.fromkeys(str(row["method"]) for row in rows)) or "none"
@@ -102,9 +102,10 @@ def _prompt(row: Mapping[str, Any]) -> int:
 
 
 def method_kind(row: Mapping[str, Any]) -> str:
-    """Returns what a row's method is: dense ones by their levels and solver, "sparse" or "rival".
+    """Returns the kind of a row's method: for dense ones by levels and solver, otherwise "sparse" or "rival".
 
-    "dense-native": the model's levels. "dense-beta": the presets'. "dense-dpm": those, by DPM-Solver++(2M).
+    "dense-native" uses the model's levels, "dense-beta" the presets' levels, and "dense-dpm" the presets' levels with
+    DPM-Solver++(2M).
     """
     family = str(row["method"]).partition(":")[0].lower()
     config = row.get("config") or {}
@@ -113,7 +114,7 @@ def method_kind(row: Mapping[str, Any]) -> str:
         return "rival"
     if densities is not None and any(density != 1.0 for density in densities):
         return "sparse"
-    if family in ("dense", "beta"):  # says more than levels that are listed one by one
+    if family in ("dense", "beta"):  # more informative than an explicit list of levels
         return "dense-native" if family == "dense" else "dense-beta"
     if family == "dpm" or config.get("solver", "euler") == "dpmpp_2m":
         return "dense-dpm"
@@ -121,10 +122,10 @@ def method_kind(row: Mapping[str, Any]) -> str:
 
 
 def control_of(name: str, of: ByMethod) -> str | None:
-    """Returns the dense method whose cost is nearest to that of a sparse one, or None where there is no other.
+    """Returns the dense method of nearest cost to a sparse one, or None if there is none.
 
-    Those on the presets' levels, by the solver of the sparse one where there are such, come before those on native
-    ones.
+    Methods on the presets' levels are preferred to those on native ones, and among them those with the solver of the
+    sparse method, if there are any.
     """
     kinds = {other: method_kind(rows[0]) for other, rows in of.items() if other != name}
     solver = (of[name][0].get("config") or {}).get("solver", "euler")
@@ -137,9 +138,9 @@ def control_of(name: str, of: ByMethod) -> str | None:
 
 
 def qualities_of_rows(rows: Rows, known: Known) -> tuple[str, ...]:
-    """Returns which qualities of single pictures the rows hold: known ones first, then others as they come.
+    """Returns the qualities of single pictures that the rows have: known ones first, then others in their order.
 
-    Any fraction is one, but guidance and costs (their names end in a unit of time, memory or power).
+    Any fraction counts, except guidance and costs (whose names end in a unit of time, memory or power).
     """
     found = dict.fromkeys(
         name
@@ -162,5 +163,5 @@ def mean(rows: Rows, name: str) -> float:
 
 
 def cost_dense_steps(rows: Rows, reference: Rows) -> float:
-    """Returns what a picture costs, in steps of the reference."""
+    """Returns the cost of a picture in steps of the reference."""
     return mean(rows, "gflop") / (mean(reference, "gflop") / float(reference[0]["steps"]))

@@ -1,7 +1,7 @@
-"""Metrics of pictures as `jitaccel eval --metrics` names them: built in, of packages, or somebody's own.
+"""The metrics of `jitaccel eval --metrics`: built in, from packages, or the user's.
 
-A scorer takes prompts, pictures and where it needs them reference pictures, and returns a number for each picture. It
-is cheap to make: what it needs of networks it loads when it scores for the first time.
+A scorer takes prompts, pictures and, if it needs them, reference pictures, and returns a number for each picture.
+Creating one is cheap, because it loads its networks when it scores for the first time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ ScoreFunction = Callable[[Sequence[str], Pictures, Pictures | None], Sequence[fl
 class Scorer:
     """One metric. `score(prompts, pictures, references)` returns B numbers; pictures are uint8, (B, H, W, 3).
 
-    name: of its field in a row. title: of its column. needs_reference: whether it compares with another method's
-    pictures from the same noise; without it `references` is None. judges_prompt: whether it says how well a picture
-    shows its prompt. higher_is_better: None where the best value lies between. digits: behind the point.
-    version: of what computes it; numbers of other versions are not taken up.
+    Attributes:
+        name: Name of its field in a row.
+        title: Title of its column.
+        needs_reference: Whether it compares with another method's pictures from the same noise; otherwise `references`
+            is None.
+        judges_prompt: Whether it measures how well a picture shows its prompt.
+        higher_is_better: None if the best value lies in between.
+        digits: Decimals shown.
+        version: Version of its implementation; stored scores of other versions are not reused.
     """
 
     name: str
@@ -45,7 +50,7 @@ class Scorer:
     version: str | None = None
 
     def __call__(self, prompts: Sequence[str], pictures: Pictures, references: Pictures | None = None) -> list[float]:
-        """Returns a number for each picture. Raises ValueError where the metric returns anything else."""
+        """Returns a number for each picture. Raises ValueError if the metric returns anything else."""
         if self.needs_reference and references is None:
             raise ValueError(f"{self.name}: references must be given, got none; it compares pictures with them")
         found = self.score(prompts, pictures, references if self.needs_reference else None)
@@ -57,16 +62,16 @@ class Scorer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerFactory:
-    """Where a scorer comes from. make: called with the name of a torch device. packages: what pip installs, by module.
+    """Creates a scorer. make: called with the name of a torch device. packages: the pip package of each module.
 
-    Of the modules each is imported to learn whether it can be; the first is the one that scores.
+    Each of the modules is imported to test whether it can be; the first one computes the score.
     """
 
     make: Callable[[str], Scorer]
     packages: Mapping[str, str] | None = None
 
     def missing(self) -> list[str]:
-        """Returns what keeps it from running, a sentence each; importing a package may raise anything."""
+        """Returns the problems that keep it from running, one sentence each; importing a package may raise anything."""
         found = []
         for module, package in (self.packages or {}).items():
             try:
@@ -82,9 +87,9 @@ class ScorerFactory:
 
 
 def scorer_factory(word: str) -> ScorerFactory:
-    """Returns the factory of a scorer: a name of `scorer_factories`, or package.module:attribute for somebody's own.
+    """Returns the factory of a scorer: a name of `scorer_factories`, or package.module:attribute for a custom one.
 
-    Raises ValueError for a name that is none, with the nearest one.
+    Raises ValueError for an unknown name, suggesting a similar one.
     """
     known = scorer_factories()
     if word in known:
@@ -92,12 +97,12 @@ def scorer_factory(word: str) -> ScorerFactory:
     if ":" in word:
         scorer = own(word)
         return ScorerFactory(make=lambda device: scorer)
-    hint = suggestion(word, known, "package.module:attribute names one of your own")
+    hint = suggestion(word, known, "use package.module:attribute for a custom metric")
     raise ValueError(f"one of {', '.join(known)}, got {word!r}; {hint}")
 
 
 def scorer_factories() -> dict[str, ScorerFactory]:
-    """Returns every metric that has a name here, those without packages first."""
+    """Returns every named metric, those without packages first."""
     from . import packaged
 
     return {
@@ -113,7 +118,7 @@ def scorer_factories() -> dict[str, ScorerFactory]:
 
 
 def perceptual(features: Callable[[Pictures], Pictures], version: str | None = None) -> Scorer:
-    """Returns the distance of feature maps (B, C, h, w) that a network has of pictures and references, 0 to 2."""
+    """Returns the distance between a network's feature maps (B, C, h, w) of pictures and references, 0 to 2."""
 
     def score(prompts: Sequence[str], pictures: Pictures, references: Pictures | None) -> list[float]:
         assert references is not None
@@ -124,11 +129,11 @@ def perceptual(features: Callable[[Pictures], Pictures], version: str | None = N
 
 
 def own(word: str) -> Scorer:
-    """Returns somebody's own scorer, package.module:attribute.
+    """Returns a custom scorer, package.module:attribute.
 
-    The attribute is a Scorer; a function of prompts (list of str) and pictures (uint8, (B, H, W, 3)), of which more is
-    taken to be better and to judge the prompt, with a third parameter where it compares with reference pictures; or
-    something to call with nothing, once, that returns either. Raises ValueError where it is none of them.
+    The attribute is one of these. A Scorer. A function of prompts (list of str) and pictures (uint8, (B, H, W, 3)),
+    assumed to judge the prompt and to be better if higher; a third parameter receives reference pictures. A function
+    without arguments that returns either; it is called once. Raises ValueError for anything else.
     """
     module_name, _, name = word.partition(":")
     try:
@@ -156,7 +161,7 @@ def own(word: str) -> Scorer:
 
 
 def _num_arguments(function: Callable[..., Any]) -> int:
-    """Returns how many arguments must be given by place."""
+    """Returns the number of required positional arguments."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -166,7 +171,7 @@ def _num_arguments(function: Callable[..., Any]) -> int:
 
 
 def _digest(module: ModuleType) -> str | None:
-    """Returns what tells a module's text from another, so that an edited metric scores anew."""
+    """Returns a digest of a module's text, so that an edited metric scores again."""
     path = getattr(module, "__file__", None)
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 

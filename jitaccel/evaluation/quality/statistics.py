@@ -1,4 +1,4 @@
-"""How sure a mean, a ratio or a distance over prompts is, and whether two methods differ on the same prompts."""
+"""Uncertainty of a mean, ratio or distance over prompts, and paired tests of two methods on the same prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Estimate:
     high: float
 
     def overlaps(self, other: Estimate) -> bool:
-        """Whether both intervals have a number in common."""
+        """Whether the two intervals overlap."""
         return self.low <= other.high and other.low <= self.high
 
 
@@ -31,7 +31,7 @@ def bootstrap(
 ) -> Estimate:
     """Returns a statistic of `count` prompts with its percentile bootstrap interval.
 
-    statistic: of an array of prompt indices, which may repeat.
+    statistic: computes it for an array of prompt indices, which may repeat.
     """
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
@@ -46,7 +46,7 @@ def mean_of(values: Array, *, seed: int = 0) -> Estimate:
 
 
 def share_of(parts: Array, wholes: Array, *, seed: int = 0) -> Estimate:
-    """Returns the sum of parts (n,) over the sum of wholes (n,), with its interval: of attributes over prompts."""
+    """Returns the sum of parts (n,) over the sum of wholes (n,) with its interval, such as attributes over prompts."""
     parts, wholes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
 
     def share(chosen: Array) -> float:
@@ -56,9 +56,9 @@ def share_of(parts: Array, wholes: Array, *, seed: int = 0) -> Estimate:
 
 
 def paired_p_value(values: Array, others: Array, *, seed: int = 0, resamples: int = 10_000) -> float:
-    """Returns how likely a mean difference as large as that of two methods on the same prompts is by chance.
+    """Returns the probability, by chance, of a mean difference as large as that of two methods on the same prompts.
 
-    Two-sided sign-flip permutation test; never below 1 / (resamples + 1).
+    Two-sided sign-flip permutation test; at least 1 / (resamples + 1).
     """
     difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
     rng = np.random.default_rng(seed)

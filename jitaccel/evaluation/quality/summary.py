@@ -1,4 +1,4 @@
-"""What an evaluation found, one record for each method: costs, and each quality with its interval."""
+"""Results of an evaluation, one record for each method: costs, and each quality with its interval."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .rows import (
 from .statistics import Estimate, bootstrap, mean_of, share_of
 
 Record = dict[str, Any]
-_FRECHET_RESAMPLES = 200  # each takes a decomposition
+_FRECHET_RESAMPLES = 200  # each needs a matrix decomposition
 _OF_ONE_ROW = frozenset(
     ("benchmark", "method", "steps", "config", "prompt_index", "prompt", "picture", "claimed", "shown", "features")
 )
@@ -34,17 +34,22 @@ _COSTS = frozenset(("gflop", "token_steps", "denoise_s"))
 def summary(
     rows: Rows, methods: Sequence[str], *, data: NDArray[Any] | None = None, known: Known = QUALITIES
 ) -> list[Record]:
-    """Returns one record for each method, in their order, of which JSON can be made.
+    """Returns one record of JSON values for each method, in their order.
 
-    Costs are means for one picture; cost_dense_steps counts them in steps of the reference. qualities: each as value,
-    low and high, the ends of its 95 % bootstrap interval over prompts: those that the rows hold, `attributes`, the
-    share shown of those claimed, and `frechet`, of features to the reference's, both resampled alike. A quality that is
-    not finite for some picture is left out, as its mean is not finite either. What all rows have in common comes last:
-    commit, device, seed and the like.
+    Costs are means per picture; cost_dense_steps counts them in steps of the reference. Each quality has `value`, and
+    `low` and `high`, the ends of its 95 % bootstrap interval over prompts. Qualities are those in the rows;
+    `attributes`, the share shown of those claimed; and `frechet`, the distance of features to the reference's, both
+    resampled together. A quality that is not finite for some picture is left out, because its mean would not be finite.
+    Fields that all rows share (commit, device, seed and the like) come last.
 
-    rows: of each method for the same prompts. methods: names, the reference first. data: features (P, F) for
-    `frechet_to_data`. known: fields that are qualities whatever they hold; any other fraction is one as well. Raises
-    ValueError where the rows are not of the same 2 or more prompts for every method.
+    Args:
+        rows: The rows of every method for the same prompts.
+        methods: Names, the reference first.
+        data: (P, F), features for `frechet_to_data`.
+        known: Fields that count as qualities whatever they contain; any other fraction counts too.
+
+    Raises:
+        ValueError: If the rows do not have the same 2 or more prompts for every method.
     """
     of = by_method(rows, methods, asker="summary")
     reference = of[methods[0]]
@@ -105,7 +110,7 @@ def _has(rows: Rows, name: str) -> bool:
 
 
 def _common(rows: Rows, known: Known) -> Record:
-    """Returns the fields, no costs or qualities, that have one value in all rows: where they come from."""
+    """Returns the fields other than costs and qualities that have the same value in all rows, such as the commit."""
     first = rows[0]
     measured = {*_OF_ONE_ROW, *_COSTS, *qualities_of_rows(rows, known), *known}
     return {

@@ -1,1 +1,1 @@
-"""The world of the embedded model: captioned landscapes, drawn, and a judge of pictures of them."""
+"""The world of the embedded model: drawn landscapes with captions, and a judge of pictures of them."""

@@ -1,4 +1,4 @@
-"""A picture in the making: layers are painted over it from back to front, anti-aliased."""
+"""A canvas on which layers are painted from back to front, anti-aliased."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Canvas:
         self.regions = np.zeros((len(REGIONS), height, width), np.float32) if with_regions else None
 
     def rows(self, top: float, bottom: float) -> slice:
-        """Returns the rows that touch `top` to `bottom`."""
+        """Returns the rows between `top` and `bottom`, including partial ones."""
         count = len(self.y)
         first = min(count - 1, max(0, int(top * count)))
         return slice(first, min(count, max(first + 1, int(np.ceil(bottom * count)) + 1)))
 
     def columns(self, left: float, right: float) -> slice:
-        """Returns the columns that touch `left` to `right`."""
+        """Returns the columns between `left` and `right`, including partial ones."""
         count = len(self.x)
         first = min(count - 1, max(0, int((left + self.aspect / 2) / self.pixel)))
         return slice(first, min(count, max(first + 1, int(np.ceil((right + self.aspect / 2) / self.pixel)) + 1)))
 
     def column_of(self, fraction: float) -> float:
-        """Returns x of a fraction of the width."""
+        """Returns x at a fraction of the width."""
         return (fraction - 0.5) * self.aspect
 
     def paint(
@@ -48,7 +48,7 @@ class Canvas:
         rows: slice = slice(None),
         columns: slice = slice(None),
     ) -> None:
-        """Lays a colour, of each pixel or of all, over a box of the picture with coverage `alpha` in [0, 1]."""
+        """Paints one colour, or a colour per pixel, over a box of the picture with coverage `alpha` in [0, 1]."""
         box = self.pixels[rows, columns]
         box += alpha[..., None] * (np.asarray(colour, np.float32) - box)
         if self.regions is not None:
@@ -56,7 +56,7 @@ class Canvas:
             self.regions[REGIONS.index(region), rows, columns] += alpha
 
     def polygon(self, region: str, corners: Sequence[tuple[float, float]], colour: Paint) -> None:
-        """Paints a convex polygon, corners `(x, y)` clockwise as seen."""
+        """Paints a convex polygon; corners `(x, y)` are clockwise on the screen."""
         left, right = min(x for x, _ in corners), max(x for x, _ in corners)
         top, bottom = min(y for _, y in corners), max(y for _, y in corners)
         if right < self.x[0] or left > self.x[-1] or bottom < 0 or top > 1:
@@ -87,6 +87,6 @@ def smooth_step(low: float, high: float, values: NDArray[np.floating]) -> Field:
 
 
 def mix(first: Paint, second: Paint, share: NDArray[np.floating] | float) -> NDArray[np.float32]:
-    """Returns `share` of the second colour in the first, for each value of `share`."""
+    """Returns the two colours mixed, with `share` of the second, for each value of `share`."""
     a, b = np.asarray(first, np.float32), np.asarray(second, np.float32)
     return (a + np.asarray(share, np.float32)[..., None] * (b - a)).astype(np.float32)

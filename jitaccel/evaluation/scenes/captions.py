@@ -1,4 +1,4 @@
-"""Captions of landscapes in several wordings, what each claims, and the words that they are made of."""
+"""Captions of landscapes in several wordings, the attributes each claims, and the words they use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from .scene import ATTRIBUTES, NONE, Landscape, pick
 
 Claims = Mapping[str, str]
-"""What a caption says: attribute -> value. It never claims that something is absent."""
+"""The claims of a caption: attribute -> value. A caption never claims that something is absent."""
 
 _WORDINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -36,26 +36,26 @@ _OTHER_WORDS = ("a sun", "a moon", "mountains at", "over", "with", "and")
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence, what it claims, and which part of it claims what: `(start, end, claims)` in characters."""
+    """A sentence, its claims, and the part of the sentence for each: `(start, end, claims)` in characters."""
 
     text: str
     parts: tuple[tuple[int, int, Claims], ...]
 
     @property
     def claims(self) -> dict[str, str]:
-        """All that the sentence claims."""
+        """All claims of the sentence."""
         return {name: value for _, _, said in self.parts for name, value in said.items()}
 
 
 def vocabulary() -> frozenset[str]:
-    """Returns every word that a caption may have, in lower case."""
+    """Returns every word that a caption may contain, in lower case."""
     values = (value for values in ATTRIBUTES.values() for value in values if value != NONE)
     wordings = itertools.chain.from_iterable(_WORDINGS.values())
     return frozenset(_words(" ".join([*values, *wordings, *_PLACES.values(), *_OTHER_WORDS])))
 
 
 def unknown_words(text: str) -> list[str]:
-    """Returns the words of a prompt that no caption has, each once, in their order."""
+    """Returns the words of a prompt that no caption contains, each once, in order."""
     known = vocabulary()
     return [word for word in dict.fromkeys(_words(text)) if word not in known]
 
@@ -65,7 +65,7 @@ def _words(text: str) -> list[str]:
 
 
 def describe(landscape: Landscape, rng: np.random.Generator, detail: float = 0.9) -> Caption:
-    """Returns a caption in one of several wordings; each part but the mountains is said with probability `detail`."""
+    """Returns a caption in one of several wordings; each part but the mountains appears with probability `detail`."""
     said = rng.random(6) < detail
     parts = [_worded("sky", landscape, rng)] if said[0] else []
     parts += [_light(landscape)] if said[1] and landscape.light != NONE else []
@@ -125,7 +125,7 @@ def _sentence(lead: Sequence[_Part], parts: Sequence[_Part], rng: np.random.Gene
 
 
 def _joint(k: int, num_lead: int, num_parts: int, plain: bool) -> str:
-    """Returns what stands before the k-th piece of a sentence."""
+    """Returns the separator before the k-th part of a sentence."""
     if k == 0:
         return ""
     if k < num_lead:

@@ -1,6 +1,6 @@
 """Draws a landscape at any size: sky, mountains and water here, the foreground and objects in `foreground`.
 
-Nothing depends on the size but the finest octaves of noise, so a small picture is the large one, shrunk.
+Only the finest octaves of noise depend on the size, so a small picture is the large one reduced.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .palette import CLOUDS, LAND_LIGHT, LIGHT_COLOURS, MOUNTAIN_COLOURS, SKY_CO
 from .scene import NONE, PLACES, Landscape
 
 _SNOW, _GOLD = (1.12, 1.16, 1.22), (0.90, 0.60, 0.16)
-_CLOUDS_ABOVE, _LEAST_CLOUDY, _LEAST_PUFF = 0.3, 0.15, 0.2  # height, share of it, and how dense clouds are there
-_NUM_LAYERS = 7  # each has a stream of random numbers of its own
+_CLOUDS_ABOVE, _LEAST_CLOUDY, _LEAST_PUFF = 0.3, 0.15, 0.2  # height, cloudy share of it, density of clouds
+_NUM_LAYERS = 7  # each has its own stream of random numbers
 
 
 def draw(landscape: Landscape, width: int = 256, height: int | None = None) -> NDArray[np.uint8]:
@@ -25,7 +25,7 @@ def draw(landscape: Landscape, width: int = 256, height: int | None = None) -> N
 
 
 def draw_regions(landscape: Landscape, width: int = 256, height: int | None = None) -> NDArray[np.float32]:
-    """Returns which share of each pixel every one of `canvas.REGIONS` covers, `(len(REGIONS), height, width)`."""
+    """Returns the share of each pixel that each of `canvas.REGIONS` covers, `(len(REGIONS), height, width)`."""
     regions = _painted(landscape, width, height or width, with_regions=True).regions
     assert regions is not None
     return regions
@@ -56,7 +56,7 @@ def _painted(landscape: Landscape, width: int, height: int, with_regions: bool) 
 
 
 def _sun(canvas: Canvas, landscape: Landscape, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Returns x, y and radius of sun or moon; its height is drawn, its place is the landscape's."""
+    """Returns x, y and radius of sun or moon; the height is random, the place is the landscape's."""
     x = canvas.column_of(PLACES[landscape.light_place] + 0.05 * rng.uniform(-1, 1))
     return x, 0.11 + 0.13 * float(rng.random()), 0.048
 
@@ -92,7 +92,7 @@ def _paint_clouds(canvas: Canvas, landscape: Landscape, horizon: float, rng: np.
     rows = canvas.rows(0, horizon)
     y = canvas.y[rows]
     puffs = field(rng, canvas.x, y, 0.24, octaves=6, stretch=1.9, gain=0.52)
-    seen = puffs[y < _CLOUDS_ABOVE]  # no cloudy sky without a cloud above the mountains
+    seen = puffs[y < _CLOUDS_ABOVE]  # a cloudy sky always has a cloud above the mountains
     puffs = puffs + max(0.0, _LEAST_PUFF - float(np.quantile(seen, 1 - _LEAST_CLOUDY)))
     cover = smooth_step(-0.05, 0.95, puffs + 0.05) * np.clip(1.15 - y / horizon, 0, 1)[:, None] ** 0.5
     if landscape.light != NONE:
@@ -100,18 +100,18 @@ def _paint_clouds(canvas: Canvas, landscape: Landscape, horizon: float, rng: np.
         distance = np.hypot(canvas.x[None, :] - cx, y[:, None] - cy)
         cover = cover * (1 - 0.92 * np.exp(-((distance / 0.085) ** 2)))
     bright, shaded = CLOUDS[landscape.time]
-    below = np.vstack([puffs[1:], puffs[-1:]]) - puffs  # clouds thin out downwards where they are lit from above
+    below = np.vstack([puffs[1:], puffs[-1:]]) - puffs  # clouds are lit from above where they thin out downwards
     lit = np.clip(0.55 - 0.035 * below / canvas.pixel + 0.12 * (1.2 - puffs), 0, 1)
     canvas.paint("cloud", 0.95 * cover, mix(shaded, bright, lit), rows)
 
 
 def _paint_range(canvas: Canvas, landscape: Landscape, horizon: float, far: int, rng: np.random.Generator) -> None:
-    """Paints one range; `far` counts the ranges in front of it."""
+    """Paints one range; `far` is the number of ranges in front of it."""
     rounded = landscape.mountains in ("green", "autumn")
     wavelength, gain = (0.42, 0.36) if rounded else (0.30, 0.52)
     profile = line(rng, canvas.x, wavelength, octaves=4 if rounded else 7, gain=gain, smooth=rounded)
     swell = 0.5 + 0.5 * np.tanh(0.75 * profile)
-    # The nearer of two ranges is lower, so that both are seen.
+    # The nearer of two ranges is lower, so that both are visible.
     low, high = (0.17, 0.22) if far else (0.05, 0.24 if landscape.ranges == 1 else 0.14)
     top = horizon - low - high * swell
     rows = canvas.rows(float(top.min()) - canvas.pixel, horizon + canvas.pixel)
@@ -175,7 +175,7 @@ def _paint_water(canvas: Canvas, landscape: Landscape, horizon: float, shore: fl
 
 
 def _mirrored(canvas: Canvas, horizon: float, y: Field, bend: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Returns what lies above the horizon, upside down, read from rows that the ripples bend."""
+    """Returns the picture above the horizon, mirrored vertically, with rows displaced by the ripples."""
     at = (2 * horizon - y[:, None] - 0.002 - np.abs(bend)) / canvas.pixel - 0.5
     at = np.clip(at, 0, len(canvas.y) - 2)
     low = at.astype(int)

@@ -1,4 +1,4 @@
-"""Paints what is near: the ground with what grows on it, and the one object."""
+"""Paints the foreground: the ground with its plants, and the object."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def paint_ground(canvas: Canvas, landscape: Landscape, shore: float, rng: np.ran
 
 
 def paint_thing(canvas: Canvas, landscape: Landscape, horizon: float, shore: float, rng: np.random.Generator) -> None:
-    """Paints house, boat or balloon, if there is one."""
+    """Paints the house, boat or balloon, if there is one."""
     if landscape.thing == NONE:
         return
     x = thing_column(canvas, landscape)
@@ -52,13 +52,13 @@ def paint_thing(canvas: Canvas, landscape: Landscape, horizon: float, shore: flo
 
 
 def thing_column(canvas: Canvas, landscape: Landscape) -> float:
-    """Returns x of the object's middle; a little of it is drawn."""
+    """Returns x of the object's middle, with a small random offset."""
     jitter = np.random.default_rng([landscape.seed, 98]).uniform(-1, 1)
     return canvas.column_of(PLACES[landscape.thing_place] + 0.03 * float(jitter))
 
 
 def house_floor(shore: float) -> float:
-    """Returns y of the lower edge of a house."""
+    """Returns y of a house's lower edge."""
     return shore + 0.14
 
 
@@ -67,7 +67,7 @@ def _light(landscape: Landscape) -> Field:
 
 
 def _paint_hills(canvas: Canvas, landscape: Landscape, shore: float, rng: np.random.Generator) -> None:
-    """Paints dunes or snow: crests one before the other, each lit from one side and darker towards its foot."""
+    """Paints dunes or snow: crests in front of each other, each lit from one side and darker towards its foot."""
     shaded, lit = _SAND if landscape.ground == "dunes" else _SNOW
     steep = 0.05 if landscape.ground == "dunes" else 0.03
     side = 1.0 if rng.random() < 0.5 else -1.0
@@ -130,7 +130,7 @@ def _plant_pines(canvas: Canvas, landscape: Landscape, shore: float, rng: np.ran
 
 
 def _paint_pine(canvas: Canvas, x: float, foot: float, tall: float, colour: Paint) -> None:
-    """Paints one tree: four tiers of branches on a trunk, the left of it lighter."""
+    """Paints one tree: four tiers of branches on a trunk, lighter on the left."""
     half = 0.24 * tall
     if x + half < canvas.x[0] or x - half > canvas.x[-1]:
         return

@@ -1,8 +1,8 @@
 """A judge of pictures: does a picture show what its caption says?
 
-A small convolutional network names the value of every attribute of `scene.ATTRIBUTES`. `training/judge.py` trains it
-on drawn landscapes, blurred and otherwise spoilt; it never sees a generated picture. Its features serve distances
-between pictures and between sets of them.
+A small convolutional network classifies every attribute of `scene.ATTRIBUTES`. `training/judge.py` trains it on drawn
+landscapes with blur and other degradations; it never sees a generated picture. Its features also serve to measure
+distances between pictures and between sets of pictures.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from .captions import Claims
 from .scene import ATTRIBUTES, NONE
 
-PICTURE_PX = 256  # pictures are brought to this height before they are judged
-UNSURE = "unsure"  # what the judge says where no value has more than half of its belief
+PICTURE_PX = 256  # pictures are resized to this height before they are judged
+UNSURE = "unsure"  # the judge's answer if no value has a probability above one half
 NUM_FEATURES = 96
-_COLUMNS = 6  # of the summary that tells where something is
+_COLUMNS = 6  # of the summary of where something is
 REGIONS_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "time": ("sky",),
@@ -42,9 +42,9 @@ REGIONS_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "paint": ("thing",),
     }
 )
-"""In which of `canvas.REGIONS` the value of an attribute is seen."""
+"""The region of `canvas.REGIONS` in which the value of an attribute is visible."""
 CELL_VALUES = tuple((name, value) for name in REGIONS_OF for value in ATTRIBUTES[name] if value != NONE)
-"""What the network tells of each cell: attribute and value."""
+"""The network's outputs for each cell: attribute and value."""
 # An attribute of an object counts only where the object itself is recognised.
 _NEEDS = {"paint": "thing", "thing_place": "thing", "flowers": "ground"}
 _WEIGHTS, _RECORD, _DRAWN = "judge.safetensors", "judge.json", "drawn.npy"
@@ -52,14 +52,14 @@ _WEIGHTS, _RECORD, _DRAWN = "judge.safetensors", "judge.json", "drawn.npy"
 
 @dataclass(frozen=True)
 class Score:
-    """How many attributes captions claim, and how many of those the pictures show, by attribute; scores add up."""
+    """Number of attributes that captions claim, and of those that the pictures show, by attribute; scores add up."""
 
     claimed: Counter[str] = field(default_factory=Counter)
     shown: Counter[str] = field(default_factory=Counter)
 
     @property
     def accuracy(self) -> float:
-        """Share of the claimed attributes that are shown, in [0, 1]; 1 where nothing is claimed."""
+        """Share of the claimed attributes that are shown, in [0, 1]; 1 if none is claimed."""
         return self.shown.total() / self.claimed.total() if self.claimed else 1.0
 
     def __add__(self, other: Score) -> Score:
@@ -83,7 +83,8 @@ def compare(seen: Mapping[str, str], claims: Claims) -> Score:
 class JudgeNetwork(nn.Module):
     """Scores of all values of all attributes, `(B, num_values)`, from pictures `(B, 3, h, w)` in [0, 1].
 
-    It first says of every cell of 8x8 pixels which values are seen there (`CELL_VALUES`), and answers by those.
+    First classifies, for every cell of 8x8 pixels, which values are visible there (`CELL_VALUES`), then derives the
+    scores from that.
     """
 
     def __init__(self) -> None:
@@ -102,10 +103,10 @@ class JudgeNetwork(nn.Module):
             nn.Linear(256, sum(len(values) for values in ATTRIBUTES.values())),
         )
         assert self.shown.bias is not None
-        nn.init.constant_(self.shown.bias, -3.0)  # most values are not seen in most cells
+        nn.init.constant_(self.shown.bias, -3.0)  # most values are not visible in most cells
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Returns what all answers are read from, `(B, NUM_FEATURES, h / 8, w / 8)`."""
+        """Returns the features from which all answers are computed, `(B, NUM_FEATURES, h / 8, w / 8)`."""
         near = self.near(self.stem(pictures - 0.5))
         near = near + self.around(near)
         far = self.far(near)
@@ -132,18 +133,18 @@ def _convolution(inside: int, out: int, *, kernel: int = 3, stride: int = 1) -> 
 
 
 def split_by_attribute(answers: Tensor) -> dict[str, Tensor]:
-    """Returns for each attribute the scores of its values, `(B, len(values))`."""
+    """Returns, for each attribute, the scores of its values, `(B, len(values))`."""
     parts = answers.split([len(values) for values in ATTRIBUTES.values()], dim=1)
     return dict(zip(ATTRIBUTES, parts, strict=True))
 
 
 class Judge:
-    """Names the attributes of pictures, and scores captions by them.
+    """Classifies the attributes of pictures, and scores captions by them.
 
     Attributes:
         network: The trained network.
-        record: How it was trained, and how well it does on held-out drawings.
-        drawn: Mean features `(P, NUM_FEATURES)` of held-out drawings, to measure distances of pictures to them.
+        record: How it was trained, and its accuracy on held-out drawings.
+        drawn: Mean features `(P, NUM_FEATURES)` of held-out drawings, to measure the distance of pictures from them.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Judge:
 
     @classmethod
     def load(cls, folder: Path) -> Judge:
-        """Returns the judge that `save` wrote. Raises FileNotFoundError, or ValueError for one of another world."""
+        """Returns the judge that `save` wrote. Raises FileNotFoundError, or ValueError for a judge of another world."""
         record = json.loads((folder / _RECORD).read_text())
         attributes = record.pop("attributes", None)
         if attributes != {name: list(values) for name, values in ATTRIBUTES.items()}:
@@ -183,7 +184,7 @@ class Judge:
         (folder / _RECORD).write_text(json.dumps({"attributes": dict(ATTRIBUTES), **self.record}, indent=1) + "\n")
 
     def __call__(self, pictures: NDArray[Any], batch: int = 16) -> list[dict[str, str]]:
-        """Returns what is seen in each of the pictures `(B, h, w, 3)`, uint8 or floats in [0, 1], of any size."""
+        """Returns the attributes seen in each picture of `(B, h, w, 3)`, uint8 or floats in [0, 1], of any size."""
         found = []
         with torch.inference_mode():
             for part in _prepared(pictures, batch):
@@ -199,7 +200,7 @@ class Judge:
         return found
 
     def features(self, pictures: NDArray[Any], batch: int = 16) -> NDArray[np.float32]:
-        """Returns the network's features of pictures, `(B, NUM_FEATURES, 32, 32)` for square ones, for distances."""
+        """Returns the network's features of pictures for distances, `(B, NUM_FEATURES, 32, 32)` for square pictures."""
         with torch.inference_mode():
             return np.concatenate([self.network.features(part).numpy() for part in _prepared(pictures, batch)])
 
@@ -217,7 +218,7 @@ def _prepared(pictures: NDArray[Any], batch: int) -> Sequence[Tensor]:
 
 
 def at_judged_size(pictures: Tensor) -> Tensor:
-    """Returns pictures `(B, 3, h, w)` brought to the height at which they are judged."""
+    """Returns pictures `(B, 3, h, w)` resized to the height at which they are judged."""
     height, width = pictures.shape[-2:]
     if height == PICTURE_PX:
         return pictures

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Field = NDArray[np.float32]
 REACH = 1.5  # fields are known for x in [-REACH, REACH], y in [0, 1]; lengths are in heights of the picture
-_SPLINE_STD = 0.479  # of white noise between the points of a cubic spline, for each axis: its variance
+_SPLINE_STD = 0.479  # standard deviation of a 2-D cubic spline through white noise: the variance along one axis
 
 
 def field(
@@ -23,19 +23,19 @@ def field(
     stretch: float = 1.0,
     gain: float = 0.5,
 ) -> Field:
-    """Returns fractal noise of mean 0 and deviation 1, `(len(y), len(x))`.
+    """Returns fractal noise of mean 0 and standard deviation 1, `(len(y), len(x))`.
 
-    Octaves too fine for the pixels are left out, so that a small picture shows what a large one does, shrunk. The
-    generator advances by the same amount whatever the size.
+    Octaves too fine for the pixels are left out, so a small picture is a large one reduced. The generator advances by
+    the same amount whatever the size.
 
     Args:
-        rng: Source of the values.
-        x: Places of the columns, in [-REACH, REACH].
-        y: Places of the rows, in [0, 1].
-        wavelength: Distance of the points of the first octave.
-        octaves: How many, each of half the wavelength.
-        stretch: How much longer the points' distance is along x.
-        gain: Amplitude of an octave relative to the one before.
+        rng: Random generator.
+        x: Positions of the columns, in [-REACH, REACH].
+        y: Positions of the rows, in [0, 1].
+        wavelength: Spacing of the points of the first octave.
+        octaves: Number of octaves, each with half the wavelength of the previous one.
+        stretch: Factor by which the spacing is larger along x.
+        gain: Amplitude of an octave relative to the previous one.
     """
     pixel = min(abs(float(axis[-1] - axis[0])) / (len(axis) - 1) for axis in (x, y) if len(axis) > 1)
     total: Field = np.zeros((len(y), len(x)), np.float32)
@@ -52,7 +52,7 @@ def field(
 
 
 def line(rng: np.random.Generator, x: Field, wavelength: float, *, octaves: int, gain: float, smooth: bool) -> Field:
-    """Returns fractal noise along x, of mean 0 and deviation about 1; straight between its points unless `smooth`."""
+    """Returns fractal noise along x, of mean 0 and standard deviation about 1; piecewise linear unless `smooth`."""
     total: Field = np.zeros(len(x), np.float32)
     for octave in range(octaves):
         step = wavelength * 0.5**octave
@@ -66,7 +66,7 @@ def line(rng: np.random.Generator, x: Field, wavelength: float, *, octaves: int,
 
 
 def _weights(places: Field, step: float, count: int) -> Field:
-    """Returns the weights `(len(places), count)` of a cubic spline's points, the first of them at `-step`."""
+    """Returns the weights `(len(places), count)` of a cubic spline's points, the first of which is at `-step`."""
     return _cached_weights(np.ascontiguousarray(places, np.float32).tobytes(), step, count)
 
 

@@ -1,4 +1,4 @@
-"""The colours of the world, red, green and blue in [0, 1]."""
+"""The colours of the world: red, green and blue in [0, 1]."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 Rgb = tuple[float, float, float]
 
-SKY_COLOURS: Mapping[str, tuple[Rgb, Rgb, Rgb]] = {  # zenith, half-way, horizon
+SKY_COLOURS: Mapping[str, tuple[Rgb, Rgb, Rgb]] = {  # zenith, halfway, horizon
     "dawn": ((0.42, 0.54, 0.78), (0.80, 0.70, 0.80), (1.00, 0.80, 0.68)),
     "noon": ((0.16, 0.42, 0.80), (0.42, 0.68, 0.93), (0.78, 0.90, 0.97)),
     "dusk": ((0.17, 0.13, 0.36), (0.58, 0.26, 0.42), (0.99, 0.53, 0.24)),
     "night": ((0.02, 0.03, 0.10), (0.05, 0.09, 0.22), (0.13, 0.19, 0.36)),
 }
-LAND_LIGHT: Mapping[str, Rgb] = {  # on what stands below the sky
+LAND_LIGHT: Mapping[str, Rgb] = {  # light on everything below the sky
     "dawn": (0.86, 0.76, 0.78),
     "noon": (1.0, 1.0, 0.98),
     "dusk": (0.74, 0.54, 0.52),

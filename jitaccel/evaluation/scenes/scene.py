@@ -1,7 +1,7 @@
 """Landscapes as data: words from the lists below and one seed.
 
-From the seed drawing takes everything that has no word: ridge lines, clouds, where the trees stand. `captions` says
-what is there in sentences.
+The seed determines everything without a word: ridge lines, clouds, the places of trees. `captions` describes a
+landscape in sentences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUNDS = ("flowers", "pines", "dunes", "snow")
 FLOWERS = ("red", "yellow", "white", "purple")
 THINGS = ("house", "boat", "balloon")
 PAINTS = ("red", "blue", "white", "yellow")
-NONE = "none"  # what an attribute is where the landscape has no such thing
+NONE = "none"  # value of an attribute that the landscape does not have
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "time": TIMES,
@@ -41,9 +41,9 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Landscape:
-    """What is drawn. The fields named in `ATTRIBUTES` are what a caption may claim.
+    """A landscape to draw. Captions may claim the fields named in `ATTRIBUTES`.
 
-    ranges: mountain ranges, 1 or 2. seed: of all that has no word.
+    ranges: number of mountain ranges, 1 or 2. seed: determines everything without a word.
     """
 
     time: str
@@ -61,14 +61,14 @@ class Landscape:
     seed: int
 
     def attributes(self) -> dict[str, str]:
-        """Returns every attribute and its value, `NONE` included."""
+        """Returns every attribute and its value, including `NONE`."""
         return {name: getattr(self, name) for name in ATTRIBUTES}
 
 
 def random_landscape(rng: np.random.Generator) -> Landscape:
-    """Returns a landscape with each attribute drawn alone, as far as they can stand together.
+    """Returns a landscape with independently drawn attributes, as far as they are compatible.
 
-    Stars are seen at night, a boat needs water, and a balloon keeps clear of sun and moon.
+    Stars appear only at night, a boat needs water, and a balloon does not overlap sun or moon.
     """
     time = pick(rng, TIMES)
     sky = pick(rng, ("cloudy", "starry") if time == "night" else ("clear", "cloudy"))
@@ -98,5 +98,5 @@ def random_landscape(rng: np.random.Generator) -> Landscape:
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """Returns one of the options, each as likely."""
+    """Returns one of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]

@@ -1,1 +1,1 @@
-"""Attention inside each document of a packed sequence, through whichever package has it."""
+"""Attention within each document of a packed sequence, by whichever installed package provides it."""

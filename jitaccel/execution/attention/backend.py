@@ -1,4 +1,4 @@
-"""What a backend of packed attention is: the packages that hold it, and which tensors it takes."""
+"""Defines a backend of packed attention: the packages that provide it, and the tensors it accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..options import Attention
 from ..packing import PackedLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
-"""Attention inside each document: queries, keys and values (T, heads, head_dim) and their layout to the same shape."""
+"""Attention within each document: queries, keys, values (T, heads, head_dim) and their layout to the same shape."""
 
 Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
@@ -24,16 +24,19 @@ AMPERE: Capabilities = ((8, 0), NEWEST)
 
 def _unloaded(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     raise RuntimeError(
-        "varlen_attention: backend must be loaded, got one out of BACKENDS; take it from choose_backend, or load it"
+        "varlen_attention: backend must be loaded, got an entry of BACKENDS; take it from choose_backend, or load it"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelPackage:
-    """One package that holds a backend's kernel.
+    """A package that provides a backend's kernel.
 
-    module: found without importing it. package: what to install. load: imports the module of this name and returns the
-    attention. takes: the dtypes, and of each the first and last compute capability that it runs on.
+    Attributes:
+        module: Its module, looked up without importing it.
+        package: The package to install.
+        load: Imports the module of this name and returns the attention function.
+        takes: The supported dtypes, each with the first and last compute capability it runs on.
     """
 
     module: str
@@ -44,10 +47,11 @@ class KernelPackage:
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One way to attend. `run(q, k, v, layout)` is there after `load`; `choose_backend` returns loaded ones.
+    """An attention implementation. `run(q, k, v, layout)` works after `load`; `choose_backend` returns loaded ones.
 
-    packages: the packages that have it; the first that takes the dtype and can be imported is used.
-    max_head_dim: also says that head dims are multiples of 8; None takes any.
+    Attributes:
+        packages: The packages that provide it; the first that supports the dtype and can be imported is used.
+        max_head_dim: Largest head dim; head dims must then also be multiples of 8. None accepts any.
     """
 
     name: Attention
@@ -57,9 +61,9 @@ class Backend:
     run: Attend = field(default=_unloaded, repr=False)
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-        """Returns every reason why such tensors cannot go through it; nothing where they can.
+        """Returns every reason why such tensors are not supported; an empty list if they are.
 
-        Imports no package, and starts no CUDA where there is none.
+        Imports no package, and does not initialise CUDA on a machine without it.
         """
         reasons = []
         found = [kernel for kernel in self.packages if is_found(kernel.module)]
@@ -77,7 +81,7 @@ class Backend:
     def load(self, dtype: torch.dtype) -> Backend:
         """Returns this backend with its package imported, ready to run.
 
-        Raises ImportError with what importing said, whatever it raised, where no package that takes the dtype imports.
+        Raises ImportError if no package that supports the dtype can be imported, whatever the import raised.
         """
         failures = []
         for kernel in self.packages:
@@ -88,7 +92,7 @@ class Backend:
             except Exception as error:  # a package built for another torch or CUDA may raise anything
                 said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 failures.append(f"{kernel.package} is installed but fails to import ({said})")
-        raise ImportError("; ".join(failures) or f"nothing that is installed has {self.name} for {dtype_name(dtype)}")
+        raise ImportError("; ".join(failures) or f"no installed package has {self.name} for {dtype_name(dtype)}")
 
 
 def _device_reasons(device: torch.device, dtype: torch.dtype, takes: Mapping[torch.dtype, Capabilities]) -> list[str]:
@@ -116,15 +120,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_found(module: str) -> bool:
-    """Returns whether a module could be imported; imports at most the packages that hold it, of torch alone.
+    """Returns whether a module could be imported. Imports at most the packages that contain it, and only torch's.
 
-    A folder without `__init__.py` does not count: flash-attn-4 leaves such a `flash_attn`, without FlashAttention 2.
+    A folder without `__init__.py` does not count: flash-attn-4 leaves such a `flash_attn` folder, without
+    FlashAttention 2.
     """
     wanted = module if module.startswith("torch.") else module.partition(".")[0]
     if sys.modules.get(wanted) is not None:
         return True
     try:
         spec = importlib.util.find_spec(wanted)
-    except ImportError:  # what should hold the module is missing
+    except ImportError:  # the package that would contain the module is missing
         return False
     return spec is not None and spec.origin is not None

@@ -1,13 +1,13 @@
-"""Attention of packed execution: documents of different length in one sequence, each attending to itself alone.
+"""Attention of packed execution: documents of different length in one sequence, each attending only to itself.
 
-Five backends, in the order of preference. A package is looked for without importing it; only the one that is chosen is
-imported, and where that fails, "auto" goes on to the next.
+There are five backends, here in order of preference. Packages are located without being imported. Only the chosen one
+is imported; if that fails, "auto" tries the next.
 
     flash_attn_3   FlashAttention 3, built from source (`flash_attn_interface`) or forward-only from PyPI (`fa3-fwd`)
     flash_attn     FlashAttention 2
     torch_varlen   `torch.nn.attention.varlen`, FlashAttention 2 as torch ships it
-    xformers       the only one for float32, or on devices before compute capability 8.0, that is one kernel
-    sdpa           torch's scaled dot product attention: one call where the documents are equally long, else one each
+    xformers       the only single-kernel backend for float32, and for devices before compute capability 8.0
+    sdpa           torch's scaled dot product attention: one call if documents have equal length, else one per document
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from ...errors import ConfigError, suggestion
 from ..options import Attention
 from ..packing import PackedLayout
-from .backend import Backend as Backend  # as callers know it
+from .backend import Backend as Backend  # re-exported for callers
 from .backend import dtype_name
 from .flash import FLASH_ATTN, FLASH_ATTN_3
 from .sdpa import SDPA
@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_attention(name: str) -> None:
-    """Raises ConfigError, with the name that may have been meant, unless `name` is in ATTENTION."""
+    """Raises ConfigError, suggesting a similar name, unless `name` is in ATTENTION."""
     if name not in ATTENTION:
         raise ConfigError(
             f"apply: attention must be one of {', '.join(ATTENTION)}, got {name!r}; {suggestion(name, ATTENTION)}"
@@ -45,12 +45,18 @@ def check_attention(name: str) -> None:
 
 @lru_cache(maxsize=64)
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """Returns the backend of this name, or the first usable for "auto"; its package imported, ready to run.
+    """Returns the named backend, or for "auto" the first usable one, with its package imported and ready to run.
 
-    name: one of ATTENTION. device, dtype, head_dim: of the queries, keys and values.
+    "auto" skips a package that is installed but fails to import, and logs that. The choice is cached.
 
-    "auto" passes over a package that is installed but fails to import, and logs that. What was chosen once is kept.
-    Raises ConfigError for unknown names, and with every reason where the named backend, or any, cannot be used.
+    Args:
+        name: One of ATTENTION.
+        device: Device of the queries, keys and values.
+        dtype: Their dtype.
+        head_dim: Their head dim.
+
+    Raises:
+        ConfigError: For an unknown name, or if the named backend (or every backend) cannot be used; lists all reasons.
     """
     check_attention(name)
     refused: list[str] = []
@@ -64,24 +70,28 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
             except ImportError as error:
                 reasons = [str(error)]
                 if name == "auto":
-                    _LOG.warning("attention %s is passed over: %s", backend.name, error)
+                    _LOG.warning("attention %s is skipped: %s", backend.name, error)
         refused += reasons if name != "auto" else [f"{backend.name}: {'; '.join(reasons)}"]
     remedy = 'use attention="auto"' if name != "auto" else "use another device or dtype"
     lines = "".join(f"\n  {reason}" for reason in refused)
     raise ConfigError(
         f"apply: attention must be usable for {dtype_name(dtype)} with head dim {head_dim} on {device}, got {name!r}; "
-        f"{remedy}, or mend every reason against it:{lines}"
+        f"{remedy}, or resolve these reasons:{lines}"
     )
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: Backend) -> Tensor:
     """Returns softmax(q k^T / sqrt(head_dim)) v of each document alone, without causal mask: (T, H, head_dim).
 
-    q, k, v: documents one after the other, (T, H, head_dim), in a dtype and on a device that `backend` was chosen for.
-    layout: how long each document is. It gives compilers plain numbers, so that they compile once for each layout.
-    backend: as `choose_backend` returns it.
+    Args:
+        q: (T, H, head_dim), documents one after the other, in a dtype and on a device that `backend` was chosen for.
+        k: As `q`.
+        v: As `q`.
+        layout: The lengths of the documents, as plain numbers, so that compilers compile once per layout.
+        backend: As `choose_backend` returns it.
 
-    Raises ValueError where shapes differ from each other or from the layout: kernels would read beyond the end.
+    Raises:
+        ValueError: If shapes differ from each other or from the layout; kernels would read out of bounds.
     """
     num_tokens = sum(layout.lengths)
     if q.dim() != 3 or q.shape[0] != num_tokens or k.shape != q.shape or v.shape != q.shape:

@@ -19,7 +19,7 @@ def _load(module: str) -> Attend:
 
 
 def _attend(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    # Versions agree on the names of these arguments and not on their order.
+    # Versions agree on the names of these arguments, but not on their order.
     out = function(
         q=q,
         k=k,

@@ -1,4 +1,4 @@
-"""torch's scaled dot product attention: one call where the documents are equally long, else one each."""
+"""torch's scaled dot product attention: one call if documents have equal length, else one per document."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
 
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # fused kernels take four dimensions only
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # fused kernels need four dimensions
     return scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 

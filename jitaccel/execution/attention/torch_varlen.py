@@ -21,7 +21,8 @@ def _load(module: str) -> Attend:
 
 
 def _attend(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    # These seven by place are all that is the same from torch 2.10 on; without others it is not causal.
+    # Only these seven positional arguments are the same in all versions from torch 2.10 on. The defaults of the others
+    # make it non-causal.
     return function(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
 
 

@@ -17,7 +17,7 @@ from .backend import AMPERE, NEWEST, Attend, Backend, KernelPackage
 
 def _load(module: str) -> Attend:
     ops = importlib.import_module(module)
-    masks: WeakKeyDictionary[PackedLayout, Any] = WeakKeyDictionary()  # making a mask copies to the device
+    masks: WeakKeyDictionary[PackedLayout, Any] = WeakKeyDictionary()  # making a mask copies data to the device
     return partial(_attend, ops.memory_efficient_attention, ops.fmha.BlockDiagonalMask, masks)
 
 
@@ -36,7 +36,7 @@ def _attend(
     return function(query=q[None], key=k[None], value=v[None], attn_bias=mask)[0]
 
 
-# xFormers' CUTLASS kernel ends at 9.0; beyond, half precision goes through FlashAttention alone.
+# xFormers' CUTLASS kernel supports up to 9.0; beyond that, half precision works only through FlashAttention.
 _TAKES = {torch.float32: ((7, 5), (9, 0)), torch.float16: ((7, 5), NEWEST), torch.bfloat16: AMPERE}
 
 XFORMERS = Backend(

@@ -1,4 +1,4 @@
-"""The pages' templates, style and script, as files, and how they are read."""
+"""The templates, style and script of the pages, as files, and their loader."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def _environment() -> Environment:
 
 
 def template(name: str) -> Template:
-    """Returns a template of this folder, which escapes all that is put into it."""
+    """Returns a template of this folder; it escapes everything that is inserted."""
     return _environment().get_template(name)

@@ -100,7 +100,7 @@ def _refuses(match: str, **overrides: Any) -> Callable[[Any], None]:
     "check",
     [
         _refuses(
-            "must be one of 4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, dense.*got '8x'; take one of these", preset="8x"
+            "must be one of 4x, 7x, 10x, few-steps, 4x-paper, 7x-paper, .*got '8x'; choose one of these", preset="8x"
         ),
         _refuses('relax_step must be an argument .* field of JiTConfig.*did you mean "relax_steps"', relax_step=2),
         _refuses("densities must rise strictly", densities=(0.6, 0.5, 1.0)),

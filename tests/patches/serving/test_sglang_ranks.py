@@ -62,7 +62,7 @@ def test_every_rank_says_the_same_of_what_is_refused(refusals: list[Any], name: 
 
 def test_rank_that_cannot_begin_tells_the_others(refusals: list[Any]) -> None:
     first, second = (found["one rank fails"] for found in refusals)
-    assert "got an error on rank 1; read it there" in first and "has no attribute 'rollout'" in second
+    assert "got an error on rank 1; see its message there" in first and "has no attribute 'rollout'" in second
 
 
 def test_size_that_ranks_cannot_divide_runs_dense(refusals: list[Any]) -> None:
