@@ -1,17 +1,18 @@
-"""Measures speed, beside a quality figure and beside the control that costs the same.
+"""Measures speed, together with quality and with a control of the same cost.
 
-Methodology. All methods of a case run in one process, on the same weights, noise and prompt. A warm-up runs every
-token count once. Then the methods take turns, `--repeat` times over, so that a machine that slows down slows them
-all. A time is the median of the repeats, beside the 20th and 80th percentile. Denoising is timed from the first
-call of the transformer to the end of the last step, through the pipeline's own loop; text encoding and decoding are
-left out. On CUDA the clock waits for the device at both ends.
+Methodology. All methods of a case run in one process, with the same weights, noise and prompt. A warm-up runs every
+token count once. Then the methods take turns, `--repeat` times, so that a slowdown of the machine affects all of them.
+A time is the median of the repeats, with the 20th and 80th percentile. Denoising is timed from the first call of the
+transformer to the end of the last step, in the pipeline's own loop. Text encoding and decoding are not included. On
+CUDA, the clock waits for the device at both ends.
 
-`control` is what a speed-up has to beat: as many dense steps as 7x costs by FLOPs (attention and text counted), to
-the nearest whole, on the same kind of noise levels, by the same solver. `dense` is 50 steps of the pipeline untouched.
-Where 50 steps would take minutes, fewer are timed and multiplied; the row says how many (`timed_steps`).
+`control` is what a speed-up has to beat: the number of dense steps that 7x costs by FLOPs (attention and text
+included), rounded to a whole number, with the same kind of noise levels and the same solver. `dense` is 50 steps of
+the unpatched pipeline. If 50 steps would take minutes, fewer are timed and the time is scaled up; `timed_steps` in the
+row says how many.
 
-The first line says machine, torch and commit; `--json` adds one line for each measurement, with the unit in each
-field's name. Rows worth keeping live in `benchmarks/results/`, with device, versions and commit.
+The first line shows machine, torch and commit. `--json` writes one line for each measurement, with units in the names
+of the fields. Rows worth keeping are in `benchmarks/results/`, with device, versions and commit.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .registry import Case, Options, find_cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases that are asked for: `python -m benchmarks`, or `jitaccel bench`."""
+    """Runs the requested cases: `python -m benchmarks`, or `jitaccel bench`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0, 1 where a time is above what --fail-above allows, 2 where there is nothing to run or compare with."""
+    """Returns 0; 1 if a time exceeds the limit of --fail-above; 2 if there is nothing to run or to compare with."""
     cases = find_cases()
     chosen = [c for c in cases if arguments.group in (None, c.group) and arguments.size in (None, c.size)]
     chosen = [c for c in chosen if arguments.group is not None or not c.is_long]
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             part = replace(options, only=case.part_of(only) or "")
             ratios += _run(case, part, arguments.json, earlier, arguments.resume)
     if left:
-        print(f"\n{left} cases were not begun within {arguments.within:g} s; --resume goes on with them")
+        print(f"\n{left} cases were not begun within {arguments.within:g} s; --resume continues with them")
     if arguments.compare is not None:
         most = f", up to {max(ratios):.3f}x" if ratios else "; none of them has the same case, settings and device"
         print(f"\n{len(ratios)} rows compared with {arguments.compare}{most}")
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _done(path: Path, device: torch.device) -> set[tuple[str, str]]:
-    """Returns the group and name of each case that a file has the closing row of, from this device and commit."""
+    """Returns group and name of each case that has a closing row in a file, from this device and commit."""
     from jitaccel.provenance import provenance
 
     if not path.exists():
@@ -112,7 +113,7 @@ def _refuse(reason: str) -> int:
 def _run(
     case: Case, options: Options, path: Path | None, earlier: Sequence[Mapping[str, Any]], closes: bool
 ) -> list[float]:
-    """Prints a case's rows, adds them to the file, and returns the times of those that an earlier run has, over its."""
+    """Prints a case's rows and adds them to the file; returns the ratios of their times to those of an earlier run."""
     from jitaccel.provenance import provenance
 
     print(f"\n{case.group}: {case.name}", flush=True)
@@ -130,13 +131,13 @@ def _run(
         failed = failed or "error" in fields
         print(row.line + ("" if ratio is None else f"  [{ratio:.3f}x of earlier]"), flush=True)
         _add(path, fields)
-    if closes and not failed:  # what --resume looks for: rows alone may be those of a case that was cut short
+    if closes and not failed:  # --resume looks for this row, because other rows may be from an interrupted case
         _add(path, {"benchmark": case.group, "case": case.name, "is_closing": True, **origin})
     return ratios
 
 
 def _add(path: Path | None, fields: Mapping[str, Any]) -> None:
-    """Adds a row to the file of JSON lines, if there is one."""
+    """Appends a row to the file of JSON lines; does nothing without a file."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

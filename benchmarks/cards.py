@@ -1,4 +1,4 @@
-"""What rows of quality say in the docs: the evaluation, the lab's questions, and a card for each preset."""
+"""Turns rows of quality into text for the docs: the evaluation, the lab's questions, and a card for each preset."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .lab.search import BENCHMARK as SEARCH
 Fields = Mapping[str, Any]
 _FLUX = functools.partial(flux_flops, FLUX_DEV)
 _PRODUCT = "presets of the product"  # a question of the exact laboratory
-_GRID = (64, 64)  # of FLUX.1-dev at 1024x1024
+_GRID = (64, 64)  # FLUX.1-dev at 1024x1024
 
 
 def lab(rows: Sequence[Fields]) -> str:
-    """The lab's questions, a table for each."""
+    """Returns a table for each of the lab's questions."""
     return tables([row for row in rows if row["benchmark"] == BENCHMARK])
 
 
 def search(rows: Sequence[Fields]) -> str:
-    """The last round of each search on training prompts, the best candidate first."""
+    """Returns a table of the last round of each search on training prompts, best candidate first."""
     found: dict[str, list[Fields]] = {}
     for row in rows:
         if row["benchmark"] == SEARCH:
@@ -50,7 +50,7 @@ def _search(case: str, rows: Sequence[Fields]) -> str:
 
 
 def overview_table(rows: Sequence[Fields]) -> str:
-    """A row for each preset: steps, what the network sees, cost. Made of the presets, whatever the rows."""
+    """Returns a table with steps, network input and cost of each preset. It depends on the presets, not on the rows."""
     head = ["preset", "steps", "what the network sees", "cost in dense steps", "vs 50 steps", "vs 28 steps"]
     lines = [head, ["---"] * len(head)]
     for row in overview(_GRID, flux_dev_flops):
@@ -60,7 +60,7 @@ def overview_table(rows: Sequence[Fields]) -> str:
 
 
 def presets(rows: Sequence[Fields]) -> str:
-    """A card for each sparse preset: what it does, what it costs, how good it is, and the control of its cost."""
+    """Returns a card for each sparse preset: its method, its cost, its quality, and a control of the same cost."""
     found = {row["method"]: row for row in rows if row["benchmark"] == BENCHMARK}
     found |= {row["method"]: row for row in _evaluated(rows, _SIDE_PX)}
     names = [name for name, config in PRESETS.items() if config.num_stages > 1]
@@ -69,9 +69,9 @@ def presets(rows: Sequence[Fields]) -> str:
 
 
 def quality(rows: Sequence[Fields]) -> str:
-    """What `jitaccel eval` found on the embedded model: a table for each size of picture and number of prompts.
+    """Returns the results of `jitaccel eval` on the embedded model, a table for each picture size and prompt count.
 
-    The embedded model's main size first, then from small to large; the most prompts first.
+    The embedded model's main size comes first, then the others by size; higher prompt counts come first.
     """
     found: dict[tuple[int, int], list[Fields]] = {}
     for row in _evaluated(rows):
@@ -81,13 +81,13 @@ def quality(rows: Sequence[Fields]) -> str:
 
 
 def _evaluated(rows: Sequence[Fields], side: int | None = None) -> list[Fields]:
-    """Returns the rows of the embedded model, of square pictures of a side or of all."""
+    """Returns the rows of the embedded model for square pictures, of one side length or of all."""
     of = [row for row in rows if row["benchmark"] == "quality summary" and row["model"] == "embedded"]
     return [row for row in of if side in (None, row["pixels"][0])]
 
 
 def _quality(side: int, rows: Sequence[Fields]) -> str:
-    """Returns the table of a size. Raises ValueError for rows of different weights, which are not to be compared."""
+    """Returns the table for a size. Raises ValueError if rows come from different weights and are not comparable."""
     if len({row["weights"] for row in rows}) > 1:
         raise ValueError(f"rows of {side} pixels must be of the same weights; commit those of one model")
     lines = [["method", "cost in dense steps", *(title for _, title, _, _ in _COLUMNS), "more than", "p"]]
@@ -107,14 +107,14 @@ def _quality(side: int, rows: Sequence[Fields]) -> str:
 
 
 def _cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> str:
-    """Returns an estimate with its interval; a Frechet distance alone, whose interval lies beside it."""
+    """Returns an estimate with its interval; a Frechet distance without, as its interval lies to one side of it."""
     if estimate is not None and not estimate["low"] <= estimate["value"] <= estimate["high"]:
         return f"{scale * estimate['value']:.{digits}f}"
     return cell(estimate, scale, digits)
 
 
 def _method_of(config: JiTConfig) -> str:
-    """Returns what a configuration does between the stages, in sentences."""
+    """Returns sentences on what a configuration does between stages."""
     is_subset = any(density < 1.0 and config.pooling_of(stage) == 1 for stage, density in enumerate(config.densities))
     if not is_subset:
         return f"At the change no token is moved and no noise is drawn. {_SOLVED[config.solver]}"
@@ -123,7 +123,7 @@ def _method_of(config: JiTConfig) -> str:
 
 
 def _exact(row: Fields | None) -> list[str]:
-    """Returns what the exact laboratory says of a preset."""
+    """Returns the result of the exact laboratory for a preset."""
     if row is None:
         return []
     keys = ("relative_mse", "ratio_to_dense")
@@ -169,7 +169,7 @@ _SIDE_PX = 256  # the embedded model's main size
 
 
 def _control(row: Fields, found: Mapping[str, Fields]) -> Fields | None:
-    """Returns the dense method on the presets' levels and by the same solver whose cost is nearest."""
+    """Returns the dense method with the presets' levels and the same solver whose cost is nearest."""
     family = "beta:" if row["config"].get("solver", "euler") == "euler" else "dpm:"
     controls = [other for name, other in found.items() if name.startswith(family)]
     return min(controls, key=lambda other: abs(other["gflop"] - row["gflop"]), default=None)

@@ -1,4 +1,4 @@
-"""Rows of an earlier run beside those of this one."""
+"""Compares rows of this run with those of an earlier one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HOW = ("pixels", "density", "text_tokens", "steps", "timed_steps", "dtype", "se
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a file of JSON lines. Raises ValueError where there is none, or it holds something else."""
+    """Returns the rows of a file of JSON lines. Raises ValueError if it is missing or holds something else."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--compare must be a file of JSON lines that --json wrote, got {path} ({error})") from error
-    # A case that failed has no time, nor has the row that closes one.
+    # Neither a failed case nor the closing row of a case has a time.
     rows = [row for row in rows if not (isinstance(row, dict) and ("error" in row or row.get("is_closing")))]
     if not rows or not all(isinstance(row, dict) and _time(row) is not None for row in rows):
         raise ValueError(f"--compare must hold rows with one of {', '.join(TIMES)}, got {path} without")
@@ -26,14 +26,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def ratio_to(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> float | None:
-    """Returns this row's time over that of the last earlier one of the same thing on the same device; None without."""
+    """Returns this row's time divided by that of the last earlier row with the same identity; None without one."""
     known = [other for other in earlier if identity(other) == identity(row)]
     now, before = _time(row), _time(known[-1]) if known else None
     return None if now is None or not before else now / before
 
 
 def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns what a row measured, and how; equal for rows that may be compared."""
+    """Returns what a row measured and how. Rows can be compared if this is equal."""
     return tuple(json.dumps(row.get(name), sort_keys=True) for name in (*_WHAT, *_HOW))
 
 

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, within ten minutes, on a machine that is lent: sanitizers, tests, benchmarks.
+# Runs everything that needs a GPU within ten minutes: sanitizers, tests, benchmarks.
 #
 #   benchmarks/gpu.sh [--dry-run] OUT [STEP ...]
 #
-# Beforehand, where there are compilers and a network, `make gpu-prepare` fills .gpu/ with the operators for one
-# architecture and the wheels that such machines lack; carry that folder along. Without it, what is missing is built, and
+# First run `make gpu-prepare` on a machine with compilers and a network. It fills .gpu/ with the operators for one
+# architecture and with wheels; copy that folder to the GPU machine. Without it, missing operators are built here, and
 # diffusers must be installed.
 #
-# Each step has a limit of its own, ends at the budget ($BUDGET, 570 s in all) at the latest, and does not stop the next
-# where it fails. After each step OUT has three files: rows.jsonl (measurements), log.txt (all output) and steps.txt (what
-# became of each step). Working files are in .gpu/work: another run in the same tree goes on where this one ended, leaving
-# out steps that are done and cases that are closed. To go on elsewhere, put OUT's files into .gpu/work first.
-# --dry-run goes through all steps on the CPU at tiny sizes, to try the script itself. $PYTHON names another interpreter;
-# $JITACCEL_COMMIT the commit that the rows are of, where the checkout has no history.
+# Each step has its own time limit and ends at the total budget ($BUDGET, 570 s) at the latest. A failed step does not stop
+# the next. After each step OUT has three files: rows.jsonl (measurements), log.txt (all output) and steps.txt (the result
+# of each step). Working files are in .gpu/work: another run in the same tree continues there and skips finished steps and
+# closed cases. To continue on another machine, copy OUT's files into .gpu/work first.
+# --dry-run runs all steps on the CPU at tiny sizes, to test the script itself. $PYTHON sets another interpreter, and
+# $JITACCEL_COMMIT the commit for the rows if the checkout has no history.
 set -u
 cd "$(dirname "$0")/.."
 dry=
 [ "${1:-}" = --dry-run ] && { dry=1; shift; }
 out=${1:?usage: benchmarks/gpu.sh [--dry-run] OUT [STEP ...]}
 shift
-# In the order of their weight. The second line: what gpu2.sh runs.
+# Most important first. gpu2.sh runs those of the second line.
 first="load memcheck racecheck operators graphs targets agreement record"
 second="float8 batches large video wan cpp kernels startup"
 steps=("$@")
@@ -41,7 +41,7 @@ if compgen -G "$gpu/lib/_C_*.so" >/dev/null && [ -z "$dry" ]; then
 fi
 export PYTHONUNBUFFERED=1
 
-keep() { # what comes back, whatever happens to the next step
+keep() { # saves the results so far, whatever happens to the next step
     cp "$work"/rows.jsonl "$work"/log.txt "$work"/steps.txt "$out"/ 2>/dev/null
     return 0
 }
@@ -73,7 +73,7 @@ run() { # run STEP LIMIT COMMAND ...
     keep
 }
 
-# Most cases of a dry run are only looked up: none begins within a nanosecond.
+# A dry run only looks up most cases, because none begins within a nanosecond.
 bench() { # bench STEP LIMIT ARGUMENTS ...
     local step=$1 limit=$2 device=cuda within=$((budget - SECONDS))
     shift 2
@@ -87,7 +87,7 @@ sanitize() { # sanitize STEP LIMIT TOOL
     if [ -n "$dry" ]; then
         run "$1" "$2" "$python" -m benchmarks.odd_sizes --device cpu --grids 3
     else
-        # Each allocation by itself, so that a kernel that leaves its own is seen.
+        # One allocation per tensor, so that accesses outside a kernel's own tensors are detected.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" "$2" compute-sanitizer --tool "$3" --error-exitcode 1 \
             "$python" -m benchmarks.odd_sizes
     fi
@@ -123,7 +123,7 @@ for step in "${steps[@]}"; do
         *) echo "unknown step $step; known: $first $second" >&2; exit 2 ;;
     esac
 done
-# Last, a short table of the record so far.
+# Finally, a short table of the record so far.
 printf -- '<!-- table: record -->\n<!-- /table -->\n' >"$work/table.md"
 "$python" -m benchmarks.table --results "$work" "$work/table.md" >/dev/null 2>&1 && { echo; cut -c1-160 "$work/table.md"; }
 exit $failed

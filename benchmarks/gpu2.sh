@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What comes after gpu.sh, on another loan: float8, batches, 2048 x 2048, operators and a transformer at Wan's shapes, the
-# C++ program against Python, all grids of the operators, start-up.
+# Continues after gpu.sh, in another ten minutes: float8, batches, 2048 x 2048, operators and a transformer at Wan's shapes,
+# the C++ program against Python, all grids of the operators, start-up.
 #
 #   benchmarks/gpu2.sh [--dry-run] OUT
 set -u

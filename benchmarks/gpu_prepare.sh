@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fills .gpu/ with what a lent machine with a GPU lacks: operators for its architecture, and wheels. See gpu.sh.
+# Fills .gpu/ with operators for the architecture of the GPU machine, and with wheels that it lacks. See gpu.sh.
 #
-#   benchmarks/gpu_prepare.sh      $ARCH: 9.0 (H100, H200); $PYTHON: with torch; $WHEEL_PYTHON: 3.12, of the machine
+#   benchmarks/gpu_prepare.sh      $ARCH: 9.0 (H100, H200); $PYTHON: one with torch; $WHEEL_PYTHON: the GPU machine's, 3.12
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -1,4 +1,4 @@
-"""The cases by group, size and name, so that they are listed without importing torch."""
+"""The cases by group, size and name, so that they can be listed without importing torch."""
 
 # ruff: noqa: E501 (names as they are; a test holds them to the cases)
 
@@ -97,4 +97,4 @@ OF_CHECKOUT: tuple[tuple[str, str, str], ...] = (
     ("codebases", "video-480p", "random transformer of Wan 1.3B's shape, 21x30x52 tokens"),
     ("serving", "small", "200 requests, 8 at a time, two replicas of a tiny random FLUX.1"),
 )
-"""Those that are there in a checkout alone, where they run as `python -m benchmarks`."""
+"""Cases that only exist in a checkout, where they run as `python -m benchmarks`."""

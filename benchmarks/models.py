@@ -1,8 +1,8 @@
-"""The page docs/models.md: which models are accelerated, and what the presets cost on each, by counted operations.
+"""Writes docs/models.md, which lists the supported models and the cost of the presets on each in operations.
 
-`python -m benchmarks.models` writes it; a test compares. Operations are counted by torch on tensors without data, at
-the full size of each model, from the configuration that its checkpoint has. They are quadratic in the number of
-tokens, so that three counts give every preset's. No time is measured here, and no weights are read.
+`python -m benchmarks.models` writes the page, and a test compares it. Torch counts the operations on tensors without
+data, at the full size of each model, from the configuration of its checkpoint. They are quadratic in the number of
+tokens, so three counts are enough for every preset. No time is measured here, and no weights are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jitaccel.patches.models.refused import REFUSED
 from jitaccel.speed.cost import loop_seconds
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-_FAMILIES = {  # what people call a transformer, and what it makes
+_FAMILIES = {  # the common name of each transformer, and what it generates
     "FluxTransformer2DModel": ("FLUX.1", "images"),
     "Flux2Transformer2DModel": ("FLUX.2", "images"),
     "ChromaTransformer2DModel": ("Chroma", "images"),
@@ -57,8 +57,14 @@ Shapes = Mapping[str, Any]
 class Row:
     """One checkpoint at its pipeline's default size.
 
-    name, size: in words. kind, config: the transformer and what it is made with. grid: of its tokens. call: its
-    arguments without data, made under `torch.device("meta")`. steps: the pipeline's default.
+    Attributes:
+        name: The name in the table.
+        size: The size in the table.
+        kind: The transformer.
+        config: Its configuration.
+        grid: Its token grid.
+        call: Makes its arguments without data, under `torch.device("meta")`.
+        steps: The pipeline's default number of steps.
     """
 
     name: str
@@ -269,7 +275,7 @@ ROWS: tuple[Row, ...] = (
 
 @dataclass(frozen=True)
 class Counted:
-    """Operations of one forward: all of them by the number of tokens, and those of attention in a dense one."""
+    """Operations of one forward: the total by number of tokens, and those of attention in a dense forward."""
 
     of: Callable[[int], float]
     attention: float
@@ -278,15 +284,15 @@ class Counted:
 
 @functools.cache
 def counted(row: Row) -> Counted:
-    """Returns what one forward of a row costs; a multiply-add is two operations."""
+    """Returns the operations of one forward of a row; a multiply-add counts as two."""
     num_tokens = num_tokens_of(row.grid)
     with torch.device("meta"), torch.no_grad():
         module = getattr(diffusers, row.kind)(**row.config).eval()
         call = row.call(row.grid)
         text = row.model.num_text(call)
-        if row.model.cost is not None:  # it looks at values, which tensors without data do not have
+        if row.model.cost is not None:  # it reads values, which tensors without data do not have
             formula = functools.partial(row.model.cost, module.config, text_tokens=text)
-            # What grows with the square of the tokens: of blocks that see no text a hundredth too much.
+            # The part that grows with the square of the tokens; one hundredth too high for blocks without text.
             curve = (
                 formula(image_tokens=2 * num_tokens) - 2 * formula(image_tokens=num_tokens) + formula(image_tokens=0)
             )
@@ -299,7 +305,7 @@ def counted(row: Row) -> Counted:
 
 
 def _count(module: Any, model: Model, call: Shapes, num_tokens: int, active: int) -> tuple[int, int]:
-    """Returns all operations of a forward on some of its tokens, and those of attention."""
+    """Returns the operations of a forward on some of its tokens, and those of attention alone."""
     cut = Cut(module, model.adapter)
     places = None if active == num_tokens else places_of(torch.arange(active)[None], num_tokens, are_shared=True)
     given = call if places is None else cut.arguments(call, places)
@@ -314,7 +320,7 @@ def _count(module: Any, model: Model, call: Shapes, num_tokens: int, active: int
 
 
 def dense_steps(row: Row, preset: str) -> float:
-    """Returns what a preset costs on a row, in dense steps of the same model, by operations."""
+    """Returns the cost of a preset on a row in dense steps of the same model, by operations."""
     tokens, of = num_tokens_of(row.grid), counted(row).of
     return loop_seconds(PRESETS[preset], tokens, of) / of(tokens)
 
@@ -338,7 +344,7 @@ def cost_line(row: Row) -> str:
 
 
 def model_line(model: Model) -> str:
-    """Returns a row of the first table, of a model that is cut."""
+    """Returns a row of the first table, for a cut model."""
     levels = {"native": "the sampler's own", "beta": "the preset's"}[model.schedule]
     guidance = {"calls": "a call each", "batch": "one batch"}[model.branches]
     compiled = "nothing" if model.uncompiled else "its blocks" if model.blocks else "whole stages"
@@ -346,7 +352,7 @@ def model_line(model: Model) -> str:
 
 
 def flux_line(kind: Kind) -> str:
-    """Returns a row of the first table, of FLUX and its kin."""
+    """Returns a row of the first table, for FLUX and related models."""
     compiled = "whole stages" if kind.packs else "nothing"
     return _model_row(kind.model, PIPELINES[kind.model], "the preset's", "a call each", compiled)
 

@@ -1,6 +1,6 @@
-"""Every operator once at sizes that fit nothing, for a sanitizer: `compute-sanitizer python -m benchmarks.odd_sizes`.
+"""Calls every operator at odd sizes, for a sanitizer: `compute-sanitizer python -m benchmarks.odd_sizes`.
 
-Prints one line. What the operators compute is not looked at here but in `tests/ops/test_operators_cuda.py`.
+Prints one line. Results are not checked here but in `tests/ops/test_operators_cuda.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHANNELS = (1, 12, 64, 100)
 
 
 def run(device: torch.device, grids: int = len(GRIDS)) -> int:
-    """Calls every operator on the first `grids` grids in every dtype, stacked and as video; returns how many calls."""
+    """Calls every operator on the first `grids` grids in every dtype, stacked and as video; returns the call count."""
     generator = torch.Generator().manual_seed(0)
     calls = 0
     for grid in GRIDS[:grids]:
@@ -53,7 +53,7 @@ def _call_all(
     values = torch.randn(2, count, channels, generator=generator).to(device, dtype)
     levels = torch.tensor([0.9, 0.7], device=device)
     nearest = ops.nearest_anchor(anchors, grid, stack)
-    for scale in (0.4, 0.7, 2.0):  # blurs 7 wide, wider, and wider than a side
+    for scale in (0.4, 0.7, 2.0):  # blur widths of 7, more than 7, and more than a side
         weights = blur_weights(count / num_tokens, scale).to(device, torch.float32)
         ops.lift(values, nearest, anchors, grid, weights, stack)
     tokens = ops.activate(ops.importance(velocity, grid, 3, stack), anchors, (num_tokens - count) // 2)
@@ -70,8 +70,8 @@ def _call_all(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.odd_sizes", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program itself")
-    parser.add_argument("--grids", type=int, default=len(GRIDS), help="how many of the grids, the smallest first")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try out this program")
+    parser.add_argument("--grids", type=int, default=len(GRIDS), help="number of grids, smallest first")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     if device.type not in ops.compiled():

@@ -1,4 +1,4 @@
-"""The pipelines that are measured: the embedded one, and FLUX pipelines of random weights at any size."""
+"""The pipelines to measure: the embedded one, and FLUX pipelines with random weights at any size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from jitaccel.patches.flux.flops import FLUX_DEV
 
-# FLUX.1-dev's heads, a quarter of its width and three of its blocks: a dense step takes seconds on two cores, and
-# nearly all of it in matrix products, as in the large model.
+# FLUX.1-dev's heads, a quarter of its width and three of its blocks. A dense step takes seconds on two cores, nearly
+# all of it in matrix products, as in the large model.
 FLUX_QUARTER: Mapping[str, Any] = {
     **FLUX_DEV,
     "num_layers": 1,
@@ -25,7 +25,7 @@ FLUX_QUARTER: Mapping[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A pipeline and one call of it. `has_quality`: whether its pictures mean anything."""
+    """A pipeline and one call of it. `has_quality` says whether its pictures are meaningful."""
 
     pipe: Any
     call: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Subject:
 
 
 def embedded_subject(device: torch.device, grid: tuple[int, int], seed: int, text_tokens: int = 48) -> Subject:
-    """Returns the embedded pipeline with a held-out prompt, at any grid."""
+    """Returns the embedded pipeline with a held-out prompt, for any grid."""
     from jitaccel.evaluation.scenes.prompts import held_out
     from jitaccel.loading import load_pipeline
 
@@ -59,14 +59,14 @@ def random_subject(
     seed: int,
     text_tokens: int,
 ) -> Subject:
-    """Returns a FLUX pipeline of random weights, made on the device, without text encoders and autoencoder."""
+    """Returns a FLUX pipeline with random weights, made on the device, without text encoders and autoencoder."""
     pipe = random_pipeline(model, device, dtype, seed)
     call = random_call(pipe, grid, seed, text_tokens)
     return Subject(pipe=pipe, call=call, grid=grid, text_tokens=text_tokens, has_quality=False)
 
 
 def random_pipeline(model: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Returns a pipeline of nothing but a scheduler and a transformer of random weights."""
+    """Returns a pipeline with only a scheduler and a transformer with random weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     pipe = FluxPipeline(
@@ -82,7 +82,7 @@ def random_pipeline(model: Mapping[str, Any], device: torch.device, dtype: torch
 
 
 def random_call(pipe: Any, grid: tuple[int, int], seed: int, text_tokens: int) -> dict[str, Any]:
-    """Returns the arguments of a call for latents of a grid, with a prompt of random embeddings."""
+    """Returns the arguments of a call for latents of a grid, with random prompt embeddings."""
     settings, dtype = pipe.transformer.config, pipe.transformer.dtype
     generator = torch.Generator(pipe.transformer.device).manual_seed(seed)
     cell = 2 * pipe.vae_scale_factor
@@ -106,7 +106,7 @@ def _quiet(pipe: Any) -> Any:
 
 @torch.no_grad()
 def random_transformer(model: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
-    """Returns a FLUX transformer whose weights are drawn on the device: 12 billion need no room beside it."""
+    """Returns a FLUX transformer with weights drawn on the device, so that 12 billion need no memory elsewhere."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):

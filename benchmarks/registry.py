@@ -1,6 +1,6 @@
-"""What a benchmark case is, and where cases are found: modules of `benchmarks/cases` and `benchmarks/checkout`.
+"""Defines benchmark cases and finds them in the modules of `benchmarks/cases` and `benchmarks/checkout`.
 
-Each that has cases has a tuple `CASES`. `checkout` is there in a checkout alone.
+Every module with cases has a tuple `CASES`. `checkout` only exists in a checkout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import cases
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line asks of every case. `only`: text in the names of the parts to measure."""
+    """Options of the command line that apply to every case. `only` selects parts whose names contain this text."""
 
     device: torch.device
     repeat: int
@@ -29,7 +29,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One measurement: a line for people, and fields for a file, the unit in each name."""
+    """One measurement: a line to print, and fields for a file with the unit in each name."""
 
     line: str
     fields: Mapping[str, Any]
@@ -37,10 +37,16 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to measure. `why_not` says why it cannot be measured here, or None.
+    """One thing to measure.
 
-    is_long: it takes hours, and runs only where its group is named. parts: names of what it measures one after
-    another, if it can measure some of them.
+    Attributes:
+        group: The group it belongs to.
+        size: Its size within the group.
+        name: Its name, which identifies its rows.
+        run: Measures it and yields rows.
+        why_not: Returns why it cannot be measured here; None if it can.
+        is_long: Whether it takes hours, so that it only runs if its group is named.
+        parts: Names of parts that can be measured separately.
     """
 
     group: str
@@ -52,14 +58,14 @@ class Case:
     parts: tuple[str, ...] = ()
 
     def part_of(self, text: str) -> str | None:
-        """Returns what a text asks for: "" for the whole case, the text for some of its parts, None for nothing."""
+        """Returns what a text selects: "" for the whole case, the text itself for some parts, None for nothing."""
         if text in self.name:
             return ""
         return text if any(text in part for part in self.parts) else None
 
 
 def find_cases() -> tuple[Case, ...]:
-    """Returns the cases of every module that has some, by the modules' names."""
+    """Returns the cases of all modules, ordered by module name."""
     found: list[Case] = []
     for package in (cases, *_of_checkout()):
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
@@ -68,13 +74,13 @@ def find_cases() -> tuple[Case, ...]:
 
 
 def _of_checkout() -> list[ModuleType]:
-    """Returns the package of cases that are not installed, where this is run as `python -m benchmarks`."""
+    """Returns the package of cases that are not installed; empty unless run as `python -m benchmarks`."""
     is_here = __package__ == "benchmarks" and importlib.util.find_spec("benchmarks.checkout") is not None
     return [importlib.import_module("benchmarks.checkout")] if is_here else []
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Returns median, 20th and 80th percentile, interpolated."""
+    """Returns the median, the 20th and the 80th percentile, interpolated."""
     values = torch.tensor(seconds, dtype=torch.float64)
     median, low, high = torch.quantile(values, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
     return median, low, high

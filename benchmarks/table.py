@@ -1,7 +1,8 @@
 """Makes the tables of the docs from the committed rows: `python -m benchmarks.table [--check] [docs/measured.md]`.
 
-What stands between `<!-- table: NAME -->` and `<!-- /table -->` is replaced. A number comes from the newest row of its
-kind, and its line ends in the date and commit of that row. Only rows of one commit and torch are divided by each other.
+Replaces the text between `<!-- table: NAME -->` and `<!-- /table -->`. Each number comes from the newest row of its
+kind, and its line ends with the date and commit of that row. Ratios are only formed between rows of the same commit and
+torch version.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Returns the newest row of each kind in a folder of JSON lines, with the date that its file is named after."""
+    """Returns the newest row of each kind in a folder of JSON lines files, with the date from the file's name."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: (_date_of(path), path.name)):
         for line in path.read_text().splitlines():
@@ -46,7 +47,7 @@ def _date_of(path: Path) -> str:
 
 
 def denoise(rows: Sequence[Fields]) -> str:
-    """Denoising on the embedded model, against 50 steps and against the control that costs the same."""
+    """Returns denoising times on the embedded model, against 50 steps and against the control of the same cost."""
     chosen = [row for row in rows if row["benchmark"] == "denoise" and row["case"].startswith("embedded")]
     return _each_device(chosen, _denoise)
 
@@ -78,7 +79,7 @@ def _denoise(rows: Sequence[Fields]) -> str:
 
 
 def kernels(rows: Sequence[Fields]) -> str:
-    """Operators at two picture sizes and a video's, against the released code's way and the compiled reference."""
+    """Returns operator times at two picture sizes and a video size, against released code and compiled reference."""
     return _each_device([row for row in rows if row["benchmark"] == "kernels"], _kernels)
 
 
@@ -107,7 +108,7 @@ def _against(row: Fields, other: str) -> str:
 
 
 def packing(rows: Sequence[Fields]) -> str:
-    """Images in one forward, against a loop over them and against padding."""
+    """Returns times of several images in one forward, against a loop over them and against padding."""
     return _each_device([row for row in rows if row["benchmark"] == "packing"], _packing)
 
 
@@ -128,7 +129,7 @@ def _packing(rows: Sequence[Fields]) -> str:
 
 
 def record(rows: Sequence[Fields]) -> str:
-    """Every way of running the same generation, each against 50 dense steps run plainly, and run in the same way."""
+    """Returns each way of running a generation, against 50 dense steps run eagerly and run in the same way."""
     chosen = [row for row in rows if row["benchmark"] == "record"]
     parts = []
     for device, what in dict.fromkeys((row["device"], row["case"].rpartition(":")[0]) for row in chosen):
@@ -142,7 +143,7 @@ def record(rows: Sequence[Fields]) -> str:
 
 
 def auto(rows: Sequence[Fields]) -> str:
-    """What preset="auto" predicted for each target, and what the loop took."""
+    """Returns the time that preset="auto" predicted for each target, and the time the loop took."""
     return _each_device([row for row in rows if row["benchmark"] == "auto"], _auto)
 
 
@@ -163,7 +164,7 @@ def _auto(rows: Sequence[Fields]) -> str:
 
 
 def codebases(rows: Sequence[Fields]) -> str:
-    """What 7x gains through every codebase, and through the pipeline."""
+    """Returns the gain of 7x in every codebase, and in the diffusers pipeline."""
     chosen = [row for row in rows if row["benchmark"] == "codebases" and "difference_to_pipeline" in row]
     return _each_device(chosen, _codebases)
 
@@ -186,7 +187,7 @@ def _codebases(rows: Sequence[Fields]) -> str:
 
 
 def cut(rows: Sequence[Fields]) -> str:
-    """What presets gain on a model that is cut, against what its operations say and a forward written by hand."""
+    """Returns the gain of presets on a cut model, against its operations and against a forward written by hand."""
     return _each_device([row for row in rows if row["benchmark"] == "codebases" and "outside_share" in row], _cut)
 
 
@@ -285,7 +286,7 @@ TABLES: Mapping[str, Callable[[Sequence[Fields]], str]] = {
 
 
 def filled(text: str, rows: Sequence[Fields]) -> str:
-    """Returns a text with each table between markers made anew. Raises ValueError for a name that is no table's."""
+    """Returns a text with every table between markers rebuilt. Raises ValueError for an unknown table name."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
@@ -297,12 +298,12 @@ def filled(text: str, rows: Sequence[Fields]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 where `--check` finds tables that the rows do not give, or 2 for a name that is no table's."""
+    """Returns 0; 1 if `--check` finds a table that is out of date; 2 for an unknown table name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=README)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit with 1 where a table is not up to date"
+        "--check", action="store_true", help="change nothing; exit with 1 if a table is not up to date"
     )
     arguments = parser.parse_args(argv)
     before = arguments.file.read_text()

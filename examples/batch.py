@@ -1,4 +1,4 @@
-"""Requests of any size, prompt and preset in one forward, as a server would collect them.
+"""Runs requests with different sizes, prompts and presets in shared forward passes, as a server would.
 
 python examples/batch.py --out-folder out
 """
@@ -13,7 +13,7 @@ import jitaccel
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub id")
-parser.add_argument("--size", type=int, default=1024, help="side in pixels of the largest picture")
+parser.add_argument("--size", type=int, default=1024, help="side of the largest picture in pixels")
 parser.add_argument("--out-folder", type=Path, default=Path("out"))
 arguments = parser.parse_args()
 
@@ -29,5 +29,5 @@ requests = [
     jitaccel.Request(prompt="a desert at dusk", height=half, width=half, seed=3, preset="7x-paper"),
 ]
 arguments.out_folder.mkdir(parents=True, exist_ok=True)
-for index, outcome in enumerate(jitaccel.generate_batch(pipe, requests)):  # the pipeline is not patched
-    outcome.image.save(arguments.out_folder / f"{index}.png")  # raises the error of a request that failed alone
+for index, outcome in enumerate(jitaccel.generate_batch(pipe, requests)):  # leaves the pipeline unpatched
+    outcome.image.save(arguments.out_folder / f"{index}.png")  # raises if this request failed

@@ -1,4 +1,4 @@
-"""Image to image with FLUX.1-dev: a picture is noised and denoised again under a prompt.
+"""Image to image with FLUX.1-dev: adds noise to a picture and denoises it with a prompt.
 
 python examples/image_to_image.py --image sketch.png --prompt "a lighthouse at dawn, oil painting" --strength 0.8
 """
@@ -13,10 +13,10 @@ import jitaccel
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub id")
-parser.add_argument("--image", required=True, help="the picture to begin with")
+parser.add_argument("--image", required=True, help="the picture to start from")
 parser.add_argument("--prompt", default="a lighthouse at dawn, oil painting")
 parser.add_argument("--preset", default="7x")
-parser.add_argument("--strength", type=float, default=0.8, help="1.0 forgets the picture; below, fewer steps run")
+parser.add_argument("--strength", type=float, default=0.8, help="1.0 ignores the picture; lower values run fewer steps")
 parser.add_argument("--size", type=int, default=1024, help="side in pixels")
 parser.add_argument("--out", default="image_to_image.png")
 arguments = parser.parse_args()
@@ -26,7 +26,7 @@ pipe = FluxImg2ImgPipeline.from_pretrained(arguments.model, torch_dtype=torch.bf
 if has_gpu:
     pipe.enable_model_cpu_offload()
 
-# The stages are placed on the steps that really run, so that a strength below 1 keeps their shares.
+# The stages are spread over the steps that really run, so they keep their shares at a strength below 1.
 handle = jitaccel.apply(pipe, preset=arguments.preset)
 image = pipe(
     arguments.prompt,

@@ -1,9 +1,9 @@
-"""Inpainting with FLUX.1-dev: every token under the mask is an anchor from the first step on.
+"""Inpainting with FLUX.1-dev: every token inside the mask is computed from the first step on.
 
 python examples/inpainting.py --image room.png --mask mask.png --prompt "a cat on the sofa"
 
-White in the mask is painted again. The preset runs a subset of the tokens (`7x-paper`): steps at half the size (`7x`)
-have no single tokens that a mask could select.
+White areas of the mask are repainted. The preset computes a subset of the tokens (`7x-paper`), because a preset with
+steps at half the size (`7x`) has no individual tokens that a mask could select.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jitaccel
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub id")
 parser.add_argument("--image", required=True)
-parser.add_argument("--mask", required=True, help="picture of the same size; white is painted again")
+parser.add_argument("--mask", required=True, help="picture of the same size; white areas are repainted")
 parser.add_argument("--prompt", default="a cat on the sofa")
 parser.add_argument("--preset", default="7x-paper")
 parser.add_argument("--size", type=int, default=1024, help="side in pixels")
@@ -41,5 +41,5 @@ image = pipe(
 ).images[0]
 image.save(arguments.out)
 
-for stage, anchors in enumerate(handle.stats().anchors):  # (B, M): raster indices of the tokens that ran
-    print(f"stage {stage}: {anchors.shape[1]} tokens ran")
+for stage, anchors in enumerate(handle.stats().anchors):  # (B, M): raster indices of the computed tokens
+    print(f"stage {stage}: {anchors.shape[1]} tokens computed")

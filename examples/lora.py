@@ -1,4 +1,4 @@
-"""A LoRA under acceleration: load it before `apply` or after, and change its scale at any time.
+"""Uses a LoRA with acceleration. Load it before or after `apply`, and change its scale at any time.
 
 python examples/lora.py --lora my-lora.safetensors --prompt "a lighthouse in the style of the LoRA"
 """

@@ -1,4 +1,4 @@
-"""A loop of your own around a bare transformer: an Euler loop stays as it is.
+"""Accelerates a bare transformer in your own Euler loop, which needs no changes.
 
 python examples/own_loop.py --prompt "a lighthouse at dawn, oil painting"
 """
@@ -21,7 +21,7 @@ arguments = parser.parse_args()
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
-pipe = FluxPipeline.from_pretrained(arguments.model, torch_dtype=dtype).to(device)  # its parts; the loop is below
+pipe = FluxPipeline.from_pretrained(arguments.model, torch_dtype=dtype).to(device)  # used for its components only
 prompt, pooled, text_ids = pipe.encode_prompt(arguments.prompt, None)
 state, image_ids = pipe.prepare_latents(
     1,

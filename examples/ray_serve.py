@@ -1,4 +1,4 @@
-"""FLUX.1-dev on every GPU of a Ray cluster: `serve run examples.ray_serve:app`, or `python examples/ray_serve.py`.
+"""Serves FLUX.1-dev on all GPUs of a Ray cluster: `serve run examples.ray_serve:app`, or run this file.
 
 `jitaccel serve` does the same on one machine. docs/serving.md explains requests, limits and scaling.
 """
@@ -9,11 +9,11 @@ from jitaccel.serving.limits import Limits
 app = application(
     Serving(
         model="black-forest-labs/FLUX.1-dev",
-        gpus=1,  # Ray places one replica on each GPU that is free
-        replicas=(1, 8),  # one more while each has over `target_ongoing` requests, one less where they idle
+        gpus=1,  # Ray places one replica on each free GPU
+        replicas=(1, 8),  # adds one while each has over `target_ongoing` requests, removes one when idle
         target_ongoing=4,
         batch=4,
-        execution="auto",  # one forward for a batch; "indexed": equal bytes whatever else is in the batch
+        execution="auto",  # one forward for a batch; "indexed" gives the same bytes whatever the batch contains
         limits=Limits(waiting=256, seconds=120),
     )
 )

@@ -21,7 +21,7 @@ arguments = parser.parse_args()
 has_gpu = torch.cuda.is_available()
 pipe = FluxPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16 if has_gpu else torch.float32)
 if has_gpu:
-    pipe.enable_model_cpu_offload()  # with 40 GB or more: pipe.to("cuda")
+    pipe.enable_model_cpu_offload()  # with 40 GB of GPU memory or more, use pipe.to("cuda")
 
 handle = jitaccel.apply(pipe, preset=arguments.preset)
 image = pipe(

@@ -1,8 +1,8 @@
-"""Text to video with Wan 2.1, 1.3B: bfloat16, the autoencoder in float32, one component on the GPU at a time.
+"""Text to video with Wan 2.1 1.3B, in bfloat16 (autoencoder: float32), with one component on the GPU at a time.
 
 python examples/video_wan.py --prompt "a lighthouse in a storm, waves"
 
-MP4 needs `pip install imageio imageio-ffmpeg`; a name that ends in .gif needs nothing.
+Writing MP4 needs `pip install imageio imageio-ffmpeg`; an --out that ends in .gif needs nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ parser.add_argument("--prompt", default="a lighthouse in a storm, waves")
 parser.add_argument("--preset", default="7x")
 parser.add_argument("--height", type=int, default=480)
 parser.add_argument("--width", type=int, default=832)
-parser.add_argument("--frames", type=int, default=81, help="a multiple of 4, and 1")
+parser.add_argument("--frames", type=int, default=81, help="a multiple of 4, plus 1")
 parser.add_argument("--out", default="video.mp4")
 arguments = parser.parse_args()
 
@@ -29,7 +29,7 @@ pipe = WanPipeline.from_pretrained(
     arguments.model, vae=vae, torch_dtype=torch.bfloat16 if has_gpu else torch.float32
 )
 if has_gpu:
-    pipe.enable_model_cpu_offload()  # text encoder, transformer and autoencoder take turns
+    pipe.enable_model_cpu_offload()  # text encoder, transformer and autoencoder take turns on the GPU
 
 handle = jitaccel.apply(pipe, preset=arguments.preset)  # keeps Wan's own noise levels
 frames = pipe(

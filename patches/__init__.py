@@ -1,7 +1,7 @@
-"""One patch for each codebase. A patch answers five questions about a model and knows no mathematics:
+"""One patch for each codebase. A patch contains no mathematics; it answers five questions about a model:
 
-where the token grid is, which tokens are generated, what this and the next noise level are, how the model runs on
-a subset of tokens, and which call of a step this is.
+where the token grid is, which tokens are generated, what the current and the next noise level are, how the model runs
+on a subset of tokens, and which call of a step is being answered.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """How one codebase is patched. A function that a codebase does not have is None.
+    """How one codebase is patched. A function that the codebase does not support is None.
 
     Attributes:
-        name: Of the codebase, in messages.
-        matches: Whether a target belongs to it; must not import the codebase.
-        prepare: Takes target, settings, known levels and execution. Checks everything that can fail, builds, and
-            returns what to install, without changing anything.
+        name: Name of the codebase in messages.
+        matches: Returns whether a target belongs to this codebase; must not import it.
+        prepare: Takes target, settings, known levels and execution. Checks everything that can fail and returns the
+            finished installation, without changing the target.
         generate_batch: Takes pipeline, requests with their settings, execution and type of output.
         export: Takes pipeline, settings, size, batch, text length and attention; returns the stages.
-        prepare_exported: As `prepare`, for a pipeline and loaded stages.
+        prepare_exported: Like `prepare`, for a pipeline and loaded stages.
         probe: Takes target, size in pixels and length of prompts (either may be None), execution, and further arguments
             of a pipeline's call; returns forwards to time.
-        defaults: Takes a target; returns the fields of JiTConfig that its model has in presets given by name.
-        cost: Takes a target; returns the operations of one forward of its network by numbers of tokens.
+        defaults: Takes a target; returns the JiTConfig fields that its model changes in a preset given by name.
+        cost: Takes a target; returns a function from numbers of tokens to the operations of one forward of its network.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Patch:
 
 
 def is_instance_of(target: Any, package: str, *names: str) -> bool:
-    """Returns whether the target's class, or one it derives from, has one of these names in this package.
+    """Returns whether the target's class, or one of its bases, has one of these names in this package.
 
-    Looks through `torch.compile`'s wrapper. Imports no codebase.
+    Looks inside `torch.compile`'s wrapper. Imports no codebase.
     """
     return is_subclass_of(_type_inside(target), package, *names)
 
@@ -67,7 +67,7 @@ def is_subclass_of(kind: type, package: str, *names: str) -> bool:
 
 
 def is_bfl_flux(target: Any) -> bool:
-    """Returns whether this is Black Forest Labs' `Flux`, or a copy, or derived of one, told by names and arguments."""
+    """Returns whether this is Black Forest Labs' `Flux`, a copy of it, or a subclass, judged by names and arguments."""
     kind = _type_inside(target)
     forward = getattr(kind, "forward", None)
     if all(base.__name__ != "Flux" for base in kind.__mro__) or forward is None:
@@ -77,8 +77,8 @@ def is_bfl_flux(target: Any) -> bool:
 
 
 def _type_inside(target: Any) -> type:
-    """Returns the class of a target, through `torch.compile`'s wrapper."""
-    from jitaccel.execution.private import uncompiled  # here, because torch's compiler takes seconds to import
+    """Returns the class of a target, looking inside `torch.compile`'s wrapper."""
+    from jitaccel.execution.private import uncompiled  # imported late: torch's compiler takes seconds to import
 
     kind: type = type(uncompiled(target))
     return kind
@@ -136,19 +136,23 @@ PATCHES: tuple[Patch, ...] = (
         prepare=_lazily(".comfyui.sampling", "prepare"),
     ),
 )
-_REGISTERED: list[Patch] = []  # those of other packages, the newest first
+_REGISTERED: list[Patch] = []  # patches from other packages, newest first
 
 
 def register(patch: Patch) -> None:
-    """Adds a patch of another package, which is asked before all others; one of the same name is replaced.
+    """Adds a patch from another package. It takes precedence over all others and replaces one of the same name.
 
-    docs/adding-a-model.md shows one.
+    docs/adding-a-model.md shows an example.
     """
     _REGISTERED[:] = [patch, *(other for other in _REGISTERED if other.name != patch.name)]
 
 
 def find(target: Any) -> Patch:
-    """Returns the patch for a target. Raises UnsupportedModelError, naming what is supported, where there is none."""
+    """Returns the patch for a target.
+
+    Raises:
+        UnsupportedModelError: If no patch matches; the message lists the supported targets.
+    """
     known = (*_REGISTERED, *PATCHES)
     for patch in known:
         if patch.matches(target):
@@ -165,12 +169,12 @@ def cost_of(target: Any) -> Cost:
     """Returns the operations of one forward of a target's network, by numbers of image and text tokens.
 
     Raises:
-        UnsupportedModelError: Where no patch is for the target, or its patch knows no formula.
+        UnsupportedModelError: If no patch matches the target, or its patch has no formula.
     """
     patch = find(target)
     if patch.cost is None:
         raise UnsupportedModelError(
-            f"jitaccel: operations must be known by a formula, got {type(target).__name__}, whose are counted while it "
-            f"runs; ask handle.stats()"
+            f"jitaccel: operations must be known by a formula, got {type(target).__name__}, whose operations are only "
+            f"counted while it runs; read them from handle.stats()"
         )
     return patch.cost(target)

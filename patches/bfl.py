@@ -2,8 +2,8 @@
 
     forward(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, ...)
 
-Its position ids have a row for each image, so that every image of a batch has anchors of its own in one forward. Nobody
-tells it the next noise level: give `noise_levels=` what `get_schedule` returned, or they are predicted.
+Its position ids have one row for each image, so the images of a batch can have different anchors in one forward. The
+model does not get the next noise level: pass the result of `get_schedule` as `noise_levels=`, or it is predicted.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .loops.velocity import VelocityRoute
 from .network import IndexedCalls, ModelCall, answered
 from .split import Split
 
-_PATCH = 2  # latents along a token's side, in `prepare` of its sampling
+_PATCH = 2  # latents along a token's side, as set by `prepare` in its sampling code
 _RESIDUALS = ("block_controlnet_hidden_states", "block_controlnet_single_hidden_states")
 
 
 def prepare(
     model: nn.Module, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
-    """Returns what is to be installed on a `Flux`."""
+    """Returns the installation for a `Flux`."""
     calls, kind = IndexedCalls("Flux", execution), type(uncompiled(model))
     name = f"{kind.__module__} {kind.__name__}"
     route = VelocityRoute(config, levels, codebase=name, calls=calls, may_be_dense=execution.may_be_dense)
@@ -49,11 +49,11 @@ def prepare(
 
 
 def _forward_of(model: nn.Module, handle: Handle, route: VelocityRoute[IndexedCalls]) -> Forward:
-    """Returns what answers calls in place of the model's forward."""
+    """Returns the function that replaces the model's forward."""
     plain = uncompiled(model)
     original, signature, seen = model.forward, inspect.signature(type(plain).forward), SeenIds()
 
-    # Compiled around the patch, each of its decisions would break the graph.
+    # If torch.compile is applied outside the patch, each decision of the patch would break the graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -82,7 +82,7 @@ def _model_call(
     split = Split(arguments["img"], num_tokens, channels)
     config = config_of(params, params.in_channels, channels)
     flops = chroma_flops if "approximator_layers" in config else flux_flops
-    references = split.num_references  # the statistics keep it, and no tensor with it
+    references = split.num_references  # a number, so that the cost function, which statistics keep, holds no tensor
     call = ModelCall(
         state=split.state,
         text_tokens=arguments["txt"].shape[1],
@@ -102,10 +102,10 @@ def _evaluate(
     batch = state.shape[0]
     changed: dict[str, Any] = {"img": split.tokens(run, state)}
     if not run.is_dense:
-        ids = arguments["img_ids"][0]  # the same for every image, as was checked
+        ids = arguments["img_ids"][0]  # checked to be the same for every image
         changed["img_ids"] = torch.stack([split.ids_at(ids, positions) for positions in run.plan.positions])
         changed["timesteps"] = shown_timestep(run, arguments["timesteps"])
-        # One row of either ids serves all images; those of the anchors have a row for each, so must the others.
+        # A single row of ids can serve all images, but the anchors' ids have a row for each, so text ids need them too.
         changed["txt_ids"] = arguments["txt_ids"].expand(batch, -1, -1)
         for name in _RESIDUALS:
             if arguments.get(name) is not None:
@@ -114,9 +114,9 @@ def _evaluate(
 
 
 def _residual_at(residual: Tensor, split: Split, run: Run) -> Tensor:
-    """Returns what belongs to the anchors of a residual (B, S, width), or (B, T + S, width) of a single-stream block.
+    """Cuts a residual (B, S, width), or (B, T + S, width) of a single-stream block, to the anchors.
 
-    One row serves every image, or every token, as it does in the model.
+    As in the model, a single row serves every image, and a single entry every token.
     """
     if residual.shape[1] == 1:
         return residual

@@ -1,11 +1,12 @@
-"""The cut: a transformer's own forward, with its blocks on the anchors alone.
+"""The cut: runs a transformer's own forward with its blocks on the anchors only.
 
-Forward hooks on two to four submodules of one instance. The outputs of what makes tokens (a patch embedding) and of
-what knows their positions (rotary embeddings) are cut to the anchors. The output of the last projection is put back in
-place among zeros, so that the model's own unpatchify sees the shapes that it expects. Everything in between is the
+It consists of forward hooks on two to four submodules of one instance. Hooks cut two outputs to the anchors: the tokens
+(from a patch embedding) and their positions (from rotary embeddings). Another hook scatters the output of the last
+projection back among zeros, so that the model's own unpatchify sees the shapes it expects. Everything in between is the
 model's: masks, text, LoRA, offloading, compiled blocks.
 
-Indices are tensors that are made once a stage, and shapes depend on their number alone: a stage is one static graph.
+The indices are tensors that are computed once per stage. Shapes depend only on the number of anchors, so a stage is one
+static graph.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from .ranks import check_still
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Which of N generated tokens enter the network, as indices that one stage shares; made by `places_of`.
+    """Indices of the tokens that enter the network, out of N generated ones. `places_of` makes them once per stage.
 
     Attributes:
         anchors: (B, M) int64, the anchors of each image.
         num_tokens: N.
-        shared: (M,) int64, the anchors of every image where all have the same; else None.
+        shared: (M,) int64, the anchors of every image if all images have the same; otherwise None.
         rows: (B * M,) int64, the anchors' rows in tokens (B * N, ...).
-        kept: What one way leaves for a later one of the same forward, by name.
+        kept: Values that one way stores for a later way in the same forward, by name.
     """
 
     anchors: Tensor
@@ -46,17 +47,17 @@ class Places:
     kept: dict[str, Any] = field(default_factory=dict)
 
     def take(self, x: Tensor, dim: int, before: int = 0) -> Tensor:
-        """Returns the anchors' entries of `x`, and the entries before and after those of the N tokens as they are.
+        """Returns `x` with only the anchors left of its N tokens; entries before and after the tokens stay.
 
         Args:
-            x: Its axis `dim` holds `before` entries, the N tokens, and any number of others. With a batch in front
-                (`dim` above 0), a row for each image, or one for all of them.
+            x: Its axis `dim` holds `before` entries, then the N tokens, then any number of others. If a batch axis
+                comes first (`dim` above 0), it has one row for each image, or a single row for all images.
             dim: The axis of the tokens.
-            before: How many entries come before the tokens.
+            before: Number of entries before the tokens.
 
         Raises:
-            ValueError: For an axis that is too short, a batch of another size, or one table of places (`dim` 0) for
-                images whose anchors differ.
+            ValueError: If the axis is too short, the batch size does not fit, or images with different anchors share
+                one table of positions (`dim` 0).
         """
         after = x.shape[dim] - before - self.num_tokens
         if after < 0 or before < 0:
@@ -68,7 +69,7 @@ class Places:
         parts = (x.narrow(dim, 0, before), taken, x.narrow(dim, before + self.num_tokens, after))
         if before + after == 0:
             return taken
-        if taken.shape[0] != x.shape[0] and dim > 0:  # one row for all images has become a row for each
+        if taken.shape[0] != x.shape[0] and dim > 0:  # the single row for all images has become one row per image
             parts = (parts[0].expand(len(taken), *x.shape[1:]), taken, parts[2].expand(len(taken), *x.shape[1:]))
         return torch.cat([part for part in parts if part.shape[dim]], dim=dim)
 
@@ -77,8 +78,8 @@ class Places:
             return x.index_select(dim, self.shared)
         if dim == 0:
             raise ValueError(
-                "Places.take: images must have the same anchors where they share one table of places, got others for "
-                "each; call the model image by image"
+                "Places.take: images that share one table of positions must have the same anchors, got different ones; "
+                "call the model image by image"
             )
         batch, count = self.anchors.shape
         x = x.movedim(dim, 1)
@@ -94,10 +95,10 @@ class Places:
         return taken.view(batch, count, *x.shape[2:]).movedim(1, dim)
 
     def put(self, x: Tensor) -> Tensor:
-        """Returns `x` (B, M + R, ...) with its first M entries in place among zeros, (B, N + R, ...).
+        """Returns `x` (B, M + R, ...) with its first M entries scattered among zeros, (B, N + R, ...).
 
         Raises:
-            ValueError: For fewer than M entries.
+            ValueError: If `x` has fewer than M entries.
         """
         batch, count = x.shape[0], self.anchors.shape[1]
         if x.shape[1] < count:
@@ -115,12 +116,12 @@ class Places:
 
 
 def places_of(anchors: Tensor, num_tokens: int, *, are_shared: bool | None = None) -> Places:
-    """Returns the indices of a stage; made once, since they are tensors that a graph may hold.
+    """Returns the indices of a stage. Call it once per stage, because a graph may hold these tensors.
 
     Args:
-        anchors: (B, M) int64, of each image; with guidance in one batch, of each of its rows.
-        num_tokens: N, of the whole grid.
-        are_shared: Whether all images have the same anchors; None looks, which waits for the device.
+        anchors: (B, M) int64, the anchors of each image, or of each row of a batch that contains guidance branches.
+        num_tokens: N, the number of tokens in the whole grid.
+        are_shared: Whether all images have the same anchors. None compares them, which waits for the device.
     """
     if are_shared is None:
         are_shared = bool((anchors == anchors[:1]).all())
@@ -134,11 +135,11 @@ def places_of(anchors: Tensor, num_tokens: int, *, are_shared: bool | None = Non
 
 
 Way = Callable[[Any, Places], Any]
-"""How something that holds every token is cut to the anchors, or put back: (what there is, places) -> the same, cut."""
+"""Cuts a value that holds every token to the anchors, or scatters it back: (value, places) -> changed value."""
 
 
 def rows(dim: int = 1, before: int = 0) -> Way:
-    """Returns the way for a tensor that holds the tokens along `dim` after `before` others, or a tuple of such."""
+    """Returns the way for a tensor, or a tuple of tensors, with the tokens along `dim` after `before` other entries."""
 
     def cut(x: Any, places: Places) -> Any:
         if isinstance(x, (tuple, list)):
@@ -149,7 +150,7 @@ def rows(dim: int = 1, before: int = 0) -> Way:
 
 
 def part(index: int, way: Way) -> Way:
-    """Returns the way for a tuple of which one entry holds the tokens."""
+    """Returns the way for a tuple whose entry `index` holds the tokens."""
 
     def cut(x: Any, places: Places) -> Any:
         return tuple(way(each, places) if k == index else each for k, each in enumerate(x))
@@ -158,33 +159,33 @@ def part(index: int, way: Way) -> Way:
 
 
 def volume(x: Tensor, places: Places) -> Tensor:
-    """Returns the tokens (B, D, M) of what a convolution made, (B, D, T, H, W) or (B, D, H, W)."""
+    """Returns the anchors (B, D, M) of a convolution's output, (B, D, T, H, W) or (B, D, H, W)."""
     return places.take(x.flatten(2).transpose(1, 2), 1).transpose(1, 2)
 
 
 def each_token(x: Tensor, places: Places) -> Tensor:
-    """Returns an argument (B, M) that may be given for every token, (B, N); another shape stays: (B,), (B, 1)."""
+    """Cuts an argument with a value for every token, (B, N), to (B, M); other shapes, such as (B,), stay unchanged."""
     return places.take(x, 1) if x.ndim > 1 and x.shape[1] == places.num_tokens else x
 
 
 def put(x: Tensor, places: Places) -> Tensor:
-    """Returns what a model makes of the anchors, (B, M + R, D), in place among zeros, (B, N + R, D)."""
+    """Returns a model's output for the anchors, (B, M + R, D), scattered among zeros, (B, N + R, D)."""
     return places.put(x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Where in a transformer its tokens can be cut.
+    """The places in a transformer where its tokens can be cut.
 
     Attributes:
-        outputs: Submodules, by dotted names, and how their output is changed.
-        arguments: The same of arguments of the model that may hold every token.
-        blocks: The same of arguments of repeated blocks, by the name of their list.
-        methods: The same of what methods of the model return, where tokens are made outside any submodule.
-        has_one_table: Whether one table of places serves all images, so that one forward cannot have other anchors for
-            each image.
-        rows: Arguments with a row for each image; needed with `has_one_table`.
-        lists: Arguments that are lists of such.
+        outputs: The way for the output of each submodule, by dotted name.
+        arguments: The way for each argument of the model that may hold every token.
+        blocks: The ways for arguments of repeated blocks, by the name of the block list.
+        methods: The way for the return value of each model method that makes tokens outside any submodule.
+        has_one_table: Whether all images share one table of positions, in which case one forward cannot have different
+            anchors for each image.
+        rows: Arguments with one row for each image; needed with `has_one_table`.
+        lists: Arguments that are lists of such arguments.
     """
 
     outputs: Mapping[str, Way]
@@ -197,7 +198,7 @@ class Adapter:
 
 
 def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Returns why an adapter does not fit a model: every submodule that it lacks."""
+    """Returns why an adapter does not fit a model: every submodule and method that the model lacks."""
     known = dict(model.named_modules())
     missing = [name for name in (*adapter.outputs, *adapter.blocks) if name not in known]
     found = [f"transformer must have a submodule {name!r}, got none in {type(model).__name__}" for name in missing]
@@ -209,14 +210,14 @@ def problems_of(model: nn.Module, adapter: Adapter) -> list[str]:
 
 
 class _Now:
-    """The places of the forward under way, or None: all tokens enter. Hooks share it, and it holds no module."""
+    """The places of the current forward; None if all tokens enter. Hooks share this object; it holds no module."""
 
     def __init__(self) -> None:
         self.places: Places | None = None
 
 
 class _Hook(Uncopied):
-    """A forward hook; `way` changes the output."""
+    """A forward hook that changes the output with `way`."""
 
     def __init__(self, now: _Now, way: Way) -> None:
         self._now, self._way = now, way
@@ -227,7 +228,7 @@ class _Hook(Uncopied):
 
 
 class _Method(Uncopied):
-    """A method of an instance; `way` changes what the class's returns."""
+    """A method set on an instance that changes the result of the class's method with `way`."""
 
     def __init__(self, now: _Now, way: Way, model: nn.Module, name: str) -> None:
         self._now, self._way, self._model, self._name = now, way, weakref.ref(model), name
@@ -239,7 +240,7 @@ class _Method(Uncopied):
 
 
 class _CutFirst(Uncopied):
-    """Stands before a hook that divides a module's output among ranks: the output is cut, then divided."""
+    """Wraps a hook that divides a module's output among ranks, so that the output is cut first and then divided."""
 
     def __init__(self, reference: Any, hook: _Hook) -> None:
         self._reference, self._hook, self._divide = reference, hook, reference.post_forward
@@ -255,7 +256,7 @@ class _CutFirst(Uncopied):
 
 
 class _BlockHook(Uncopied):
-    """A hook before a block's forward; `ways` change keyword arguments by name."""
+    """A pre-forward hook on a block that changes keyword arguments with `ways`, by name."""
 
     def __init__(self, now: _Now, ways: Mapping[str, Way]) -> None:
         self._now, self._ways = now, ways
@@ -266,7 +267,7 @@ class _BlockHook(Uncopied):
 
 
 def cut_arguments(arguments: Mapping[str, Any], ways: Mapping[str, Way], places: Places) -> dict[str, Any]:
-    """Returns the arguments of a call, those that hold every token cut to the anchors."""
+    """Returns the arguments of a call, with those that hold every token cut to the anchors."""
     return {
         name: ways[name](value, places) if name in ways and value is not None else value
         for name, value in arguments.items()
@@ -274,22 +275,23 @@ def cut_arguments(arguments: Mapping[str, Any], ways: Mapping[str, Way], places:
 
 
 class Cut:
-    """The hooks on one model, which change nothing but within `at`.
+    """The hooks on one model. They change nothing outside `at`.
 
-    The model is held weakly. Hooks follow a submodule that was replaced, as by LoRA.
+    The model is held weakly. If a submodule is replaced, for example by LoRA, the hooks move to the new one.
 
     Args:
         model: The transformer.
-        adapter: Where its tokens pass.
+        adapter: Where its tokens can be cut.
 
     Raises:
-        UnsupportedModelError: With every reason why the adapter does not fit the model.
+        UnsupportedModelError: If the adapter does not fit the model; the message lists every reason.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         if problems := problems_of(model, adapter):
             raise UnsupportedModelError(
-                f"Cut: {type(model).__name__} cannot be cut: {'; '.join(problems)}; use the model's own class, whole"
+                f"Cut: {type(model).__name__} cannot be cut: {'; '.join(problems)}; use the model's original class, "
+                f"with all its submodules"
             )
         self._model = weakref.ref(model)
         self._adapter = adapter
@@ -306,7 +308,7 @@ class Cut:
         return (*self._outputs, *self._blocks, *self._methods)
 
     def install(self) -> None:
-        """Puts the hooks where they belong now; those that are there stay."""
+        """Installs missing hooks on the current submodules; hooks already in place stay."""
         model = self._model()
         if model is None:
             return
@@ -330,7 +332,7 @@ class Cut:
             self._placed.append((weakref.ref(module), module.register_forward_pre_hook(before, with_kwargs=True)))
 
     def remove(self) -> None:
-        """Takes every hook away; harmless where there is none."""
+        """Removes every hook; harmless if there are none."""
         model = self._model()
         for name, method in self._methods.items():
             if model is not None and vars(model).get(name) is method:
@@ -340,14 +342,14 @@ class Cut:
             self._placed.pop()
 
     def check(self) -> None:
-        """Raises ConfigError for a model whose tokens were divided among ranks after it was cut."""
+        """Raises ConfigError if the model's tokens were divided among ranks after it was cut."""
         model = self._model()
         if model is not None:
             check_still(model, was_parallel=self._was_parallel)
 
     @contextmanager
     def at(self, places: Places | None) -> Iterator[None]:
-        """Cuts what runs inside to the anchors of `places`; None cuts nothing."""
+        """Within this context the model runs on the anchors of `places`; None cuts nothing."""
         self.check()
         self.install()
         before, self._now.places = self._now.places, places
@@ -357,5 +359,5 @@ class Cut:
             self._now.places = before
 
     def arguments(self, arguments: Mapping[str, Any], places: Places) -> dict[str, Any]:
-        """Returns the arguments of a call of the model, those that hold every token cut to the anchors."""
+        """Returns the arguments of a call of the model, with those that hold every token cut to the anchors."""
         return cut_arguments(arguments, self._adapter.arguments, places)

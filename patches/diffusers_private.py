@@ -1,8 +1,8 @@
-"""The private names of diffusers that jitaccel reads, each in one function that says what it costs.
+"""The private names of diffusers that jitaccel reads, each in one function.
 
-No other file may name one: tests/execution/test_private.py looks. tests/patches/test_diffusers_private.py tries each
-function on what diffusers makes, so that a name that goes is found before a user finds it. Importing this file imports
-nothing of diffusers.
+"If renamed:" says what would go wrong if diffusers changed the name. No other file may use such a name;
+tests/execution/test_private.py checks that. tests/patches/test_diffusers_private.py runs each function on diffusers'
+own objects, so that a removed name is found before a user finds it. Importing this file imports nothing of diffusers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 HOOK_REGISTRY = "_diffusers_hook"
-_CACHES = frozenset(  # modules of diffusers.hooks whose hooks answer from an earlier call
+_CACHES = frozenset(  # modules of diffusers.hooks whose hooks reuse results of an earlier call
     {
         "faster_cache",
         "first_block_cache",
@@ -33,29 +33,28 @@ SCHEDULER_PLACE = ("_step_index", "_begin_index")
 
 
 def hook_registry(module: Any) -> Any:
-    """Returns the registry of hooks on a module itself, or None.
+    """Returns the hook registry of the module itself, or None.
 
-    Diffusers offers `HookRegistry.check_if_exists_or_initialize`, which makes one where there is none, and takes the
-    registry of the model inside torch.compile's wrapper for the wrapper's. Costs: a renamed attribute would hide
-    offloading and caching hooks from the packed forward. Since diffusers 0.33.
+    Diffusers offers `HookRegistry.check_if_exists_or_initialize`, but that creates a missing registry, and for
+    torch.compile's wrapper it returns the registry of the model inside. If renamed: the packed forward would not see
+    offloading and caching hooks. Since diffusers 0.33.
     """
     return vars(module).get(HOOK_REGISTRY)
 
 
 def put_hook_registry(module: Any, registry: Any) -> Any:
-    """Gives a module a registry of hooks where it has none itself; returns the one that it has then.
+    """Sets the hook registry of a module that has none of its own; returns the registry it has afterwards.
 
-    Costs: diffusers would not find the hooks of a registry under another name, to reset them or to list them. Since
-    diffusers 0.33.
+    If renamed: diffusers would not find the registry's hooks to reset or list them. Since diffusers 0.33.
     """
     return vars(module).setdefault(HOOK_REGISTRY, registry)
 
 
 def caches_in(model: Any) -> tuple[str, ...]:
-    """Returns the names of every cache hook of diffusers in a model, whether `enable_cache` or a function put it there.
+    """Returns the names of all diffusers cache hooks in a model, set by `enable_cache` or by a function.
 
-    `is_cache_enabled` knows only of the first. A class derived from a cache's is one. Costs: a cache in a renamed
-    module would answer for other tokens than those asked for. Since diffusers 0.33.
+    `is_cache_enabled` only reports those set by `enable_cache`. Subclasses of a cache hook count too. If renamed: a
+    cache would go unnoticed and return results for the wrong tokens. Since diffusers 0.33.
     """
     registries = [registry for module in model.modules() if (registry := hook_registry(module)) is not None]
     hooks = [(name, hook) for registry in registries for name, hook in registry.hooks.items()]
@@ -68,19 +67,19 @@ def _is_cache(kind: type) -> bool:
 
 
 def accelerate_hook(module: Any) -> Any:
-    """Returns the hook by which accelerate brings a module's weights in and out, or None.
+    """Returns the hook with which accelerate loads and offloads a module's weights, or None.
 
-    Both packages read the name; neither has a public way to ask. Costs: a renamed attribute would leave offloaded
-    weights where they wait. In every version of diffusers with offloading, 0.17 and before.
+    Diffusers and accelerate both read the name; neither has a public accessor. If renamed: offloaded weights would not
+    be loaded. In every version of diffusers with offloading, 0.17 and before.
     """
     return getattr(module, "_hf_hook", None)
 
 
 def forward_beneath_hooks(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what hooks of diffusers and accelerate around a module's `forward` call in the end.
+    """Returns the innermost function that the hooks of diffusers and accelerate around a module's `forward` call.
 
-    Neither package tells; `__wrapped__` would also lead past what a user wrapped. Costs: hooks of another make would be
-    taken for a replaced forward, and the model run indexed. Diffusers since 0.33, accelerate since 0.12.
+    Neither package offers it, and `__wrapped__` would also skip a user's own wrapper. If renamed: the hooks would be
+    mistaken for a replaced forward, and the model would run indexed. Diffusers since 0.33, accelerate since 0.12.
     """
     while isinstance(forward, functools.partial):
         made_in = getattr(forward.func, "__globals__", {}).get("__name__")
@@ -95,11 +94,11 @@ def forward_beneath_hooks(module: Any, forward: Callable[..., Any]) -> Callable[
 
 
 def attention_backend(processor: Any) -> str | None:
-    """Returns the backend that an attention processor was given or that is active for all; None: torch's own choice.
+    """Returns the backend set on an attention processor or for the whole process; None if torch chooses.
 
-    `set_attention_backend` makes its choice active for every model of the process, as the context manager
-    `attention_backend` and the environment variable DIFFUSERS_ATTN_BACKEND do. Costs: raises AttributeError without the
-    names, since attention of another kind than the one that was chosen would be a silent change. Since diffusers 0.35.
+    `set_attention_backend` activates its choice for every model of the process, as do the context manager
+    `attention_backend` and the environment variable DIFFUSERS_ATTN_BACKEND. If renamed: raises AttributeError, because
+    silently using a different backend from the chosen one would be wrong. Since diffusers 0.35.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -113,41 +112,39 @@ def attention_backend(processor: Any) -> str | None:
 def has_context_parallelism(processor: Any) -> bool:
     """Returns whether `enable_parallelism` splits an attention processor's sequence among devices.
 
-    Costs: raises AttributeError for a processor without the name, since each device would see a part as the whole.
-    Since diffusers 0.36.
+    If renamed: raises AttributeError, because each device would otherwise take its part for the whole. Since diffusers
+    0.36.
     """
     return processor._parallel_config is not None
 
 
 def is_parallel(model: Any) -> bool:
-    """Returns whether `enable_parallelism` was called on a model. Costs as `has_context_parallelism`."""
+    """Returns whether `enable_parallelism` was called on a model. If renamed: as `has_context_parallelism`."""
     return getattr(model, "_parallel_config", None) is not None
 
 
 def context_parallelism(model: Any) -> Any:
     """Returns the ContextParallelConfig that `enable_parallelism` gave a model, or None.
 
-    Costs: under another name, numbers of anchors would not be rounded, and diffusers would refuse them. Since diffusers
-    0.36.
+    If renamed: the number of anchors would not be rounded, and diffusers would refuse it. Since diffusers 0.36.
     """
     return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
 
 
 def divided_group(settings: Any) -> tuple[Any, int]:
-    """Returns the process group over which a ContextParallelConfig divides tokens, ring and Ulysses together, its size.
+    """Returns the process group that divides the tokens (ring and Ulysses together), and the size of that group.
 
-    Costs: raises AttributeError without the name; the public `mesh` is None where diffusers made it. Since diffusers
-    0.36.
+    If renamed: raises AttributeError; the public `mesh` is None if diffusers created it. Since diffusers 0.36.
     """
     mesh = settings._flattened_mesh
     return mesh.get_group(), mesh.size()
 
 
 def is_divided_around(module: Any, hook: Any) -> bool:
-    """Returns whether context parallelism divides the inputs of a module before this hook of its sees them.
+    """Returns whether context parallelism divides a module's inputs before the given hook sees them.
 
-    Hooks that are registered later run outside. Costs: under another name, ranks that are patched in the wrong order
-    would see parts as the whole. Since diffusers 0.36.
+    Hooks registered later run outside earlier ones. If renamed: ranks patched in the wrong order would take their part
+    for the whole. Since diffusers 0.36.
     """
     registry = hook_registry(module)
     names = [] if registry is None else list(registry.hooks)
@@ -156,10 +153,10 @@ def is_divided_around(module: Any, hook: Any) -> bool:
 
 
 def divides_output(module: Any) -> Any:
-    """Returns the reference to functions of the hook that divides what a module returns among ranks; None without one.
+    """Returns the function reference of the hook that divides a module's output among ranks; None without such a hook.
 
-    Its `post_forward` (module, output) is called with what the module's own forward returned. Costs: under another
-    name, a table of positions would be cut after it is divided, and its rows would not be found. Since diffusers 0.36.
+    Its `post_forward` (module, output) is called with the result of the module's own forward. If renamed: a table of
+    positions would be cut after it is divided, and its rows would not be found. Since diffusers 0.36.
     """
     registry = hook_registry(module)
     names = [] if registry is None else [name for name in registry.hooks if name.startswith(SPLITTING_HOOK)]
@@ -167,17 +164,17 @@ def divides_output(module: Any) -> Any:
 
 
 def offloads_whole_models(pipeline: Any) -> bool:
-    """Returns whether `enable_model_cpu_offload` moves models of a pipeline in and out, one at a time.
+    """Returns whether `enable_model_cpu_offload` moves a pipeline's models to and from the device, one at a time.
 
-    Costs: a renamed attribute would leave the transformer on the device after a measurement. Since diffusers 0.21.
+    If renamed: the transformer would stay on the device after a measurement. Since diffusers 0.21.
     """
     return bool(getattr(pipeline, "_all_hooks", None))
 
 
 def execution_device(pipeline: Any) -> torch.device:
-    """Returns where a pipeline computes, which is not where its models wait while they are offloaded.
+    """Returns the device on which a pipeline computes, which differs from where its offloaded models are stored.
 
-    Costs: raises AttributeError without the name; the public `device` is where they wait. In 0.17 and before.
+    If renamed: raises AttributeError; the public `device` is where offloaded models are stored. In 0.17 and before.
     """
     device: torch.device = pipeline._execution_device
     return device
@@ -185,9 +182,9 @@ def execution_device(pipeline: Any) -> torch.device:
 
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
-    """Lets a pipeline show no progress bar.
+    """Hides a pipeline's progress bar within this context.
 
-    Costs: a renamed attribute would lose the settings of the pipeline's bar. Since diffusers 0.3.
+    If renamed: the user's settings of the progress bar would be lost. Since diffusers 0.3.
     """
     before = vars(pipeline).get("_progress_bar_config")
     pipeline.set_progress_bar_config(disable=True)
@@ -201,30 +198,30 @@ def quiet(pipeline: Any) -> Iterator[None]:
 
 
 def has_packed_latents(pipeline: Any) -> bool:
-    """Returns whether a pipeline packs latents into tokens as FLUX.1's do. Costs as `unpack_latents`."""
+    """Returns whether a pipeline packs latents into tokens as FLUX.1's do. If renamed: as `unpack_latents`."""
     return hasattr(pipeline, "_unpack_latents")
 
 
 def unpack_latents(pipeline: Any, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Returns latents (B, C, h, w), as the autoencoder takes them, of FLUX.1's tokens (B, N, 4C). Sizes in pixels.
+    """Returns the autoencoder's latents (B, C, h, w) for FLUX.1 tokens (B, N, 4C). Sizes are in pixels.
 
-    Costs: raises AttributeError without the name; to do it here would repeat what the pipeline decides, how a token's
-    four latents lie. Since diffusers 0.30.
+    If renamed: raises AttributeError. The pipeline decides how a token's four latents are arranged, so this is not
+    repeated here. Since diffusers 0.30.
     """
     latents: Tensor = pipeline._unpack_latents(tokens, height, width, pipeline.vae_scale_factor)
     return latents
 
 
 def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
-    """Returns FLUX.1's tokens (B, N, 4C) of latents (B, C, h, w). Costs as `unpack_latents`. Since diffusers 0.30."""
+    """Returns FLUX.1 tokens (B, N, 4C) of latents (B, C, h, w). If renamed: as `unpack_latents`. Since 0.30."""
     tokens: Tensor = pipeline._pack_latents(latents, *latents.shape)
     return tokens
 
 
 def count_step(scheduler: Any, place: int) -> None:
-    """Says that a scheduler has come to this step, where another step than its own was made.
+    """Sets a scheduler's step index after a step was made in its place.
 
-    Costs: a scheduler that counted under another name would take the same step again. Since diffusers 0.21.
+    If renamed: the scheduler would take the same step again. Since diffusers 0.21.
     """
     scheduler._step_index = place
 
@@ -232,8 +229,8 @@ def count_step(scheduler: Any, place: int) -> None:
 def dtype_argument() -> str:
     """Returns the name that this diffusers gives the dtype of `from_pretrained`, "dtype" or "torch_dtype".
 
-    Old ones ignore the first, new ones warn of the second; signatures show neither. Costs: a renamed function would
-    bring the warning back. `_resolve_dtype` came with "dtype", after diffusers 0.36.
+    Old versions ignore "dtype", new ones warn about "torch_dtype", and signatures show neither. If renamed: the warning
+    would come back. `_resolve_dtype` came with "dtype", after diffusers 0.36.
     """
     from diffusers.utils import deprecation_utils
 
@@ -241,9 +238,9 @@ def dtype_argument() -> str:
 
 
 def scheduler_place(scheduler: Any, missing: object) -> Mapping[str, Any]:
-    """Returns at which step a scheduler is and at which it began, to be put back; `missing` for what it has not.
+    """Returns a scheduler's current step and first step, to be restored later; `missing` for an absent attribute.
 
-    Costs: a scheduler that kept its place under other names would go on from the middle after a removal. Since
-    diffusers 0.27, the step's since 0.21.
+    If renamed: the scheduler would continue from the middle after the patch is removed. The first step exists since
+    diffusers 0.27, the current step since 0.21.
     """
     return {name: vars(scheduler).get(name, missing) for name in SCHEDULER_PLACE}

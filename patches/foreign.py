@@ -1,4 +1,4 @@
-"""What other packages leave untyped, named once: forwards and their arguments, models, pipelines, schedulers."""
+"""Types for untyped objects of other packages: forwards and their arguments, models, pipelines, schedulers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor, nn
 
 Forward: TypeAlias = Callable[..., Any]
-"""A forward of somebody's model: what it takes and returns is that model's own."""
+"""The forward of a foreign model, which defines its own arguments and return value."""
 
 Arguments: TypeAlias = Mapping[str, Any]
-"""What such a forward is called with, by name."""
+"""The arguments of such a forward, by name."""
 
 
 class Scheduler(Protocol):
-    """A scheduler of diffusers, as far as it is followed: sigmas (steps + 1,), the final 0 included."""
+    """The part of a diffusers scheduler that is used here: sigmas (steps + 1,), the final 0 included."""
 
     config: Any
     sigmas: Tensor
@@ -34,7 +34,7 @@ class Scheduler(Protocol):
 
 
 class Pipeline(Protocol):
-    """A pipeline of diffusers; what else it has depends on its class, and is asked for by name."""
+    """A pipeline of diffusers. Its other attributes depend on the class and are looked up by name."""
 
     transformer: nn.Module
     scheduler: Scheduler
@@ -43,5 +43,5 @@ class Pipeline(Protocol):
 
 
 def settings_of(model: nn.Module) -> Any:
-    """Returns the configuration of a model of diffusers, whose settings are attributes and items."""
+    """Returns the configuration of a diffusers model, whose settings can be read as attributes or items."""
     return model.config

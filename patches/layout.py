@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 
 class Layout(Protocol):
-    """How the latents that a sampler moves, and that a model is given, hold the tokens that are generated."""
+    """How the latents of a sampler, which are also a model's input, hold the generated tokens."""
 
     @property
     def side(self) -> int:
-        """How many latents lie along a token's side, rows and columns alike."""
+        """Number of latents along a token's side, the same for rows and columns."""
         ...
 
     def to_tokens(self, latents: Tensor) -> Tensor:
@@ -28,11 +28,11 @@ class Layout(Protocol):
         ...
 
     def generated(self, given: Tensor, num_tokens: int, channels: int) -> Tensor:
-        """Returns of all that a model is given the latents that are generated; the very tensor where that is all."""
+        """Returns the generated latents of a model's input; the same tensor if the input holds nothing else."""
         ...
 
     def put_generated(self, latents: Tensor, given: Tensor) -> Tensor:
-        """Returns what a model is given, with other latents in the place of those that are generated."""
+        """Returns a model's input `given` with its generated latents replaced by `latents`."""
         ...
 
     def smaller(
@@ -43,34 +43,38 @@ class Layout(Protocol):
         num_tokens: int,
         pool: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Returns what a model is given of a smaller picture: its tokens (B, M, D) on `grid`, and what is beside them.
+        """Returns a model's input for a smaller picture: its generated tokens and the conditions next to them.
 
-        given, num_tokens: what it is given of the whole picture, and N of that. pool: (B, N, C) of latents beside those
-        that are generated -> (B, M, C).
+        Args:
+            tokens: (B, M, D), the tokens of the smaller picture.
+            grid: The grid of those M tokens.
+            given: The model's input for the whole picture.
+            num_tokens: N, the number of generated tokens in `given`.
+            pool: Averages the latents of conditions, (B, N, C) -> (B, M, C).
         """
         ...
 
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """Latents (B, C, *sizes), of which a token is a patch; conditions are further channels, after the generated ones.
+    """Latents (B, C, *sizes) in which a token is a patch. Conditions are further channels after the generated ones.
 
     Attributes:
-        patch: The patch's sides, as many as `sizes`: (1, 2, 2) for a video (B, C, T, H, W).
+        patch: The patch's sides, one for each of `sizes`: (1, 2, 2) for a video (B, C, T, H, W).
     """
 
     patch: tuple[int, ...]
 
     @property
     def side(self) -> int:
-        """How many latents lie along a token's side."""
+        """Number of latents along a token's side."""
         return self.patch[-1]
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the token grid of latents of a shape (B, C, *sizes).
+        """Returns the token grid of latents with the shape (B, C, *sizes).
 
         Raises:
-            ValueError: For sizes that are not as many as the patch's sides, or no multiples of them.
+            ValueError: If there is not one size for each side of the patch, or a size is not a multiple of its side.
         """
         sizes = tuple(shape[2:])
         if len(sizes) != len(self.patch) or any(size % side for size, side in zip(sizes, self.patch, strict=True)):
@@ -85,15 +89,15 @@ class PatchLayout:
         return patchify(latents, self.patch)
 
     def to_latents(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Returns the latents (B, C, *sizes) of tokens (B, N, C * patch); sizes: those of `like`."""
+        """Returns the latents (B, C, *sizes) of tokens (B, N, C * patch), with the sizes of `like`."""
         return unpatchify(tokens, self.grid(like.shape), self.patch)
 
     def generated(self, given: Tensor, num_tokens: int, channels: int) -> Tensor:
-        """Returns the first `channels` of what a model is given."""
+        """Returns the first `channels` channels of a model's input."""
         return given if given.shape[1] == channels else given[:, :channels]
 
     def put_generated(self, latents: Tensor, given: Tensor) -> Tensor:
-        """Returns `latents` with the further channels that a model is given."""
+        """Returns `latents` followed by the further channels of a model's input."""
         return _followed(latents, given[:, latents.shape[1] :])
 
     def smaller(
@@ -104,7 +108,7 @@ class PatchLayout:
         num_tokens: int,
         pool: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Returns the latents of a smaller picture or video, with the further channels of it."""
+        """Returns the latents of a smaller picture or video, followed by its further channels."""
         latents = unpatchify(tokens, grid, self.patch)
         further = patchify(given[:, latents.shape[1] :], self.patch)
         return _followed(latents, unpatchify(pool(further), grid, self.patch)) if further.shape[2] else latents
@@ -112,10 +116,10 @@ class PatchLayout:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Latents that are tokens already, (B, N, D); references are further tokens, after the generated ones.
+    """Latents that are already tokens, (B, N, D). References are further tokens after the generated ones.
 
     Attributes:
-        side: How many latents lie along a token's side.
+        side: Number of latents along a token's side.
     """
 
     side: int = 2
@@ -125,16 +129,16 @@ class TokenLayout:
         return latents
 
     def to_latents(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Returns tokens (B, N, D) with zeros for the references of `like`, which nobody reads."""
+        """Returns tokens (B, N, D), followed by zeros for the references of `like`, which nobody reads."""
         further = like.shape[1] - tokens.shape[1]
         return F.pad(tokens, (0, 0, 0, further)) if further else tokens
 
     def generated(self, given: Tensor, num_tokens: int, channels: int) -> Tensor:
-        """Returns the first `num_tokens` of what a model is given."""
+        """Returns the first `num_tokens` tokens of a model's input."""
         return given if given.shape[1] == num_tokens else given[:, :num_tokens]
 
     def put_generated(self, latents: Tensor, given: Tensor) -> Tensor:
-        """Returns `latents` (B, N, D) with the references that a model is given."""
+        """Returns `latents` (B, N, D) followed by the references of a model's input."""
         return _followed(latents, given[:, latents.shape[1] :])
 
     def smaller(
@@ -145,19 +149,19 @@ class TokenLayout:
         num_tokens: int,
         pool: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Returns the tokens of a smaller picture with the references that a model is given."""
+        """Returns the tokens of a smaller picture followed by the references of a model's input."""
         return _followed(tokens, given[:, num_tokens:])
 
 
 def _followed(first: Tensor, further: Tensor) -> Tensor:
-    """Returns both along axis 1; `first` itself where there is nothing further."""
+    """Returns both, joined along axis 1; `first` itself if `further` is empty."""
     return torch.cat([first, further], dim=1) if further.shape[1] else first
 
 
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Returns the tokens (B, N, C * patch) of `x` (B, C, *sizes), in raster order; sizes are multiples of the patch.
 
-    Within a token channels come first, then the patch's places in raster order.
+    Within a token, channels vary slowest, then the positions in the patch in raster order.
     """
     batch, channels, *sizes = x.shape
     axes = len(patch)
@@ -168,7 +172,7 @@ def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
-    """Returns `x` (B, C, *sizes) of its tokens (B, N, C * patch), the reverse of `patchify`."""
+    """Returns `x` (B, C, *sizes) from its tokens (B, N, C * patch), the inverse of `patchify`."""
     axes = len(patch)
     parts = tokens.unflatten(1, tuple(grid)).unflatten(-1, (-1, *patch))  # (B, *grid, C, *patch)
     pairs = [axis for k in range(axes) for axis in (1 + k, 2 + axes + k)]
@@ -185,5 +189,5 @@ def to_tokens(x: Tensor, patch: int) -> Tensor:
 
 
 def to_picture(tokens: Tensor, grid: tuple[int, int], patch: int, size: tuple[int, ...]) -> Tensor:
-    """Returns the picture (B, C, H, W) of tokens (B, N, D) of a grid; size: (H, W), without padding."""
+    """Returns the picture (B, C, H, W) of the tokens (B, N, D) on a grid; `size` is (H, W), without padding."""
     return unpatchify(tokens, grid, (patch, patch))[:, :, : size[0], : size[1]]

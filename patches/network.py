@@ -1,4 +1,4 @@
-"""One call of a network, in words that every codebase shares."""
+"""One call of a network, described in the same terms for every codebase."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCall:
-    """What a patch tells of one call of its model.
+    """One call of a model, as its patch describes it.
 
     Attributes:
         state: (B, N, D), as the sampler gave it.
         text_tokens: Number of text tokens.
-        cost: Operations of one forward by numbers of tokens.
+        cost: Maps numbers of tokens to the operations of one forward.
         grid: Reads the token grid from the arguments and checks it; may wait for the device.
-        noise_level: The same for the noise level.
-        mask: The same for the tokens (B, N) to inpaint; returns None if there is no mask.
-        multiple: Numbers of anchors are rounded up to a multiple of it.
+        noise_level: Reads and checks the noise level in the same way.
+        mask: Reads and checks the mask (B, N) of tokens to inpaint; returns None if there is no mask.
+        multiple: The number of anchors is rounded up to a multiple of this.
         branches: Number of guidance branches in the batch; `evaluate` returns all of them, (branches * B, M, D).
-        mixes: Whether the pipeline's guidance weighs whole pictures, so that each branch is lifted before it.
-        ranks: Who divides the tokens of each forward.
-        patch: Latents along a token's side.
+        mixes: Whether the pipeline's guidance needs whole pictures, so that each branch is lifted before guidance.
+        ranks: The ranks that divide the tokens of each forward.
+        patch: Number of latents along a token's side.
         evaluate: Runs the model on the anchors of a state.
     """
 
@@ -59,7 +59,7 @@ class ModelCall:
     evaluate: Network
 
     def begin(self, config: JiTConfig, step: Step) -> Generation:
-        """Returns the generation that this call is the first of, at its first step."""
+        """Returns a new generation at its first step, which begins with this call."""
         return Generation(
             config,
             self.grid(),
@@ -75,18 +75,18 @@ class ModelCall:
 
 
 class NetworkRoute(Protocol):
-    """What the calls of a network need of their route."""
+    """The methods that a network's calls need from their route."""
 
     def begin_call(self) -> None:
         """Notes that a call begins."""
         ...
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (B, N, D) that the codebase is given for a call."""
+        """Returns the velocity (B, N, D) that the codebase gets for a call."""
         ...
 
     def leave_dense(self, error: UnsupportedModelError) -> bool:
-        """Returns whether a refused call runs as if untouched."""
+        """Returns whether a refused call should run dense, as if the model were not patched."""
         ...
 
     def abandon(self) -> None:
@@ -95,9 +95,9 @@ class NetworkRoute(Protocol):
 
 
 def answered(route: NetworkRoute, compute: Callable[[], Result], original: Callable[[], Result]) -> Result:
-    """Returns what `compute` does; a failure ends the generation whose call it is.
+    """Returns the result of `compute`. If it fails, the generation of this call is abandoned.
 
-    A call that is refused does what `original` does, where the route leaves it dense.
+    If the call is refused and the route allows dense calls, returns the result of `original` instead.
     """
     route.begin_call()
     try:
@@ -110,9 +110,9 @@ def answered(route: NetworkRoute, compute: Callable[[], Result], original: Calla
 
 
 def cache_problem(transformer: Any) -> str | None:
-    """Returns which cache a transformer of diffusers has, and how to remove it; None without one.
+    """Returns which cache a diffusers transformer has and how to remove it; None without a cache.
 
-    A cache answers with what it kept of other tokens, or of another stage.
+    A cache would return results that belong to other tokens or to another stage.
     """
     if getattr(transformer, "is_cache_enabled", False):
         return "a cache enabled on the transformer (transformer.disable_cache() removes it)"
@@ -126,18 +126,19 @@ def cache_problem(transformer: Any) -> str | None:
 
 
 def refuse_controlnet(options: Execution) -> None:
-    """Raises ConfigError where a ControlNet on the anchors is asked for beside what is no pipeline with one."""
+    """Raises ConfigError if a sparse ControlNet is requested for a target that is not a pipeline with a ControlNet."""
     if options.controlnet != "dense":
         raise ConfigError(
-            f"apply: controlnet must be 'dense' for what is no pipeline with a ControlNet, got {options.controlnet!r}; "
-            f"apply to the pipeline"
+            f"apply: controlnet must be 'dense' for a target that is not a pipeline with a ControlNet, got "
+            f"{options.controlnet!r}; apply to the pipeline"
         )
 
 
 class IndexedCalls:
     """Statistics of a model that always runs its own forward on the anchors.
 
-    Raises UnsupportedModelError, or notes, that packed or compiled execution was asked for and does not know it.
+    If packed or compiled execution was requested, which this model does not support, this is noted; with strict=True
+    it raises UnsupportedModelError.
     """
 
     execution = "indexed"
@@ -149,13 +150,13 @@ class IndexedCalls:
         refuse_controlnet(options)
         if options.execution != "packed" and options.compile is None:
             return
-        reason = f"packed execution does not know {model}"
+        reason = f"packed execution does not support {model}"
         if options.strict:
             raise UnsupportedModelError(
                 f"jitaccel: execution must be covered with strict=True, got {reason}; use strict=False to run indexed"
             )
-        _log.warning("jitaccel: indexed execution, since %s", reason)
-        self.notes = (f"indexed execution, since {reason}",)
+        _log.warning("jitaccel: indexed execution, because %s", reason)
+        self.notes = (f"indexed execution, because {reason}",)
 
     def release(self) -> None:
         """Nothing is kept."""

@@ -1,4 +1,4 @@
-"""Context parallelism of diffusers: what ranks need of a picture, and what is refused before any of them waits."""
+"""Context parallelism of diffusers: requirements for dividing tokens among ranks, checked before any rank waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIVIDED = (
     "WanTransformer3DModel",
     "QwenImageTransformer2DModel",
 )
-"""Transformers whose tokens ranks may divide; the others have no plan in diffusers, or were not tried."""
+"""Transformers whose tokens ranks may divide. The others have no parallel plan in diffusers or were not tested."""
 _LATE = (
     "jitaccel: apply must be called after enable_parallelism, got a transformer whose tokens are divided among ranks "
     "before the patch sees them; call jitaccel.apply again now"
@@ -25,7 +25,7 @@ _LATE = (
 
 
 def ranks_of(model: Any) -> Ranks:
-    """Returns the ranks that divide the tokens of a model of diffusers."""
+    """Returns the ranks that divide the tokens of a diffusers model."""
     settings = context_parallelism(model)
     if settings is None:
         return ALONE
@@ -34,13 +34,13 @@ def ranks_of(model: Any) -> Ranks:
 
 
 def ranks_multiple(model: Any) -> int:
-    """Returns what numbers of tokens must be a multiple of, so that a model's ranks can divide them."""
+    """Returns the number of which token counts must be a multiple, so that a model's ranks can divide them."""
     settings = context_parallelism(model)
     return 1 if settings is None or _takes_anything(settings) else ranks_of(model).size
 
 
 def rank_problems(model: Any, *, is_known: bool) -> list[str]:
-    """Returns why a model's ranks cannot run it; nothing where they can. `is_known`: whether its kind was tried."""
+    """Returns why a model's ranks cannot run it; empty if they can. `is_known` says whether its class was tested."""
     if not is_parallel(model):
         return []
     settings = context_parallelism(model)
@@ -61,13 +61,13 @@ def rank_problems(model: Any, *, is_known: bool) -> list[str]:
 
 
 def check_order(model: Any, hook: Any) -> None:
-    """Raises ConfigError on every rank, before any waits, where tokens are divided around our hook on a model."""
+    """Raises ConfigError if tokens are divided outside our hook on a model; on every rank, before any rank waits."""
     if is_divided_around(model, hook):
         raise ConfigError(_LATE)
 
 
 def check_still(model: Any, *, was_parallel: bool) -> None:
-    """Raises as `check_order` for a model that is cut and was divided after that."""
+    """Raises like `check_order` for a model that was cut first and divided afterwards."""
     if is_parallel(model) and not was_parallel:
         raise ConfigError(_LATE)
 
@@ -82,14 +82,20 @@ def check_divided(
 ) -> None:
     """Raises ConfigError, with every reason, for a call whose tokens the ranks cannot divide.
 
-    ranks_multiple: how many ranks there are. grid: of the picture; asked only for the message.
+    Args:
+        ranks_multiple: Number of ranks.
+        config: Finds nearby sizes for the message.
+        grid: Returns the picture's token grid; only called for the message.
+        num_tokens: Number of generated tokens.
+        text_tokens: Number of text tokens.
+        references: Number of reference tokens.
     """
     problems = []
     if num_tokens % ranks_multiple:
         sizes = " or ".join("x".join(map(str, size)) for size in config.sizes_near(grid(), ranks_multiple))
         problems.append(
             f"jitaccel: the picture must have a multiple of {ranks_multiple} tokens, one part for each rank, got "
-            f"{num_tokens} of {'x'.join(map(str, grid()))}; choose another size, in tokens for example {sizes}"
+            f"{num_tokens} ({'x'.join(map(str, grid()))}); choose another size, for example {sizes} tokens"
         )
     for what, count, advice in (
         ("prompts", text_tokens, "set max_sequence_length"),
@@ -105,5 +111,5 @@ def check_divided(
 
 
 def _takes_anything(settings: Any) -> bool:
-    """Whether ranks may have parts of different size. Both settings are younger than context parallelism."""
+    """Returns whether ranks may have parts of different sizes. Old versions of diffusers lack both settings."""
     return bool(getattr(settings, "ulysses_anything", False) or getattr(settings, "ring_anything", False))

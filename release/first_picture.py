@@ -1,6 +1,6 @@
 """Makes a picture with the installed package and prints what ran: `python -I first_picture.py PICTURE LIBRARY...`.
 
-Run by release/wheel.py in an environment that holds nothing but the wheel and what it asks for.
+release/wheel.py runs it in an environment that contains only the wheel and its requirements.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes the picture. Raises SystemExit where the package is another one or lacks a library."""
+    """Writes the picture. Raises SystemExit if another copy of the package is imported, or if a library is missing."""
     import torch
     from diffusers import FluxPipeline
 

@@ -1,7 +1,7 @@
-"""Makes what is released: sdist and wheel, checked, installed in an empty environment, and run: `make wheel`.
+"""Makes the release files, sdist and wheel, checks them, and tries them in an empty environment: `make wheel`.
 
-The wheel is built from the sdist, so that both are whole. It holds the CPU library, and the CUDA library where there is
-an nvcc; without one of them, or with one of other sources, nothing is left in the output folder.
+The wheel is built from the sdist, which shows that the sdist is complete. It contains the CPU library, and the CUDA
+library if nvcc is available. If a library is missing or was built from other sources, the output folder is left empty.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jitaccel import build
 
 ROOT = Path(__file__).resolve().parents[1]
 SDIST = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
-# Torch's own libraries come with torch, and the driver with the machine: a wheel must not bring copies.
+# A wheel must not contain copies of torch's libraries, which come with torch, or of the driver, which the machine has.
 NOT_OURS = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcuda.so.1")
 
 
 def wheel_problems(wheel: Path, wanted: Mapping[str, str | None]) -> list[str]:
-    """Returns what is wrong with a wheel's libraries and tag; `wanted` holds the source hash of each kind it needs."""
+    """Returns problems with a wheel's libraries and tag; `wanted` maps each kind it needs to its source hash."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         libraries = {kind: f"jitaccel/_C_{kind}.so" for kind in build.KINDS}
@@ -35,7 +35,7 @@ def wheel_problems(wheel: Path, wanted: Mapping[str, str | None]) -> list[str]:
     problems = [f"{libraries[kind]} must be in it, got none; see what its compiler said" for kind in lacking]
     for kind in sorted(wanted.keys() & held):
         if f"jitaccel-sources:{wanted[kind]}".encode() not in held[kind]:
-            problems.append(f"{libraries[kind]} must be built from csrc/ as it is, got other sources; build it anew")
+            problems.append(f"{libraries[kind]} must be built from csrc/ as it is, got other sources; build it again")
     if not held and not wheel.stem.endswith("-any"):
         problems.append(f"a wheel without a library must be tagged any, got {wheel.name}")
     if held and wheel.stem.endswith("-any"):
@@ -44,18 +44,18 @@ def wheel_problems(wheel: Path, wanted: Mapping[str, str | None]) -> list[str]:
 
 
 def build_environment(environment: Mapping[str, str], kinds: Sequence[str]) -> dict[str, str]:
-    """Returns the environment of the build: kinds that are wanted must be built, others are left out."""
+    """Returns the environment of the build, in which the given kinds must be built and others are left out."""
     return {**environment, **{f"JITACCEL_{kind.upper()}": "1" if kind in kinds else "0" for kind in build.KINDS}}
 
 
 def bare_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Returns an environment in which no compiler is found, and no package but those of `folder`'s Python."""
+    """Returns an environment without compilers, and with no packages but those of `folder`'s Python."""
     kept = {k: v for k, v in environment.items() if not k.startswith(("PYTHON", "JITACCEL_", "CUDA_", "VIRTUAL_ENV"))}
     return {**kept, "PATH": str(folder / "bin"), "CXX": str(folder / "no-compiler")}
 
 
 def wanted_kinds() -> list[str]:
-    """Returns the libraries that a wheel made here holds: CUDA's only where there is an nvcc."""
+    """Returns the kinds of libraries for a wheel built here; CUDA only if nvcc is available."""
     try:
         build.find_nvcc()
     except build.MissingToolError as error:
@@ -65,14 +65,14 @@ def wanted_kinds() -> list[str]:
 
 
 def missing_tools(repair: bool) -> list[str]:
-    """Returns what `make` calls and does not find; it is asked before minutes of compiling."""
+    """Returns the tools that `make` needs but cannot find, so that this is known before minutes of compiling."""
     modules = ("twine", "check_wheel_contents", *(("auditwheel",) if repair else ()))
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     return missing + (["patchelf"] if repair and shutil.which("patchelf") is None else [])
 
 
 def make(out: Path, kinds: Sequence[str], repair: bool) -> None:
-    """Leaves sdist and wheel in `out`, or nothing. Raises RuntimeError with what is wrong."""
+    """Writes sdist and wheel to `out`. Raises RuntimeError if something is wrong, and then writes nothing."""
     if missing := missing_tools(repair):
         raise RuntimeError(f"tools must be installed, got no {', '.join(missing)}; pip install them")
     with tempfile.TemporaryDirectory() as name:
@@ -116,11 +116,11 @@ def _run(command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes the release's files."""
+    """Makes the release files."""
     parser = argparse.ArgumentParser(prog="python -m release.wheel", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="default: dist/")
-    parser.add_argument("--without-cuda", action="store_true", help="leave the CUDA library out in any case")
-    parser.add_argument("--repair", action="store_true", help="tag for manylinux with auditwheel, as PyPI wants it")
+    parser.add_argument("--without-cuda", action="store_true", help="leave out the CUDA library even with nvcc")
+    parser.add_argument("--repair", action="store_true", help="tag for manylinux with auditwheel, as PyPI requires")
     options = parser.parse_args(arguments)
     try:
         make(options.out.resolve(), ["cpu"] if options.without_cuda else wanted_kinds(), options.repair)

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share; `tests.tiny` says what the pipelines are."""
+"""Fixtures that several tests share; `tests.support.tiny` describes the pipelines."""
 
 from __future__ import annotations
 

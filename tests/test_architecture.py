@@ -1,4 +1,4 @@
-"""What may import what, and how types are named: no cycle of folders, a method that knows no model, no namesakes."""
+"""Import rules and type names: no cycles between folders, no model in the method, no duplicate names."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _module(path: Path) -> list[str]:
 
 
 def _room(module: list[str]) -> str:
-    """Returns the folder of a module, one level deep in jitaccel and in patches; a file beside them is its own."""
+    """Returns the folder of a module, one level deep in jitaccel and in patches; other files count as folders."""
     depth = 3 if module[1:2] == ["patches"] else 2
     return ".".join(module[:depth])
 
 
 def _imports(path: Path, known: set[str]) -> Iterator[list[str]]:
-    """Yields what a file imports of jitaccel when it runs; what only type checkers see does not count."""
+    """Yields a file's imports of jitaccel at run time, without those for type checkers."""
     module, tree = _module(path), ast.parse(path.read_text())
     guarded = {
         id(inner)

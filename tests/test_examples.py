@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, on tiny random weights, and writes what it says."""
+"""Every script in examples/ runs on tiny random weights and writes its documented output."""
 
 from __future__ import annotations
 

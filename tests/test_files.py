@@ -1,4 +1,4 @@
-"""Files are whole under their names, whatever becomes of their writer."""
+"""Files under their final names are complete, whatever happens to the writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What importing the package costs and touches. Each import runs in a process of its own."""
+"""The cost and side effects of importing the package. Each import runs in a separate process."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What is installed: names, version, command, package data, and a wheel built from this checkout."""
+"""The installed package: names, version, command, package data, and a wheel built from this checkout."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def test_console_command_resolves(distribution: metadata.Distribution) -> None:
 
 
 def wanted_by(requirements: list[str], extras: set[str]) -> Iterator[Requirement]:
-    """Yields what a distribution asks for here, with extras."""
+    """Yields the requirements of a distribution for this environment, extras included."""
     for requirement in map(Requirement, requirements):
         environments = [{"extra": extra} for extra in extras or {""}]
         if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
@@ -156,7 +156,7 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def has_library(request: pytest.FixtureRequest) -> bool:
-    """Whether the wheel was built where there is a compiler."""
+    """Whether the wheel was built with a compiler available."""
     return "no links" not in request.node.callspec.id and shutil.which("g++") is not None
 
 

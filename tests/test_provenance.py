@@ -1,4 +1,4 @@
-"""Which commit a measurement names: our own checkout's, and never that of a repository that happens to hold us."""
+"""The commit recorded with a measurement: that of our checkout, never that of an enclosing repository."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def repository(folder: Path, inside: str, project: str | None, monkeypatch: pyte
 
 
 def watched(folder: Path) -> Path:
-    """Sets a file-system monitor that leaves a trace, and returns where."""
+    """Sets a file-system monitor that leaves a trace, and returns the path of the trace."""
     trace, program = folder.parent / "trace", folder.parent / "monitor"
     program.write_text(f"#!/bin/sh\ntouch {trace}\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The pages: no link leads nowhere, every page is in the menu, and tables made of the code are up to date."""
+"""The pages of the site: links work, every page is in the menu, and generated tables are up to date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
 def links(page: Path) -> Iterator[str]:
-    """Yields where a page's links lead, those of other sites left out."""
+    """Yields the targets of a page's links, without those to other sites."""
     for match in _LINK.finditer(_CODE.sub("", page.read_text())):
         if not match["target"].startswith(("http://", "https://", "mailto:")):
             yield match["target"]

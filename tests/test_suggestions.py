@@ -1,4 +1,4 @@
-"""Every public entry that takes a name suggests the right one for a typo, and nothing for what is like no name."""
+"""Every public function that takes a name suggests the right one for a typo, and nothing for unrelated words."""
 
 from __future__ import annotations
 

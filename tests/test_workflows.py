@@ -1,4 +1,4 @@
-"""What the workflows name is there: actionlint, which runs among them, checks their form."""
+"""Extras, tests and modules named in the workflows exist; actionlint runs in a workflow and checks syntax."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How the embedded model was made: run `python -m training --help` for the order of the steps."""
+"""Makes the embedded model; `python -m training --help` shows the order of the steps."""

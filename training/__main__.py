@@ -1,15 +1,16 @@
-"""Makes the embedded model: `python -m training STEP --run DIR`, the steps in this order.
+"""Makes the embedded model: `python -m training STEP --run DIR`. Run the steps in this order:
 
     pictures     draws the training pictures             (6 minutes on two cores; 3 GB)
     text         tokenizers and text encoders            (3 minutes on one core)
-    small        transformer, mostly 16x16 tokens        (an hour on one core; resumes where it stopped)
+    small        transformer, mostly 16x16 tokens        (an hour on one core)
     mixed        transformer, all sizes                  (starts from `small`)
     guided       builds guidance into the transformer    (starts from `mixed`)
     autoencoder  decoder of the autoencoder              (15 minutes on one core)
     judge        attribute classifier                    (15 minutes on one core)
-    assemble     puts all into assets/tiny-flux, or into --out; with --start of any phase, to try it
+    assemble     writes the model to assets/tiny-flux or --out; --start selects another phase, to try it out
 
-All but `assemble` write below DIR, outside the checkout; the transformer's phases can be stopped and started again.
+All steps but `assemble` write into DIR, which is outside the checkout. The phases of the transformer can be stopped;
+they resume where they stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PHASES: Mapping[str, tuple[Phase, str | None]] = MappingProxyType(
             "mixed",
         ),
     }
-)  # and where each starts from
+)  # with the phase that each starts from
 
 
 def main() -> None:
@@ -54,10 +55,10 @@ def main() -> None:
     parser.add_argument("step", choices=["pictures", "text", *PHASES, "autoencoder", "judge", "assemble"])
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, outside the checkout")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw, or train the transformer together")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw or train together")
     parser.add_argument("--updates", type=int, help="stop the transformer's phase after this many updates")
     parser.add_argument("--start", type=Path, help="folder of the phase to start from, or to assemble")
-    parser.add_argument("--out", type=Path, help="folder to assemble into; without it that of the embedded model")
+    parser.add_argument("--out", type=Path, help="folder to assemble into; by default that of the embedded model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run: Path = options.run
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def _assemble(run: Path, last: Path, out: Path) -> None:
-    """Writes a model with the transformer of the phase `last` into `out`, and its card."""
+    """Writes a model with the transformer of phase `last`, and its card, into `out`."""
     pipeline = assemble(run / "text", run / "vae", last / "ema")
     save(pipeline, out)
     judge = Judge.load(run / "judge")

@@ -1,4 +1,4 @@
-"""Puts the trained parts together as one diffusers pipeline, in float16, with a model card."""
+"""Assembles the trained parts into one diffusers pipeline, in float16, with a model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCHEDULER = {
 
 
 def assemble(text: Path, vae: Path, transformer: Path) -> FluxPipeline:
-    """Returns the pipeline in float32; `text` holds both tokenizers and encoders, `transformer` a phase's `ema`."""
+    """Returns the pipeline in float32, from folders: `text` has tokenizers and encoders, `transformer` is an `ema`."""
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
         vae=AutoencoderKL.from_pretrained(vae),
@@ -37,16 +37,16 @@ def assemble(text: Path, vae: Path, transformer: Path) -> FluxPipeline:
 
 
 def save(pipeline: FluxPipeline, out: Path) -> None:
-    """Saves the weights in float16, such that `FluxPipeline.from_pretrained(out)` loads all of them in float32.
+    """Saves the weights in float16 so that `FluxPipeline.from_pretrained(out)` loads all of them in float32.
 
-    transformers loads in the dtype that a configuration names, diffusers in float32: left alone, the text encoders
-    would come back in float16 beside a float32 transformer.
+    transformers loads weights in the dtype given by a configuration, diffusers in float32. Without a change of the
+    configuration, the text encoders would therefore be float16 next to a float32 transformer.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(out)
     for name in ("text_encoder", "text_encoder_2"):
         _rewrite(out / name / "config.json", lambda config: {**config, "dtype": "float32"})
     for name in ("transformer", "vae"):
-        # Where the weights lay before they were saved here is nobody's business.
+        # Remove the path from which the weights were loaded.
         _rewrite(out / name / "config.json", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
 
 

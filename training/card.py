@@ -31,12 +31,12 @@ def write_card(
 
     Args:
         out: The model's folder.
-        transformer: For its size.
-        judge: For its record of right answers.
-        psnr_db: Of the autoencoder, by size of the drawings in pixels.
-        phases: Folders of the transformer's phases, in order; a `note.md` in one says what its settings do not.
-        logs: JSON lines of the other trainings.
-        faults: Text that says what the pictures show wrong, where somebody has looked at them.
+        transformer: The transformer, whose size is reported.
+        judge: The judge, whose accuracy is reported.
+        psnr_db: PSNR of the autoencoder, by size of the drawings in pixels.
+        phases: Folders of the transformer's phases, in order. A `note.md` in a folder adds to its settings.
+        logs: JSON lines files of the other trainings.
+        faults: File with a description of faults seen in the pictures, if they were inspected.
     """
     config = transformer.config
     introduction = _INTRODUCTION.read_text().format(
@@ -67,7 +67,7 @@ def write_card(
 
 
 def _curve(log: Path) -> str:
-    """Returns a table of some rows of a log, the last included; each is a mean over the updates just before it."""
+    """Returns a table of some rows of a log, including the last; each row is a mean over the updates just before it."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     stride = max(1, len(rows) // _ROWS)
     chosen = [*rows[stride - 1 : -1 : stride], rows[-1]]
@@ -78,7 +78,7 @@ def _curve(log: Path) -> str:
 
 
 def _judged(judge: Judge) -> str:
-    """Returns a table of the judge's right answers in percent, by attribute and kind of drawing."""
+    """Returns a table of the judge's accuracy in percent, by attribute and kind of drawing."""
     kinds = {name: shares for name, shares in judge.record["held_out"].items() if isinstance(shares, dict)}
     lines = ["attribute | " + " | ".join(kinds), " | ".join("---" for _ in range(len(kinds) + 1))]
     lines += [

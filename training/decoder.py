@@ -1,7 +1,7 @@
-"""Trains the decoder of the embedded autoencoder on the closed-form latents of `patch_encoder`, and writes the whole.
+"""Trains the decoder of the embedded autoencoder on the closed-form latents of `patch_encoder`, and saves both.
 
-The encoder's weights are set, not trained: every residual branch is zero, the two strided convolutions carry out the
-linear analysis, and constant channels turn the last group norm and its activation into a fixed scale and offset.
+The encoder's weights are set, not trained: every residual branch is zero, the two strided convolutions compute the
+linear features, and constant channels turn the last group norm and its activation into a fixed scale and offset.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CROP_PX = 64
 BATCH = 16
 NUM_PICTURES = 1500
 _CHANNELS = (32, 48, 64)
-_LATENT_NOISE = 0.08  # the most that is added to latents in training, in their own deviations
+_LATENT_NOISE = 0.08  # maximum noise added to latents in training, in standard deviations of the latents
 _FLOOR = 256.0  # size of the constant channels that make the encoder's last group norm a fixed scale
 _SILU_OFFSET = 16.0  # silu(x + 16) = x + 16 to one part in ten thousand for the latents that occur
 _LOG_VARIANCE = -20.0
@@ -56,7 +56,7 @@ def new_autoencoder() -> AutoencoderKL:
 
 @torch.no_grad()
 def write_encoder(vae: AutoencoderKL) -> None:
-    """Sets the encoder's weights so that its mean is `patch_encoder.encode`, to rounding."""
+    """Sets the encoder's weights so that its mean equals `patch_encoder.encode` up to rounding."""
     encoder = vae.encoder
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -98,9 +98,10 @@ def _write_last_norm(encoder: Any, shortcut: nn.Conv2d) -> None:
 
 @torch.no_grad()
 def _start_decoder(vae: AutoencoderKL, offset: float = 4.0) -> None:
-    """Gives the decoder zero residual branches and, in a quarter of its channels, constants that steady its norms.
+    """Gives the decoder zero residual branches and, in a quarter of its channels, constants that stabilise its norms.
 
-    A group norm over a smooth picture would throw its colour away, and differently on a crop than on the whole.
+    Otherwise a group norm over a smooth picture would remove its colour, and act differently on a crop than on the
+    whole picture.
     """
     for module in vae.decoder.modules():
         if isinstance(module, ResnetBlock2D):
@@ -119,7 +120,7 @@ def _start_decoder(vae: AutoencoderKL, offset: float = 4.0) -> None:
 
 
 def train_decoder(run: Path, updates: int, seed: int = 0, num_pictures: int = NUM_PICTURES) -> None:
-    """Trains the decoder on crops of large and small pictures, to latents with a little noise; saves `vae` in `run`."""
+    """Trains the decoder on crops of large and small pictures, from slightly noisy latents; saves `vae` in `run`."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     vae = new_autoencoder()
@@ -157,7 +158,7 @@ def train_decoder(run: Path, updates: int, seed: int = 0, num_pictures: int = NU
 
 
 def _save(out: Path, vae: AutoencoderKL, average: dict[str, Tensor]) -> None:
-    """Saves the autoencoder with the averaged weights in its decoder, and leaves it as it was."""
+    """Saves the autoencoder with the averaged decoder weights, without changing `vae`."""
     own = {name: p.detach().clone() for name, p in vae.decoder.named_parameters()}
     vae.decoder.load_state_dict(average)
     vae.save_pretrained(out)
@@ -166,7 +167,7 @@ def _save(out: Path, vae: AutoencoderKL, average: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def measure_psnr_db(vae: AutoencoderKL, size: int, count: int = 32) -> float:
-    """Returns the mean over held-out drawings of the peak signal-to-noise ratio after encoding and decoding."""
+    """Returns the mean peak signal-to-noise ratio of held-out drawings after encoding and decoding."""
     rng = np.random.default_rng([0x70736E72, size])
     found = []
     for _ in range(count):

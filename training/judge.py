@@ -1,7 +1,7 @@
-"""Trains the judge on drawn landscapes, spoilt a little, and measures it on combinations it has not seen.
+"""Trains the judge on slightly degraded drawn landscapes, and measures it on combinations it has not seen.
 
-What generated pictures suffer from is blur, noise, wrong brightness and what the autoencoder loses. The training
-pictures have some of each, so that the judge looks at the attributes and not at the sharpness.
+Generated pictures suffer from blur, noise, wrong brightness and losses of the autoencoder. The training pictures have
+some of each, so that the judge reacts to attributes and not to sharpness.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .patch_encoder import PATCH, patch_features
 from .pictures import TOKEN_PX, PictureSet
 
 BATCH = 32
-NUM_DRAWN = 512  # held-out drawings whose features go with the judge
+NUM_DRAWN = 512  # number of held-out drawings whose features are saved with the judge
 _STREAM = 0x6A756467  # "judg"
-_CELL_SHARE = 0.05  # the mean share of a value's cells at which it has weight 1; the rarer, the more
+_CELL_SHARE = 0.05  # the mean share of cells at which a value has weight 1; rarer values have more
 
 
 def train_judge(run: Path, updates: int, seed: int = 7, num_held_out: int = 500, num_drawn: int = NUM_DRAWN) -> Judge:
-    """Trains, measures and saves the judge into `judge` below `run`; returns it."""
+    """Trains and measures the judge, saves it in `run`/judge, and returns it."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([_STREAM, seed])
     start = time.monotonic()
@@ -82,7 +82,7 @@ def train_judge(run: Path, updates: int, seed: int = 7, num_held_out: int = 500,
 
 
 def complete(judge: Judge, run: Path, num_held_out: int, num_drawn: int) -> None:
-    """Adds to a judge how well it does and the features of drawings, and saves it into `judge` below `run`."""
+    """Adds its accuracy and the features of drawings to a judge, and saves it in `run`/judge."""
     vae = AutoencoderKL.from_pretrained(run / "vae") if (run / "vae").exists() else None
     judge.drawn = features_of_drawings(judge, num_drawn)
     judge.record["held_out"] = measure(judge, vae, num_held_out)
@@ -90,19 +90,19 @@ def complete(judge: Judge, run: Path, num_held_out: int, num_drawn: int) -> None
 
 
 def attribute_indices(landscape: Landscape) -> Tensor:
-    """Returns for each attribute the index of its value."""
+    """Returns the index of the value of each attribute."""
     return torch.tensor([values.index(getattr(landscape, name)) for name, values in ATTRIBUTES.items()])
 
 
 def _compared(answers: Mapping[str, Tensor], goal: Tensor) -> tuple[Tensor, float]:
-    """Returns the sum of the attributes' losses, and the share of right answers."""
+    """Returns the sum of the attributes' losses, and the accuracy."""
     losses = [F.cross_entropy(scores, goal[:, k]) for k, scores in enumerate(answers.values())]
     right = [(scores.argmax(dim=1) == goal[:, k]).float().mean() for k, scores in enumerate(answers.values())]
     return torch.stack(losses).sum(), float(torch.stack(right).mean())
 
 
 def _cell_targets(source: PictureSet, chosen: NDArray[np.integer]) -> Tensor:
-    """Returns the share of each cell in which each of `CELL_VALUES` is seen, `(B, K, rows, columns)`."""
+    """Returns the share of each cell that shows each of `CELL_VALUES`, `(B, K, rows, columns)`."""
     shares = source.labels(chosen)
     rows = source.height // TOKEN_PX
     cells = shares.transpose(1, 2).unflatten(2, (rows, -1))
@@ -110,7 +110,7 @@ def _cell_targets(source: PictureSet, chosen: NDArray[np.integer]) -> Tensor:
 
 
 def cell_shares(landscape: Landscape, shares: Tensor) -> Tensor:
-    """Returns for each of `CELL_VALUES` where it is seen, `(K, rows, columns)`, from the shares of the regions."""
+    """Returns the visible share of each of `CELL_VALUES` by cell, `(K, rows, columns)`, from shares of the regions."""
     seen = {
         name: shares[[REGIONS.index(region) for region in regions]].sum(dim=0) for name, regions in REGIONS_OF.items()
     }
@@ -118,25 +118,25 @@ def cell_shares(landscape: Landscape, shares: Tensor) -> Tensor:
 
 
 def _cell_weights(source: PictureSet, count: int = 400) -> Tensor:
-    """Returns the weight of each of `CELL_VALUES`: small and rare things count for more."""
+    """Returns the weight of each of `CELL_VALUES`; small and rare things count more."""
     mean = _cell_targets(source, np.arange(min(count, len(source)))).mean(dim=(0, 2, 3))
     return (_CELL_SHARE / mean.clamp(min=1e-4)).clamp(0.5, 20.0)
 
 
 def features_of_drawings(judge: Judge, count: int) -> NDArray[np.float32]:
-    """Returns the judge's mean features `(count, F)` of held-out drawings that its record is not measured on."""
+    """Returns the judge's mean features `(count, F)` of held-out drawings that its accuracy is not measured on."""
     rng = np.random.default_rng([_STREAM, 0])
     drawn = [draw(held_out_landscape(rng), PICTURE_PX) for _ in range(count)]
     return judge.features(np.stack(drawn)).mean(axis=(2, 3))
 
 
 def spoil(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Returns pictures `(B, 3, h, w)` in [0, 1] with random loss of detail, blur, noise, brightness and colour cast."""
+    """Degrades pictures `(B, 3, h, w)` in [0, 1] with random loss of detail, blur, noise, brightness, colour cast."""
     spoilt = []
     for picture in pictures:
         if rng.random() < 0.25:
             picture = torch.lerp(picture, _in_patches(picture), float(rng.uniform(0.3, 1.0)))
-        if rng.random() < 0.15:  # as small pictures look when they are brought to the judged size
+        if rng.random() < 0.15:  # like small pictures enlarged to the judged size
             small = F.avg_pool2d(picture[None], 2)
             picture = F.interpolate(small, scale_factor=2.0, mode="bilinear")[0]
         if rng.random() < 0.5:
@@ -152,7 +152,7 @@ def spoil(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _in_patches(picture: Tensor) -> Tensor:
-    """Returns what the latents of a picture alone determine: the worst that a decoder could make of them."""
+    """Returns the picture that the latents alone determine, the worst that a decoder could make of them."""
     filters = patch_features()
     inverse = torch.linalg.pinv(filters.flatten(1)).T.reshape(filters.shape)
     latents = F.conv2d(picture[None], filters, stride=PATCH)
@@ -168,7 +168,7 @@ def _blur(picture: Tensor, sigma_px: float) -> Tensor:
 
 
 def measure(judge: Judge, vae: AutoencoderKL | None, count: int) -> dict[str, Any]:
-    """Returns the share of right answers by attribute on held-out drawings: at several sizes, spoilt, and decoded."""
+    """Returns the accuracy by attribute on held-out drawings at several sizes, degraded, and decoded."""
     found: dict[str, Any] = {"drawings": count}
     for size in (128, 256, 512):
         rng = np.random.default_rng([_STREAM, size])
@@ -194,7 +194,7 @@ def _decoded(vae: AutoencoderKL, pictures: NDArray[np.uint8]) -> NDArray[np.floa
 
 
 def right_answers(judge: Judge, pictures: NDArray[Any], landscapes: list[Landscape]) -> dict[str, float]:
-    """Returns the share of right answers by attribute, and over all of them."""
+    """Returns the accuracy by attribute and overall."""
     right: Counter[str] = Counter()
     for seen, landscape in zip(judge(pictures), landscapes, strict=True):
         right.update({name: int(seen[name] == value) for name, value in landscape.attributes().items()})

@@ -1,4 +1,4 @@
-"""The record of a training run: one JSON line every few updates, and a progress bar."""
+"""Logs a training run: one JSON line every few updates, and a progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tqdm
 
 
 class TrainingLog:
-    """Averages what is added over `every` updates and appends it to a JSON-lines file with the seconds of training."""
+    """Averages values over `every` updates, and appends them with the training seconds to a JSON lines file."""
 
     def __init__(self, path: Path, every: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ class TrainingLog:
         self._bar = tqdm.tqdm(desc=path.stem, unit="update")
 
     def add(self, update: int, **values: float) -> None:
-        """Adds what the update, counted from 0, came to."""
+        """Adds the values of an update, counted from 0."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
@@ -41,20 +41,20 @@ class TrainingLog:
         self._sums, self._count = {}, 0
 
     def close(self) -> None:
-        """Writes what was added since the last row."""
+        """Writes the values added since the last row."""
         if self._count:
             self._write()
         self._bar.close()
 
 
 def _seconds_so_far(path: Path) -> float:
-    """Returns the seconds that the runs before this one took, where it resumes."""
+    """Returns the seconds of earlier runs if this run resumes, otherwise 0."""
     lines = path.read_text().splitlines() if path.exists() else []
     return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
 def warmup_cosine(warmup: int, updates: int, floor: float = 0.02) -> Callable[[int], float]:
-    """Returns the learning-rate factor of an update: linear warm-up, then a cosine down to `floor`."""
+    """Returns the learning-rate factor by update: linear warm-up, then a cosine down to `floor`."""
 
     def factor(update: int) -> float:
         if update < warmup:

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024, "Muon").
 
-The iteration runs in bfloat16 where the processor multiplies it natively and in float32 elsewhere: emulated bfloat16
-(as in torch.optim.Muon on an older CPU) takes twenty times longer. Several workers share the matrices.
+The iteration runs in bfloat16 if the processor multiplies it natively, and otherwise in float32, because emulated
+bfloat16 (as in torch.optim.Muon on an older CPU) takes twenty times as long. Several workers share the matrices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import parallel
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from the paper: steep at 0, near 1 on (0, 1]
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the paper's quintic, which is steep at 0 and near 1 on (0, 1]
 _STEPS = 5
 
 
@@ -30,12 +30,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def has_native_bfloat16() -> bool:
-    """Returns whether this processor multiplies bfloat16 itself."""
+    """Returns whether this processor multiplies bfloat16 natively."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of root mean square `0.2 * lr`, as AdamW's are; every worker does its share of the matrices."""
+    """Takes steps with root mean square `0.2 * lr`, like AdamW's. Each worker updates its share of the matrices."""
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
     def _update(self, k: int, matrix: Tensor, momentum: float) -> Tensor:
-        """Returns the orthogonalised Nesterov momentum of the k-th matrix, or zeros where another worker does it."""
+        """Returns the orthogonalised Nesterov momentum of the k-th matrix; zeros if another worker computes it."""
         mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
         gradient = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
         mean.lerp_(gradient, 1 - momentum)

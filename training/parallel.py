@@ -1,7 +1,8 @@
-"""Data-parallel training on the cores of one machine: one process a core, gradients averaged after every backward pass.
+"""Data-parallel training on one machine: one process per core, with gradients averaged after every backward pass.
 
-Two processes of one thread each train 20 to 25 % faster here than one process of two threads (narrow matrices leave
-OpenMP little to share), and a job beside them costs its share of time, not a barrier in every operation.
+Two single-threaded processes train 20 to 25 % faster here than one process with two threads, because narrow matrices
+give OpenMP little to divide. Another job on the machine then only costs its share of time, instead of delaying a
+barrier in every operation.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ def _work(rank: int, workers: int, meeting: Path, function: Callable[..., None],
 
 
 def rank() -> int:
-    """Returns which worker this is; 0 where there is only one."""
+    """Returns the index of this worker; 0 if there is only one."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def num_workers() -> int:
-    """Returns how many workers train together."""
+    """Returns the number of workers that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def sum_(tensors: Iterable[Tensor]) -> None:
-    """Replaces each tensor by its sum over all workers, in one message."""
+    """Replaces each tensor with its sum over all workers, in one message."""
     if num_workers() == 1:
         return
     listed = list(tensors)
@@ -58,7 +59,7 @@ def sum_(tensors: Iterable[Tensor]) -> None:
 
 
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replaces each tensor by its mean over all workers."""
+    """Replaces each tensor with its mean over all workers."""
     listed = list(tensors)
     sum_(listed)
     for tensor in listed:

@@ -1,9 +1,9 @@
-"""The encoder of the embedded autoencoder: written down, not trained.
+"""The encoder of the embedded autoencoder, which is given in closed form instead of trained.
 
-Sixteen linear features of every 4x4 patch, ten of the brightness and three of each colour difference (the lowest
-frequencies of a discrete cosine transform). Knowing them in closed form costs no training, makes latents of a data
-set nearly free, and lets transformer and decoder be trained at the same time. `decoder.write_encoder` puts them into
-the weights of diffusers' `AutoencoderKL`, exactly but for rounding.
+It computes sixteen linear features of every 4x4 patch: ten of the brightness and three of each colour difference (the
+lowest frequencies of a discrete cosine transform). The closed form needs no training, makes latents of a data set
+nearly free, and allows transformer and decoder to be trained at the same time. `decoder.write_encoder` writes it into
+the weights of diffusers' `AutoencoderKL`, exactly up to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLUE = torch.tensor([-0.169, -0.331, 0.5])
 _RED = torch.tensor([0.5, -0.419, -0.081])
 _LUMA_FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0))
 _COLOUR_FREQUENCIES = ((0, 0), (0, 1), (1, 0))
-# Deviations of the features on drawn landscapes, measured by `measure_deviations`.
+# Standard deviations of the features on drawn landscapes, measured by `measure_deviations`.
 _DEVIATIONS = (
     0.437,
     0.039,
@@ -40,7 +40,7 @@ _DEVIATIONS = (
     0.017,
     0.023,
 )
-_EVENNESS = 0.65  # 0 leaves the deviations as they are, 1 makes them equal; between, detail neither drowns nor rules
+_EVENNESS = 0.65  # 0 keeps the deviations, 1 makes them equal; in between, detail is neither lost nor dominant
 
 
 def _cosine(frequency: int) -> Tensor:
@@ -50,7 +50,7 @@ def _cosine(frequency: int) -> Tensor:
 
 @functools.cache
 def _plain_features() -> Tensor:
-    """Returns the filters before scaling: the mean of a patch has weight 1."""
+    """Returns the unscaled filters, in which the mean of a patch has weight 1."""
     parts = [(_LUMA, frequency) for frequency in _LUMA_FREQUENCIES]
     parts += [(colour, frequency) for colour in (_BLUE, _RED) for frequency in _COLOUR_FREQUENCIES]
     filters = [c[:, None, None] * _cosine(v)[:, None] * _cosine(u)[None, :] / PATCH for c, (v, u) in parts]
@@ -59,7 +59,7 @@ def _plain_features() -> Tensor:
 
 @functools.cache
 def patch_features() -> Tensor:
-    """Returns the analysis filters `(16, 3, 4, 4)`: feature, colour, row, column."""
+    """Returns the filters `(16, 3, 4, 4)`: feature, colour, row, column."""
     deviations = torch.tensor(_DEVIATIONS)
     wanted = (deviations / deviations[0]) ** (1 - _EVENNESS)
     return _plain_features() * (wanted / deviations)[:, None, None, None]
@@ -67,7 +67,7 @@ def patch_features() -> Tensor:
 
 @functools.cache
 def latent_statistics() -> tuple[float, float]:
-    """Returns shift and scale that give the latents of drawn landscapes mean 0 and variance 1 over all features."""
+    """Returns shift and scale that give latents of drawn landscapes mean 0 and variance 1 over all features."""
     deviations = torch.tensor(_DEVIATIONS)
     wanted = (deviations / deviations[0]) ** (1 - _EVENNESS)
     return 0.0, float(1 / wanted.square().mean().sqrt())
@@ -88,6 +88,6 @@ def encode_tokens(pictures: Tensor) -> Tensor:
 
 
 def measure_deviations(pictures: Tensor) -> tuple[list[float], list[float]]:
-    """Returns means and deviations of the features, unscaled, over pictures `(B, 3, h, w)` in [-1, 1]."""
+    """Returns means and standard deviations of the unscaled features over pictures `(B, 3, h, w)` in [-1, 1]."""
     features = nn.functional.conv2d(pictures, _plain_features(), stride=PATCH)
     return features.mean(dim=(0, 2, 3)).tolist(), features.std(dim=(0, 2, 3)).tolist()

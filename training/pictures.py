@@ -1,7 +1,8 @@
-"""The training pictures: drawn once into files below the run's folder, read as memory maps, several sizes from one.
+"""The training pictures: drawn once into files in the run's folder, and read as memory maps, also at smaller sizes.
 
-Training must not wait for drawing. A set is a file of pictures, uint8, and one of what is drawn in each token, uint8.
-A landscape has one number; its caption is written again each time it is used, in another wording.
+They are drawn beforehand so that training does not wait for drawing. A set has one file of pictures (uint8) and one
+with the regions drawn in each token (uint8). A landscape is identified by a number. Its caption is written in a new
+wording each time it is used.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _CHUNK = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SetSize:
-    """Pictures of one shape. `count` of them, of `width` x `height` pixels."""
+    """A set of `count` pictures of `width` x `height` pixels."""
 
     width: int
     height: int
@@ -54,7 +55,7 @@ def landscape_of(number: int, size: str) -> Landscape:
 
 
 def draw_sets(folder: Path, workers: int, sets: Sequence[SetSize] = SETS) -> None:
-    """Draws all sets that are not there yet."""
+    """Draws all sets that do not exist yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for size in sets:
         if _file(folder, size.name, "labels").exists():
@@ -90,7 +91,7 @@ def _file(folder: Path, size: str, kind: str) -> Path:
 
 
 class PictureSet:
-    """One set, to be read at its own size or smaller."""
+    """One set, which can be read at its own size or smaller."""
 
     def __init__(self, folder: Path, size: str) -> None:
         self._pictures = np.load(_file(folder, size, "pictures"), mmap_mode="r")
@@ -109,7 +110,7 @@ class PictureSet:
         return landscape_of(number, self._size)
 
     def pictures(self, numbers: NDArray[np.integer], rows: int | None = None) -> Tensor:
-        """Returns pictures `(B, 3, h, w)` in [-1, 1]; `rows` tokens high, as they are without."""
+        """Returns pictures `(B, 3, h, w)` in [-1, 1], `rows` tokens high; None keeps their size."""
         chosen = torch.from_numpy(np.stack([self._pictures[k] for k in numbers])).permute(0, 3, 1, 2).float()
         factor = 1.0 if rows is None else rows * TOKEN_PX / chosen.shape[2]
         return _resized(chosen / 127.5 - 1, factor)

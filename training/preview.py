@@ -1,4 +1,4 @@
-"""Draws pictures from a checkpoint, without a pipeline: `python -m training.preview RUN PHASE OUT.png`."""
+"""Generates pictures from a checkpoint, without a pipeline: `python -m training.preview RUN PHASE OUT.png`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sample(
 ) -> Tensor:
     """Returns tokens `(B, rows * columns, CHANNELS)` after Euler steps on the scheduler's levels.
 
-    guidance: scale of classifier-free guidance; 1 for a model that has it built in.
+    `guidance` is the scale of classifier-free guidance, 1 for a model with built-in guidance.
     """
     count = len(prompts)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ def decoded(vae: AutoencoderKL, tokens: Tensor, rows: int, columns: int) -> NDAr
 
 
 def sheet(pictures: NDArray[np.uint8], captions: Sequence[str], across: int) -> Image.Image:
-    """Returns the pictures side by side, their captions below."""
+    """Returns a sheet of the pictures with captions below them, `across` in each row."""
     height, width = pictures.shape[1:3]
     down = -(-len(pictures) // across)
     page = Image.new("RGB", (across * (width + 4), down * (height + _CAPTION_PX)), "white")
@@ -105,7 +105,7 @@ def sheet(pictures: NDArray[np.uint8], captions: Sequence[str], across: int) -> 
 def preview(
     run: Path, phase: str, prompts: Sequence[str], tokens: tuple[int, int], steps: int, guidance: float, seed: int
 ) -> NDArray[np.uint8]:
-    """Returns what the averaged weights of a phase draw, `(B, h, w, 3)`; as many pictures at once as memory likes."""
+    """Returns pictures `(B, h, w, 3)` from the averaged weights of a phase, made in batches that fit into memory."""
     rows, columns = tokens
     model = FluxTransformer2DModel.from_pretrained(run / phase / "ema").eval()
     text = TextEncoders(run / "text")
@@ -122,7 +122,7 @@ def preview(
 
 
 def judged(judge: Judge, pictures: NDArray[np.uint8], claims: Sequence[Claims]) -> dict[str, object]:
-    """Returns the share of the claims that the judge sees, and by attribute how many of how many."""
+    """Returns the share of claims that the judge sees, and the counts for each attribute."""
     score = sum((compare(seen, said) for seen, said in zip(judge(pictures), claims, strict=True)), Score())
     by_name = {name: [score.shown[name], score.claimed[name]] for name in score.claimed}
     return {"shown": round(score.accuracy, 4), "claimed": score.claimed.total(), "by attribute": by_name}
@@ -132,11 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("phase")
-    parser.add_argument("out", type=Path, help="PNG to write; what the judge of the run says goes beside it, as JSON")
-    parser.add_argument("--tokens", default="16x16", help="high x wide")
+    parser.add_argument("out", type=Path, help="PNG to write; the judgement is written next to it as JSON")
+    parser.add_argument("--tokens", default="16x16", help="height x width in tokens")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.5, help="1 for a model that has it built in")
+    parser.add_argument("--guidance", type=float, default=2.5, help="1 for a model with built-in guidance")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rows, columns = (int(side) for side in options.tokens.split("x"))

@@ -1,9 +1,9 @@
-"""Trains the tokenizers and the two text encoders, alone, before the transformer.
+"""Trains the tokenizers and the two text encoders by themselves, before the transformer.
 
-FLUX gives its text tokens no positions, so which colour belongs to which object has to be in the embeddings
-themselves. The T5 encoder learns that here: from every word, a linear map must tell all that this part of the caption
-claims. CLIP's pooled vector must tell what the whole caption claims. Captions are padded to random lengths, since a
-pipeline pads to a fixed length and masks nothing.
+FLUX gives its text tokens no positions, so the embeddings themselves must say which colour belongs to which object. The
+T5 encoder learns this here: from the embedding of every word, a linear map must predict all claims of that part of the
+caption. From CLIP's pooled vector, a linear map must predict the claims of the whole caption. Captions are padded to
+random lengths, because a pipeline pads to a fixed length without a mask.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jitaccel.evaluation.scenes.scene import ATTRIBUTES
 from .log import TrainingLog, warmup_cosine
 
 WIDTH = 128
-LENGTHS, LENGTH_SHARES = (40, 48, 64, 128), (0.55, 0.3, 0.1, 0.05)  # of padded captions; the longest has 36 tokens
+LENGTHS, LENGTH_SHARES = (40, 48, 64, 128), (0.55, 0.3, 0.1, 0.05)  # of padded captions; no caption is above 36 tokens
 BATCH = 40
 _SPELLING = [chr(c) for c in range(33, 127)]
 
@@ -39,7 +39,7 @@ def captions(count: int, rng: np.random.Generator) -> list[Caption]:
 
 
 def as_typed(text: str, rng: np.random.Generator) -> str:
-    """Returns a caption as people type it: some begin with a capital, some end with a full stop."""
+    """Returns a caption as people type it, sometimes with an initial capital, sometimes with a final full stop."""
     text = text[0].upper() + text[1:] if text and rng.random() < 0.15 else text
     return text + "." if text and rng.random() < 0.15 else text
 
@@ -59,7 +59,7 @@ def train_tokenizers(corpus: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenizer]
 
 
 def _unigram_pieces(corpus: Sequence[str]) -> list[tuple[str, float]]:
-    """Returns whole words by their log frequency, and single characters, much dearer, to spell the rest."""
+    """Returns whole words with their log frequency, and single characters with much lower scores for other words."""
     counts = Counter(word.strip(".,") for text in corpus for word in text.split())
     total = sum(counts.values())
     pieces = [(special, 0.0) for special in ("<pad>", "</s>", "<unk>")]
@@ -90,7 +90,7 @@ def new_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, T
 
 
 def train_text(out: Path, updates: int, seed: int = 1, num_captions: int = 20_000) -> None:
-    """Trains and saves `tokenizer`, `text_encoder` (CLIP), `tokenizer_2` and `text_encoder_2` (T5) below `out`."""
+    """Trains `tokenizer`, `text_encoder` (CLIP), `tokenizer_2` and `text_encoder_2` (T5), and saves them in `out`."""
     rng = np.random.default_rng([0x74657874, seed])
     torch.manual_seed(seed)
     corpus = captions(num_captions, rng)
@@ -126,26 +126,26 @@ def train_text(out: Path, updates: int, seed: int = 1, num_captions: int = 20_00
 
 
 def num_answers() -> int:
-    """Returns the number of scores that one claim of each attribute needs; silence counts as a value."""
+    """Returns the number of scores for one claim of each attribute, where silence counts as a value."""
     return sum(len(values) + 1 for values in ATTRIBUTES.values())
 
 
 def claims_loss(answers: Tensor, targets: Tensor) -> Tensor:
-    """Returns the mean cross entropy of scores `(..., num_answers())` for targets `(..., attributes)`; -100: none."""
+    """Returns the mean cross entropy of `(..., num_answers())` against targets `(..., attributes)`, ignoring -100."""
     parts = answers.split([len(values) + 1 for values in ATTRIBUTES.values()], dim=-1)
     losses = [F.cross_entropy(p.flatten(0, -2), targets[..., k].flatten()) for k, p in enumerate(parts)]
     return torch.stack(losses).mean()
 
 
 def _targets(claims: Claims) -> Tensor:
-    """Returns for each attribute the index of the claimed value; the last index is silence."""
+    """Returns the index of the claimed value of each attribute; the last index is silence."""
     return torch.tensor(
         [values.index(claims[name]) if name in claims else len(values) for name, values in ATTRIBUTES.items()]
     )
 
 
 def _word_targets(caption: Caption, offsets: Sequence[tuple[int, int]]) -> Tensor:
-    """Returns what the part around each token claims, `(length, attributes)`; -100 outside of all parts."""
+    """Returns the claims of the caption's part around each token, `(length, attributes)`; -100 outside of all parts."""
     found = torch.full((len(offsets), len(ATTRIBUTES)), -100)
     for start, end, claims in caption.parts:
         found[[k for k, (_, last) in enumerate(offsets) if start < last <= end]] = _targets(claims)

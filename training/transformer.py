@@ -1,16 +1,16 @@
 """Trains the flow-matching transformer on captioned landscapes of several sizes, as FLUX.1 was.
 
-A batch has pictures of one size and about the same number of tokens whatever the size, so that all updates cost the
-same: many small pictures or a few large ones. Noise levels are shifted with the number of tokens, as the pipeline's
-scheduler shifts them, and a share of them lies above 0.9 at every size: what is where is decided there.
+A batch has pictures of one size, either many small ones or a few large ones. Its number of tokens is about the same for
+every size, so that all updates cost the same. Noise levels are shifted with the number of tokens, as in the pipeline's
+scheduler. At every size a share of the levels lies above 0.9, because the layout is decided there.
 
-Besides the velocity, a linear map of the features half-way must tell what is drawn in each token (alignment of the
-representation, Yu et al. 2024, arXiv:2410.06940, with the drawn truth in place of another network's features). The
-map is thrown away.
+Besides the velocity, a linear map from the features of a middle layer must predict what is drawn in each token
+(representation alignment, Yu et al. 2024, arXiv:2410.06940, with the drawn truth instead of another network's
+features). The map is discarded after training.
 
-Matrices inside the blocks are updated by Muon, all else by AdamW. The learning rate is constant until
-`decay_updates` before the end, then falls linearly to zero, so that a run can be prolonged from any checkpoint.
-Matrix products run in bfloat16 where the processor multiplies it natively; weights and updates stay float32.
+Muon updates the matrices inside the blocks, and AdamW everything else. The learning rate is constant until
+`decay_updates` before the end and then falls linearly to zero, so that a run can be continued from any checkpoint.
+Matrix products run in bfloat16 if the processor multiplies it natively; weights and updates stay float32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .pictures import NUM_LABELS, TOKEN_PX, PictureSet
 from .text import LENGTH_SHARES, LENGTHS, as_typed
 
 CHANNELS = NUM_FEATURES * (TOKEN_PX // PATCH) ** 2
-SIZES: Mapping[str, tuple[str, int]] = {  # tokens high x wide -> the set they come from, tokens high
+SIZES: Mapping[str, tuple[str, int]] = {  # height x width in tokens -> the set they come from, and the height in tokens
     "16x16": ("256x256", 16),
     "24x24": ("256x256", 24),
     "32x32": ("256x256", 32),
@@ -55,11 +55,11 @@ class Phase:
     """One phase of training.
 
     Attributes:
-        updates: When it ends; `decay_updates` of them let the learning rate fall to zero.
+        updates: Number of updates. In the last `decay_updates`, the learning rate falls to zero.
         shares: Share of the updates for each size in `SIZES`.
-        batch_tokens: Tokens of a batch, of all pictures and workers together.
-        alignment: Weight of the loss of what is drawn.
-        guidance: Scale of classifier-free guidance that the velocity learns to have built in; 1 for none.
+        batch_tokens: Tokens of a batch, over all pictures and workers.
+        alignment: Weight of the loss for predicting what is drawn.
+        guidance: Scale of classifier-free guidance that is built into the learned velocity; 1 for none.
     """
 
     updates: int
@@ -74,12 +74,12 @@ class Phase:
     seed: int = 0
 
     def stopping_after(self, updates: int | None) -> Phase:
-        """Returns the same phase with another number of updates, the decay at its new end."""
+        """Returns the same phase with another number of updates, and the decay at its new end."""
         return self if updates is None else replace(self, updates=updates)
 
 
 def new_transformer() -> FluxTransformer2DModel:
-    """Returns the untrained model; modulation and output start at zero, as adaptive norms want."""
+    """Returns the untrained model; modulation and output start at zero, as usual with adaptive norms."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=CHANNELS,
@@ -101,7 +101,7 @@ def new_transformer() -> FluxTransformer2DModel:
 
 
 class Learner(nn.Module):
-    """The transformer with the map from its features to what is drawn."""
+    """The transformer with the map from its features to the drawn regions."""
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Learner(nn.Module):
 
 
 def token_ids(rows: int, columns: int) -> Tensor:
-    """Returns the positions `(rows * columns, 3)` that diffusers gives the tokens of a picture."""
+    """Returns diffusers' position ids `(rows * columns, 3)` for the tokens of a picture."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]
@@ -141,9 +141,12 @@ def token_ids(rows: int, columns: int) -> Tensor:
 
 
 def random_levels(count: int, tokens: int) -> Tensor:
-    """Returns noise levels `(count,)`: logit-normal, shifted with the number of tokens; a quarter uniform in the whole
-    range, and an eighth uniform above 0.9."""
-    shift = 0.5 + (tokens - 256) * 0.65 / 3840  # the pipeline's own shift, FLUX.1-dev's
+    """Returns noise levels `(count,)`.
+
+    They are logit-normal and shifted with the number of tokens, except for a quarter that is uniform in the whole range
+    and an eighth that is uniform above 0.9.
+    """
+    shift = 0.5 + (tokens - 256) * 0.65 / 3840  # the pipeline's own shift, that of FLUX.1-dev
     level = torch.sigmoid(0.25 + shift + 1.2 * torch.randn(count))
     kind = torch.rand(count)
     level = torch.where(kind < 0.25, torch.rand(count), level)
@@ -169,10 +172,10 @@ class TextEncoders:
 
 
 def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> None:
-    """Runs one phase and writes `last.pt` (to go on from) and `ema/` (to use) into `folder`.
+    """Runs one phase and writes `last.pt` (to resume from) and `ema/` (to use) into `folder`.
 
-    Resumes from `folder/last.pt` where it exists; otherwise starts from the folder `start`, of a phase or of weights
-    alone, or afresh.
+    Resumes from `folder/last.pt` if it exists. Otherwise starts from the folder `start` (of a phase, or with weights
+    only), or from scratch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "phase.json").write_text(json.dumps(asdict(phase), indent=1))
@@ -181,7 +184,7 @@ def train_transformer(folder: Path, phase: Phase, start: Path | None = None) -> 
     average = FluxTransformer2DModel.from_config(learner.transformer.config)
     optimizers = _optimizers(learner, phase)
     done = _resume(folder, start, learner, average, optimizers)
-    torch.manual_seed(1000 * done + parallel.rank())  # of noise and levels
+    torch.manual_seed(1000 * done + parallel.rank())  # for noise and levels
     text = TextEncoders(folder.parent / "text")
     log = TrainingLog(folder / "log.jsonl", every=20) if parallel.rank() == 0 else None
     saved = time.monotonic()
@@ -230,7 +233,7 @@ def _rate_factor(update: int, phase: Phase) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Tokens `(B, N, CHANNELS)`, what is drawn in them `(B, N, NUM_LABELS)`, their positions, captions, text length."""
+    """Tokens `(B, N, CHANNELS)`, the regions in them `(B, N, NUM_LABELS)`, their positions, captions, text length."""
 
     clean: Tensor
     labels: Tensor
@@ -265,10 +268,10 @@ def _batches(run: Path, phase: Phase, skip: int) -> Iterator[Batch]:
 
 
 def _losses(learner: Learner, text: TextEncoders, batch: Batch, phase: Phase) -> tuple[Tensor, Tensor]:
-    """Returns the flow-matching loss and that of what is drawn.
+    """Returns the flow-matching loss and the loss for predicting what is drawn.
 
-    Where guidance is to be built in, the target is moved by what the text changes (model guidance, Tang et al. 2025,
-    arXiv:2502.12154): its fixed point is the velocity guided by that scale.
+    To build in guidance, the target is shifted by the effect of the text on the velocity (model guidance, Tang et al.
+    2025, arXiv:2502.12154); the fixed point is the velocity guided with that scale.
     """
     clean, count = batch.clean, len(batch.texts)
     level = random_levels(count, clean.shape[1])
@@ -314,7 +317,7 @@ def _resume(
     average: FluxTransformer2DModel,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
-    """Loads the phase's last checkpoint and returns its update; else the one to start from, moments too: 0."""
+    """Loads the phase's last checkpoint and returns its update. Without one, loads `start`, moments too; returns 0."""
     resumed = (folder / "last.pt").exists()
     source = folder if resumed else start
     if source is None:

@@ -1,8 +1,8 @@
-"""Whether this device makes the picture that the CPU makes, by every way of running the embedded model.
+"""Compares the pictures of this device with the CPU's, for every way of running the embedded model.
 
-A picture for each way, from the same noise in float32. Devices add up in other orders, and a sparse stage that chooses
-other tokens makes another picture; so the row says how far apart the pictures are. Dense steps, where nothing is
-chosen, show how much of that is rounding alone.
+Each way makes one picture from the same noise in float32. Devices sum in different orders, and a sparse stage that
+chooses other tokens makes another picture, so each row reports how far apart the pictures are. Dense steps, which
+choose no tokens, show how much of the difference is rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAYS = (
 
 
 def measure(options: Options) -> Iterator[Measurement]:
-    """Yields a row for each way: how near its picture comes to that of the CPU, eager."""
+    """Yields a row for each way, with the distance of its picture from the CPU's eager one."""
     expected: dict[str, torch.Tensor] = {}
     for way in WAYS:
         if way.method not in expected:

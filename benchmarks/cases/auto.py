@@ -1,4 +1,4 @@
-"""`preset="auto"`: what was predicted for each target, from steps timed on the spot, and what the loop then took."""
+"""`preset="auto"`: the time predicted for each target from a few timed steps, and the time the loop then took."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TARGETS = (3.0, 4.0, 6.0, 8.0)
 
 
 def measure(subject: Subject, options: Options, targets: Sequence[float] = TARGETS) -> Iterator[Measurement]:
-    """Yields a row for each target speed-up against 50 dense steps, which take turns with what was picked."""
+    """Yields a row for each target speed-up over 50 dense steps; dense runs alternate with the chosen plan."""
     size = (subject.call["height"], subject.call["width"])
     costs = measure_costs(subject.pipe, size, subject.text_tokens)
     choices = {f"{target:g}x": decide(costs, target_speedup=target) for target in targets}

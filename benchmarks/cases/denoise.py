@@ -18,12 +18,12 @@ from jitaccel.patches import cost_of
 from ..pipelines import FLUX_DEV, FLUX_QUARTER, Subject, embedded_subject, random_subject
 from ..registry import Case, Measurement, Options, percentiles
 
-_FLUX_GIB = 32  # 24 of weights, and what a step needs
+_FLUX_GIB = 32  # 24 for weights, and the memory of a step
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """One method's generations. `scale`: the method's steps by those that were timed."""
+    """One method's generations. `scale` is its number of steps divided by the number of timed steps."""
 
     method: Method
     generations: list[TimedCall]
@@ -34,7 +34,7 @@ class _Measured:
         return median, low, high
 
     def parts(self, name: str) -> float:
-        """Returns the median over repeats of `network_s` or `outside_s`, or 0 where the pipeline ran untouched."""
+        """Returns the median over repeats of `network_s` or `outside_s`; 0 if the pipeline ran unpatched."""
         found = [getattr(g.stats, name) for g in self.generations if g.stats is not None]
         return self.scale * percentiles(found)[0] if found else 0.0
 
@@ -44,7 +44,7 @@ class _Measured:
 
     @property
     def sparse_outside_share(self) -> float | None:
-        """Share of the sparse steps' time spent outside the transformer, over all repeats; None without such steps."""
+        """The share of sparse steps' time outside the transformer, over all repeats; None without sparse steps."""
         steps = [s for g in self.generations if g.stats for s in g.stats.steps if s.stage < len(g.stats.anchors) - 1]
         total = sum(step.network_s + step.outside_s for step in steps)
         return sum(step.outside_s for step in steps) / total if total else None
@@ -190,7 +190,7 @@ CASES: tuple[Case, ...] = (
         for side, timed in (
             (32, None),
             (64, 5),
-        )  # 64x64: a size that it was not trained for, and minutes of dense steps
+        )  # 64x64: the model was not trained for this size, and dense steps take minutes
     ),
     Case(
         group="denoise",

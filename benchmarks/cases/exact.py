@@ -1,7 +1,7 @@
-"""Errors of plans on fields whose best network is known in closed form: `python -m benchmarks exact`.
+"""Errors of plans on fields whose optimal network is known in closed form: `python -m benchmarks exact`.
 
-Nothing is timed. Costs are those of FLUX.1-dev by its operations; `benchmarks/lab/exact` says what is computed, and
-docs/exact-lab.md what came out. The search over plans takes minutes, and so runs only where the group is named.
+Nothing is timed. Costs are those of FLUX.1-dev, in operations. `benchmarks/lab/exact` describes the computation, and
+docs/exact-lab.md the results. The search over plans takes minutes, so it only runs if the group is named.
 """
 
 from __future__ import annotations

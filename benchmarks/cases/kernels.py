@@ -1,8 +1,8 @@
-"""Each operator against the torch operations of the released code, the compiled reference, and the memory limit.
+"""Times each operator against the released code's torch operations, the compiled reference, and the memory limit.
 
-All calls are of the same inputs, which small grids leave in the caches: "warm". `targets.py` rotates them. On the CPU
-an output takes memory that an earlier one has given back: pages that the system hands out afresh cost more than many
-operators, and whether it does hangs on what was allocated before. `page_faults` says how many a call had.
+All calls use the same inputs, which stay in the caches on small grids ("warm"); `targets.py` rotates the inputs. On the
+CPU, outputs reuse memory freed by earlier outputs. Fresh pages from the system would cost more than many operators, and
+whether the system provides fresh pages depends on earlier allocations. `page_faults` counts them for each call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..registry import Case, Measurement, Options, percentiles
 GRIDS = {"32": (32, 32), "64": (64, 64), "128": (128, 128), "256": (256, 256), "video": (16, 30, 52)}
 CHANNELS = (64, 128)
 DENSITIES = (0.32, 0.60)
-_RELEASED_MATRIX_GIB = 6  # the released code's distances, N x M floats, are not formed beyond this
+_RELEASED_MATRIX_GIB = 6  # limit for the released code's distance matrix of N x M floats
 _LEVELS = (0.8, 0.7)
 _PATCH = 2  # latents along a token's side
 _STEPS_PER_PLAN = 4
@@ -39,7 +39,7 @@ _STEPS_PER_PLAN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class KernelInputs:
-    """What the operators are measured on: one image, random anchors."""
+    """The operators' inputs: one image with random anchors."""
 
     grid: tuple[int, ...]
     anchors: Tensor
@@ -53,7 +53,7 @@ class KernelInputs:
     tokens: Tensor
     levels: Tensor
     out: Tensor  # scratch, for operators that write
-    pooled: Tensor  # the picture of half the size, and a network's velocity of it
+    pooled: Tensor  # the half-size picture, also used as a network's velocity of it
     pooled_values: Tensor
 
     @property
@@ -64,7 +64,7 @@ class KernelInputs:
 def make_inputs(
     grid: tuple[int, ...], channels: int, density: float, dtype: torch.dtype, options: Options
 ) -> KernelInputs:
-    """Returns the inputs of one size, the same for the same seed."""
+    """Returns the inputs of one size; equal seeds give equal inputs."""
     generator = torch.Generator().manual_seed(options.seed)
     num_tokens = math.prod(grid)
     count = int(density * num_tokens)
@@ -92,11 +92,11 @@ def make_inputs(
     )
 
 
-# What the released code does, written out from its description (../shared/METHOD.md, section 7): torch operations only.
+# The released code's operations, rewritten from their description (../shared/METHOD.md, section 7) in plain torch.
 
 
 def released_nearest(x: KernelInputs) -> Tensor:
-    """Returns the nearest anchors through the matrix of all distances, as at every step of the released code."""
+    """Returns the nearest anchors from the matrix of all distances, as the released code does at every step."""
     places = torch.stack(
         torch.meshgrid(*(torch.arange(s, device=x.state.device) for s in x.grid), indexing="ij"), dim=-1
     )
@@ -105,7 +105,7 @@ def released_nearest(x: KernelInputs) -> Tensor:
 
 
 def released_lift(x: KernelInputs) -> Tensor:
-    """Returns the lifted values: nearest map, gather, depthwise convolutions over a reflected border, mask."""
+    """Returns the lifted values by nearest map, gather, depthwise convolutions with reflect padding, and mask."""
     channels = x.values.shape[2]
     filled = x.values[:, released_nearest(x)].transpose(1, 2).reshape(1, channels, *x.grid)
     radius, kernel = len(x.weights) // 2, x.weights.to(x.values.dtype)
@@ -120,7 +120,7 @@ def released_lift(x: KernelInputs) -> Tensor:
 
 
 def released_importance(x: KernelInputs) -> Tensor:
-    """Returns the importance by average pools of both moments."""
+    """Returns the importance by average pooling of both moments."""
     pool = F.avg_pool2d if len(x.grid) == 2 else F.avg_pool3d
     field = x.velocity.transpose(1, 2).reshape(1, x.velocity.shape[2], *x.grid)
     mean, square = (pool(part, 3, stride=1, padding=1) for part in (field, field * field))
@@ -136,11 +136,14 @@ def released_activate(x: KernelInputs, scores: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One operator, or two that always follow each other.
+    """One operator, or two that are always used in sequence.
 
-    `released`: the same with the released code's operations, None where it has none of its own. `reference`: plain
-    torch, for torch.compile; None where that cannot be one graph. `bytes_moved`: each input and output once. `lifts`:
-    whether the released code finds the nearest anchors in it, at every step; a plan is made once in about four.
+    Attributes:
+        released: The same computation with the released code's operations; None if that code has none.
+        reference: Plain torch for torch.compile; None if it cannot be one graph.
+        bytes_moved: Bytes of all inputs and outputs, each counted once.
+        lifts: Whether the released code searches the nearest anchors in this computation, at every step. jitaccel makes
+            a plan about once in four steps.
     """
 
     name: str
@@ -229,7 +232,7 @@ KERNELS = (
 
 
 def measure(size: str, options: Options) -> Iterator[Measurement]:
-    """Yields a row for each operator whose name holds `options.only`, each width and density."""
+    """Yields a row for each operator whose name contains `options.only`, and for each width and density."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     with kept_memory():
         bandwidth = copy_bandwidth(options)
@@ -292,7 +295,7 @@ def _line(f: dict[str, Any]) -> str:
 def _released_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> float | None:
     released = kernel.released
     matrix_gib = x.state.shape[1] * x.anchors.shape[1] * 4 / 2**30
-    if len(x.grid) > 2:  # ours keeps to each frame, which is not what it computes
+    if len(x.grid) > 2:  # ours works within each frame, so the released code computes something else
         return None
     if released is None or ((kernel.lifts or kernel.name == "nearest_anchor") and matrix_gib > _RELEASED_MATRIX_GIB):
         return None
@@ -309,27 +312,27 @@ def _compiled_seconds(kernel: Kernel, x: KernelInputs, options: Options) -> floa
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Lets the C library keep what is freed, in the process's heap, where it is glibc's; elsewhere nothing changes.
+    """Makes glibc keep freed memory in the process's heap within this context; does nothing with other C libraries.
 
-    Left to itself it gives large blocks back to the system, and each call's output is new pages.
+    By default glibc returns large blocks to the system, and the output of each call consists of new pages.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
         return
     mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # from malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     try:
         yield
-    finally:  # as glibc's own thresholds are after large blocks; it moves them no more once they have been set
+    finally:  # the values that glibc itself reaches after large blocks; once set, it no longer adapts them
         mallopt(mmap_max, 65_536)
         mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, 2**26)
 
 
 def page_faults(function: Callable[[], Any], calls: int = 5) -> float | None:
-    """Returns how many pages a call has the system hand out, on average; None on Windows, which does not tell."""
+    """Returns the average number of page faults of a call; None on Windows, which does not report them."""
     if sys.platform == "win32":
         return None
     import resource
@@ -342,16 +345,16 @@ def page_faults(function: Callable[[], Any], calls: int = 5) -> float | None:
 
 
 def copy_bandwidth(options: Options) -> float:
-    """Returns bytes read and written a second by a copy too large for any cache."""
+    """Returns the bytes read and written per second by a copy too large for any cache."""
     source = torch.empty(2**28 if options.device.type == "cuda" else 2**26, dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / percentiles(seconds(lambda: target.copy_(source), options))[0]
 
 
 def seconds(function: Callable[[], Any], options: Options, in_graph: bool = True) -> list[float]:
-    """Returns the seconds of one call, `options.repeat` times over: each the mean of a batch of calls.
+    """Returns the seconds of one call, measured `options.repeat` times, each as the mean of a batch of calls.
 
-    On CUDA the calls are replays of one graph, where that is possible, between two events.
+    On CUDA the calls are timed between two events, and replay one graph if possible.
     """
     for _ in range(3):
         function()

@@ -1,8 +1,8 @@
-"""One forward of several images: packed, against a loop over the images and against padding to the longest.
+"""Times one packed forward of several images against a loop over the images and against padding to the longest.
 
-Each image has anchors of its own, 32 % of its grid, as in the first stage of 7x-paper. `loop` runs the model's own
-forward image by image, `packed` all on one packed sequence, `padded` all padded to the longest text and image, the
-padding masked in attention. Tokens are those that count: padding is none.
+Each image has its own anchors, 32 % of its grid, as in the first stage of 7x-paper. `loop` runs the model's own forward
+image by image. `packed` runs all images as one packed sequence. `padded` pads all to the longest text and image, and
+masks the padding in attention. Token counts do not include padding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..registry import Case, Measurement, Options, percentiles
 
 DENSITY = 0.32
 BATCHES = (1, 2, 4, 8)
-_FLUX_GIB = 40  # 24 of weights, and what eight images need
+_FLUX_GIB = 40  # 24 for weights, and the memory of eight images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ Pass = Callable[[], Any]
 
 
 def loop(model: Any, images: Sequence[Image]) -> Pass:
-    """Returns the model's own forward, image by image."""
+    """Returns a pass with the model's own forward, image by image."""
 
     def run() -> list[Tensor]:
         return [
@@ -102,7 +102,7 @@ def loop(model: Any, images: Sequence[Image]) -> Pass:
 
 
 def packed(model: Any, images: Sequence[Image], attention: Backend) -> Pass:
-    """Returns one forward of all images; the pack is made once, as once a stage."""
+    """Returns a pass with one packed forward of all images. The pack is made once, as in a stage."""
     pack = make_pack(model, [image.text_ids for image in images], [image.ids for image in images])
 
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
@@ -112,7 +112,7 @@ def packed(model: Any, images: Sequence[Image], attention: Backend) -> Pass:
 
 
 def padded(model: Any, images: Sequence[Image]) -> Pass:
-    """Returns one forward of all images padded to the longest, the padding masked in attention."""
+    """Returns a pass with one forward of all images, padded to the longest and masked in attention."""
     longest = max(len(image.tokens) for image in images)
     wide = [
         Image(
@@ -227,7 +227,7 @@ def _seconds(way: Pass, device: torch.device) -> float:
 
 
 def _peak_mib(way: Pass, device: torch.device) -> float | None:
-    """Returns how much memory one forward takes at its peak beyond what stood before; None where nobody tells."""
+    """Returns the peak memory of one forward beyond what was used before; None if the system does not report it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
-"""Quality beside cost: `python -m benchmarks quality` is `jitaccel eval` with every method of interest, on 256 prompts.
+"""Quality and cost: `python -m benchmarks quality` runs `jitaccel eval` with all methods of interest on 256 prompts.
 
-It takes hours on a CPU, goes on where it stopped, and so runs only where it is named. Rows, table, Pareto picture and
-contact sheet lie in out/quality. What parts of the method are worth is asked by `python -m benchmarks.lab`.
+It takes hours on a CPU, so it only runs if named, and it resumes where it stopped. Rows, table, Pareto plot and contact
+sheet are written to out/quality. `python -m benchmarks.lab` measures what the parts of the method contribute.
 """
 
 from __future__ import annotations

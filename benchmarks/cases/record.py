@@ -1,8 +1,8 @@
-"""The record: the same generation dense and sparse, by every way of running it, each a case of its own.
+"""The record: one generation, dense and sparse, in every way of running it. Each combination is a separate case.
 
-Cases can be taken up again one by one (`--resume`), as a GPU that is lent for minutes needs. `dense` is the control: it
-gets the compiler and the CUDA graphs that the sparse presets get. Rows hold what was measured; ratios are made of them
-where they are shown (`benchmarks/table.py`).
+Cases can be resumed one by one (`--resume`), because a GPU may be available for minutes only. `dense` is the control:
+it gets the same compiler and CUDA graphs as the sparse presets. Rows hold measurements only; ratios are computed where
+they are shown (`benchmarks/table.py`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from .denoise import no_embedded, no_large_cuda
 class Contender:
     """One way to make one picture.
 
-    method: "dense" or a preset. steps: of dense. way: "eager" (dense: the pipeline untouched; sparse: the model's own
-    forward on the anchors), "packed", "compiled", "captured" (compiled, and replayed as CUDA graphs), "float8"
-    (captured, with torchao's float8 weights and activations).
+    Attributes:
+        method: "dense" or a preset.
+        way: "eager" (dense: the unpatched pipeline; sparse: the model's own forward on the anchors), "packed",
+            "compiled", "captured" (compiled, and replayed as CUDA graphs), or "float8" (captured, with torchao's
+            float8 weights and activations).
+        steps: Number of steps of the dense method.
     """
 
     method: str
@@ -45,7 +48,7 @@ class Contender:
         return f"{method}, {self.way}"
 
 
-# In the order of their weight, for a device that is lent for minutes.
+# Most important first, because a device may be available for minutes only.
 CONTENDERS = (
     Contender(method="dense", steps=50, way="eager"),
     Contender(method="dense", steps=50, way="captured"),
@@ -65,11 +68,11 @@ CONTENDERS = (
 )
 
 Make = Callable[[Options, bool], tuple[Any, Mapping[str, Any]]]
-"""Makes a pipeline, quantised or not, and the arguments of a call."""
+"""Returns a pipeline, quantised or not, and the arguments of a call."""
 
 
 def measure(options: Options, contender: Contender, make: Make, grid: tuple[int, int]) -> Iterator[Measurement]:
-    """Yields one row: the contender's generations, the first of which compiles, or why there is none."""
+    """Yields one row: the contender's generations, of which the first compiles, or the reason for having none."""
     fields: dict[str, Any] = {
         "method": contender.method,
         "way": contender.way,
@@ -80,7 +83,7 @@ def measure(options: Options, contender: Contender, make: Make, grid: tuple[int,
     }
     try:
         fields |= _measured(options, contender, *make(options, contender.way == "float8"))
-    except Exception as error:  # one case that fails must not keep the others from being measured
+    except Exception as error:  # a failing case must not stop the other cases
         fields["error"] = _reason(error)
     if "error" in fields and contender.way == "captured":
         fields |= _without_graphs(options, contender, make, fields.pop("error"))
@@ -92,7 +95,7 @@ def _reason(error: Exception) -> str:
 
 
 def _without_graphs(options: Options, contender: Contender, make: Make, reason: str) -> dict[str, Any]:
-    """Returns the fields of a contender that could not be captured: compiled alone, and why it was not captured."""
+    """Returns the fields of a contender that could not be captured: compiled only, with the reason."""
     try:
         found = _measured(options, replace(contender, way="compiled"), *make(options, False))
     except Exception as error:
@@ -139,8 +142,8 @@ def _measured(options: Options, contender: Contender, pipe: Any, call: Mapping[s
 
 
 def forget_earlier_cases(device: torch.device) -> None:
-    """Lets go of what earlier cases compiled and captured, and counts memory from here."""
-    torch.compiler.reset()  # it keeps what it compiled, and CUDA graphs with it, longer than the function lives
+    """Frees everything that earlier cases compiled and captured, and resets the peaks of memory."""
+    torch.compiler.reset()  # the compiler keeps compiled code and CUDA graphs longer than the compiled function
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -148,9 +151,9 @@ def forget_earlier_cases(device: torch.device) -> None:
 
 
 def peaks(device: torch.device) -> dict[str, float | None]:
-    """Returns the peaks of memory since it was counted, weights included; None on the CPU.
+    """Returns the peaks of memory since the last reset, weights included; None on the CPU.
 
-    The first picture counts too: what a CUDA graph works in is allocated while it is captured, and only reserved later.
+    The first picture is included, because a CUDA graph's memory is allocated during capture and only reserved later.
     """
     if device.type != "cuda":
         return {"peak_memory_mib": None, "peak_reserved_mib": None}
@@ -161,19 +164,19 @@ def peaks(device: torch.device) -> dict[str, float | None]:
 
 
 def _part(made: list[TimedCall], name: str) -> float | None:
-    """Returns the median of `network_s` or `outside_s`; None where nothing was applied that counts them."""
+    """Returns the median of `network_s` or `outside_s`; None if nothing was applied that measures them."""
     found = [getattr(g.stats, name) for g in made if g.stats is not None]
     return round(percentiles(found)[0], 5) if found else None
 
 
 def _text_tokens(call: Mapping[str, Any]) -> int:
-    """Returns the length of the prompt."""
+    """Returns the number of text tokens."""
     return int(call["prompt_embeds"].shape[1] if "prompt_embeds" in call else call["max_sequence_length"])
 
 
 @contextlib.contextmanager
 def applied(pipe: Any, contender: Contender) -> Iterator[Any]:
-    """Makes the pipeline run a contender while it lasts, and yields its handle; None where nothing is applied."""
+    """Applies a contender to the pipeline within this context; yields the handle, or None if nothing is applied."""
     if contender.method == "dense" and contender.way == "eager":
         yield None
         return
@@ -197,7 +200,7 @@ def applied(pipe: Any, contender: Contender) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def compiled_as_usual(pipe: Any) -> Iterator[None]:
-    """Compiles the transformer whole, as somebody without jitaccel does."""
+    """Compiles the whole transformer, as a user without jitaccel would."""
     plain = pipe.transformer
     before = set(vars(plain))
     pipe.transformer = torch.compile(plain, fullgraph=True, dynamic=False)
@@ -206,12 +209,12 @@ def compiled_as_usual(pipe: Any) -> Iterator[None]:
     finally:
         pipe.transformer = plain
         for name in vars(plain).keys() - before:
-            delattr(plain, name)  # the compiler leaves a mark on the module
+            delattr(plain, name)  # the compiler leaves attributes on the module
         torch.compiler.reset()
 
 
 def _outside_share(made: list[TimedCall]) -> float | None:
-    """Returns the share of the sparse steps' time spent outside the transformer; None without such steps."""
+    """Returns the share of sparse steps' time outside the transformer; None without sparse steps."""
     steps = [s for g in made if g.stats for s in g.stats.steps if s.stage < len(g.stats.anchors) - 1]
     total = sum(step.network_s + step.outside_s for step in steps)
     return sum(step.outside_s for step in steps) / total if total else None
@@ -233,9 +236,9 @@ def _line(f: Mapping[str, Any]) -> str:
 
 
 class Cached:
-    """Makes a random pipeline once for all cases in a row that want the same; lets go of one before the next is made.
+    """Makes a random pipeline once for consecutive cases that share it, and frees it before making the next.
 
-    Quantising changes weights in place, so a quantised pipeline is another one.
+    Quantising changes weights in place, so a quantised pipeline is a different one.
     """
 
     def __init__(self) -> None:
@@ -259,7 +262,7 @@ class Cached:
 
 
 def quantise(transformer: Any) -> None:
-    """Makes linear layers of the blocks multiply in float8, scaled by row; embeddings and the output stay."""
+    """Makes the blocks' linear layers multiply in float8, scaled by row; embeddings and output are unchanged."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     def is_chosen(module: Any, name: str) -> bool:
@@ -302,12 +305,12 @@ def _case(
 
 def _cases() -> Iterator[Case]:
     make: Any = functools.partial(_embedded, grid=(32, 32))
-    for contender in (contender for contender in CONTENDERS if contender.way != "float8"):  # made of bfloat16 alone
+    for contender in (contender for contender in CONTENDERS if contender.way != "float8"):  # needs bfloat16
         yield _case("small", "embedded model, 32x32 tokens", contender, make, (32, 32), no_embedded)
     cached = Cached()
     for side in (64, 128):
         make = functools.partial(cached, model=FLUX_DEV, grid=(side, side), text_tokens=512)
-        # Quantised ones last: each change of the weights makes 12 billion anew.
+        # Quantised ones last, because each change between them makes 12 billion weights again.
         for contender in sorted(CONTENDERS, key=lambda contender: contender.way == "float8"):
             what = f"FLUX.1-dev's size (12 billion random weights, bfloat16), {16 * side}x{16 * side}"
             yield _case("flux", what, contender, make, (side, side), no_large_cuda)

@@ -1,4 +1,4 @@
-"""What a process pays before its first picture: imports, loading, `apply`, the first picture, compilation."""
+"""Times what a process spends until its first picture: imports, loading, `apply`, the first picture, compilation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ print(json.dumps(time.perf_counter() - start))
 
 
 def measure_compilation(options: Options, size: str) -> Iterator[Measurement]:
-    """Yields how long the stages of 7x take to compile and capture, with an empty cache and with a filled one."""
+    """Yields the time to compile and capture the stages of 7x, with an empty cache and with a filled one."""
     with tempfile.TemporaryDirectory() as folder:
         cold = _json(_COMPILE, str(options.device), size, TORCHINDUCTOR_CACHE_DIR=folder)
         warm = [
@@ -70,7 +70,7 @@ def measure_compilation(options: Options, size: str) -> Iterator[Measurement]:
 
 
 def measure(options: Options) -> Iterator[Measurement]:
-    """Yields a row for each part, of fresh processes."""
+    """Yields a row for each part, measured in fresh processes."""
     runs = [_json(_SCRIPT, str(options.device)) for _ in range(options.repeat)]
     for what in runs[0]:
         yield _row(what, [run[what] for run in runs], options)
@@ -90,7 +90,7 @@ def _row(what: str, seconds: Sequence[float], options: Options) -> Measurement:
 
 
 def _json(script: str, *arguments: str, **environment: str) -> Any:
-    """Returns what a script prints last, run in a process of its own."""
+    """Runs a script in a separate process and returns its last line, parsed as JSON."""
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:

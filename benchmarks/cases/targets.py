@@ -1,7 +1,7 @@
-"""The operators at the size of video against the times that are aimed at on an H200, on inputs that no cache holds.
+"""Times the operators at video size against target times on an H200, with inputs that do not fit into any cache.
 
-21 x 45 x 80 tokens of 64 channels are a clip of five seconds at 720p. Calls take turns over copies of the inputs,
-several times an H200's second cache in all; on the CPU too. "tiny" is for trying the case itself.
+21 x 45 x 80 tokens of 64 channels are a clip of five seconds at 720p. Calls alternate between copies of the inputs,
+which together are several times as large as an H200's L2 cache; on the CPU too. "tiny" is for trying out the case.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ AIMS_US = {
     "lift_pooled": 5.0,
 }
 CHANNELS, DENSITY = 64, 0.32
-COPIES = 6  # of 40 MB in bfloat16
+COPIES = 6  # 40 MB each in bfloat16
 
 
 def measure(size: str, options: Options) -> Iterator[Measurement]:
-    """Yields a row for each operator that has an aim."""
+    """Yields a row for each operator that has a target time."""
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     with kept_memory():
         copies = [make_inputs(GRIDS[size], CHANNELS, DENSITY, dtype, options) for _ in range(COPIES)]
@@ -69,7 +69,7 @@ def _row(kernel: Kernel, copies: list[KernelInputs], options: Options) -> Measur
 
 
 def device_kernels(call: Callable[[], Any]) -> dict[str, float]:
-    """Returns the time on the device of each kernel of a call, in microseconds, by name: the mean of six calls."""
+    """Returns the device time of each kernel of a call, by name, in microseconds, as the mean of six calls."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(COPIES):

@@ -1,1 +1,1 @@
-"""Cases that need the stand-ins of tests/support: they run from a checkout and are not installed."""
+"""Cases that need the stand-ins in tests/support. They run from a checkout and are not installed."""

@@ -1,8 +1,8 @@
-"""The same generation through every codebase: what 7x gains there, against what it gains in diffusers' pipeline.
+"""Measures the gain of 7x in every codebase, for the same generation, against its gain in diffusers' pipeline.
 
-All run on the same weights and noise, dense as if jitaccel were not there. Black Forest Labs' network and ComfyUI are
-the stand-ins of tests/ (their own packages are on no index): loops and calls are those codebases', the time of their
-networks is not. Each sparse result is held against the pipeline's.
+All use the same weights and noise. Dense runs do not involve jitaccel. Black Forest Labs' network and ComfyUI are the
+stand-ins in tests/, because their packages are not on any index: loops and calls match those codebases, but the times
+of their networks do not. Each sparse result is compared with the pipeline's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GUIDANCE, _STEPS = 3.5, 50
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What every codebase is given. noise: (1, N, D). text: (1, T, width). pooled: (1, width). ids: (N, 3)."""
+    """The inputs of every codebase: noise (1, N, D), text (1, T, width), pooled (1, width), ids (N, 3)."""
 
     pipe: Any
     grid: tuple[int, int]
@@ -51,12 +51,12 @@ class Inputs:
 
 
 Generate = Callable[[Sequence[float]], Tensor]
-"""Noise levels, 0 included, to the final latents (1, N, D)."""
+"""Maps noise levels, 0 included, to the final latents (1, N, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """target: what is patched. generate: one generation. options: of `apply`, given the levels."""
+    """A codebase: the `target` to patch, a function to `generate`, and the `options` of `apply` from the levels."""
 
     target: Any
     generate: Generate
@@ -163,7 +163,7 @@ class _Measured:
 
 @torch.no_grad()
 def measure(options: Options, make: Callable[[Options], Subject], timed_steps: int) -> Iterator[Measurement]:
-    """Yields one row for each codebase: the median of its dense generations over that of its sparse ones."""
+    """Yields one row for each codebase: its median dense time divided by its median sparse time."""
     import pytest
 
     from tests.support import comfy_stand_in

@@ -1,7 +1,7 @@
-"""Runs examples/cpp on a device against Python: `python -m benchmarks.checkout.cpp_program --device cuda`.
+"""Compares examples/cpp on a device with Python: `python -m benchmarks.checkout.cpp_program --device cuda`.
 
-A random FLUX of two blocks is exported in TorchScript, which needs no compiler on the device; the program is built with
-the machine's make and g++. Ends with an error where the program's latents are not Python's.
+A random FLUX of two blocks is exported to TorchScript, which needs no compiler on the device. The program is built with
+the machine's make and g++. Exits with an error if the program's latents differ from Python's.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.support.benchmarks import TINY
 from ..pipelines import random_call, random_pipeline
 
 _GRID, _TEXT_TOKENS, _GUIDANCE = (16, 16), 8, 3.5
-_MOST_ERROR = 1e-4  # of the largest value, in float32
+_MOST_ERROR = 1e-4  # relative to the largest value, in float32
 _SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Builds the program, runs both, and prints how far apart their latents are."""
+    """Builds the program, runs both, and prints the difference of their latents."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkout.cpp_program", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="7x")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def build(folder: Path) -> Path:
-    """Returns the program, built in a folder of its own."""
+    """Builds the program in a separate folder and returns its path."""
     shutil.copytree(_SOURCE, folder, ignore=shutil.ignore_patterns("generate"))
     subprocess.run(["make", f"PYTHON={sys.executable}", "CXXFLAGS=-O0"], cwd=folder, check=True)
     return folder / "generate"
@@ -53,7 +53,7 @@ def build(folder: Path) -> Path:
 
 @torch.no_grad()
 def difference(program: Path, folder: Path, device: torch.device, preset: str) -> float:
-    """Returns the largest difference between the program's latents and Python's, over the largest value."""
+    """Returns the largest difference between the program's latents and Python's, relative to the largest value."""
     pipe = random_pipeline(TINY, device, torch.float32, seed=0)
     call = random_call(pipe, _GRID, 0, _TEXT_TOKENS)
     size = call["height"], call["width"]

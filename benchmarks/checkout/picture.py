@@ -1,8 +1,8 @@
-"""Draws the README's picture: 50 dense steps, 7x, and what the network saw in each of 7x's steps.
+"""Draws the README's picture: 50 dense steps, 7x, and the network's input in each step of 7x.
 
     python -m benchmarks.checkout.picture docs/7x.jpg
 
-On the embedded model, with the README's own prompt, which the model draws well, and the first seed.
+It uses the embedded model, the README's prompt, which the model draws well, and the first seed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PROMPT = "autumn mountains at dawn with a meadow with yellow flowers, a yellow b
 PRESETS = ("dense", "7x")
 SEED = 0
 _SIDE, _GAP, _LABEL, _EDGE = 384, 20, 30, 14
-_THUMB, _BETWEEN = 116, 7  # of a step that sees every token; one that sees a quarter of them is half as wide
+_THUMB, _BETWEEN = 116, 7  # for a step with all tokens; a step with a quarter of the tokens is half as wide
 _PAPER, _INK, _SOFT, _LINE = (255, 255, 255), (26, 29, 36), (93, 101, 117), (255, 255, 255, 48)
 _MOST_BYTES = 300_000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the picture and says how large it is."""
+    """Writes the picture and prints its file size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JPEG to write")
     out = parser.parse_args(argv).out
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sheet(dense: Any, fast: Any) -> Image.Image:
-    """Returns the picture of two `MadePicture`: the dense one, and the one whose steps are shown."""
+    """Returns the sheet for two `MadePicture`: the dense picture, and the picture whose steps are shown."""
     steps = len(fast.playback.moments)
     labels = (
         f"{len(dense.playback.moments)} dense steps",
@@ -65,7 +65,7 @@ def sheet(dense: Any, fast: Any) -> Image.Image:
 
 
 def _draw_steps(page: Image.Image, playback: Any, corner: tuple[int, int]) -> None:
-    """Draws a thumbnail of each step: the clean estimate under the grid of tokens, all tokens of one size."""
+    """Draws a thumbnail of each step: the clean estimate under the token grid, with all tokens drawn equally large."""
     left, top = corner
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for stage, anchors in enumerate(playback.stats.anchors):
@@ -83,7 +83,7 @@ def _draw_steps(page: Image.Image, playback: Any, corner: tuple[int, int]) -> No
 
 
 def _thumb(picture: Any, side: int, tokens: int) -> Image.Image:
-    """Returns a step's picture of `tokens` x `tokens` tokens, with lines between them."""
+    """Returns a step's picture with lines between its `tokens` x `tokens` tokens."""
     thumb = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     lines = Image.new("RGBA", thumb.size)
     pen = ImageDraw.Draw(lines)

@@ -1,9 +1,9 @@
-"""The server under load: 200 requests, 8 at a time, to two replicas of a tiny random FLUX.1, through the command.
+"""Loads the server, started by its command, with 200 requests, 8 at a time, to two replicas of a tiny random FLUX.1.
 
-What is measured is the server: HTTP, queue, batching, Ray. The model takes about as long as these. Client, server and
-replicas share the machine. Memory is the resident memory of all processes of the server, summed from /proc; pages that
-they share count more than once. It is read after a fifth of the requests and at the end: a server that keeps
-something of each request grows.
+This measures the server: HTTP, queue, batching and Ray. The model takes about as long as these. Client, server and
+replicas share the machine. Memory is the resident memory of all server processes, summed from /proc; shared pages count
+more than once. It is read after a fifth of the requests and at the end, because a server that leaks memory with each
+request would grow.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def _ray_version() -> str:
 
 
 def _memory_mib(process: int) -> float:
-    """Returns the resident memory of a command and of all processes of its Ray, in MiB."""
+    """Returns the resident memory of a command and of all its Ray processes, in MiB."""
     own = _command_folder(process)
     processes = [path for path in Path("/proc").glob("[0-9]*") if _command_folder(int(path.name)) == own]
     return sum(map(_resident_kib, processes)) / 1024
 
 
 def _command_folder(process: int) -> str | None:
-    """Returns the folder of the Ray that a process belongs to, which the command has given it in its environment."""
+    """Returns the folder of the Ray instance of a process, which the command set in its environment."""
     try:
         variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -139,7 +139,7 @@ def _command_folder(process: int) -> str | None:
 def _resident_kib(process: Path) -> int:
     try:
         lines = (process / "status").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 

@@ -1,8 +1,8 @@
-"""A transformer of Wan's shape with random weights, through its pipeline: are the operations that are saved time saved?
+"""Measures whether saved operations save time, on a random transformer of Wan's shape in its pipeline.
 
-`speedup_over_operations` is the measured speed-up over the ratio of operations. `outside_share` is what the method
-takes outside the network. `over_by_hand` is the time of a sparse forward through the pipeline and its hooks, over that
-of the same layers called on the same tokens by hand.
+`speedup_over_operations` is the measured speed-up divided by the ratio of operations. `outside_share` is the method's
+share of time outside the network. `over_by_hand` is the time of a sparse forward in the pipeline with its hooks,
+divided by the time of calling the same layers on the same tokens directly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _pipeline(width: int, layers: int, options: Options) -> Any:
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.1)  # the fixture's are for narrow layers
+            parameter.mul_(0.1)  # the fixture's weights are scaled for narrow layers
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     pipe.transformer = model.to(options.device, dtype)
     return pipe
@@ -50,7 +50,7 @@ def _pipeline(width: int, layers: int, options: Options) -> Any:
 def measure(
     options: Options, width: int, layers: int, grid: tuple[int, ...], timed_steps: int
 ) -> Iterator[Measurement]:
-    """Yields a row for each preset; generations take turns with dense ones and with forwards by hand."""
+    """Yields a row for each preset; its generations alternate with dense ones and with forwards by hand."""
     from tests.support.video import wan_on_tokens
 
     pipe = _pipeline(width, layers, options)

@@ -1,1 +1,1 @@
-"""What each part of the method is worth: variants that the product does not have, sampled on the embedded model."""
+"""Measures what each part of the method contributes, with variants that only exist here, on the embedded model."""

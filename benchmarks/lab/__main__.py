@@ -1,10 +1,9 @@
 """Answers the lab's questions on held-out prompts of the embedded model: `python -m benchmarks.lab --prompts 256`.
 
-Every variant makes the same prompts from the same noise as 50 dense steps do, and the judge looks at all. Matrix
-products run in bfloat16 (autocast), which the rows say; `--exact` runs them in float32. Rows are kept in OUT/rows.jsonl
-and taken up again where weights, settings and commit are the same (`--any-commit`: where the first two are).
-`report.md` has a table for each question, and `table.jsonl` a record for each variant. The search over stages is
-`python -m benchmarks.lab.search`.
+Every variant and 50 dense steps use the same prompts and noise, and the judge rates all pictures. Matrix products run
+in bfloat16 (autocast), as recorded in the rows; `--exact` runs them in float32. Rows are stored in OUT/rows.jsonl and
+reused if weights, settings and commit are the same (with `--any-commit`, weights and settings). `report.md` has a table
+for each question, and `table.jsonl` a record for each variant. `python -m benchmarks.lab.search` searches over stages.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CHUNK = 32
 
 
 def variants(only: Sequence[str]) -> dict[str, Way]:
-    """Returns the reference, and the variants of the questions that are named, all where none is."""
+    """Returns the reference and the variants of the named questions, or of all questions if none is named."""
     chosen = {name: some for name, some in {"controls": CONTROLS, **QUESTIONS}.items() if not only or name in only}
     found = {REFERENCE: dense(50, "native")}
     for some in chosen.values():
@@ -50,7 +49,7 @@ def variants(only: Sequence[str]) -> dict[str, Way]:
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """Makes the missing rows of variants. origin: what rows are taken up by."""
+    """Makes the missing rows of variants. Stored rows are reused if they have the same `origin`."""
 
     pipe: Any
     judge: Any
@@ -62,7 +61,7 @@ class Lab:
     any_commit: bool
 
     def rows(self, chosen: Mapping[str, Way]) -> list[Row]:
-        """Returns the rows of all variants, in the order of variants and prompts."""
+        """Returns the rows of all variants, ordered by variant and prompt."""
         done = {(row["method"], row["prompt_index"]): row for row in self._kept(chosen)}
         for name, variant in chosen.items():
             for start in range(0, self.count, _CHUNK):
@@ -100,7 +99,7 @@ class Lab:
         return by(bench, way, mixed=not self.exact)  # type: ignore[arg-type]
 
     def _reference(self, bench: Bench, part: range) -> Sampled:
-        """Returns what 50 dense steps make, from the disk where they made it before."""
+        """Returns the pictures of 50 dense steps, read from disk if they were made before."""
         key = "-".join(str(self.origin[name])[:12] for name in ("weights", "dtype", "seed"))
         path = self.folder / f"reference-{key}-{part.start}-{part.stop}.npz"
         if path.exists():
@@ -118,7 +117,7 @@ def _noise_seed(seed: int, part: range) -> int:
 
 
 def _settings(variant: Way) -> Row:
-    """Returns what tells a variant from others, as JSON gives it back."""
+    """Returns the settings that identify a variant, in the form that JSON returns them."""
     if isinstance(variant, Method | Sizes):
         settings: Row = json.loads(json.dumps(variant.settings))
         return settings
@@ -139,15 +138,15 @@ def _told(function: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes what is missing, and writes the report."""
+    """Makes missing rows and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=256, help="how many held-out prompts")
-    parser.add_argument("--seed", type=int, default=0, help="0: the prompts that results are told of; others to search")
+    parser.add_argument("--prompts", type=int, default=256, help="number of held-out prompts")
+    parser.add_argument("--seed", type=int, default=0, help="0: the prompts of reported results; use others to search")
     parser.add_argument("--only", nargs="*", default=[], help="controls, " + ", ".join(QUESTIONS))
-    parser.add_argument("--variants", nargs="*", default=[], help="of these, only some; a table needs them all")
+    parser.add_argument("--variants", nargs="*", default=[], help="run only these variants; a table needs all")
     parser.add_argument("--out", type=Path, default=Path("out/lab"))
-    parser.add_argument("--exact", action="store_true", help="float32 in place of bfloat16 matrix products")
-    parser.add_argument("--any-commit", action="store_true", help="take up rows that other commits made")
+    parser.add_argument("--exact", action="store_true", help="float32 instead of bfloat16 matrix products")
+    parser.add_argument("--any-commit", action="store_true", help="reuse rows of other commits")
     options = parser.parse_args(argv)
     if unknown := set(options.only) - {"controls", *QUESTIONS}:
         parser.error(f"--only must name controls or questions ({', '.join(QUESTIONS)}), got {', '.join(unknown)}")

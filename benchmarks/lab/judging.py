@@ -1,4 +1,4 @@
-"""Rows of what variants made, in the fields of `jitaccel eval`, so that its table and pictures show them too."""
+"""Rows for the pictures of variants, with the fields of `jitaccel eval`, so that its table and plots show them too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AREA = 4  # tokens along a side of the areas whose means are the layout
 def judged(
     bench: Bench, judge: Judge, made: Sampled, reference: Sampled, shared: Mapping[str, Any], *, first: int = 0
 ) -> Iterator[Row]:
-    """Yields a row for each picture. shared: fields of all of them. first: the index of the first prompt."""
+    """Yields a row for each picture, with the fields `shared`; `first` is the index of the first prompt."""
     maps, of_reference = judge.features(made.pictures), judge.features(reference.pictures)
     for k, seen in enumerate(judge(made.pictures)):
         text, claims = bench.prompts[k]
@@ -49,9 +49,9 @@ def judged(
 
 
 def _latent_errors(made: Sampled, reference: Sampled, k: int) -> Row:
-    """Returns how far the latents of a picture are from the reference's, as shares of the latter's mean square.
+    """Returns the distance of a picture's latents from the reference's, relative to the reference's mean square.
 
-    latent_mse: mean squared error. layout_mse: the part of it that lies in the means of areas of 4x4 tokens.
+    `latent_mse` is the mean squared error, and `layout_mse` its part in the means of areas of 4x4 tokens.
     """
     if made.latents is None or reference.latents is None:
         return {}
@@ -64,7 +64,7 @@ def _latent_errors(made: Sampled, reference: Sampled, k: int) -> Row:
 
 
 def _layout(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the mean of each channel over each area, from tokens (N, D) that hold 2x2 latents of a channel."""
+    """Returns the mean of each channel over each area, from tokens (N, D) with 2x2 latents per channel."""
     height, width = (side // _AREA for side in GRID)
     areas = tokens.reshape(height, _AREA, width, _AREA, -1, PATCH**2)
     return np.asarray(areas.mean(axis=(1, 3, 5)))

@@ -19,13 +19,13 @@ def places(indices: Tensor, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def nearest(anchors: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Returns the weights of the nearest anchor, the lowest raster index among equals."""
+    """Returns the weights of the nearest anchor; the lowest raster index wins ties."""
     squared = _squared_distances(anchors, grid)
     return torch.nn.functional.one_hot(torch.from_numpy(squared.argmin(axis=1)), len(anchors)).float()
 
 
 def blurred(anchors: Tensor, grid: tuple[int, ...], sigma: float = 1.0) -> Tensor:
-    """Returns nearest fill and then a Gaussian blur of `sigma` tokens over the grid, reflecting: the paper's lifter."""
+    """Returns the paper's lifter: nearest fill, then a Gaussian blur of `sigma` tokens with reflect padding."""
     filled = nearest(anchors, grid).numpy().reshape(*grid, len(anchors))
     blur = functools.partial(ndimage.gaussian_filter1d, sigma=sigma, mode="mirror", radius=int(np.ceil(3 * sigma)))
     return torch.from_numpy(blur(blur(filled, axis=0), axis=1).reshape(-1, len(anchors)))
@@ -40,7 +40,7 @@ def weighted(anchors: Tensor, grid: tuple[int, ...], sigma: float = 1.0) -> Tens
 
 
 def linear(anchors: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Returns barycentric weights of the Delaunay triangle that holds each token; the nearest anchor outside all."""
+    """Returns barycentric weights in each token's Delaunay triangle; the nearest anchor outside of all triangles."""
     where = places(torch.arange(grid[0] * grid[1]), grid)
     triangles = spatial.Delaunay(places(anchors, grid))
     found = triangles.find_simplex(where)

@@ -1,4 +1,4 @@
-"""The embedded transformer as the lab calls it: at the anchors of each image, with what was run counted."""
+"""Calls the embedded transformer at the anchors of each image, and counts the operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jitaccel.patches.flux.flops import flux_flops
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Prompts as the encoders see them: words (B, length, width), pooled (B, width)."""
+    """Encoded prompts: words (B, length, width) and pooled (B, width)."""
 
     words: Tensor
     pooled: Tensor
@@ -30,9 +30,9 @@ class Texts:
 
 
 class SparseNetwork:
-    """Calls a FLUX transformer on tokens of a grid. `flops`: of what was run since it was made, all images.
+    """Calls a FLUX transformer on tokens of a grid. `flops` counts all calls since construction, over all images.
 
-    mixed: matrix products in bfloat16 (autocast).
+    With `mixed`, matrix products run in bfloat16 (autocast).
     """
 
     def __init__(self, transformer: Any, texts: Texts, grid: tuple[int, int], mixed: bool) -> None:
@@ -42,7 +42,7 @@ class SparseNetwork:
         self.flops = 0.0
 
     def __call__(self, state: Tensor, anchors: Tensor, level: float) -> Tensor:
-        """Returns the velocity (B, M, D) float32 of the anchors' state (B, M, D). anchors: (B, M) raster indices."""
+        """Returns the velocity (B, M, D) float32 of the anchors' state (B, M, D); anchors are (B, M) raster indices."""
         if bool((anchors == anchors[:1]).all()):
             return self.at(state, self.ids[anchors[0]], level)
         self._count(anchors.shape)
@@ -74,9 +74,10 @@ class SparseNetwork:
 
 
 class _Attention:
-    """An attention processor that also does what a variant asks for; one object for each attention of the model.
+    """An attention processor with additions for variants; each attention layer of the model has its own.
 
-    Keeps keys and values of all tokens of the grid (`stale`), or notes the share of attention on words (`watched`).
+    It keeps keys and values of all tokens of the grid (`stale`), or records the share of attention to words
+    (`watched`).
     """
 
     def __init__(self, num_words: int) -> None:
@@ -129,7 +130,7 @@ class _Attention:
 
 
 class StaleNetwork(SparseNetwork):
-    """Lets anchors attend to the tokens that are inactive, as they were when last evaluated. For one image."""
+    """Lets anchors attend to inactive tokens as they were when last evaluated. For one image."""
 
     def __call__(self, state: Tensor, anchors: Tensor, level: float) -> Tensor:
         for processor in self._processors():
@@ -149,7 +150,7 @@ class StaleNetwork(SparseNetwork):
 
 @contextmanager
 def watching(transformer: Any, num_words: int) -> Iterator[list[_Attention]]:
-    """Puts the lab's processors in place while it lasts, and yields them, in the order of the blocks."""
+    """Installs the lab's processors within this context, and yields them in the order of the blocks."""
     before = dict(transformer.attn_processors)
     put = {name: _Attention(num_words) for name in before}
     transformer.set_attn_processor(dict(put))
@@ -160,9 +161,10 @@ def watching(transformer: Any, num_words: int) -> Iterator[list[_Attention]]:
 
 
 class CachedNetwork(SparseNetwork):
-    """Reuses a step's blocks where the first one changed little (diffusers' FirstBlockCache). For one image.
+    """Reuses the last step's block outputs if the first block changed little (diffusers' FirstBlockCache).
 
-    Use it `with` it: what the transformer gets is taken away at the end. `forget` before each stage.
+    For one image. It is a context manager that removes the cache from the transformer at the end. Call `forget` before
+    each stage.
     """
 
     def __init__(self, transformer: Any, texts: Texts, grid: tuple[int, int], mixed: bool, threshold: float) -> None:
@@ -185,7 +187,7 @@ class CachedNetwork(SparseNetwork):
         self._stack.close()
 
     def forget(self) -> None:
-        """Forgets what the last step left."""
+        """Drops the outputs of the last step."""
         self.transformer._reset_stateful_cache()
 
     def _blocks(self) -> dict[str, Any]:

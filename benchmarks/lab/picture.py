@@ -1,4 +1,4 @@
-"""Draws controls, rivals and presets, cost against quality: `python -m benchmarks.lab.picture docs/quality.png`."""
+"""Plots quality against cost of controls, rivals and presets: `python -m benchmarks.lab.picture docs/quality.png`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _CASES = ("controls", "rivals")
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the records of the picture, each method once, the reference first."""
+    """Returns the records to plot, each method once, with the reference first."""
     of_lab = [row for row in rows if row["benchmark"] == BENCHMARK]
     found = {row["method"]: row for row in of_lab if row["case"] in _CASES or row["method"] in PRESETS}
     return sorted(found.values(), key=lambda row: row["method"] != row["reference"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws the picture of committed results."""
+    """Plots committed results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="PNG to write")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON lines")

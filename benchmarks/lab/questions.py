@@ -1,4 +1,4 @@
-"""The questions that the lab answers, each with its variants, the first of which the others are compared with."""
+"""The questions that the lab answers, each with its variants. The others are compared with the first variant."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from . import lifters, variant
 from .sizes import Sizes, on_levels
 from .variant import Variant
 
-# The paper's 7x, written out: the presets of the product may change by what is found here.
+# The paper's 7x, written out because findings here may change the product's presets.
 PAPER = JiTConfig(densities=(0.32, 0.60, 1.0), boundaries=(0.4, 0.65, 1.0), steps=11)
 CLEAN = PAPER.replace(lifter="clean", micro_flow="none")
 REFERENCE = "dense:50"
 
 Way = Variant | Sizes | Method
-"""A variant or steps at two sizes, sampled by the lab, or a method of `jitaccel eval`, by the pipeline."""
+"""A variant or steps at two sizes, sampled by the lab; or a method of `jitaccel eval`, sampled by the pipeline."""
 
 
 def staged(ends: tuple[int, ...], densities: tuple[float, ...]) -> JiTConfig:
-    """Returns stages that end after so many steps, with all else as in the preset few-steps."""
+    """Returns stages that end after the given steps, with everything else as in the preset few-steps."""
     boundaries = tuple((end + 1e-6) / ends[-1] for end in ends[:-1])
     return PRESETS["few-steps"].replace(densities=densities, boundaries=(*boundaries, 1.0), steps=ends[-1])
 
 
 def dense(steps: int, schedule: str = "beta", solver: str = "euler") -> Variant:
-    """Returns dense steps on the presets' levels, or on "native" ones: those of the embedded model's scheduler."""
+    """Returns dense steps on the presets' levels, or on the "native" levels of the embedded model's scheduler."""
     levels = native_levels(steps) if schedule == "native" else "beta"
     config = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=steps, schedule=levels)  # type: ignore[arg-type]
     return Variant(config=config.replace(solver=solver))
 
 
 def native_levels(steps: int, shift: float = 0.63) -> tuple[float, ...]:
-    """Returns what FluxPipeline steps through on 32x32 tokens: even levels, shifted by exp(shift), then 0.
+    """Returns FluxPipeline's levels for 32x32 tokens: even levels, shifted by exp(shift), then 0.
 
-    shift: diffusers' `calculate_shift` of the scheduler in the box, base_shift 0.5 at 256 tokens to 1.15 at 4096.
+    `shift` is diffusers' `calculate_shift` for the embedded scheduler, from 0.5 at 256 tokens to 1.15 at 4096.
     """
     even = [1.0 - k * (1.0 - 1.0 / steps) / max(steps - 1, 1) for k in range(steps)]
     factor = math.exp(shift)
@@ -57,12 +57,12 @@ def _named(pairs: Mapping[str, JiTConfig | Variant | Sizes]) -> Mapping[str, Way
 
 
 def by_subset(config: JiTConfig) -> JiTConfig:
-    """Returns a pooled configuration with a subset of as many tokens in place of the smaller picture."""
+    """Returns a pooled configuration with the smaller picture replaced by a subset of equally many tokens."""
     return config.replace(pooling=())
 
 
 def on_7x(*factors: int, **others: Any) -> Sizes:
-    """Returns steps on the levels of 7x that pool by `factors`, then dense ones."""
+    """Returns steps on the levels of 7x that pool by `factors`, followed by dense steps."""
     return on_levels(noise_levels(PRESETS["7x"]), factors, **others)
 
 

@@ -1,4 +1,4 @@
-"""What the lab found, question by question: a record for each variant, and tables made of the records alone."""
+"""The lab's results by question: a record for each variant, and tables made from the records."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _HEAD = ["variant", "cost", *(title for title, _, _ in _COLUMNS.values()), "more
 
 
 def records(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[Record]:
-    """Returns a record for each variant of each question whose variants are all there; controls are the first question.
+    """Returns a record for each variant of each question whose variants are complete; controls are the first question.
 
-    more: by how much more of the attributes each prompt shows than by the first of the question, with its interval, and
-    `p`, how likely that is by chance; None for the first one itself.
+    In a record, `more` is the share of attributes shown beyond the question's first variant, paired by prompt, with its
+    interval, and `p` the probability of such a difference by chance. Both are None for the first variant.
     """
     found = {record["method"]: record for record in summary(rows, methods)}
     named = []
@@ -46,7 +46,7 @@ def records(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[R
 
 
 def tables(found: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table for each question, in Markdown, and where the numbers come from."""
+    """Returns a Markdown table for each question, with the origin of its numbers."""
     parts = []
     for question in dict.fromkeys(record["case"] for record in found):
         of = [record for record in found if record["case"] == question]
@@ -76,7 +76,7 @@ def _line(record: Mapping[str, Any]) -> list[str]:
 
 
 def cell(estimate: Mapping[str, float] | None, scale: float, digits: int) -> str:
-    """Returns an estimate with its interval, or nothing where there is none."""
+    """Returns an estimate with its interval, or an empty string without an estimate."""
     if estimate is None:
         return ""
     value, low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("value", "low", "high"))

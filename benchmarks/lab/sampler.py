@@ -1,4 +1,4 @@
-"""Samples the embedded model by a variant, and says what the pictures are worth."""
+"""Samples the embedded model with a variant."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Bench:
-    """A pipeline with encoded prompts and the noise of each: prompt k has `seed` + k."""
+    """A pipeline with encoded prompts and their noise; the noise of prompt k has the seed `seed` + k."""
 
     pipe: Any
     prompts: Sequence[tuple[str, Claims]]
@@ -42,7 +42,7 @@ class Bench:
 
     @classmethod
     def of(cls, pipe: Any, prompts: Sequence[tuple[str, Claims]], seed: int = 0) -> Bench:
-        """Encodes the prompts and draws the noise, as FluxPipeline does for one generator a picture."""
+        """Encodes the prompts and draws the noise, as FluxPipeline does with one generator per picture."""
         with torch.no_grad():
             found = [pipe.encode_prompt(text, None, max_sequence_length=TEXT_TOKENS)[:2] for text, _ in prompts]
         words, pooled = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -56,9 +56,9 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """Pictures (P, 256, 256, 3) uint8, what each cost, and in which stage each token was activated, (P, 32, 32).
+    """Pictures (P, 256, 256, 3) uint8, the cost of each, and the stage in which each token was activated, (P, 32, 32).
 
-    latents: (P, N, D) that the pictures were decoded from, where the lab made them itself.
+    `latents` (P, N, D) are the latents of the pictures, if the lab sampled them itself.
     """
 
     pictures: NDArray[np.uint8]
@@ -68,7 +68,7 @@ class Sampled:
 
 
 def sample(bench: Bench, variant: Variant, *, mixed: bool = True) -> Sampled:
-    """Returns what the variant makes of every prompt. mixed: matrix products in bfloat16 (autocast)."""
+    """Returns a variant's pictures for every prompt. With `mixed`, matrix products run in bfloat16 (autocast)."""
     alone = variant.stale_keys or variant.cache_threshold is not None or variant.scores is words_attended
     size = 1 if alone else BATCH
     pictures, cost, stages, latents = [], [], [], []
@@ -84,7 +84,7 @@ def sample(bench: Bench, variant: Variant, *, mixed: bool = True) -> Sampled:
 
 
 def sample_by_pipeline(bench: Bench, method: Method, *, mixed: bool = True) -> Sampled:
-    """Returns what the pipeline itself makes by a method of `jitaccel eval`, a rival for one, from the same noise."""
+    """Returns the pipeline's own pictures with a method of `jitaccel eval`, such as a rival, from the same noise."""
     bench.pipe.set_progress_bar_config(disable=True)
     call = {"height": SIDE_PX, "width": SIDE_PX, "max_sequence_length": TEXT_TOKENS, "output_type": "np"}
     pictures, cost = [], []
@@ -111,7 +111,7 @@ def _denoise(bench: Bench, variant: Variant, chosen: slice, mixed: bool) -> tupl
 def _integrate(
     network: SparseNetwork, variant: Variant, state: Tensor, processors: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the last state, and in which stage each token was activated, (B, N)."""
+    """Returns the final state, and the stage in which each token was activated, (B, N)."""
     levels = noise_levels(variant.config)
     clock = KnownLevels(variant.config, levels)
     run, watched = start(variant, GRID, clock.step(0), state, PATCH)
@@ -144,12 +144,12 @@ def _integrate(
 
 
 def _places(run: Run) -> Tensor:
-    """Returns the tokens of the grid, (B, M), whose position ids the network's tokens have."""
+    """Returns the indices in the grid, (B, M), of the position ids of the network's tokens."""
     return run.plan.positions if isinstance(run.plan, PooledPlan) else run.anchors
 
 
 def decode(pipe: Any, state: Tensor) -> NDArray[np.uint8]:
-    """Returns the pictures (B, 256, 256, 3) of last states (B, N, D)."""
+    """Returns the pictures (B, 256, 256, 3) of final states (B, N, D)."""
     with torch.no_grad():
         latents = unpack_latents(pipe, state, SIDE_PX, SIDE_PX)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor

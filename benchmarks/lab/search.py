@@ -1,10 +1,12 @@
 """Searches stages under a budget, or levels, on training prompts: `python -m benchmarks.lab.search --budget 6.5`.
 
-Candidates are all numbers of steps, ends of stages and densities of a small grid whose cost lies just below the budget,
-thinned evenly by `--most`, with the lifter, moves and solver of few-steps; or, with `--levels-of`, a preset or dense
-steps on other levels, the same ones for each. They are halved in rounds: each round doubles the prompts, and the better
-half goes on, by the mean of two ranks, of the attributes shown and of the Frechet distance to 50 dense steps. What wins
-has yet to be judged on the held-out prompts, which this never sees: its prompts are those of another seed.
+With `--budget`, candidates are all combinations of steps, ends of stages and densities in a small grid whose cost is
+just below the budget, thinned evenly to `--most`, with the lifter, moves and solver of few-steps. With `--levels-of`,
+they are a preset or dense steps on other levels, the same levels for each.
+
+Each round keeps the better half and doubles the prompts. Candidates are ordered by the mean of two ranks: attributes
+shown, and Frechet distance to 50 dense steps. The winner still has to be judged on the held-out prompts, which the
+search never sees, because its prompts come from another seed.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ ALPHAS, BETAS = (0.7, 1.0, 1.4, 2.0), (0.3, 0.425, 0.6)
 
 
 def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, max_steps: int = 24) -> list[JiTConfig]:
-    """Returns configurations that cost at most `budget` dense steps, and at least `budget - slack`."""
+    """Returns configurations that cost between `budget - slack` and `budget` dense steps."""
     cost = functools.partial(flux_flops, model)
     found = []
     for densities in DENSITIES:
@@ -61,21 +63,21 @@ def candidates(budget: float, model: Mapping[str, object], slack: float = 0.6, m
 
 
 def thinned(found: Sequence[JiTConfig], most: int) -> list[JiTConfig]:
-    """Returns at most so many, evenly from first to last."""
+    """Returns at most `most` configurations, picked evenly from first to last."""
     if len(found) <= most:
         return list(found)
     return [found[round(k * (len(found) - 1) / max(most - 1, 1))] for k in range(most)]
 
 
 def on_levels(config: JiTConfig) -> dict[str, JiTConfig]:
-    """Returns a configuration on its own and other Beta levels, and on those of the model's scheduler."""
+    """Returns a configuration with its own levels, with other Beta levels, and with those of the model's scheduler."""
     pairs = dict.fromkeys([(config.alpha, config.beta), *itertools.product(ALPHAS, BETAS)])
     found = {f"alpha {a:g}, beta {b:g}": config.replace(alpha=a, beta=b) for a, b in pairs}
     return {**found, "native": config.replace(schedule=native_levels(int(config.steps)))}
 
 
 def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
-    """Yields ends of stages: the first takes at most half of the steps, a middle one at most as many."""
+    """Yields ends of stages in which the first takes at most half of the steps, and a middle one not more than it."""
     for first in range(1, steps // 2 + 1):
         if stages == 2:
             yield first, steps
@@ -84,7 +86,7 @@ def _ends(steps: int, stages: int) -> Iterator[tuple[int, ...]]:
 
 
 def config_name(config: JiTConfig) -> str:
-    """Returns a short name: the ends of the stages at their densities."""
+    """Returns a short name made of the stages' ends and densities."""
     ends = config.stage_ends(int(config.steps))
     return " ".join(f"{end}@{density:g}" for end, density in zip(ends, config.densities, strict=True))
 
@@ -92,7 +94,7 @@ def config_name(config: JiTConfig) -> str:
 def search(
     among: Mapping[str, JiTConfig], bench: Bench, judge: object, start: int, reference: Sampled
 ) -> list[list[Row]]:
-    """Returns the records of each round, the best first. start: prompts of the first round; the last has them all."""
+    """Returns the records of each round, best first. The first round has `start` prompts, the last round all."""
     left = dict(among)
     rows: list[Row] = []
     rounds, done, count = [], 0, start
@@ -142,12 +144,12 @@ def _searches(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Searches, prints the rounds and writes them as JSON lines, in OUT/search.jsonl, after what is there."""
+    """Searches, prints the rounds, and appends them as JSON lines to OUT/search.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, nargs="*", default=[], help="of stages to search for, in dense steps")
+    parser.add_argument("--budget", type=float, nargs="*", default=[], help="costs to search stages at, dense steps")
     parser.add_argument("--levels-of", nargs="*", default=[], help="presets, beta:N or dpm:N to search levels for")
-    parser.add_argument("--most", type=int, default=24, help="candidates of a budget")
-    parser.add_argument("--prompts", type=int, default=128, help="of the last round")
+    parser.add_argument("--most", type=int, default=24, help="candidates for each budget")
+    parser.add_argument("--prompts", type=int, default=128, help="prompts of the last round")
     parser.add_argument("--start", type=int, default=32, help="prompts of the first round")
     parser.add_argument("--out", type=Path, default=Path("out/search"))
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Steps at the full and at half the size in any order, and ways to make the two sizes agree on one picture.
+"""Steps at full and at half size in any order, and ways to make both sizes agree on one picture.
 
-`JiTConfig` has pooled steps before dense ones, with the position ids of the smaller picture. Here each step says for
-itself what it sees, at levels that are given, always by DPM-Solver++(2M).
+`JiTConfig` has pooled steps before dense ones, with the position ids of the smaller picture. Here each step has its own
+size, at given levels, always with DPM-Solver++(2M).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Sizes:
 
     Attributes:
         levels: Noise levels, one more than steps.
-        factors: Of each step, by how much it pools each side; 1 is dense.
+        factors: Pooling factor per side of each step; 1 is dense.
         places: Position ids of pooled steps: those of a picture of that size, those of the first token of each area, or
             those of the middle of each area.
-        guidance: w of pooled steps: their velocity goes on by w times what the words change, which takes a second
-            forward pass; the embedded model has a scale of 2.5 built in.
-        correction: What pooled steps add to their clean estimate: by how much the first step's, which must be dense,
-            differs from what a pooled one sees there. "mean": each channel's mean over the picture; "coarse": at each
-            token. Takes one pooled forward pass more.
+        guidance: Additional guidance w of pooled steps. Their velocity is extrapolated by w times the effect of the
+            text, which takes a second forward pass. The embedded model has a scale of 2.5 built in.
+        correction: Correction that pooled steps add to their clean estimate: the difference between the first step's
+            estimate (that step must be dense) and a pooled estimate there. "mean" uses each channel's mean over the
+            picture, "coarse" the value at each token. Takes one more pooled forward pass.
     """
 
     levels: tuple[float, ...]
@@ -63,12 +63,12 @@ class Sizes:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns what tells it from others, ready for JSON."""
+        """Returns all settings, ready for JSON."""
         return {"sizes": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}}
 
 
 def sample_sizes(bench: Bench, sizes: Sizes, *, mixed: bool = True) -> Sampled:
-    """Returns what the steps make of every prompt. mixed: matrix products in bfloat16 (autocast)."""
+    """Returns the pictures for every prompt. With `mixed`, matrix products run in bfloat16 (autocast)."""
     pictures, latents, cost = [], [], []
     nothing = _nothing(bench) if sizes.guidance else None
     for first in range(0, len(bench.prompts), BATCH):
@@ -84,7 +84,7 @@ def sample_sizes(bench: Bench, sizes: Sizes, *, mixed: bool = True) -> Sampled:
 
 
 def _nothing(bench: Bench) -> Texts:
-    """Returns the encoded prompt that says nothing, for each image."""
+    """Returns the encoded empty prompt for each image."""
     with torch.no_grad():
         words, pooled = bench.pipe.encode_prompt("", None, max_sequence_length=TEXT_TOKENS)[:2]
     count = len(bench.prompts)
@@ -92,7 +92,7 @@ def _nothing(bench: Bench) -> Texts:
 
 
 class _Network:
-    """Calls the transformer at the full or at half the size, for some prompts of a bench; `flops`: of what was run."""
+    """Calls the transformer at full or half size for some prompts of a bench; `flops` counts what was run."""
 
     def __init__(self, bench: Bench, chosen: slice, sizes: Sizes, nothing: Texts | None, mixed: bool) -> None:
         def of(texts: Texts) -> SparseNetwork:
@@ -151,7 +151,7 @@ def _denoise(network: _Network, sizes: Sizes, state: Tensor) -> Tensor:
 
 
 def _difference(network: _Network, sizes: Sizes, state: Tensor, velocity: Tensor, level: float) -> Tensor:
-    """Returns what pooled steps are to add to their clean estimate, (B, M, D) or (B, 1, D)."""
+    """Returns the correction to the clean estimate of pooled steps, (B, M, D) or (B, 1, D)."""
     plan = network.plan(max(sizes.factors), state)
     missing = plan.show_beside(state - level * velocity) - network.pooled(plan, state, level)
     if sizes.correction == "coarse":
@@ -161,6 +161,6 @@ def _difference(network: _Network, sizes: Sizes, state: Tensor, velocity: Tensor
 
 
 def on_levels(levels: Sequence[float], factors: Sequence[int], **others: Any) -> Sizes:
-    """Returns steps that pool by `factors`, then dense ones to the end of the levels."""
+    """Returns steps that pool by `factors`, followed by dense steps to the end of the levels."""
     rest = len(levels) - 1 - len(factors)
     return Sizes(levels=tuple(levels), factors=(*factors, *(1,) * rest), **others)

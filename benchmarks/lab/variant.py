@@ -1,4 +1,4 @@
-"""Variants of the method, with another lifter or importance than the product's: the parts that they hand to a `Run`."""
+"""Variants of the method with a different lifter or importance, as parts for a `Run`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Scores = Callable[["StageEnd"], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A configuration, and what replaces the product's own parts; None keeps them.
+    """A configuration with replacements of the product's parts; None keeps a part.
 
-    stale_keys: inactive tokens stay visible to attention with the keys and values of their last evaluation; the first
-    step is dense then. cache_threshold: of a first-block cache inside each stage.
+    With `stale_keys`, the first step is dense, and inactive tokens stay visible to attention with the keys and values
+    of their last evaluation. `cache_threshold` is the threshold of a first-block cache within each stage.
     """
 
     config: JiTConfig
@@ -38,14 +38,14 @@ class Variant:
 
 @dataclass(kw_only=True)
 class Watched:
-    """What the sampler sees of the network: how much attention each token pays to the words, (B, N), or None."""
+    """Observations of the network: how much attention each token pays to the words, (B, N), or None."""
 
     words: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageEnd:
-    """What scores may read at the end of a stage."""
+    """The data from which scores can be computed at the end of a stage."""
 
     run: Run
     left: Left
@@ -56,16 +56,16 @@ class StageEnd:
 def start(
     variant: Variant, grid: tuple[int, ...], step: Step, state: Tensor, patch: int = 1
 ) -> tuple[Run, Watched]:
-    """Returns a generation of a variant, and where its sampler notes what it has watched.
+    """Returns a generation of a variant, and the object in which its sampler records observations.
 
-    patch: latents along a token's side, which pooled stages average.
+    `patch` is the number of latents along a token's side, which pooled stages average.
     """
     watched = Watched()
     return Run(variant.config, grid, step, state, parts=parts_of(variant, watched), patch=patch), watched
 
 
 def parts_of(variant: Variant, watched: Watched) -> Parts:
-    """Returns the product's parts, with those that the variant replaces."""
+    """Returns the product's parts with the variant's replacements."""
     parts = Parts()
     if variant.scores is not None:
         parts = replace(parts, scores=functools.partial(_scores, variant, watched))
@@ -76,7 +76,7 @@ def parts_of(variant: Variant, watched: Watched) -> Parts:
 
 
 class _Weights:
-    """A lifter's weights at each image's anchors, (B, N, M), made once a stage."""
+    """A lifter's weights for each image's anchors, (B, N, M), computed once per stage."""
 
     def __init__(self, lifter: Lifter) -> None:
         self._lifter = lifter
@@ -122,14 +122,14 @@ def clean_variance(end: StageEnd) -> Tensor:
 
 
 def gradient(end: StageEnd) -> Tensor:
-    """Returns the squared gradient of the clean estimate, by central differences, mean over channels."""
+    """Returns the squared gradient of the clean estimate by central differences, as the mean over channels."""
     field = clean_of(end.left).unflatten(1, end.run.grid)
     down, right = torch.gradient(field, dim=(1, 2))
     return (down.square() + right.square()).mean(dim=-1).flatten(1)
 
 
 def left_out_error(end: StageEnd) -> Tensor:
-    """Returns by how much the lifter misses each anchor's velocity when it is left out, as the nearest anchor's."""
+    """Returns the lifter's error at each anchor if that anchor is left out; other tokens get their nearest anchor's."""
     lifter, run = end.lifter or functools.partial(blurred, sigma=1.0), end.run
     found = []
     for anchors, nearest, velocity in zip(run.anchors, run.plan.nearest, end.left.velocity, strict=True):
@@ -142,13 +142,13 @@ def left_out_error(end: StageEnd) -> Tensor:
 
 
 def random_scores(end: StageEnd) -> Tensor:
-    """Returns noise: tokens are activated at random."""
+    """Returns noise, which activates tokens at random."""
     size = end.left.velocity.shape[1]
     return torch.stack([torch.rand(size, generator=generator) for generator in end.run.generators])
 
 
 def fixed_grid(end: StageEnd) -> Tensor:
-    """Returns the same for every picture: first every other token of a checkerboard, then the rest, spread evenly."""
+    """Returns the same scores for every picture: first one colour of a checkerboard, then the rest, evenly spread."""
     height, width = end.run.grid
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     even = ((row + column) % 2 == 0).float()
@@ -157,7 +157,7 @@ def fixed_grid(end: StageEnd) -> Tensor:
 
 
 def words_attended(end: StageEnd) -> Tensor:
-    """Returns how much attention each token pays to the words; inactive tokens as the nearest anchor."""
+    """Returns how much attention each token pays to the words; inactive tokens get their nearest anchor's value."""
     if end.words is None:
-        raise RuntimeError("words_attended: the network must have noted the attention to words, got none")
+        raise RuntimeError("words_attended: the network must have recorded the attention to words, got none")
     return end.words

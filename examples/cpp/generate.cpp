@@ -1,6 +1,6 @@
 // Denoises with exported stages, without Python: generate DIR INPUTS OUT LIBRARY... [--device cpu|cuda]
 //
-// DIR      what `jitaccel export` wrote
+// DIR      folder written by `jitaccel export`
 // INPUTS   safetensors: state (B, N, D), the noise; text (B, L, E); pooled (B, P); guidance (B,) float32
 // OUT      safetensors to write: state (B, N, D), the latents
 // LIBRARY  the operators: jitaccel/_C_cpu.so, and on CUDA jitaccel/_C_cuda.so
@@ -64,7 +64,7 @@ void load_operators(const std::vector<std::string>& libraries) {
                                (reason == nullptr ? "no reason" : reason) + "); python -m jitaccel.build makes it");
     }
   }
-  // The CPU library defines what the CUDA library then adds kernels to.
+  // The CPU library defines the operators, to which the CUDA library adds kernels.
   if (!c10::Dispatcher::singleton().findSchema({"jitaccel::nearest_anchor", ""})) {
     throw std::runtime_error(
         "LIBRARY must define the operators jitaccel::*, got none that does; give jitaccel/_C_cpu.so");
@@ -80,7 +80,7 @@ at::Tensor input(const safetensors::Tensors& tensors, const std::string& name, i
   return tensor.to(given.device);
 }
 
-// What can be told without the model; a compiled stage compares the rest with what it was made for (see main).
+// Checks what can be checked without the model; a compiled stage checks the rest itself (see main).
 void check(const StageInputs& inputs, const Manifest& manifest, const std::string& path) {
   const auto& state = inputs.state;
   const auto require = [&](bool holds, const std::string& name, const std::string& rule, const at::Tensor& got) {
@@ -123,7 +123,7 @@ void generate(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // Without it a compiled stage trusts shapes and dtypes, and reads past the end of inputs that it was not made for.
+  // Without it, a compiled stage does not check shapes and dtypes, and may read past the end of inputs of another size.
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", /*overwrite=*/1);
   const c10::InferenceMode no_gradients;
   try {

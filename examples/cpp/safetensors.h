@@ -186,12 +186,12 @@ inline const std::map<std::string, at::ScalarType>& dtypes() {
   return known;
 }
 
-// Returns the bytes that a tensor of this shape has, or -1 where that is beyond any file.
+// Returns the number of bytes of a tensor of this shape, or -1 if no file could be that large.
 inline int64_t num_bytes(const std::vector<int64_t>& shape, int64_t item) {
   int64_t bytes = item;
   for (const int64_t size : shape) {
     if (bytes > INT64_MAX / std::max<int64_t>(size, 1)) return -1;
-    bytes *= std::max<int64_t>(size, 1);  // torch multiplies strides like that, and refuses those that overflow
+    bytes *= std::max<int64_t>(size, 1);  // torch computes strides like this, and refuses overflows
   }
   return std::count(shape.begin(), shape.end(), 0) > 0 ? 0 : bytes;
 }
@@ -203,10 +203,10 @@ inline Tensors load(const std::string& path) {
   }
   const int64_t size = file.tellg();
   file.seekg(0);
-  uint64_t length = 0;  // little-endian, as is every machine that torch runs on
+  uint64_t length = 0;  // little-endian, like every machine that torch runs on
   if (size < 8 || !file.read(reinterpret_cast<char*>(&length), 8) || length > static_cast<uint64_t>(size - 8)) {
     throw std::runtime_error(path + " must be a safetensors file, got " + std::to_string(size) +
-                             " bytes, fewer than its header tells; copy it again");
+                             " bytes, fewer than its header says; copy it again");
   }
   std::string header(length, '\0');
   if (!file.read(header.data(), static_cast<std::streamsize>(length))) {
@@ -261,7 +261,7 @@ inline void save(const std::string& path, const Tensors& tensors) {
   for (const auto& tensor : contents) {
     file.write(static_cast<const char*>(tensor.data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
   }
-  file.close();  // what is still buffered meets a full disk here
+  file.close();  // buffered data is written here, and fails if the disk is full
   if (!file) throw std::runtime_error(path + " must be a file that can be written; check the folder and the disk");
 }
 

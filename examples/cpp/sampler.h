@@ -1,4 +1,4 @@
-// One generation, as jitaccel/method/run.py makes it: anchors, a stage's steps, activation and the move of new tokens.
+// One generation, as in jitaccel/method/run.py: anchors, the steps of a stage, activation, and the move of new tokens.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -11,12 +11,12 @@ struct Manifest {
   at::Tensor levels;            // (S + 1,) float32 on the stages' device
   std::vector<int64_t> stages;  // of each step
   std::vector<int64_t> tokens;  // tokens of each stage
-  std::vector<int64_t> pooling;  // of each stage: how many times smaller the picture is that it shows the network
+  std::vector<int64_t> pooling;  // of each stage: the factor by which its picture is smaller per side
   std::vector<int64_t> grid;    // height and width in tokens
   std::vector<at::Tensor> blurs;
   int64_t window = 3;
   double move_weight = 0.0;
-  std::vector<double> solver_gains;  // of each step: what is added of the change of the clean estimate
+  std::vector<double> solver_gains;  // of each step: the factor of the change of the clean estimate
   bool own_noise = false;
 
   int64_t num_tokens() const { return grid.at(0) * grid.at(1); }
@@ -61,7 +61,7 @@ class Fields {
   safetensors::Tensors tensors_;
 };
 
-// What the sampler and the operators rest on: a manifest that was put together by hand fails here, and not in step 7.
+// Checks the assumptions of sampler and operators, so that a hand-written manifest fails here and not in step 7.
 inline void check(const Manifest& manifest, const Fields& fields) {
   const auto told = [](const std::vector<int64_t>& values) { return c10::str(at::IntArrayRef(values)); };
   const auto rise = [](const std::vector<int64_t>& values, int64_t least, int64_t most) {
@@ -81,7 +81,7 @@ inline void check(const Manifest& manifest, const Fields& fields) {
                            std::is_sorted(pooling.rbegin(), pooling.rend());
   fields.require(pools_first, "pooling", "fall to 1, a number for each stage", told(pooling));
   const auto steps = static_cast<int64_t>(manifest.stages.size());
-  // Neighbours may be equal: float32 makes one of levels near 1 that fall in the exporter's float64.
+  // Neighbours may be equal: levels near 1 that fall in the exporter's float64 may round to the same float32.
   const bool fall = manifest.levels.numel() == steps + 1 && manifest.levels.diff().le(0).all().item<bool>() &&
                     manifest.levels[0].item<float>() <= 1.0f && manifest.levels[steps].item<float>() == 0.0f;
   fields.require(fall, "levels", "be " + std::to_string(steps + 1) + " numbers that fall from 1 at most to 0",
@@ -94,7 +94,7 @@ inline void check(const Manifest& manifest, const Fields& fields) {
       static_cast<int64_t>(manifest.solver_gains.size()) == steps && manifest.solver_gains.front() == 0.0;
   fields.require(has_gains, "solver_gains", "be " + std::to_string(steps) + " numbers, the first of them 0",
                  std::to_string(manifest.solver_gains.size()) + " others");
-  // Below level 1 the first state no longer is the noise that it started from.
+  // Below level 1, the first state is no longer pure noise.
   const bool may_own = num_stages == 1 || manifest.levels[0].item<float>() >= 1.0f;
   fields.require(!manifest.own_noise || may_own, "own_noise", "be 0 where the first level is below 1", "1");
   for (size_t stage = 0; stage < manifest.blurs.size(); ++stage) {
@@ -130,7 +130,7 @@ inline Manifest load_manifest(const std::filesystem::path& folder, at::Device de
   return manifest;
 }
 
-// The random choices of an image come from a generator that the bits of its first state seed, as in Python.
+// The random choices of an image come from a generator seeded with the bits of its first state, as in Python.
 inline std::vector<at::Generator> image_generators(const at::Tensor& state) {
   const auto flat = state.cpu().contiguous().flatten(1);
   const auto kind = flat.element_size() == 2 ? at::kShort : flat.element_size() == 4 ? at::kInt : at::kLong;
@@ -161,7 +161,7 @@ inline at::Tensor lattice(const std::vector<int64_t>& grid) {
   return regular;
 }
 
-// The lattice; more or fewer at random where that is not `count`. (count,) int64, sorted.
+// The lattice, with tokens added or dropped at random to get `count`. (count,) int64, sorted.
 inline at::Tensor first_anchors(const std::vector<int64_t>& grid, int64_t count, at::Generator& generator) {
   const auto regular = lattice(grid);
   auto inside = regular.flatten().nonzero().squeeze(1);
@@ -180,7 +180,7 @@ class Sampler {
   Sampler(Manifest manifest, std::vector<std::unique_ptr<Stage>> stages, std::vector<at::Tensor> weights)
       : manifest_(std::move(manifest)), stages_(std::move(stages)), weights_(std::move(weights)) {}
 
-  // Returns the latents (B, N, D) that denoising the noise `state` ends in.
+  // Returns the latents (B, N, D) after denoising the noise `state`.
   at::Tensor run(at::Tensor state, const at::Tensor& text, const at::Tensor& pooled, const at::Tensor& guidance) {
     auto generators = image_generators(state);
     at::Tensor noise = manifest_.own_noise ? state.clone() : at::Tensor();  // fresh noise is drawn where it is needed
@@ -201,7 +201,7 @@ class Sampler {
         if (!noise.defined()) noise = fresh_noise(state, generators);
         inputs.state = started(inputs, ++stage, before, velocity, noise, manifest_.levels.slice(0, step - 1, step + 1));
       }
-      // A copy: a compiled stage wants the start of each input aligned.
+      // A copy, because a compiled stage needs the start of each input aligned.
       inputs.levels = manifest_.levels.slice(0, step, step + 2).clone();
       const auto outputs = run_stage(stage, inputs);
       before = inputs.state;
@@ -226,8 +226,7 @@ class Sampler {
     }
   }
 
-  // Takes the step to where jitaccel/method/solver.py ends it. Tokens that were lifted in another stage stay where Euler
-  // put them.
+  // Corrects the step as jitaccel/method/solver.py does. Tokens that were lifted in another stage keep Euler's result.
   void solve(StageInputs& inputs, size_t step, const at::Tensor& state, const at::Tensor& velocity, at::Tensor& clean,
              at::Tensor& computed) const {
     const auto& gains = manifest_.solver_gains;
@@ -236,7 +235,7 @@ class Sampler {
     if (gains[step] != 0.0) {
       auto change = (now - clean) * gains[step];
       if (manifest_.stages[step] != manifest_.stages[step - 1] && inputs.anchors.defined()) {
-        // A stage that pools has an estimate of every token: then those that are computed now count.
+        // A stage that pools has an estimate of every token, so here the tokens computed now are corrected.
         const auto& which = computed.defined() ? computed : inputs.anchors;
         const auto share = at::zeros({change.size(0), change.size(1)}, change.options()).scatter_(1, which, 1.0);
         change = change * share.unsqueeze(2);
@@ -267,7 +266,7 @@ class Sampler {
     inputs.nearest = operators::nearest_anchor(anchors, manifest_.grid);
   }
 
-  // Starts a stage after one that pools: nothing moves; anchors are the lattice and what is most important.
+  // Starts a stage after one that pools: nothing moves; the anchors are the lattice and the most important tokens.
   void start_after_pooled(StageInputs& inputs, int64_t stage, const at::Tensor& velocity,
                           std::vector<at::Generator>& generators) const {
     if (manifest_.pools(stage)) return;
@@ -278,7 +277,7 @@ class Sampler {
     inputs.blur = manifest_.blurs.at(stage);
   }
 
-  // Returns the tokens that a stage activates, (B, count); where it is all or none, nothing has to rank them.
+  // Returns the tokens that a stage activates, (B, count); ranked only if some but not all are.
   at::Tensor activated(const at::Tensor& velocity, const at::Tensor& anchors, int64_t count) const {
     const bool is_choice = count > 0 && count < manifest_.num_tokens() - anchors.size(1);
     const auto scores = is_choice ? operators::importance(velocity, manifest_.grid, manifest_.window)
@@ -286,7 +285,7 @@ class Sampler {
     return operators::activate(scores, anchors, count);
   }
 
-  // Returns the state in which a stage starts: tokens are activated, and moved to where they belong.
+  // Returns the state at the start of a stage, with new tokens activated and moved to their targets.
   at::Tensor started(StageInputs& inputs, int64_t stage, const at::Tensor& before, const at::Tensor& velocity,
                      const at::Tensor& noise, const at::Tensor& levels) const {
     const int64_t count = manifest_.tokens.at(stage) - inputs.anchors.size(1);

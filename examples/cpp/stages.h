@@ -1,4 +1,4 @@
-// The stages that `jitaccel export` wrote, and the operators that stand between them.
+// The stages written by `jitaccel export`, and the operators used between them.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,7 +14,7 @@
 
 #include "safetensors.h"
 
-// What a stage is given beside the weights: jitaccel/artefacts/export.py describes each.
+// The inputs of a stage besides the weights; jitaccel/artefacts/export.py describes each.
 struct StageInputs {
   at::Tensor state, anchors, nearest, blur, text, pooled, guidance, levels;
 
@@ -66,7 +66,7 @@ class TracedStage : public Stage {
   torch::jit::Module module_;
 };
 
-// Returns the line of an error that tells the reason: torch adds stack traces below it, TorchScript above it.
+// Returns the line of an error that contains the reason; torch adds stack traces below it, TorchScript above it.
 inline std::string reason(const std::exception& error) {
   const auto* torchs = dynamic_cast<const c10::Error*>(&error);
   const std::string text = torchs != nullptr ? torchs->what_without_backtrace() : error.what();

@@ -1,4 +1,4 @@
-"""A Space: `jitaccel app` on the embedded model. The requirements are in requirements.txt."""
+"""A Hugging Face Space that runs `jitaccel app` with the embedded model. requirements.txt lists its requirements."""
 
 from jitaccel.app.page import build
 from jitaccel.app.studio import Studio

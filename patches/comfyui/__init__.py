@@ -1,6 +1,6 @@
 """Custom nodes for ComfyUI: *JiT Apply* and *JiT Sigmas*.
 
-Link or copy this folder into `ComfyUI/custom_nodes/`, with jitaccel installed in ComfyUI's Python. What the nodes do is
+Install jitaccel in ComfyUI's Python, then link or copy this folder into `ComfyUI/custom_nodes/`. The nodes call
 `jitaccel.apply` on a clone of the model, and `jitaccel.noise_levels`.
 """
 

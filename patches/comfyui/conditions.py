@@ -1,4 +1,4 @@
-"""What a sampling in ComfyUI is given: what cannot be accelerated correctly, and what a Fill model paints anew."""
+"""Checks a ComfyUI sampling for inputs that cannot be accelerated correctly, and reads the mask of Fill models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jitaccel.errors import UnsupportedModelError
 from jitaccel.execution.private import uncompiled
 
 _MODELS = ("Flux", "Chroma")
-# Guidance that mixes estimates token by token with fixed weights; others may compare whole pictures.
+# Guiders that mix estimates token by token with fixed weights; others may compare whole pictures.
 _GUIDERS = ("CFGGuider", "Guider_DualCFG")
 _GUIDANCE = (
     "sampler_cfg_function",
@@ -20,11 +20,11 @@ _GUIDANCE = (
     "sampler_calc_cond_batch_function",
     "context_handler",
 )
-_FILL_CHANNELS = 5  # of the state's beside it: a masked picture, and 8 x 8 mask values
+_FILL_CHANNELS = 5  # extra channels, as a multiple of the state's: a masked picture (1) and 8 x 8 mask values (4)
 
 
 def fill_mask(guider: Any, channels: int) -> Tensor | None:
-    """Returns the mask (B, 64, H, W) that a Fill model is shown beside a state of `channels`, or None without one."""
+    """Returns the mask (B, 64, H, W) that a Fill model gets next to a state with `channels` channels; None without."""
     for condition in guider.conds.get("positive", []):
         shown = getattr(condition.get("model_conds", {}).get("c_concat"), "cond", None)
         if isinstance(shown, Tensor) and shown.shape[1] == _FILL_CHANNELS * channels:
@@ -35,7 +35,8 @@ def fill_mask(guider: Any, channels: int) -> Tensor | None:
 def wrappers_of_comfy() -> tuple[str, str, str]:
     """Returns ComfyUI's names of the wrappers around a sampler, a guider's estimate and a model's forward.
 
-    Raises UnsupportedModelError for a version that has not all of them.
+    Raises:
+        UnsupportedModelError: If this version of ComfyUI lacks one of them.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -53,7 +54,7 @@ def wrappers_of_comfy() -> tuple[str, str, str]:
 def sampling_problems(
     sampler: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], noise: Tensor
 ) -> list[str]:
-    """Returns every reason against a sparse sampling; nothing where there is none. Waits for the device."""
+    """Returns every reason why a sampling cannot be sparse; empty if it can. Waits for the device."""
     return [
         *_sampler_problems(sampler),
         *_level_problems(sigmas, noise),
@@ -81,7 +82,7 @@ def _level_problems(sigmas: Tensor, noise: Tensor) -> list[str]:
             f"{', '.join(f'{level:.3g}' for level in (*levels[:2], *levels[-2:]))}; do not split them"
         )
     if not bool(noise.any()):
-        problems.append("the sampler must start from new noise, got none: it goes on where another one stopped")
+        problems.append("the sampler must start from new noise, got none: it continues where another one stopped")
     if noise.ndim != 4:
         problems.append(f"latents must be pictures (B, C, H, W), got {tuple(noise.shape)}")
     return problems
@@ -114,5 +115,5 @@ def _model_problems(inner: Any) -> list[str]:
 def _condition_problems(guider: Any) -> list[str]:
     given = [condition for several in guider.conds.values() for condition in several]
     if any("area" in condition for condition in given):
-        return ["conditions must be of the whole picture, got some with an area; use masks"]
+        return ["conditions must apply to the whole picture, got some with an area; use masks"]
     return []

@@ -1,4 +1,4 @@
-"""The nodes. ComfyUI reads their inputs from `INPUT_TYPES` and calls the method that `FUNCTION` names."""
+"""The nodes. ComfyUI reads their inputs from `INPUT_TYPES` and calls the method named by `FUNCTION`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFAULT = "7x"
 
 
 class JiTApply:
-    """Returns a clone of a FLUX model that computes sparse anchor tokens in the early steps of a sampler."""
+    """Returns a clone of a FLUX model that computes only sparse anchor tokens in the early steps of a sampler."""
 
     CATEGORY = "jitaccel"
     DESCRIPTION = (
@@ -27,8 +27,8 @@ class JiTApply:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Returns what the node asks for."""
-        what = "error: say what cannot be accelerated correctly; dense: run it without acceleration"
+        """Returns the node's inputs."""
+        what = "What to do if this sampling cannot be accelerated correctly. error: stop; dense: run unaccelerated"
         return {
             "required": {
                 "model": ("MODEL",),
@@ -38,7 +38,7 @@ class JiTApply:
         }
 
     def apply(self, model: Any, preset: str, on_unsupported: str) -> tuple[Any]:
-        """Returns the clone; the model given stays as it is."""
+        """Returns the clone; the given model is not changed."""
         clone = model.clone()
         jitaccel.apply(clone, preset, on_unsupported=on_unsupported)  # type: ignore[arg-type]
         return (clone,)
@@ -48,7 +48,7 @@ class JiTSigmas:
     """Returns a preset's noise levels, for *SamplerCustomAdvanced* and the like."""
 
     CATEGORY = "jitaccel"
-    DESCRIPTION = "The noise levels that a preset of jitaccel is made for. steps: 0 takes the preset's number."
+    DESCRIPTION = "The noise levels that a preset of jitaccel is tuned for. Set steps to 0 for the preset's own number."
     FUNCTION = "sigmas"
     RETURN_TYPES = ("SIGMAS",)
     RETURN_NAMES = ("sigmas",)
@@ -56,7 +56,7 @@ class JiTSigmas:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Returns what the node asks for."""
+        """Returns the node's inputs."""
         return {
             "required": {
                 "preset": (list(_PRESETS), {"default": _DEFAULT}),
@@ -66,7 +66,7 @@ class JiTSigmas:
         }
 
     def sigmas(self, preset: str, steps: int, denoise: float) -> tuple[Tensor]:
-        """Returns the levels (steps + 1,) in float32; below denoise 1, the last ones of a finer list."""
+        """Returns the levels (steps + 1,) in float32; with denoise below 1, the last ones of a finer list."""
         config = jitaccel.PRESETS[preset]
         count = steps or config.steps
         assert isinstance(count, int)

@@ -1,9 +1,11 @@
-"""ComfyUI's FLUX.1, FLUX.2 and Chroma, through the wrappers that its `ModelPatcher` offers; nothing of it is replaced.
+"""ComfyUI's FLUX.1, FLUX.2 and Chroma, patched through the wrappers of `ModelPatcher`; ComfyUI's code stays in place.
 
-`SAMPLER_SAMPLE` knows sampler, noise levels and mask: a sampling is checked and begun there. `PREDICT_NOISE` gets the
-state in float32 before guidance and returns the guided estimate: there the state is moved and the velocity lifted, and
-the move rides on the estimate that is returned. `DIFFUSION_MODEL` runs the network on the anchors, whatever number of
-branches ComfyUI puts into one batch.
+Three wrappers share the work:
+
+- `SAMPLER_SAMPLE` gets the sampler, noise levels and mask. It checks a sampling and starts it.
+- `PREDICT_NOISE` gets the state in float32 before guidance and returns the guided estimate. It moves the state, lifts
+  the velocity, and folds the move into the returned estimate.
+- `DIFFUSION_MODEL` runs the network on the anchors, for any number of branches that ComfyUI puts into one batch.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution) -> Installation:
-    """Returns what is to be installed on a `ModelPatcher`; its clones take it along."""
+    """Returns the installation for a `ModelPatcher`; clones of the patcher inherit it."""
     if levels is not None:
         raise ConfigError(
-            "apply: noise_levels must be left out for ComfyUI, whose sampler is followed, got a list; "
+            "apply: noise_levels must be left out for ComfyUI, where the sampler sets them, got a list; "
             "give the sampler the levels of JiT Sigmas"
         )
     names = wrappers_of_comfy()
     route = ComfyRoute(config, IndexedCalls("ComfyUI's models", execution), execution)
-    # A model that is compiled whole runs its wrappers while it is traced: this one must not be.
+    # A model compiled as a whole runs its wrappers while it is traced; this one must not be traced.
     wrappers = (route.sample, route.predict, torch.compiler.disable(route.diffuse))
 
     def put(patcher: Any, handle: Handle) -> None:
-        for name in names:  # of an earlier apply to what this is a clone of
+        for name in names:  # wrappers inherited from an earlier apply to the model this was cloned from
             for wrapper in patcher.get_wrappers(name, _KEY):
                 _remove(weakref.ref(patcher), name, wrapper)
         for name, wrapper in zip(names, wrappers, strict=True):
@@ -55,7 +57,7 @@ def prepare(patcher: Any, config: JiTConfig, levels: tuple[float, ...] | None, e
 
 
 def _remove(of: weakref.ref[Any], name: str, wrapper: Any) -> None:
-    """Removes a wrapper of ours where it still stands; ComfyUI itself removes all of a key, ours and later ones."""
+    """Removes a key's wrappers if ours is still among them; ComfyUI can only remove all wrappers of a key at once."""
     patcher = of()
     if patcher is not None and wrapper in patcher.get_wrappers(name, _KEY):
         patcher.remove_wrappers_with_key(name, _KEY)
@@ -77,11 +79,11 @@ class ComfyRoute(Uncopied):
         return self._history
 
     def stats(self) -> Stats:
-        """Returns what the last sampling did."""
+        """Returns the statistics of the last sampling."""
         return self._history.stats()
 
     def reset(self) -> None:
-        """Forgets a sampling under way."""
+        """Forgets the current sampling."""
         self._now = None
 
     def sample(
@@ -97,7 +99,7 @@ class ComfyRoute(Uncopied):
         *rest: Any,
         **more: Any,
     ) -> Any:
-        """Wraps a sampler's `sample`. Raises UnsupportedModelError for what cannot be right, or leaves it dense."""
+        """Wraps a sampler's `sample`. If it cannot be accelerated, raises UnsupportedModelError or runs it dense."""
         given = (guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
         problems = sampling_problems(executor.class_obj, guider, sigmas, extra_args, noise)
         now = None
@@ -109,7 +111,7 @@ class ComfyRoute(Uncopied):
         if now is None or problems:
             reason = "jitaccel: this sampling cannot be accelerated correctly: " + "; ".join(problems)
             if not self._may_be_dense:
-                raise UnsupportedModelError(f'{reason}; JiT Apply with on_unsupported="dense" runs it without')
+                raise UnsupportedModelError(f'{reason}; set on_unsupported="dense" in JiT Apply to run it dense')
             _log.warning("%s; it runs dense", reason)
             self._history.show(None)
             self._history.notes = (f"the last sampling ran dense: {'; '.join(problems)}",)
@@ -128,7 +130,7 @@ class ComfyRoute(Uncopied):
         self._history.notes = ()
         if self.config.steps not in ("caller", steps):
             asked = self.config.steps
-            self._history.notes = (f"the sampler's {steps} steps are followed; the configuration asks for {asked}",)
+            self._history.notes = (f"the sampler takes {steps} steps; the configuration asks for {asked}",)
 
     def predict(self, executor: Any, x: Tensor, timestep: Tensor, *rest: Any, **more: Any) -> Tensor:
         """Wraps a guider's `predict_noise`: the denoised estimate of a state (B, C, H, W) at one level."""

@@ -1,4 +1,4 @@
-"""One sampling under way in ComfyUI: where it is, and what its network and its guider are given and return."""
+"""One running ComfyUI sampling: its progress, and the inputs and results of its network and guider."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ from ..layout import to_picture, to_tokens
 from ..split import Branches, Split
 
 _NOT_RUN = (
-    "jitaccel: the model must run for every estimate of its guider, got one without; another node answers in its place "
-    "(a cache?), or no condition applies at this step: remove the node, or JiT Apply"
+    "jitaccel: the model must run for every estimate of its guider, got an estimate without a call of the model; "
+    "another node answered in its place (a cache?), or no condition applies at this step: remove the node, or JiT Apply"
 )
 
 
 class UnderWay:
-    """levels: of the sampler, 0 included. noise: (B, C, H, W), as the sampler got it.
+    """One running sampling.
 
-    history: gets the generation. mask: what is painted anew, (1 or B, K, H, W), or None for all. keeps_rest: whether
-    the sampler keeps the rest as it is in the given picture.
+    Args:
+        config: The configuration to run.
+        model: The diffusion model, possibly compiled.
+        levels: The noise levels of the sampler, 0 included.
+        noise: (B, C, H, W), as the sampler got it.
+        history: Records the generation.
+        mask: The area to repaint, (1 or B, K, H, W); None for the whole picture.
+        keeps_rest: Whether the sampler keeps the area outside the mask as in the given picture.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class UnderWay:
         mask: Tensor | None = None,
         keeps_rest: bool = False,
     ) -> None:
-        # What is painted anew is active from the first stage on; where the rest is given, nothing ever has to move.
+        # Repainted tokens are active from the first stage on. If the rest is given, no token ever has to be moved.
         self._config = config.replace(micro_flow="none") if keeps_rest else config
         self._clock = KnownLevels(config, levels)
         self._model = uncompiled(model)
@@ -59,20 +65,20 @@ class UnderWay:
         self._history = history
         self._generation: Generation | None = None
         self._has_run = False
-        self._preview: Tensor | None = None  # what the network takes the picture for, where something else is returned
+        self._preview: Tensor | None = None  # the network's own clean estimate, if the returned one differs from it
 
     @property
     def num_steps(self) -> int:
-        """How many steps the sampler takes."""
+        """Number of steps the sampler takes."""
         return self._clock.num_steps
 
     def check_finite(self) -> None:
-        """Raises NonFiniteVelocityError where the network returned NaN or infinity since the last stage."""
+        """Raises NonFiniteVelocityError if the network returned NaN or infinity since the last stage."""
         if self._generation is not None:
             self._generation.run.check_finite()
 
     def mask_problems(self, noise: Tensor) -> list[str]:
-        """Returns why the masks of a batch cannot be accelerated correctly, if so. Waits for the device."""
+        """Returns why the masks of a batch cannot be accelerated correctly; empty if they can. Waits for the device."""
         try:
             stage_tokens_of(self._config, self._grid, self._forced(to_tokens(noise, self._patch)))
         except UnsupportedModelError as error:
@@ -80,13 +86,13 @@ class UnderWay:
         return []
 
     def shown_to(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a sampler's callback that is shown what the network takes the picture for.
+        """Returns a sampler callback that gets the network's own clean estimate, for previews.
 
-        The estimate that the sampler gets carries the move of new tokens, or a solver's correction, so that its Euler
-        step ends where it should: it is no picture.
+        The sampler's estimate contains the move of new tokens, or a solver's correction, so that its Euler step ends at
+        the right state. It does not look like a picture.
 
         Args:
-            callback: (step, denoised, state, number of steps), or with one argument, a dict that holds "denoised".
+            callback: Takes (step, denoised, state, number of steps), or a single dict that holds "denoised".
         """
 
         def shown(first: Any, *rest: Any, **more: Any) -> Any:
@@ -102,9 +108,12 @@ class UnderWay:
     # The guider's side: states and estimates in float32
 
     def predict(self, denoise: Callable[[Tensor], Tensor], x: Tensor, level: Tensor) -> Tensor:
-        """Returns the estimate (B, C, H, W) with which an Euler step of the sampler ends where the method wants it.
+        """Returns the estimate (B, C, H, W) whose Euler step takes the sampler to the state the method requires.
 
-        denoise: the guided estimate of a state. x: the sampler's state. level: (B,), the same for every image.
+        Args:
+            denoise: Returns the guided estimate of a state.
+            x: The sampler's state.
+            level: (B,), the same for every image.
         """
         step = self._next_step(float(level.flatten()[0]))
         state = to_tokens(x, self._patch)
@@ -119,7 +128,7 @@ class UnderWay:
         lifted = generation.leave(step, entered, Answer(generation.run.gather(velocity)))
         if lifted is velocity and not is_moved:
             return estimate
-        if not self._keeps_rest:  # the sampler puts the rest into the estimate that it is given, and nothing is moved
+        if not self._keeps_rest:  # otherwise the sampler itself inserts the rest into the estimate, and nothing moves
             shown = entered - step.noise_level * generation.run.before_solver(step, entered, lifted)
             self._preview = to_picture(shown, self._grid, self._patch, self._size).to(estimate.dtype)
         lifted = fold_move(lifted, entered - state if is_moved else None, step)
@@ -127,7 +136,7 @@ class UnderWay:
         return returned.to(estimate.dtype)
 
     def _begin(self, step: Step, state: Tensor) -> Generation:
-        """Returns the generation at its first step; what it costs is known once the network is called."""
+        """Returns the generation at its first step; its cost becomes known when the network is called."""
         forced = self._forced(state)
         generation = Generation(
             self._config,
@@ -148,13 +157,13 @@ class UnderWay:
         if step is None or abs(level - step.noise_level) > 1e-6:
             expected = "no more step" if step is None else f"step {self._index} at level {step.noise_level:g}"
             raise RuntimeError(
-                f"jitaccel: the sampler must ask for each of its levels once, in order, got level {level:g} where "
-                f"{expected} is due; use the sampler 'euler'"
+                f"jitaccel: the sampler must ask for each of its levels once, in order, got level {level:g} but "
+                f"{expected} is next; use the sampler 'euler'"
             )
         return step
 
     def _forced(self, state: Tensor) -> Tensor | None:
-        """Returns the tokens (B, N) that are painted anew, or None for all."""
+        """Returns the tokens (B, N) to repaint, or None for all."""
         if self._mask is None:
             return None
         masked = to_tokens(self._mask.to(state).expand(self._images, -1, *self._size), self._patch)
@@ -163,18 +172,18 @@ class UnderWay:
     # The network's side: one batch of branches
 
     def diffuse(self, model: Any, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
-        """Returns what `forward` does on a batch of branches `x`, its tokens thinned out to the anchors.
+        """Returns the result of `forward` on a batch of branches `x`, computed on the anchors only.
 
-        ComfyUI's own code makes tokens and position ids, and pictures of what comes back; between stands the model's
-        `forward_orig`, which has another in its place meanwhile.
+        ComfyUI's own code makes tokens and position ids, and turns the result back into pictures. The model's
+        `forward_orig`, called in between, is replaced during this call.
         """
         branches = x.shape[0] // self._images
         if self._generation is None or tuple(x.shape[2:]) != self._size or branches * self._images != x.shape[0]:
             raise UnsupportedModelError(
                 f"jitaccel: the model must be called for {self._images} pictures of {self._size} in its sampler, got "
-                f"{tuple(x.shape)}; remove JiT Apply for conditions of parts of a picture"
+                f"{tuple(x.shape)}; remove JiT Apply to use conditions for parts of a picture"
             )
-        # What another node has put there is called as ComfyUI would, whatever it names its arguments.
+        # Another node may have replaced it, with other argument names; it is called as ComfyUI calls it.
         original, has_run = model.forward_orig, False
         signature = inspect.signature(type(model).forward_orig)
 
@@ -198,7 +207,7 @@ class UnderWay:
         return output
 
     def _at_anchors(self, original: Callable[[], Tensor], arguments: dict[str, Any], branches: int) -> Tensor:
-        """Returns what `original` does with the arguments, which are changed to those of the anchors."""
+        """Returns the result of `original` on the arguments, cut to the anchors."""
         generation, step = self._generation, self._clock.step(self._index)
         assert generation is not None
         split = Split(arguments["img"], num_tokens_of(self._grid), self._model.out_channels)
@@ -222,12 +231,12 @@ class UnderWay:
         config = config_of(params, split.hidden.shape[2], split.channels)
         is_flux2 = getattr(params, "global_modulation", False)
         flops = chroma_flops if hasattr(params, "n_layers") else flux2_flops if is_flux2 else flux_flops
-        recorder.text_tokens, references = text_tokens, split.num_references  # and no tensor is kept
+        recorder.text_tokens, references = text_tokens, split.num_references  # numbers, so that no tensor is kept alive
         recorder.cost = lambda image_tokens, text: flops(config, image_tokens + references, text)
 
 
 def _thin_out(arguments: dict[str, Any], split: Split, places: Branches, state: Tensor) -> None:
-    """Changes the arguments of ComfyUI's `forward_orig` to those of the anchors of a state (branches * B, N, D)."""
+    """Cuts the arguments of ComfyUI's `forward_orig`, in place, to the anchors of a state (branches * B, N, D)."""
     text_tokens = arguments["txt"].shape[1]
     arguments["img"] = split.tokens(places, state)
     arguments["img_ids"] = torch.stack(
@@ -254,7 +263,7 @@ def _control_at(control: Any, split: Split, places: Branches) -> Any:
             return None
         if residual.shape[1] not in (split.num_tokens, total):
             raise UnsupportedModelError(
-                f"jitaccel: a ControlNet's residuals must be of every image token, {split.num_tokens} or {total}, got "
+                f"jitaccel: a ControlNet's residuals must cover every image token, {split.num_tokens} or {total}, got "
                 f"{residual.shape[1]}; remove JiT Apply or the ControlNet"
             )
         return split.entering(places.show_features, residual.expand(batch, *residual.shape[1:]))
@@ -263,11 +272,11 @@ def _control_at(control: Any, split: Split, places: Branches) -> Any:
 
 
 def _mask_at(mask: Tensor, split: Split, places: Branches, text_tokens: int) -> Tensor:
-    """Returns an attention mask (T + S, T + S) or (B, T + S, T + S) between the text and what enters with it."""
+    """Cuts an attention mask (T + S, T + S) or (B, T + S, T + S) to the text and the image tokens that enter."""
     batch, total = split.hidden.shape[0], text_tokens + split.hidden.shape[1]
     if mask.ndim not in (2, 3) or mask.shape[-2:] != (total, total):
         raise UnsupportedModelError(
-            f"jitaccel: attn_mask must be of {total} text and image tokens with one another, got {tuple(mask.shape)}; "
+            f"jitaccel: attn_mask must be square over {total} text and image tokens, got {tuple(mask.shape)}; "
             f"remove JiT Apply or the node that makes it"
         )
     mask = mask.expand(batch, total, total)

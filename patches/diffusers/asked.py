@@ -1,4 +1,4 @@
-"""What a pipeline's call takes, and what it asks of `set_timesteps`: how many steps, on which levels."""
+"""The parameters of a pipeline's call, and the steps and levels it requests from `set_timesteps`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jitaccel.method.config import JiTConfig
 from ..foreign import Arguments, Pipeline
 
 Spacing = Callable[[int], Sequence[float]]
-"""Levels before a scheduler shifts them, by the number of steps; without the last one, 0."""
+"""Maps a number of steps to the levels before a scheduler shifts them, without the final 0."""
 
 
 def evenly_spaced(steps: int) -> Sequence[float]:
-    """Returns the levels that most pipelines ask for: from 1 to 1 / steps."""
+    """Returns the levels that most pipelines request, from 1 to 1 / steps."""
     levels: Sequence[float] = np.linspace(1.0, 1.0 / steps, steps).tolist()
     return levels
 
@@ -27,23 +27,23 @@ USUAL: tuple[Spacing, ...] = (evenly_spaced,)
 
 
 def parameters_of(kind: type) -> Mapping[str, inspect.Parameter]:
-    """Returns what the calls of a class of pipelines take, by name."""
+    """Returns the parameters of the calls of a class of pipelines, by name."""
     return inspect.signature(kind.__call__).parameters
 
 
 def call_parameters(pipeline: Pipeline) -> Mapping[str, inspect.Parameter]:
-    """Returns what a pipeline's call takes, by name."""
+    """Returns the parameters of a pipeline's call, by name."""
     return parameters_of(type(pipeline))
 
 
 def default_steps(pipeline: Pipeline) -> object:
-    """Returns how many steps a pipeline takes where its call names none."""
+    """Returns the number of steps that a pipeline takes if its call does not set one."""
     parameter = call_parameters(pipeline).get("num_inference_steps")
     return None if parameter is None else parameter.default
 
 
 def requested_steps(asked: Arguments) -> int:
-    """Returns how many steps a call of `set_timesteps` asks for."""
+    """Returns the number of steps that a call of `set_timesteps` requests."""
     for name in ("sigmas", "timesteps"):
         if asked.get(name) is not None:
             return len(asked[name])
@@ -51,9 +51,12 @@ def requested_steps(asked: Arguments) -> int:
 
 
 def refuse_custom_levels(asked: Arguments, requested: int, spacings: Sequence[Spacing]) -> None:
-    """Raises ConfigError for a call that brings its own levels next to those of the configuration.
+    """Raises ConfigError if the user's call sets custom levels although the configuration sets levels too.
 
-    spacings: levels that the pipeline asks for itself, and that no user has chosen.
+    Args:
+        asked: The arguments of `set_timesteps`.
+        requested: The number of steps they request.
+        spacings: Levels that the pipeline itself requests, which therefore do not come from the user.
     """
     is_custom = asked.get("sigmas") is not None and _spacing_of(asked["sigmas"], requested, spacings) is None
     if asked.get("timesteps") is not None or is_custom:
@@ -64,12 +67,12 @@ def refuse_custom_levels(asked: Arguments, requested: int, spacings: Sequence[Sp
 
 
 def with_steps(asked: Arguments, steps: int, spacings: Sequence[Spacing]) -> Arguments:
-    """Returns a call of `set_timesteps` with another number of steps; of its levels, the same spacing."""
+    """Returns the arguments of `set_timesteps` for another number of steps, with the same spacing of levels."""
     sigmas = asked.get("sigmas")
     if sigmas is None:
         return {**asked, "num_inference_steps": steps}
     spacing = _spacing_of(sigmas, len(sigmas), spacings)
-    assert spacing is not None, "others are refused before"
+    assert spacing is not None, "other spacings were refused before"
     return {**asked, "sigmas": np.array(spacing(steps))}
 
 
@@ -78,7 +81,7 @@ def _spacing_of(sigmas: Sequence[float], steps: int, spacings: Sequence[Spacing]
 
 
 def enough_steps(config: JiTConfig, share: float, more_than: int) -> int | None:
-    """Returns the smallest number of steps whose last `share`, counted as pipelines do, gives every stage a step."""
+    """Returns the smallest number of steps whose last `share`, rounded as in pipelines, gives every stage a step."""
     for steps in range(more_than + 1, min(int(4 * more_than / share) + 2, MAX_STEPS)):
         left = steps - int(max(steps - min(steps * share, steps), 0))
         try:

@@ -1,7 +1,7 @@
-"""`generate_batch` for diffusers' `FluxPipeline`: requests of any size and stage in lock step, one forward for all.
+"""`generate_batch` for diffusers' `FluxPipeline`: requests of any size and stage share one forward per step.
 
-The pipeline encodes prompts, draws noise and decodes as it always does; only its denoising loop is taken over. Requests
-with options, and those of other pipelines, run one by one.
+The pipeline itself encodes prompts, draws noise and decodes; only its denoising loop is replaced. Requests with
+options, and requests to other pipelines, run one by one.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
 _log = logging.getLogger(__name__)
-_MAX_TEXT = 512  # T5 tokens that FluxPipeline takes
+_MAX_TEXT = 512  # FluxPipeline's limit of T5 tokens
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """One branch of a request: text (L, E), pooled (P,), text_ids (L, 3)."""
+    """The encoded prompt of one branch of a request: text (L, E), pooled (P,), text_ids (L, 3)."""
 
     text: Tensor
     pooled: Tensor
@@ -58,7 +58,7 @@ class EncodedPrompt:
 
 @dataclass(eq=False)
 class Job:
-    """One request under way. state: (1, N, D). guidance: (1,) or None. scale: of true CFG."""
+    """One running request. `state` is (1, N, D), `guidance` (1,) or None, `scale` that of true CFG."""
 
     request: Request
     clock: KnownLevels
@@ -73,28 +73,28 @@ class Job:
 
     @property
     def step(self) -> Step:
-        """The step under way."""
+        """The current step."""
         return self.clock.step(self.index)
 
     @property
     def run(self) -> Run:
-        """The run of the method."""
+        """The run of the method for this request."""
         return self.generation.run
 
     def level(self) -> Tensor:
-        """Returns the stage's level (1,) as FluxPipeline hands it to the model: rounded as a timestep, then divided."""
+        """Returns the stage's level (1,) as FluxPipeline passes it to the model: rounded as a timestep, divided."""
         timestep = torch.tensor([1000 * self.run.shown_level], dtype=torch.float32, device="cpu")
         return timestep.to(self.state.dtype).to(self.state.device) / 1000
 
     def advance(self, branches: Sequence[Tensor]) -> bool:
-        """Takes the Euler step of the branches' velocities (M, D), guided first; returns whether it was the last."""
+        """Takes an Euler step along the branches' velocities (M, D), guided first; returns whether it was the last."""
         step, generation = self.step, self.generation
         velocity = branches[0]
         if len(branches) > 1:
             velocity = branches[1] + self.scale * (branches[0] - branches[1])
         self.token_steps += self.run.num_active
         full = generation.leave(step, self.state, Answer(velocity[None]))
-        change = float(np.float32(step.next_level) - np.float32(step.noise_level))  # as a scheduler of diffusers has it
+        change = float(np.float32(step.next_level) - np.float32(step.noise_level))  # as in diffusers' scheduler
         moved = self.state.float() + change * full
         self.state = moved.to(full.dtype)
         self.index += 1
@@ -113,7 +113,7 @@ def generate_batch(
     on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
-    """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
+    """Returns the outcome of each request; see `jitaccel.generate_batch`."""
     if not is_instance_of(pipeline, "diffusers", "FluxPipeline"):
         return generate_one_by_one(pipeline, requests, how, output_type, on_step, on_outcome)
     check_text_to_image(pipeline)
@@ -139,7 +139,7 @@ def _together(
     outcomes: Outcomes,
     on_step: OnBatchStep | None,
 ) -> None:
-    """Enters the outcome of each request; all share each forward."""
+    """Runs requests that share each forward, and stores the outcome of each."""
     with torch.no_grad():
         jobs: dict[int, Job] = {}
         for index, (request, config) in requests.items():
@@ -169,8 +169,10 @@ def _advance(index: int, job: Job, branches: Sequence[Tensor], on_step: OnBatchS
 
 
 def _check_requests(pipeline: FluxPipeline, requests: Asked) -> None:
-    """Raises ConfigError with every prompt that may be longer than T5 takes, and every size that gives no token grid,
-    or too few tokens for its first stage."""
+    """Raises ConfigError, listing every problem: text beyond T5's limit, or sizes without a valid token grid.
+
+    A size is also refused if it has too few tokens for its first stage.
+    """
     unit = 2 * pipeline.vae_scale_factor
     problems = []
     for index, (request, config) in requests.items():
@@ -220,7 +222,7 @@ def _begin(pipeline: FluxPipeline, request: Request, config: JiTConfig) -> Job:
 
 
 def size_of(pipeline: FluxPipeline, request: Request) -> tuple[int, int]:
-    """Returns height and width in pixels; what a request leaves to the pipeline is its default."""
+    """Returns height and width in pixels, with the pipeline's defaults if a request does not set them."""
     side = pipeline.default_sample_size * pipeline.vae_scale_factor
     return (side if request.height is None else request.height, side if request.width is None else request.width)
 
@@ -237,9 +239,9 @@ def _encode(pipeline: FluxPipeline, text: str | None, length: int, device: torch
 
 
 def levels_of(pipeline: FluxPipeline, config: JiTConfig, num_tokens: int) -> tuple[float, ...]:
-    """Returns the noise levels that a pipeline's scheduler gets for pictures of so many tokens; `steps` is a number."""
+    """Returns the levels of a pipeline's scheduler for pictures of `num_tokens` tokens; `steps` must be a number."""
     if config.schedule != "native":
-        return tuple(np.asarray(noise_levels(config), dtype=np.float32).tolist())  # as a scheduler's tensor has them
+        return tuple(np.asarray(noise_levels(config), dtype=np.float32).tolist())  # as in a scheduler's tensor
     assert config.steps != "caller"
     scheduler = copy.deepcopy(pipeline.scheduler)
     settings = scheduler.config
@@ -255,11 +257,15 @@ def levels_of(pipeline: FluxPipeline, config: JiTConfig, num_tokens: int) -> tup
 
 
 Forward = Callable[[Sequence[Job]], list[tuple[Tensor, ...]]]
-"""Runs every branch of each job on its anchors: one tuple of velocities (M, D) a job."""
+"""Runs every branch of each job on its anchors; returns one tuple of velocities (M, D) per job."""
 
 
 def _forward_of(pipeline: FluxPipeline, how: Execution) -> Forward:
-    """Returns how forwards run. Raises ConfigError for an attention that cannot be used, before anything is run."""
+    """Returns the function that runs forwards.
+
+    Raises:
+        ConfigError: If the requested attention cannot be used; raised before anything is run.
+    """
     model = pipeline.transformer
     reasons = ["execution='indexed' was asked for"] if how.execution == "indexed" else reasons_unpackable(model)
     if not reasons:
@@ -271,14 +277,14 @@ def _forward_of(pipeline: FluxPipeline, how: Execution) -> Forward:
             f"use strict=False to run request after request"
         )
     level = logging.INFO if how.execution == "indexed" else logging.WARNING
-    _log.log(level, "jitaccel: requests run one after the other, since %s", "; ".join(reasons))
+    _log.log(level, "jitaccel: requests run one after the other, because %s", "; ".join(reasons))
     return functools.partial(_one_by_one, model)
 
 
 def _forward_each(
     forward: Forward, jobs: dict[int, Job], outcomes: dict[int, Outcome]
 ) -> dict[int, tuple[Tensor, ...]]:
-    """Returns the velocities of each job, in one forward; where that fails, of each alone, that one fails alone."""
+    """Returns each job's velocities from one forward. If it fails, runs each job alone, so that only one job fails."""
     try:
         return dict(zip(jobs, forward([*jobs.values()]), strict=True))
     except OF_THE_CALLER:
@@ -297,7 +303,7 @@ def _forward_each(
 
 
 class _Packed:
-    """Runs all jobs packed; the pack is made anew where a job is over or in a new stage."""
+    """Runs all jobs packed. The pack is rebuilt when a job ends or enters a new stage."""
 
     def __init__(self, model: FluxTransformer2DModel, how: Execution) -> None:
         self._model, self._how = model, how

@@ -1,7 +1,7 @@
 """Which diffusers pipeline is running, seen from inside one of its components.
 
-Pipelines share transformers and schedulers (`from_pipe`, `FluxPipeline(**pipe.components)`), and neither is told who
-calls. The call stack knows, exactly: so a patch on one pipeline leaves the others alone.
+Pipelines share transformers and schedulers (`from_pipe`, `FluxPipeline(**pipe.components)`), which do not know their
+caller. The call stack identifies it exactly, so a patch on one pipeline does not affect the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 
 def calling_pipeline() -> Any:
-    """Returns the innermost pipeline on this thread's call stack, or None: somebody's own loop."""
+    """Returns the innermost pipeline on this thread's call stack; None in a custom loop."""
     frame = _calling_frame()
     return None if frame is None else frame.f_locals["self"]
 
@@ -30,7 +30,7 @@ def _calling_frame() -> FrameType | None:
 
 
 def argument_of_call(name: str) -> Any:
-    """Returns an argument of the innermost pipeline's call on this thread's call stack, or None without one."""
+    """Returns an argument of the innermost pipeline's call on this thread's call stack; None if there is none."""
     frame = _calling_frame()
     while frame is not None and frame.f_code.co_name != "__call__":
         frame = frame.f_back
@@ -38,11 +38,11 @@ def argument_of_call(name: str) -> Any:
 
 
 def is_called_elsewhere(pipeline: Any, thread: int | None) -> bool:
-    """Returns whether a thread, not this one, is inside a call of a pipeline.
+    """Returns whether another thread is inside a call of a pipeline.
 
     Args:
-        pipeline: The very instance.
-        thread: The thread's identity, as `threading.get_ident` returns it; None for none.
+        pipeline: The pipeline, compared by identity.
+        thread: The thread's identity from `threading.get_ident`; None returns False.
     """
     if thread is None or thread == threading.get_ident():
         return False
@@ -57,7 +57,7 @@ def is_called_elsewhere(pipeline: Any, thread: int | None) -> bool:
 def calling_guider() -> Any:
     """Returns the guider of the modular pipeline on this thread's call stack, or None.
 
-    Its blocks hold their pipeline in a variable `components`.
+    The blocks of a modular pipeline hold it in a local variable `components`.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

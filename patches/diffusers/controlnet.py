@@ -1,7 +1,7 @@
-"""A ControlNet on the anchors alone, where that was asked for; its residuals elsewhere are zeros, which nobody adds.
+"""Runs a ControlNet on the anchors only, if requested. Its residuals elsewhere are zeros, which are never added.
 
-diffusers calls a ControlNet before the transformer, with the state and the position ids of the same step. So the first
-call of a generation begins it, and every later one finds the anchors of its step.
+diffusers calls a ControlNet before the transformer, with the state and the position ids of the same step. Its first
+call therefore starts a generation, and every later call finds the anchors of its step.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .scheduler import SchedulerRoute
 
 
 def apply_to_controlnet(pipeline: Pipeline, handle: Handle, route: SchedulerRoute[FluxCalls]) -> None:
-    """Lets the ControlNet of a pipeline, each of several, run on the anchors of a route."""
+    """Makes every ControlNet of a pipeline run on the anchors of a route."""
     for network in _networks(pipeline):
         install(network, _ControlNetHook, handle, route)
 
 
 def check_controlnet(pipeline: Pipeline) -> None:
-    """Raises UnsupportedModelError where a pipeline has no ControlNet, or one that reads a whole picture."""
+    """Raises UnsupportedModelError if a pipeline has no ControlNet, or one that reads the whole picture."""
     networks = _networks(pipeline)
     if not all(is_instance_of(network, "diffusers", CONTROLNET.model) for network in networks):
         kinds = [type(network).__name__ for network in networks]
@@ -50,7 +50,7 @@ def check_controlnet(pipeline: Pipeline) -> None:
         )
     if any(network.input_hint_block is not None for network in networks):
         raise UnsupportedModelError(
-            "apply: controlnet='anchors' needs a ControlNet that is given tokens, got one that reads the whole picture "
+            "apply: controlnet='anchors' needs a ControlNet that takes tokens, got one that reads the whole picture "
             "(conditioning_embedding_channels is set); leave it out"
         )
 
@@ -61,7 +61,7 @@ def _networks(pipeline: Pipeline) -> list[nn.Module]:
 
 
 class _ControlNetHook(SharedHook[FluxCalls]):
-    """Begins a generation with its first call, and runs the network on the anchors of the step."""
+    """Starts a generation with its first call, and runs the ControlNet on the anchors of each step."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
@@ -82,7 +82,7 @@ def _at_anchors(original: Forward, route: SchedulerRoute[FluxCalls], arguments: 
     kind = kind_of(transformer)
     assert kind is not None
     split = Split(arguments["hidden_states"], *arguments["hidden_states"].shape[1:])
-    # What the transformer will refuse is refused before the generation begins.
+    # Refuse what the transformer would refuse before the generation begins.
     refuse_arguments(transformer, kind, {"joint_attention_kwargs": arguments.get("joint_attention_kwargs")})
     run = route.run_of(_beginning(route, kind, arguments, split))
     if run.is_dense:
@@ -98,7 +98,7 @@ def _at_anchors(original: Forward, route: SchedulerRoute[FluxCalls], arguments: 
 
 
 def _beginning(route: SchedulerRoute[FluxCalls], kind: Kind, arguments: Arguments, split: Split) -> ModelCall:
-    """Returns what the generation is begun with, where this is its first call: as the transformer will be called."""
+    """Returns the call that starts the generation, with the values that the transformer will be called with."""
     return ModelCall(
         state=split.state,
         text_tokens=arguments["encoder_hidden_states"].shape[1],
@@ -113,11 +113,11 @@ def _beginning(route: SchedulerRoute[FluxCalls], kind: Kind, arguments: Argument
 
 
 def _not_evaluated(run: Run, state: Tensor) -> Answer:
-    raise AssertionError("a ControlNet is no velocity")
+    raise AssertionError("a ControlNet returns no velocity")
 
 
 def _whole(of_images: Sequence[Sequence[Tensor] | None], run: Run) -> list[Tensor] | None:
-    """Returns residuals (B, N, width) of those that the forwards made at their anchors; None where there are none."""
+    """Returns residuals (B, N, width) from those computed at the anchors of each forward; None if there are none."""
     if of_images[0] is None:
         return None
     return [run.plan.spread(torch.cat([*rows])) for rows in zip(*of_images, strict=True)]

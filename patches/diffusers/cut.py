@@ -1,4 +1,4 @@
-"""Pipelines and bare transformers of diffusers that are cut: all that are data in patches/models."""
+"""Pipelines and bare transformers of diffusers that are cut: all models described in patches/models."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ from .multistep import scheduler_problems
 from .pipelines import explain, handles_of, refuse_shared_scheduler
 from .warm import generate_once
 
-_NAMES = ("transformer", "transformer_2")  # of a pipeline's attributes; Wan 2.2 has one for each half of the levels
+_NAMES = ("transformer", "transformer_2")  # attributes of a pipeline; Wan 2.2 has one for each half of the levels
 
 
 def prepare_pipeline(
     pipeline: Pipeline, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
-    """Returns what is to be installed on a pipeline.
+    """Returns the installation for a pipeline.
 
     Raises:
-        ConfigError: For levels, which come from the pipeline's scheduler, and a scheduler that another pipeline has.
-        UnsupportedModelError: With every reason why the pipeline cannot be accelerated correctly.
+        ConfigError: If levels are given, which the pipeline's scheduler sets, or another patched pipeline uses the
+            same scheduler.
+        UnsupportedModelError: If the pipeline cannot be accelerated correctly; the message lists every reason.
     """
     if levels is not None:
         raise ConfigError(
-            "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
+            "apply: noise_levels must be left out for a pipeline, where the scheduler sets them, got a list; "
             "use schedule=(...), steps=len(schedule) - 1 to set levels"
         )
     model = model_of_pipeline(pipeline)
@@ -87,10 +88,10 @@ def prepare_pipeline(
 def prepare_transformer(
     transformer: nn.Module, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
-    """Returns what is to be installed on a transformer that a custom Euler loop calls.
+    """Returns the installation for a transformer that a custom Euler loop calls.
 
     Raises:
-        UnsupportedModelError: With every reason why the transformer cannot be accelerated correctly.
+        UnsupportedModelError: If the transformer cannot be accelerated correctly; the message lists every reason.
     """
     model = model_of(transformer)
     assert model is not None
@@ -126,7 +127,7 @@ def check_pipeline(pipeline: Pipeline, model: Model, config: JiTConfig) -> None:
 
 
 def networks_of(pipeline: object) -> dict[str, nn.Module]:
-    """Returns the transformers that a pipeline has, by the names of its attributes."""
+    """Returns a pipeline's transformers, by attribute name."""
     return {name: network for name in _NAMES if (network := getattr(pipeline, name, None)) is not None}
 
 
@@ -150,9 +151,9 @@ def _model_problems(transformer: nn.Module, model: Model) -> list[str]:
 
 
 class _Hook(SharedHook[CutCalls]):
-    """Answers the calls of a transformer that is cut."""
+    """Answers the calls of a cut transformer."""
 
-    # A graph around the hook would be broken at each of its decisions.
+    # A graph around the hook would break at each of its decisions.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         original, caller = self.original_of(module), calling_pipeline()
@@ -175,7 +176,7 @@ def _sparse(
     model = route.calls.model
     if (problem := guidance_problem(caller)) is not None:
         raise UnsupportedModelError(
-            f"jitaccel: the call must use what is accelerated correctly, got {problem}; "
+            f"jitaccel: the call may only use features that can be accelerated correctly, got {problem}; "
             f"remove() the handle for this call"
         )
     arguments, branches = model.words.read(arguments), 1
@@ -190,6 +191,6 @@ def _sparse(
 
 
 def _is_compiled_around(module: nn.Module, caller: object) -> bool:
-    """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
+    """Returns whether `torch.compile` was applied outside the hook on a module, where it has no effect."""
     called = [network for network in networks_of(caller).values() if network is not module]
     return is_compiled_in_place(module) or any(uncompiled(network) is module for network in called)

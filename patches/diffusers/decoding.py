@@ -1,4 +1,4 @@
-"""Pictures of recorded tokens, for reports, by the pipeline's own autoencoder."""
+"""Decodes recorded tokens into pictures for reports, with the pipeline's own autoencoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from ..layout import unpatchify
 def decode_tokens(pipeline: Any, tokens: Tensor, grid: tuple[int, ...], patch: int) -> Tensor:
     """Returns the frames (T, H, W, 3) float32 in [0, 1], on the CPU, of the tokens of one picture or video.
 
-    What a pipeline does before `vae.decode` follows from the autoencoder: its scale and shift, or statistics of each
-    channel.
+    The rescaling before `vae.decode` follows from the autoencoder: a scale and shift, or statistics of each channel.
 
     Args:
-        pipeline: Whose autoencoder decodes, tiled or sliced as it is set.
-        tokens: (1, N, D), channels first and then the patch's places.
+        pipeline: The pipeline whose autoencoder decodes, with its tiling and slicing settings.
+        tokens: (1, N, D); within a token, channels vary slowest, then positions in the patch.
         grid: (h, w), or (t, h, w) of a video.
-        patch: Latents along a token's side.
+        patch: Number of latents along a token's side.
     """
     vae = pipeline.vae
     tokens = tokens.to(execution_device(pipeline), torch.float32)
@@ -44,7 +43,7 @@ def _latents(tokens: Tensor, grid: tuple[int, ...], patch: int) -> Tensor:
 
 
 def _rescaled(vae: Any, latents: Tensor) -> Tensor:
-    """Returns latents (1, C, ...) on the autoencoder's own scale."""
+    """Returns latents (1, C, ...) rescaled for the autoencoder."""
     scaling = vae.config.get("scaling_factor") or 1.0
     mean, std = (_by_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
@@ -53,7 +52,7 @@ def _rescaled(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _by_channel(vae: Any, name: str, latents: Tensor) -> Tensor | None:
-    """Returns a statistic of each channel, in the shape that multiplies latents, or None without one."""
+    """Returns a per-channel statistic of the autoencoder, shaped to multiply latents; None if it has none."""
     values = getattr(vae, name) if isinstance(vars(vae).get("_buffers", {}).get(name), Tensor) else vae.config.get(name)
     if values is None:
         return None
@@ -62,5 +61,5 @@ def _by_channel(vae: Any, name: str, latents: Tensor) -> Tensor | None:
 
 
 def _is_video(vae: Any) -> bool:
-    """Whether an autoencoder takes (B, C, T, H, W): its decoder has kernels of three axes."""
+    """Returns whether an autoencoder takes (B, C, T, H, W), judged by three-dimensional kernels in its decoder."""
     return any(weight.ndim == 5 for weight in vae.decoder.parameters())

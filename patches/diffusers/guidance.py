@@ -1,8 +1,8 @@
-"""Guidance of pipelines whose models are cut: token by token, of whole pictures, or unknown.
+"""Guidance of pipelines whose models are cut: token by token, on whole pictures, or unknown.
 
-Where a pipeline weighs each token alone, its branches are zero at tokens that are no anchors, and the result is lifted
-once. Where it looks at whole pictures (a norm, a standard deviation), each branch is lifted, and the anchors of the
-result are lifted again.
+If guidance weights each token separately, its branches are zero at tokens that are not anchors, and the guided result
+is lifted once. If it uses whole pictures (a norm, a standard deviation), each branch is lifted, and the anchors of the
+guided result are lifted again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .caller import argument_of_call
 
 _GUIDERS = ("guider", "ocr_guider")
 _SETTINGS = ("guidance_rescale", "_cfg_normalization")
-_ARGUMENTS = ("cfg_normalization", "normalize")  # of calls whose pipelines keep them nowhere
+_ARGUMENTS = ("cfg_normalization", "normalize")  # arguments that pipelines do not store
 _TOKENWISE = ("ClassifierFreeGuidance",)
 _OF_PICTURES = (
     "AdaptiveProjectedGuidance",
@@ -24,14 +24,14 @@ _OF_PICTURES = (
 
 
 def guidance_problem(pipeline: Any) -> str | None:
-    """Returns which guider of a pipeline is not known to be right beside the cut; None where all are."""
+    """Returns which guider of a pipeline is not known to work with the cut; None if all are."""
     known = (*_TOKENWISE, *_OF_PICTURES)
     names = [type(guider).__name__ for guider in _guiders(pipeline)]
-    return next((f"a guider that is not known ({name})" for name in names if name not in known), None)
+    return next((f"an unknown guider ({name})" for name in names if name not in known), None)
 
 
 def mixes_tokens(pipeline: Any) -> bool:
-    """Returns whether a pipeline's guidance looks at whole pictures, in its call under way."""
+    """Returns whether guidance in a pipeline's current call uses whole pictures."""
     if any(getattr(pipeline, name, None) for name in _SETTINGS):
         return True
     if pipeline is not None and any(argument_of_call(name) for name in _ARGUMENTS):

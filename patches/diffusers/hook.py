@@ -1,4 +1,4 @@
-"""One hook on a module of diffusers, whatever number of patched pipelines share it."""
+"""One hook on a diffusers module, shared by any number of patched pipelines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME = "jitaccel"
 
 
 class SharedHook(Uncopied, ModelHook, Generic[Calls]):  # type: ignore[misc]
-    """Finds the route of a call; derived ones define `new_forward`."""
+    """Finds the route of a call; subclasses define `new_forward`."""
 
     _is_stateful = True
 
@@ -35,24 +35,24 @@ class SharedHook(Uncopied, ModelHook, Generic[Calls]):  # type: ignore[misc]
         super().__init__()
         self.handles: dict[Route[Calls], Handle] = {}
         self.before: dict[str, object] = {}
-        self.registry: Any = None  # that the hook was put into, until the module is as it was before
-        self.class_forward: Forward | None = None  # of the module's class, when the hook was put on
+        self.registry: Any = None  # the registry that holds the hook, until the module is fully restored
+        self.class_forward: Forward | None = None  # the forward of the module's class when the hook was installed
 
     @property
     def routes(self) -> tuple[Route[Calls], ...]:
-        """Pipelines first: a bare route answers whatever is left."""
+        """The routes, pipelines first; a bare route answers all other calls."""
         return tuple(sorted(self.handles, key=lambda route: isinstance(route, VelocityRoute)))
 
     def route_of(self, caller: object) -> Route[Calls] | None:
-        """Returns the route that a call made inside `caller` (a pipeline, or None) belongs to; None for a dense one."""
+        """Returns the route of a call made inside `caller` (a pipeline, or None); None if the call runs dense."""
         route = next((route for route in self.routes if route.accepts(caller)), None)
         return None if route is None or route.is_dense else route
 
     def original_of(self, module: nn.Module) -> Forward:
-        """Returns the forward that the hook stands around; the class's of now, where that was replaced since.
+        """Returns the forward that the hook wraps, or the class's current forward if that was replaced since.
 
         Raises:
-            UnsupportedModelError: Where other hooks stand between, which call the one that was replaced.
+            UnsupportedModelError: If the class's forward was replaced, but other hooks in between call the old one.
         """
         original: Forward = self.fn_ref.original_forward
         own = type(module).forward
@@ -62,12 +62,12 @@ class SharedHook(Uncopied, ModelHook, Generic[Calls]):  # type: ignore[misc]
         if beneath is original:
             return types.MethodType(own, module)
         raise UnsupportedModelError(
-            f"jitaccel: {type(module).__name__}.forward must be replaced before apply where the model has hooks "
-            f"(offloading), got one that was replaced since; remove() the handle, and apply again"
+            f"jitaccel: {type(module).__name__}.forward must be replaced before apply if the model has hooks "
+            f"(offloading), got one that was replaced afterwards; remove() the handle, and apply again"
         )
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Diffusers calls this when a pipeline is done; only that pipeline's generation is over."""
+        """Ends the generation of one pipeline; diffusers calls this when that pipeline is done."""
         caller = calling_pipeline()
         for route in self.routes:
             if caller is None or (isinstance(route, SchedulerRoute) and route.is_of(caller)):
@@ -76,7 +76,7 @@ class SharedHook(Uncopied, ModelHook, Generic[Calls]):  # type: ignore[misc]
 
 
 def install(module: nn.Module, kind: type[SharedHook[Calls]], handle: Handle, route: Route[Calls]) -> None:
-    """Lets the hook of a module, a new one where it has none, answer the calls of a route."""
+    """Makes a module's hook answer the calls of a route; adds a hook if the module has none."""
     found = hook_of(module)
     hook = kind() if found is None else found
     what = f"{type(module).__name__} hook {_NAME!r}"
@@ -87,11 +87,11 @@ def install(module: nn.Module, kind: type[SharedHook[Calls]], handle: Handle, ro
 
 
 def _register(module: nn.Module, hook: SharedHook[Calls]) -> None:
-    """Puts a hook on a module; where that fails or is interrupted, nothing of it stays."""
+    """Installs a hook on a module. If this fails or is interrupted, the module is restored."""
     hook.before = {name: vars(module).get(name) for name in ("forward", HOOK_REGISTRY)}
     try:
-        # torch.compile's wrapper shows its model's registry as its own; the hook belongs on the wrapper, outside the
-        # graph, so the wrapper gets a registry in its own attributes.
+        # torch.compile's wrapper exposes its model's registry. The hook belongs on the wrapper, outside the graph, so
+        # the wrapper gets a registry of its own.
         registry = put_hook_registry(module, HookRegistry(module))
         forward = module.forward
         hook.class_forward = type(module).forward
@@ -117,9 +117,9 @@ def _restore(module: nn.Module, before: Mapping[str, object]) -> None:
 def _uninstall(
     of: weakref.ref[nn.Module], by: weakref.ref[SharedHook[Calls]], route: weakref.ref[Route[Calls]]
 ) -> None:
-    """Removes the route, and after the last one the hook and all that registering it left on the instance.
+    """Removes the route. After the last route, removes the hook and everything it left on the instance.
 
-    Goes on where it was interrupted.
+    If interrupted, it can be called again to finish.
     """
     module, hook = of(), by()
     if module is None or hook is None:
@@ -146,14 +146,18 @@ def named_arguments(
 ) -> dict[str, Any]:
     """Returns the arguments of a call by name.
 
-    bases: names of diffusers' classes, from one of which the module's derives. original: the forward that the model
-    has, which may take more.
+    Args:
+        module: The module that is called.
+        bases: Names of diffusers' classes, one of which is the module's class or a base of it.
+        original: The model's forward, which may take more arguments.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
     model: Any = type(uncompiled(module))
     signature = _signature_of(model, bases)
     further = {name: value for name, value in kwargs.items() if name not in signature.parameters}
     if further:
-        # What its own does not take is an error; a compiled model's takes anything.
+        # Unknown arguments must be an error; the forward of a compiled model would accept anything.
         inspect.signature(original if module is uncompiled(module) else uncompiled(module).forward).bind(
             *args, **kwargs
         )

@@ -1,4 +1,4 @@
-"""A pipeline whose latents are no tokens yet, or whose scheduler is a multistep one, or that has two transformers."""
+"""Pipelines whose latents are not tokens yet, that have a multistep scheduler, or that have two transformers."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from .caller import argument_of_call, calling_pipeline
 from .multistep import STATE, begun_again, euler_step, full_noise, is_multistep
 from .scheduler import SCHEDULE, SchedulerRoute, with_state
 
-_GUIDED = "do_classifier_free_guidance"  # of a pipeline, or a variable of its call
-_ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
-_LOWERED = 1e-6  # what multistep schedulers take off a first level of 1
+_GUIDED = "do_classifier_free_guidance"  # an attribute of a pipeline, or a variable of its call
+_ALL_TOKENS = 1e-9  # a density within this distance of 1 leaves no token out
+_LOWERED = 1e-6  # multistep schedulers lower a first level of 1 by this
 
 
 class LatentsRoute(SchedulerRoute[Calls]):
-    """The generations of one pipeline, as `SchedulerRoute`: here the sampler moves latents, and the method tokens.
+    """The generations of one pipeline. Unlike in `SchedulerRoute`, the sampler moves latents and the method tokens.
 
     Args:
-        pipeline: Whose scheduler is followed.
-        networks: The transformers that the pipeline calls, by the names of its attributes.
+        pipeline: The pipeline whose scheduler sets the steps.
+        networks: The transformers that the pipeline calls, by attribute name.
         layout: How the latents hold tokens.
-        config: What runs.
+        config: The configuration to run.
         codebase: Its name in statistics.
-        calls: What runs the transformers.
-        may_be_dense: Whether a generation that cannot be accelerated correctly may run as if untouched.
-        spacings: Levels that the pipeline asks of its scheduler itself, besides evenly spaced ones.
+        calls: Runs the transformers.
+        may_be_dense: Whether a generation that cannot be accelerated correctly may run dense, as if unpatched.
+        spacings: Levels that the pipeline itself may request from its scheduler, in addition to evenly spaced ones.
     """
 
     def __init__(
@@ -64,14 +64,15 @@ class LatentsRoute(SchedulerRoute[Calls]):
         is_sparse = config.densities[0] < 1.0 - _ALL_TOKENS
         self._makes_step = self._is_multistep and is_sparse and config.solver != "caller"
         self._keeps_solver = self._is_multistep and is_sparse and config.solver == "caller"
-        self._activated: Tensor | None = None  # (B, N) bool, the tokens that the step under way is the first one of
-        self._state: Tensor | None = None  # (B, N, D), that the network was given in the step under way
-        self._twins: list[Scheduler] = []  # of the scheduler, that the pipeline made in its call under way
+        self._activated: Tensor | None = None  # (B, N) bool, tokens activated at the current step
+        self._state: Tensor | None = None  # (B, N, D), the state the network got in the current step
+        self._twins: list[Scheduler] = []  # copies of the scheduler that the pipeline made in its current call
 
     def branches_of(self, rows: int) -> int:
-        """Returns how many branches of guidance a call with this many rows holds, where they come in one batch.
+        """Returns how many guidance branches a call with this many rows holds, for pipelines that batch them.
 
-        The generation's first call is told from the pipeline's own word on guidance; others follow from its images.
+        For the generation's first call this follows from the pipeline's own guidance flag, for later ones from the
+        number of images.
         """
         if self._generation is not None:
             return rows // self._generation.run.anchors.shape[0]
@@ -90,10 +91,10 @@ class LatentsRoute(SchedulerRoute[Calls]):
         handle.set_attribute(self._scheduler, "__deepcopy__", Patched(self._copied))
 
     def _copied(self, memo: object) -> Scheduler:
-        """Returns a copy of the scheduler that is not patched and takes the same levels: of a pipeline's audio.
+        """Returns an unpatched copy of the scheduler with the same levels, which a pipeline uses for audio.
 
         Raises:
-            TypeError: For a copy that is not made in the pipeline's own call.
+            TypeError: If the copy is not made in the pipeline's own call.
         """
         if not self.is_of(calling_pipeline()):
             Uncopied().__reduce_ex__(4)
@@ -137,7 +138,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         super()._write_levels(levels)
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (branches * B, N, D) at the anchors; elsewhere zeros, or lifted."""
+        """Returns the velocity (branches * B, N, D): exact at the anchors, elsewhere zeros or lifted."""
         self._state = call.state
         return super().forward(call)
 
@@ -150,7 +151,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
 
         def step(velocity: Tensor, timestep: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
             if self._is_multistep and not self._makes_step and not self._keeps_solver:
-                # Dense: the scheduler's own solver, and no other on top of it.
+                # Dense: the scheduler uses its own solver, so no second one is applied.
                 output = original(model_output, timestep, sample, *args, **kwargs)
             else:
                 sent = -velocity if self._is_inverted else velocity
@@ -175,13 +176,13 @@ class LatentsRoute(SchedulerRoute[Calls]):
         return with_state(output, layout.to_latents(moved[:, given.shape[1] :], like=sample))
 
     def _given_before(self, tokens: Tensor) -> Tensor:
-        """Returns the tokens (B, K, D) that the network is given before those that the sampler moves: a first frame."""
+        """Returns the tokens (B, K, D) of a given first frame, which the network gets before the sampler's tokens."""
         if self._state is None:
             return tokens[:, :0]
         return self._state[:, : self._state.shape[1] - tokens.shape[1]].to(tokens.dtype)
 
     def _step_of(self, original: Forward) -> Any:
-        """Returns what makes the step: the scheduler, or Euler's step where that would keep what it must not."""
+        """Returns the function that makes the step: the scheduler's, or Euler's if the scheduler keeps history."""
         if not self._is_multistep:
             return original
         if self._keeps_solver:
@@ -191,7 +192,7 @@ class LatentsRoute(SchedulerRoute[Calls]):
         return euler_step(self._scheduler, original, index, self._levels[index + 1] - self._levels[index])
 
     def _own_step_of(self, original: Any) -> Any:
-        """Returns the scheduler's step, which is the first one of the tokens that were just activated."""
+        """Returns the scheduler's step, made the first step for tokens that were just activated."""
 
         def step(latents: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._activated is None:
@@ -204,19 +205,19 @@ class LatentsRoute(SchedulerRoute[Calls]):
         return step
 
     def reset(self) -> None:
-        """Forgets the generation; what it did stays in the statistics."""
+        """Forgets the generation; its statistics stay."""
         super().reset()
         self._activated = self._state = None
         self._twins = []
 
 
 def _after(given: Tensor, tokens: Tensor) -> Tensor:
-    """Returns the tokens (B, N, D) after those that are given (B, K, D); `tokens` itself after none."""
+    """Returns the given tokens (B, K, D) followed by `tokens` (B, N, D); `tokens` itself if none are given."""
     return torch.cat([given, tokens], dim=1) if given.shape[1] else tokens
 
 
 def _activated(before: LiftPlan | PooledPlan | None, run: Run, tokens: Tensor) -> Tensor | None:
-    """Returns the tokens (B, N) that were lifted until now and are computed from now on; None after a pooled stage."""
+    """Returns the tokens (B, N) that were lifted before and are computed from now on; None after a pooled stage."""
     if not isinstance(before, LiftPlan):
         return None
     lifted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -1,10 +1,10 @@
-"""Multistep schedulers on flow-matching levels: their levels are followed, and the step is the method's own.
+"""Multistep schedulers on flow-matching levels: jitaccel uses their levels but makes the step itself.
 
-UniPC (Wan's default) and DPM-Solver++ keep what the network said at earlier steps. UniPC rebuilds even the state from
-that, so a move of newly activated tokens would be lost. With anything sparse, their levels stay (`flow_shift`
-included) and jitaccel makes the step: Euler's, on the velocity that `JiTConfig.solver` corrects. With
-`solver="caller"` the scheduler makes it, and forgets what it has kept of newly activated tokens (`begun_again`). A
-dense configuration leaves the step to the scheduler, bit for bit.
+UniPC (Wan's default) and DPM-Solver++ store the network's outputs of earlier steps. UniPC even rebuilds the state from
+them, so a move of newly activated tokens would be lost. In a sparse configuration, their levels stay (including
+`flow_shift`), and jitaccel makes an Euler step along the velocity that `JiTConfig.solver` has corrected. With
+`solver="caller"`, the scheduler makes the step, and what it stored for newly activated tokens is replaced
+(`begun_again`). In a dense configuration, the scheduler makes the step, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,27 +26,29 @@ from .scheduler import check_scheduler
 
 _KINDS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 STATE = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order")
-"""What these schedulers keep from step to step, besides levels and place."""
-_ROUNDING = 2e-6  # they lower a first level of 1 by 1e-6, against the logarithm of 0
+"""Attributes that these schedulers carry from step to step, besides levels and step index."""
+_ROUNDING = 2e-6  # these schedulers lower a first level of 1 by 1e-6, to avoid the logarithm of 0
 
 
 def is_multistep(scheduler: Scheduler) -> bool:
-    """Returns whether a scheduler is one of those that this module knows."""
+    """Returns whether a scheduler is one of those that this module supports."""
     return any(kind.__name__ in _KINDS for kind in type(scheduler).__mro__)
 
 
 def scheduler_problems(scheduler: Scheduler, solver: str, is_inverted: bool = False) -> list[str]:
-    """Returns why a scheduler is neither first-order Euler nor a known multistep one on flow-matching levels.
+    """Returns why a scheduler is neither first-order Euler nor a supported multistep one on flow-matching levels.
 
-    solver: of JiTConfig; "caller" asks more of the scheduler. is_inverted: whether levels have to rise, which Euler's
-    scheduler alone can have.
+    Args:
+        scheduler: The scheduler.
+        solver: The solver of JiTConfig; "caller" has further requirements.
+        is_inverted: Whether levels must rise, which only the Euler scheduler supports.
     """
     if is_inverted:
         return check_scheduler(scheduler, is_inverted)
     if not is_multistep(scheduler):
         problems = check_scheduler(scheduler)
         is_other = bool(problems) and "must be a FlowMatch" in problems[0]
-        return [f"{problems[0]}; {' and '.join(_KINDS)} with flow sigmas are known as well"] if is_other else problems
+        return [f"{problems[0]}; {' and '.join(_KINDS)} with flow sigmas work too"] if is_other else problems
     config = scheduler.config
     wanted: dict[str, tuple[Any, ...]] = {
         "prediction_type": ("flow_prediction",),
@@ -57,7 +59,7 @@ def scheduler_problems(scheduler: Scheduler, solver: str, is_inverted: bool = Fa
         "solver_p": (None,),
     }
     if solver == "caller":
-        wanted |= {"predict_x0": (True,), "solver_order": (1, 2)}  # a third order would reach across an activation
+        wanted |= {"predict_x0": (True,), "solver_order": (1, 2)}  # third order would span an activation
     return [
         f"its {type(scheduler).__name__} must have {name}={' or '.join(map(repr, allowed))}, got {config[name]!r}"
         for name, allowed in wanted.items()
@@ -66,16 +68,16 @@ def scheduler_problems(scheduler: Scheduler, solver: str, is_inverted: bool = Fa
 
 
 def full_noise(levels: tuple[float, ...]) -> tuple[float, ...]:
-    """Returns levels whose first is 1 where a multistep scheduler has lowered it, which only its own step needs."""
+    """Returns levels with the first restored to 1 if a multistep scheduler lowered it for its own step."""
     return (1.0, *levels[1:]) if 1.0 - _ROUNDING < levels[0] < 1.0 else levels
 
 
 def euler_step(scheduler: Scheduler, original: Forward, index: int, length: float) -> Callable[..., Any]:
-    """Returns what takes the place of a scheduler's `step`: it moves the sample along a velocity, and counts the step.
+    """Returns a replacement for a scheduler's `step` that moves the sample along a velocity and counts the step.
 
     Args:
-        scheduler: Whose count goes up.
-        original: Its `step`, whose arguments and kind of result stay.
+        scheduler: The scheduler whose step index is advanced.
+        original: Its `step`, which determines the arguments and the type of the result.
         index: The scheduler's index of this step.
         length: The next level minus this one.
     """
@@ -92,16 +94,16 @@ def euler_step(scheduler: Scheduler, original: Forward, index: int, length: floa
 
 @contextmanager
 def begun_again(scheduler: Any, tokens: Tensor) -> Iterator[None]:
-    """Lets one step of a multistep scheduler be the first one of some tokens; for others no bit changes.
+    """Makes one step of a multistep scheduler the first step for some tokens; other tokens do not change by a bit.
 
-    What it has kept of these tokens becomes what the network says of them now: no derivative is taken across their
-    activation. UniPC rebuilds the state from the one before, `last_sample`, which becomes that from which its corrector
-    arrives at the state given. DPM-Solver++ that begins in the middle does the same; UniPC that begins there would
-    correct the step after with other weights.
+    The outputs stored for these tokens are replaced by the network's current output, so that no derivative is taken
+    across their activation. UniPC rebuilds the state from the previous one, `last_sample`; that is set so that its
+    corrector arrives at the given state. A DPM-Solver++ started in the middle gives the same result. A UniPC started
+    there would correct the following step with different weights.
 
     Args:
-        scheduler: Whose `step` is called inside, once.
-        tokens: Bool, of the shape of its sample or broadcast to it.
+        scheduler: The scheduler, whose `step` is called once within this context.
+        tokens: Bool, in the shape of its sample or broadcastable to it.
     """
     convert, before = scheduler.convert_model_output, vars(scheduler).get("convert_model_output", MISSING)
 

@@ -1,4 +1,4 @@
-"""`generate_batch` for pipelines whose requests cannot share forwards: each is a call of the patched pipeline."""
+"""`generate_batch` for pipelines whose requests cannot share forwards: each request is one pipeline call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .sound import sound_of
 Asked = Mapping[int, tuple[Request, JiTConfig]]
 """Requests with their configurations, by their index in the batch."""
 _FIELDS = ("prompt", "height", "width", "negative_prompt", "true_cfg_scale", "guidance_scale", "max_sequence_length")
-_OURS = {  # arguments of a call that are not options, and what says them instead
+_OURS = {  # arguments of a call that are not allowed as options, and what to use instead
     "generator": "seed=",
     "num_inference_steps": "steps=",
     "sigmas": "preset=JiTConfig(schedule=...)",
@@ -33,8 +33,8 @@ _OURS = {  # arguments of a call that are not options, and what says them instea
     "output_type": "output_type= of generate_batch",
     "return_dict": "Outcome.image",
     "callback_on_step_end": "on_step=",
-    "num_images_per_prompt": "a request of each picture",
-    "num_videos_per_prompt": "a request of each video",
+    "num_images_per_prompt": "one request for each picture",
+    "num_videos_per_prompt": "one request for each video",
     **{name: f"{name}=" for name in _FIELDS},
 }
 
@@ -47,7 +47,7 @@ def generate_batch(
     on_step: OnBatchStep | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> list[Outcome]:
-    """Returns the outcome of each request; `jitaccel.generate_batch` says what holds."""
+    """Returns the outcome of each request; see `jitaccel.generate_batch`."""
     outcomes = Outcomes(on_outcome)
     one_by_one(pipeline, dict(enumerate(requests)), how, output_type, outcomes, on_step)
     return [outcomes[index] for index in range(len(requests))]
@@ -61,16 +61,17 @@ def one_by_one(
     outcomes: Outcomes,
     on_step: OnBatchStep | None,
 ) -> None:
-    """Enters the outcome of each request.
+    """Runs the requests and stores the outcome of each.
 
     Raises:
-        ConfigError: Before any is run, with every request that names what the pipeline's call does not take.
-        UnsupportedModelError: For a pipeline that cannot be accelerated correctly.
+        ConfigError: If a request has a field or option that the pipeline's call does not take. All such requests are
+            listed, before any is run.
+        UnsupportedModelError: If the pipeline cannot be accelerated correctly.
     """
     check_unpatched(pipeline)
     check_arguments(pipeline, requests)
     for config in dict.fromkeys(config for _, config in requests.values()):
-        _prepared(pipeline, config, how)  # raises what can be known before any is run
+        _prepared(pipeline, config, how)  # raises before any request is run
     for index, (request, config) in requests.items():
         make = functools.partial(_outcome, pipeline, index, request, config, how, output_type, on_step)
         outcome = attempt(outcomes, index, request, make)
@@ -79,17 +80,17 @@ def one_by_one(
 
 
 def check_unpatched(pipeline: Pipeline) -> None:
-    """Raises ConfigError for a pipeline that is patched: requests name their presets themselves."""
+    """Raises ConfigError if the pipeline is patched, because each request sets its own preset."""
     networks = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
     if any(network is not None and hook_of(network) is not None for network in networks):
         raise ConfigError(
-            "generate_batch: target must not be patched, got a pipeline whose transformer is; "
-            "remove() its handle first, requests name their presets themselves"
+            "generate_batch: target must not be patched, got a pipeline with a patched transformer; "
+            "remove() its handle first, because each request sets its own preset"
         )
 
 
 def check_arguments(pipeline: Pipeline, requests: Asked) -> None:
-    """Raises ConfigError with every field and option of a request that a pipeline's call does not take."""
+    """Raises ConfigError, listing every field and option of a request that a pipeline's call does not take."""
     known = call_parameters(pipeline)
     options = [name for name in known if name not in ("self", *_OURS)]
     problems = []
@@ -114,7 +115,7 @@ def check_arguments(pipeline: Pipeline, requests: Asked) -> None:
 
 
 def default_of(pipeline: Pipeline, name: str) -> Any:
-    """Returns what a pipeline's call has for an argument that is left out."""
+    """Returns the default of an argument of a pipeline's call."""
     return call_parameters(pipeline)[name].default
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each request of a batch: one that fails leaves the others alone."""
+"""Outcomes of the requests in a batch. A request that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jitaccel.generation.batch import OnOutcome, Outcome, Request
 
 from ..network import Result
 
-OF_THE_CALLER = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)  # who wants all of it to end
+OF_THE_CALLER = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)  # these end the whole batch
 
 
 class Outcomes(dict[int, Outcome]):
-    """Outcomes by the index of their request; each is told once it is known."""
+    """Outcomes by request index; each is reported as soon as it is known."""
 
     def __init__(self, on_outcome: OnOutcome | None) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Outcomes(dict[int, Outcome]):
 
 
 def attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Callable[[], Result]) -> Result | None:
-    """Returns what `work` returns; where it fails, its request has its outcome."""
+    """Returns the result of `work`. If it fails, stores the error as the outcome of its request and returns None."""
     try:
         return work()
     except OF_THE_CALLER:
@@ -37,10 +37,10 @@ def attempt(outcomes: dict[int, Outcome], index: int, request: Request, work: Ca
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Returns an error that `except Exception` catches: what panics in Rust (tokenizers) is none."""
+    """Returns an error that `except Exception` catches, which panics of Rust code (tokenizers) are not."""
     if isinstance(error, Exception):
         return error
     what = f"{type(error).__name__}: {error}"
-    wrapped = RuntimeError(f"generate_batch: the request must be one that can be run, got {what}; change its prompt")
+    wrapped = RuntimeError(f"generate_batch: the request must be runnable, got {what}; change its prompt")
     wrapped.__cause__ = error
     return wrapped

@@ -1,4 +1,4 @@
-"""What a step of diffusers' FLUX.1, FLUX.2 and Chroma costs: forwards on noise that can be timed."""
+"""Forwards on noise with which a step of diffusers' FLUX.1, FLUX.2 and Chroma is timed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from .pipelines import check_pipeline, check_transformer
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
-# Pipelines whose calls bring nothing that a probe could not know: no masks, pictures to start from, or ControlNets.
+# Pipelines whose calls contain nothing unknown to a probe, such as masks, start pictures or ControlNets.
 _MEASURED = ("FluxPipeline", "FluxControlPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "ChromaPipeline")
-_TEXT_TOKENS = 512  # what all these pipelines pad to by default
-_PIXELS_PER_TOKEN = 16  # of a bare transformer's autoencoder: a latent is 8 x 8 pixels, a token 2 x 2 latents
+_TEXT_TOKENS = 512  # all these pipelines pad prompts to this by default
+_PIXELS_PER_TOKEN = 16  # assumed for a bare transformer: a latent is 8 x 8 pixels, a token 2 x 2 latents
 STEP = Step(index=0, stage=0, noise_level=0.5, next_level=0.4, may_end_stage=False)
 """The step that is timed."""
-# Any densities, for anchors are given; lifted as the presets are.
+# The densities do not matter, because anchors are given. The lift is that of the presets.
 SPARSE = PRESETS["7x"].replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
 
 
@@ -50,12 +50,12 @@ def probe_pipeline(
     execution: Execution,
     call: Arguments,
 ) -> Probe:
-    """Returns forwards of a pipeline's transformer for pictures of a size in pixels, or of the default one."""
+    """Returns forwards of a pipeline's transformer for pictures of a size in pixels; None is the default size."""
     check_pipeline(pipeline)
     if not is_instance_of(pipeline, "diffusers", *_MEASURED):
         raise UnsupportedModelError(
             f"auto_config: target must be one of {', '.join(_MEASURED)}, got {type(pipeline).__name__}, whose calls "
-            f"bring what cannot be measured beforehand (a mask, a picture, a ControlNet); "
+            f"need inputs that cannot be measured beforehand (a mask, a picture, a ControlNet); "
             f'give a preset ("4x", "7x") instead'
         )
     _refuse_call(pipeline, call)
@@ -64,8 +64,8 @@ def probe_pipeline(
     made_for = getattr(getattr(pipeline.vae, "config", None), "sample_size", side)
     if size is None and made_for != side:
         raise ConfigError(
-            f"auto_config: size must be given for this {type(pipeline).__name__}, whose calls without one make {side} "
-            f"pixels a side and whose autoencoder was made for {made_for}, got None; give (height, width) in pixels"
+            f"auto_config: size must be given for this {type(pipeline).__name__}, whose default side is {side} pixels "
+            f"although its autoencoder was made for {made_for}, got None; give (height, width) in pixels"
         )
     grid = _grid((side, side) if size is None else size, 2 * scale)
     text_tokens = text_tokens or _default_text_tokens(pipeline)
@@ -100,7 +100,7 @@ def _probe(
     kind, hook, num_tokens = kind_of(model), hook_of(model), grid[0] * grid[1]
     assert kind is not None
     refuse_ranks(model)
-    original = model if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
+    original = model if hook is None else hook.fn_ref.original_forward  # beneath the hook of an earlier apply
     calls = FluxCalls(model, SPARSE, dataclasses.replace(execution, compile=None))
     arguments = _arguments(model, grid, text_tokens, device)
     split = Split(arguments["hidden_states"], num_tokens, channels_of(model))
@@ -127,7 +127,7 @@ def _probe(
 
 
 def _arguments(model: ModelMixin, grid: tuple[int, int], text_tokens: int, device: torch.device) -> dict[str, Any]:
-    """Returns the arguments of one call for one image, as the pipelines give them: noise, for zeros run faster."""
+    """Returns the arguments of one call for one image, as the pipelines make them. Noise, because zeros run faster."""
     kind, settings, num_tokens = kind_of(model), model.config, grid[0] * grid[1]
     assert kind is not None
     generator = torch.Generator("cpu").manual_seed(0)
@@ -158,8 +158,8 @@ def _arguments(model: ModelMixin, grid: tuple[int, int], text_tokens: int, devic
 def _refuse_call(target: object, call: Arguments) -> None:
     if call:
         raise ConfigError(
-            f"auto_config: call must be left out for a {type(target).__name__}, whose steps follow from size and "
-            f"text_tokens, got {', '.join(call)}; leave it out"
+            f"auto_config: call must be left out for a {type(target).__name__}, where size and text_tokens determine "
+            f"the cost of a step, got {', '.join(call)}; leave it out"
         )
 
 
@@ -181,15 +181,15 @@ def _default_text_tokens(pipeline: DiffusionPipeline) -> int:
 
 
 def refuse_ranks(model: object) -> None:
-    """Raises ConfigError for a transformer whose tokens are divided among ranks."""
+    """Raises ConfigError if a transformer's tokens are divided among ranks."""
     if ranks_of(model).size > 1:
         raise ConfigError(
-            "auto_config: transformer must not be divided among ranks, whose times differ, got context parallelism; "
-            "give every rank the same preset"
+            "auto_config: transformer must not be divided among ranks, because their times differ, got context "
+            "parallelism; give every rank the same preset"
         )
 
 
 def offload(pipeline: DiffusionPipeline) -> None:
-    """Sends the transformer back to where it waits, where the pipeline offloads whole models."""
+    """Offloads the transformer again if the pipeline offloads whole models."""
     if offloads_whole_models(pipeline):
         pipeline.maybe_free_model_hooks()

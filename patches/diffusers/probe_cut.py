@@ -1,7 +1,7 @@
-"""What a step of a model that is cut costs: the first call that its pipeline makes of the transformer, timed.
+"""Times a step of a cut model, with the first call that its pipeline makes of the transformer.
 
-No call is made up. The pipeline begins one, of an empty prompt, and is stopped where it calls the transformer: sizes,
-conditions and branches of guidance are those of its own calls.
+The call is not constructed here. The pipeline is called with an empty prompt and stopped when it calls the transformer,
+so sizes, conditions and guidance branches are those of its own calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .probe import SPARSE, STEP, offload, refuse_ranks
 
 
 class _Reached(Exception):
-    """Stops a pipeline where it calls a transformer, and holds the call."""
+    """Stops a pipeline when it calls a transformer, and holds that call."""
 
     def __init__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__("the transformer is reached")
@@ -49,15 +49,15 @@ def probe_pipeline(
     """Returns forwards of a pipeline's transformer, as the pipeline calls it.
 
     Args:
-        pipeline: Of a model that is cut.
+        pipeline: A pipeline of a cut model.
         size: (height, width) in pixels; None for the pipeline's default.
-        text_tokens: Length of prompts, padding counted; None for the pipeline's default.
-        execution: How `apply` would run it; compilation is left out.
+        text_tokens: Length of prompts, padding included; None for the pipeline's default.
+        execution: How `apply` would run it; compilation is ignored.
         call: Further arguments of the pipeline's call.
 
     Raises:
-        ConfigError: For arguments with which the pipeline does not reach its transformer.
-        UnsupportedModelError: For a pipeline that cannot be accelerated, or whose number of steps is not known.
+        ConfigError: If the pipeline does not reach its transformer with these arguments.
+        UnsupportedModelError: If the pipeline cannot be accelerated, or its number of steps is not known.
     """
     model = model_of_pipeline(pipeline)
     assert model is not None
@@ -65,8 +65,8 @@ def probe_pipeline(
     known = call_parameters(pipeline)
     if "strength" in known:
         raise UnsupportedModelError(
-            f"auto_config: target must be a pipeline that starts from noise, got {type(pipeline).__name__}, of whose "
-            f'steps a call leaves out some (strength); give a preset ("4x", "7x") instead'
+            f"auto_config: target must be a pipeline that starts from noise, got {type(pipeline).__name__}, which "
+            f'skips some steps (strength); give a preset ("4x", "7x") instead'
         )
     if (problem := guidance_problem(pipeline)) is not None:
         raise UnsupportedModelError(f"auto_config: target must have guidance that is known, got {problem}")
@@ -74,7 +74,7 @@ def probe_pipeline(
         refuse_ranks(network)
     reached = _first_call(pipeline, _arguments(pipeline, known, size, text_tokens, call))
     network, hook = reached.network, hook_of(reached.network)
-    original = network if hook is None else hook.fn_ref.original_forward  # beneath what an earlier apply has put there
+    original = network if hook is None else hook.fn_ref.original_forward  # beneath the hook of an earlier apply
     names = tuple(each.name for each in MODELS)
     arguments = model.words.read(named_arguments(network, names, network.forward, reached.args_of_call, reached.kwargs))
     rows = arguments["hidden_states"].shape[0]
@@ -121,7 +121,7 @@ def _arguments(
     text_tokens: int | None,
     call: Arguments,
 ) -> dict[str, Any]:
-    """Returns the arguments of the pipeline's call; raises ConfigError for those that it does not take."""
+    """Returns the arguments of the pipeline's call; raises ConfigError for arguments that it does not take."""
     given: dict[str, Any] = {} if any(name.startswith("prompt_embeds") for name in call) else {"prompt": ""}
     if size is not None:
         given |= zip(("height", "width"), _checked_size(size), strict=True)
@@ -130,8 +130,8 @@ def _arguments(
     given |= {"generator": torch.Generator("cpu").manual_seed(0), **call}
     if unknown := [name for name in given if name not in known]:
         raise ConfigError(
-            f"auto_config: the call of a {type(pipeline).__name__} must take what is given, got {', '.join(unknown)}, "
-            f"which it does not have; leave it out"
+            f"auto_config: the call of a {type(pipeline).__name__} must take the given arguments, got "
+            f"{', '.join(unknown)}, which it does not take; leave it out"
         )
     return given
 
@@ -146,7 +146,7 @@ def _checked_size(size: Any) -> tuple[int, int]:
 
 
 def _first_call(pipeline: Pipeline, arguments: Arguments) -> _Reached:
-    """Returns the first call that a pipeline makes of a transformer, which does not run; the scheduler stays."""
+    """Returns a pipeline's first call of a transformer, without running it; the scheduler is not changed."""
 
     def stop(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(network, args, kwargs)
@@ -166,8 +166,8 @@ def _first_call(pipeline: Pipeline, arguments: Arguments) -> _Reached:
         raise
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
-            f"auto_config: the call of a {kind} must reach its transformer, got {type(error).__name__}: {error}; give "
-            f"what it needs: Auto(..., call={{...}}), or auto_config(..., call={{...}})"
+            f"auto_config: the call of a {kind} must reach its transformer, got {type(error).__name__}: {error}; pass "
+            f"the arguments it needs: Auto(..., call={{...}}), or auto_config(..., call={{...}})"
         ) from error
     finally:
         for handle in placed:

@@ -1,4 +1,4 @@
-"""Arguments and surroundings of a call that cannot be accelerated correctly."""
+"""Arguments and guiders with which a call cannot be accelerated correctly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .caller import calling_guider, calling_pipeline
 
 
 def refuse_arguments(module: nn.Module, kind: Kind, arguments: Arguments) -> None:
-    """Raises UnsupportedModelError for a call of a transformer that no patch knows to be right."""
+    """Raises UnsupportedModelError for arguments of a transformer call that are not known to work."""
     found = {reason for name, reason in kind.refused.items() if arguments.get(name) is not None}
     extra = arguments.get("joint_attention_kwargs") or {}
     found |= {f"joint_attention_kwargs[{name!r}]" for name in extra if name not in kind.attention_arguments}
@@ -31,13 +31,13 @@ def refuse_arguments(module: nn.Module, kind: Kind, arguments: Arguments) -> Non
         found.add(problem)
     if found:
         raise UnsupportedModelError(
-            f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
-            f"remove() the handle for this call"
+            f"jitaccel: the call may only use features that can be accelerated correctly, got "
+            f"{', '.join(sorted(found))}; remove() the handle for this call"
         )
 
 
 def guider_problem(pipeline: object) -> str | None:
-    """Returns what is wrong with the guider of a call inside `pipeline`; None: inside a modular one, or a loop."""
+    """Returns what is wrong with the guider of a call inside `pipeline`, or in a modular pipeline or loop if None."""
     guider = calling_guider() if pipeline is None else getattr(pipeline, "guider", None)
     if guider is None or _is_linear(guider):
         return None
@@ -45,5 +45,5 @@ def guider_problem(pipeline: object) -> str | None:
 
 
 def _is_linear(guider: Any) -> bool:
-    """Whether guidance weighs its branches token by token, with weights that sum to one; a move then passes whole."""
+    """Returns whether guidance weights branches token by token with weights that sum to one, which keeps a move."""
     return type(guider).__name__ == "ClassifierFreeGuidance" and not guider.guidance_rescale

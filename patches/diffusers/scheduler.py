@@ -1,7 +1,7 @@
-"""Runs a pipeline whose scheduler can be reached: the state is moved in `scheduler.step`, exactly.
+"""Runs a pipeline with an accessible scheduler. The state is moved exactly, in `scheduler.step`.
 
-The network returns its velocity at the anchors alone, zeros elsewhere. The pipeline combines guided and unguided
-branches of it, and `step` lifts the result, once; or finds the very velocity that a compiled stage has lifted.
+The network returns its velocity at the anchors and zeros elsewhere. The pipeline combines the guidance branches, and
+`step` lifts the guided result once. A velocity already lifted by a compiled stage is recognised and used as it is.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
 
 
 class SchedulerRoute(Generic[Calls]):
-    """The generations of one pipeline, one at a time. `codebase` names it in statistics.
+    """The generations of one pipeline, one at a time.
 
-    transformer: what the pipeline calls once this is installed, its own unless something is put in its place.
-    may_be_dense: whether a generation that cannot be accelerated correctly may run as if untouched.
+    `transformer` is the module that the pipeline calls once this is installed: its own, or a replacement. With
+    `may_be_dense`, a generation that cannot be accelerated correctly runs dense, as if unpatched.
     """
 
     def __init__(
@@ -63,20 +63,20 @@ class SchedulerRoute(Generic[Calls]):
         self._scheduler = pipeline.scheduler
         self._default_steps = default_steps(pipeline)
         self._spacings = USUAL
-        self._levels: tuple[float, ...] | None = None  # of the scheduler; the pipeline may start among them
+        self._levels: tuple[float, ...] | None = None  # the scheduler's; the pipeline may start at a later one
         self._clock: KnownLevels | None = None
-        self._first = 0  # the scheduler's index of the step that the generation starts with
-        self._thread: int | None = None  # that has begun the generation
-        self._is_by_hand = False  # whether the generation is of somebody's own loop, not of the pipeline
+        self._first = 0  # the scheduler's index of the generation's first step
+        self._thread: int | None = None  # the thread that began the generation
+        self._is_by_hand = False  # whether a custom loop runs the generation instead of the pipeline
         self._generation: Generation | None = None
         self._seen = -1
         self._called: Tensor | None = None  # the state (copies * B, N, D) of the first step's call
-        self._copies: int | None = None  # of the sampler's images in a call, known from the first step on
-        self._lifted: tuple[Tensor, int] | None = None  # what a call returned lifted, and how often it was written
+        self._copies: int | None = None  # copies of the sampler's images in a call, known from the first step on
+        self._lifted: tuple[Tensor, int] | None = None  # a call's lifted velocity, and its version when returned
         self._mask: weakref.ref[Tensor] | None = None  # lives as long as the pipeline's call that made it
         self._history = History(config, codebase, calls)
         self._may_be_dense = may_be_dense
-        self.is_dense = False  # whether the generation under way runs as if untouched
+        self.is_dense = False  # whether the current generation runs dense, as if unpatched
 
     def install(self, handle: Handle) -> None:
         """Wraps `set_timesteps` and `step` of the scheduler instance; signatures stay."""
@@ -91,7 +91,7 @@ class SchedulerRoute(Generic[Calls]):
             handle.set_attribute(pipeline, "prepare_mask_latents", wrapped)
 
     def _restore_progress(self, before: Mapping[str, object]) -> None:
-        """Puts the scheduler's levels and place back, but not from within a generation that still needs them."""
+        """Restores the scheduler's levels and position, except within a generation that still needs them."""
         caller = calling_pipeline()
         is_needed = self._generation is not None or not self.is_of(caller)
         if is_needed and getattr(caller, "scheduler", None) is self._scheduler:
@@ -99,57 +99,57 @@ class SchedulerRoute(Generic[Calls]):
         restore_attributes(vars(self._scheduler), before)
 
     def check_idle(self) -> None:
-        """Raises RuntimeError where another thread is making a picture: half of it is sparse."""
+        """Raises RuntimeError if another thread is making a picture, which would end up half sparse."""
         if self._levels is not None and is_called_elsewhere(self._pipeline(), self._thread):
             raise RuntimeError(
-                "Handle.remove: the pipeline must not be making a picture in another thread, got one under way; wait "
+                "Handle.remove: the pipeline must not be making a picture in another thread, got one in progress; wait "
                 "for that thread, or call remove() in its callback_on_step_end"
             )
 
     def _check_thread(self, pipeline: object) -> None:
-        """Raises RuntimeError where another thread makes a picture with this pipeline, and goes on."""
+        """Raises RuntimeError if another thread is making a picture with this pipeline; that picture continues."""
         if self._levels is not None and is_called_elsewhere(pipeline, self._thread):
             raise RuntimeError(
                 "jitaccel: a pipeline must make one picture at a time, got calls in two threads; take turns with "
-                "a lock, or give each thread a pipeline of its own, which may share the weights, but neither scheduler "
+                "a lock, or give each thread its own pipeline, which may share the weights, but neither scheduler "
                 "nor tokenizers (docs/reliability.md shows how)"
             )
 
     def is_of(self, pipeline: object) -> bool:
-        """Returns whether this route is that pipeline's."""
+        """Returns whether this route belongs to that pipeline."""
         return pipeline is not None and self._pipeline() is pipeline
 
     @property
     def is_orphan(self) -> bool:
-        """Whether the pipeline is gone."""
+        """Whether the pipeline has been garbage-collected."""
         return self._pipeline() is None
 
     @property
     def transformer(self) -> nn.Module:
-        """What the pipeline calls."""
+        """The module that the pipeline calls."""
         transformer = self._transformer()
-        assert transformer is not None, "only calls made by the pipeline, which holds it, ask"
+        assert transformer is not None, "only used within calls of the pipeline, which holds it"
         return transformer
 
     def begin_call(self) -> None:
-        """There is one generation at a time: nothing has to be forgotten."""
+        """Does nothing, because there is only one generation at a time."""
 
     @property
     def num_tokens(self) -> int | None:
-        """How many tokens the generation under way makes, or None."""
+        """Number of tokens in the current generation, or None."""
         return None if self._generation is None else num_tokens_of(self._generation.run.grid)
 
     def accepts(self, caller: object) -> bool:
-        """Returns whether a call made inside `caller` (a pipeline, or None: somebody's own loop) belongs here."""
+        """Returns whether a call made inside `caller` (a pipeline, or None for a custom loop) belongs here."""
         return self._is_by_hand if caller is None else self.is_of(caller)
 
     def reset(self) -> None:
-        """Forgets the generation; what it did stays in the statistics."""
+        """Forgets the generation; its statistics stay."""
         self._levels = self._clock = self._generation = self._lifted = self._called = self._copies = None
         self._is_by_hand, self._seen, self.is_dense = False, -1, False
 
     def leave_dense(self, error: UnsupportedModelError) -> bool:
-        """Returns whether the generation, refused with its first call, runs dense; warns that it does."""
+        """Returns whether a generation that was refused at its first call runs dense, and warns if it does."""
         if not self._may_be_dense or self._generation is not None:
             return False
         self.is_dense = True
@@ -169,11 +169,11 @@ class SchedulerRoute(Generic[Calls]):
         return self._history
 
     def stats(self) -> Stats:
-        """Returns what the last generation did."""
+        """Returns the statistics of the last generation."""
         return self._history.stats()
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (branches * B, N, D) at the anchors; elsewhere zeros, or lifted."""
+        """Returns the velocity (branches * B, N, D): exact at the anchors, elsewhere zeros or lifted."""
         generation, index = self._entered(call), self._index()
         assert self._clock is not None
         step = self._clock.step(index - self._first)
@@ -186,12 +186,12 @@ class SchedulerRoute(Generic[Calls]):
                     branches = answer.values.chunk(call.branches)
                     return torch.cat([generation.run.lift(step, call.state, values) for values in branches])
                 return Branches(generation.run, call.branches).scatter(answer.values)
-        if not answer.lifted.is_inference():  # nobody counts how often such tensors are written
+        if not answer.lifted.is_inference():  # inference tensors have no version counter
             self._lifted = answer.lifted, answer.lifted._version
         return answer.lifted
 
     def run_of(self, call: ModelCall) -> Run:
-        """Returns the run as it stands in the step that is due; the first call of a generation begins it."""
+        """Returns the run at the current step; the first call of a generation begins it."""
         return self._entered(call).run
 
     def _entered(self, call: ModelCall) -> Generation:
@@ -215,16 +215,16 @@ class SchedulerRoute(Generic[Calls]):
         is_next = index in (self._seen, self._seen + 1) and step < clock.num_steps
         if not is_next or clock.step(step).stage != run.stage or shape != expected:
             raise RuntimeError(
-                f"jitaccel: a call of the transformer must be of the scheduler's next step, with {expected[0]} images "
-                f"of {expected[1]} tokens, got step {index} after step {self._seen} with {shape[0]} of {shape[1]}; "
-                f"give each generation a scheduler of its own, and start it with set_timesteps"
+                f"jitaccel: the transformer must be called for the scheduler's next step, with {expected[0]} images of "
+                f"{expected[1]} tokens, got step {index} after step {self._seen} with {shape[0]} of {shape[1]}; "
+                f"give each generation its own scheduler, and start it with set_timesteps"
             )
 
     def _begin(self, call: ModelCall, index: int) -> Generation:
         if self._levels is None:
             raise RuntimeError(
-                "jitaccel: set_timesteps of the patched scheduler must be called before the transformer, got none; "
-                "start the generation with it, and give it a scheduler that no other one uses meanwhile"
+                "jitaccel: set_timesteps of the patched scheduler must be called before the transformer, got no call; "
+                "start the generation with it, and use a scheduler that no other generation uses at the same time"
             )
         self._first, self._seen = index, index - 1
         try:
@@ -238,7 +238,7 @@ class SchedulerRoute(Generic[Calls]):
         return generation
 
     def _late_start(self, index: int, steps: int) -> str:
-        """Returns what to say where the steps after `index`, of all `steps`, are too few for every stage."""
+        """Returns the error message for a start at step `index` of `steps` that leaves too few steps for all stages."""
         strength = argument_of_call("strength")
         is_known = isinstance(strength, (int, float)) and 0.0 < strength <= 1.0
         share = strength if is_known else (steps - index) / steps
@@ -249,19 +249,19 @@ class SchedulerRoute(Generic[Calls]):
             advice = f"use {how}{enough}{')' if how.endswith('steps=') and '(' in how else ''}, or {advice}"
         given = f" at strength {strength:g}" if is_known else ""
         return (
-            f"jitaccel: a call that starts late must leave every stage a step, got {steps - index} of {steps} steps"
+            f"jitaccel: a call that starts late must leave a step for every stage, got {steps - index} of {steps} steps"
             f"{given} for {self.config.num_stages} stages; {advice}"
         )
 
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
-        """Returns the tokens (batch, num_tokens) under the mask that the pipeline has prepared, or None without one."""
-        mask = None if self._mask is None else self._mask()  # (B, N, C), of latents
+        """Returns the tokens (batch, num_tokens) under the mask that the pipeline prepared; None without a mask."""
+        mask = None if self._mask is None else self._mask()  # (B, N, C) per latent
         if mask is None or mask.ndim != 3 or mask.shape[1] != num_tokens:
             return None
         return repeated((mask > 0).any(dim=2), batch // mask.shape[0])
 
     def _prepare_mask_latents(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
-        """Notes the mask that a pipeline's public `prepare_mask_latents` returns, alone or first of several."""
+        """Records the mask that a pipeline's public `prepare_mask_latents` returns, alone or as first of several."""
         prepared = original(*args, **kwargs)
         mask = prepared[0] if isinstance(prepared, tuple) else prepared
         self._mask = weakref.ref(mask) if isinstance(mask, Tensor) else None
@@ -290,7 +290,7 @@ class SchedulerRoute(Generic[Calls]):
         if self._copies is None:
             self._copies, self._called = copies_of(sample, self._called), None
             self._history.notes += note_of(self._copies)
-        # Copies of an image get one velocity from here on, so that their tokens stay the same.
+        # From here on, all copies of an image get the same velocity, so that their tokens stay equal.
         step, rows, copies = index - self._first, sample.shape[0], self._copies
         answer = self._answer(generation.run, repeated(model_output, copies))
         velocity = generation.leave(clock.step(step), repeated(sample, copies), answer)
@@ -303,7 +303,7 @@ class SchedulerRoute(Generic[Calls]):
         return output if moved is before else with_state(output, moved[:rows])
 
     def _answer(self, run: Run, model_output: Tensor) -> Answer:
-        """Returns what the pipeline brings: the anchors' velocity, or the very velocity that a call has lifted."""
+        """Returns the pipeline's model output: the anchors' velocity, or a velocity that a call already lifted."""
         if self._lifted is None or model_output is not self._lifted[0] or model_output._version != self._lifted[1]:
             return Answer(run.gather(model_output))
         return Answer(model_output, lifted=model_output)
@@ -341,7 +341,7 @@ class SchedulerRoute(Generic[Calls]):
         self._thread = threading.get_ident()
 
     def _check_transformer(self, pipeline: Pipeline) -> None:
-        """Raises where the pipeline would run another network; a wrapper around the patched one is none."""
+        """Raises if the pipeline would run another network; a wrapper around the patched one is allowed."""
         if all(module is not self._transformer() for module in pipeline.transformer.modules()):
             raise RuntimeError(
                 f"jitaccel: pipeline.transformer must be the patched one, got another "
@@ -352,7 +352,7 @@ class SchedulerRoute(Generic[Calls]):
         self._history.notes = ()
         if requested == steps:
             return
-        note = f"the configuration decides on {steps} steps; the pipeline asked for {requested}"
+        note = f"the configuration sets {steps} steps; the pipeline asked for {requested}"
         note = f"{note} (steps='caller' keeps the pipeline's number)"
         self._history.notes = (note,)
         _log.log(logging.INFO if requested == self._default_steps else logging.WARNING, "jitaccel: %s", note)
@@ -366,7 +366,7 @@ class SchedulerRoute(Generic[Calls]):
 
 
 def check_scheduler(scheduler: Scheduler, is_inverted: bool = False) -> list[str]:
-    """Returns why a scheduler is not first-order Euler on flow-matching levels, or their inverse; [] where it is."""
+    """Returns why a scheduler is not first-order Euler on flow-matching levels or their inverse; [] if it is."""
     kind = type(scheduler).__name__
     if not any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
         return [f"its scheduler must be a FlowMatchEulerDiscreteScheduler (first-order Euler), got {kind}"]
@@ -378,7 +378,7 @@ def check_scheduler(scheduler: Scheduler, is_inverted: bool = False) -> list[str
 
 
 def with_state(output: Any, state: Tensor) -> Any:
-    """Returns what a scheduler's step returned, with another state in it."""
+    """Returns the result of a scheduler's step with its state replaced."""
     if isinstance(output, tuple):
         return (state, *output[1:])
     return type(output)(prev_sample=state)

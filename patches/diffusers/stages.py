@@ -1,4 +1,4 @@
-"""diffusers' FLUX.1 as exported stages: stages as modules, and what stands in for the transformer behind the patch."""
+"""diffusers' FLUX.1 as exported stages: the stages as modules, and a stand-in that runs them as the transformer."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ _ARGUMENTS = (
 class FluxStage(nn.Module):
     """One stage of a FLUX transformer as a function of tensors, for images of one size and prompts of one length.
 
-    Its constants: position ids and how many tokens of each kind a document has. Anchors are an argument; a stage that
-    pools the picture has none (`PooledFluxStage`).
+    Position ids and token counts are constants of the stage. Anchors are an argument. A stage that pools the picture
+    has no anchors (`PooledFluxStage`).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class FluxStage(nn.Module):
         given = Conditions(
             text=text.flatten(0, 1),
             pooled=pooled,
-            # Rounded as a pipeline does, which hands a timestep of 0 to 1000 on in the model's dtype.
+            # Rounded as in a pipeline, which passes a timestep from 0 to 1000 in the model's dtype.
             level=((1000 * plan.show_level(levels[0])).to(state.dtype) / 1000).expand(batch),
             guidance=guidance if self.model.config.guidance_embeds else None,
         )
@@ -145,7 +145,7 @@ def export(
     check_text_to_image(pipeline)
     model, unit = pipeline.transformer, 2 * pipeline.vae_scale_factor
     if hook_of(model) is not None:
-        raise ConfigError("export: target must not be patched, got a pipeline that is; remove() its handle first")
+        raise ConfigError("export: target must not be patched, got a patched pipeline; remove() its handle first")
     if reasons := reasons_unpackable(model):
         raise UnsupportedModelError(f"export: the transformer must be diffusers' own, got: {'; '.join(reasons)}")
     if len(size) != 2 or any(
@@ -156,7 +156,7 @@ def export(
             f"round it"
         )
     if config.steps == "caller":
-        raise ConfigError("export: steps must be a number, got what the caller will ask for; give steps=")
+        raise ConfigError("export: steps must be a number, got the caller's number, which is not known; give steps=")
     grid = (size[0] // unit, size[1] // unit)
     num_tokens, device = grid[0] * grid[1], model.device
     backend = choose_backend(attention, device, model.dtype, model.config.attention_head_dim)
@@ -181,7 +181,7 @@ def export(
 
 
 def _arguments(model: FluxTransformer2DModel, grid: tuple[int, int], batch: int, text_tokens: int) -> dict[str, Tensor]:
-    """Returns the arguments of one call of a stage that pools, by name, in order, to trace it with."""
+    """Returns the arguments, by name and in order, with which a pooled stage is traced."""
     settings, generator = model.config, torch.Generator("cpu").manual_seed(0)
     shapes = (
         (batch, grid[0] * grid[1], settings.in_channels),
@@ -198,7 +198,7 @@ def _arguments(model: FluxTransformer2DModel, grid: tuple[int, int], batch: int,
 def _with_anchors(
     arguments: dict[str, Tensor], config: JiTConfig, grid: tuple[int, int], count: int
 ) -> dict[str, Tensor]:
-    """Returns the arguments of one call of a stage that does not pool: anchors and their lift after the state."""
+    """Returns the arguments of a stage that does not pool, with the anchors and their lift after the state."""
     state, generator = arguments["state"], torch.Generator("cpu").manual_seed(0)
     anchors = torch.stack([first_anchors(grid, count, generator)] * len(state)).to(state.device)
     plan = make_lift_plan(anchors, grid, config.blur_scale)
@@ -207,11 +207,11 @@ def _with_anchors(
 
 
 def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation:
-    """Returns what lets a `FluxPipeline` run exported stages in place of its transformer."""
+    """Returns the installation with which a `FluxPipeline` runs exported stages instead of its transformer."""
     check_text_to_image(pipeline, has_transformer=False)
     model = pipeline.transformer
     if scheduler_handle(pipeline.scheduler) is not None or (model is not None and hook_of(model) is not None):
-        raise ConfigError("Exported.apply: pipeline must not be patched, got one that is; remove() its handle first")
+        raise ConfigError("Exported.apply: pipeline must not be patched, got a patched one; remove() its handle first")
     stand_in = _StandIn(exported)
     calls = _Calls(exported)
     route = SchedulerRoute(pipeline, exported.manifest.config, "exported FluxPipeline", calls, transformer=stand_in)
@@ -227,7 +227,7 @@ def prepare_exported(pipeline: FluxPipeline, exported: Exported) -> Installation
 
 
 class _Calls:
-    """What statistics say of exported stages."""
+    """Statistics of exported stages."""
 
     execution = "exported"
     compiled = None
@@ -237,11 +237,11 @@ class _Calls:
         self.attention: str | None = f"{exported.manifest.attention}, {exported.manifest.format}"
 
     def release(self) -> None:
-        """Nothing to let go of: the stages are the caller's."""
+        """Does nothing, because the stages belong to the caller."""
 
 
 class _StandIn(nn.Module):
-    """What a `FluxPipeline` calls its transformer: checks a call by the manifest, and runs the stage that is due."""
+    """Takes the place of a `FluxPipeline`'s transformer: checks a call against the manifest and runs its stage."""
 
     route: SchedulerRoute[_Calls]
 
@@ -260,7 +260,7 @@ class _StandIn(nn.Module):
         return dtype
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Stages keep nothing from call to call."""
+        """Returns a context without effect, because stages keep nothing between calls."""
         return nullcontext()
 
     def forward(self, *, return_dict: bool = True, **arguments: Any) -> Any:
@@ -309,14 +309,14 @@ class _StandIn(nn.Module):
             _each(arguments["encoder_hidden_states"], batch),
             _each(arguments["pooled_projections"], batch),
             _each(no_guidance if guidance is None else guidance.float(), batch),
-            # The scheduler takes the step, so there is no next level; the timestep of the call may be rounded.
+            # The scheduler takes the step, so no next level is needed; the call's own timestep may be rounded.
             torch.full((2,), run.noise_level, dtype=torch.float32, device=state.device),
         )
         return Answer(run.gather(velocity), velocity)
 
 
 def _no_model() -> Tensor:
-    raise AssertionError("exported stages are never left dense: there is no model to run")
+    raise AssertionError("exported stages never fall back to dense, because there is no model to run")
 
 
 def _each(x: Tensor, batch: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""FLUX.1, FLUX.2 and Chroma: what their codebases share, and packed execution."""
+"""FLUX.1, FLUX.2 and Chroma: code shared by all their codebases, and packed execution."""

@@ -1,4 +1,4 @@
-"""What the arguments of a FLUX model say: the grid of its tokens, which are generated, and the noise level."""
+"""Reads the arguments of a FLUX model: the token grid, which tokens are generated, and the noise level."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jitaccel.method.run import Run
 
 
 def one_image(ids: Tensor) -> Tensor:
-    """Returns position ids (S, A) of ids that may be given for each image, (B, S, A)."""
+    """Returns one image's position ids (S, A), from ids that may have one row for each image, (B, S, A)."""
     if ids.ndim == 2:
         return ids
     if ids.shape[0] > 1 and not bool((ids == ids[:1]).all()):
@@ -23,8 +23,11 @@ def one_image(ids: Tensor) -> Tensor:
 def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
     """Returns (grid_h, grid_w) of position ids (N, A), rows (0, row, column) or (0, row, column, 0) in raster order.
 
-    Ids in half precision are rounded, beyond 256 in bfloat16; the first row's end tells the grid all the same.
-    Waits for the device. Raises ValueError for ids that are no raster, or not as many as the tokens.
+    Ids in half precision are rounded (in bfloat16 beyond 256); the end of the first row still gives the grid width.
+    Waits for the device.
+
+    Raises:
+        ValueError: If the ids are not in raster order, or there is not one id per token.
     """
     ids = one_image(img_ids.detach()).cpu()
     ends = ids[:, 1].nonzero()
@@ -43,9 +46,11 @@ def grid_of_ids(img_ids: Tensor, num_tokens: int) -> tuple[int, int]:
 
 
 def single_level(timestep: Tensor) -> float:
-    """Returns the noise level that all images of a batch have. Waits for the device.
+    """Returns the noise level that all images of a batch share. Waits for the device.
 
-    Raises UnsupportedModelError where they differ, ValueError for what is no level.
+    Raises:
+        UnsupportedModelError: If the images have different levels.
+        ValueError: If the timestep is not a noise level.
     """
     levels = timestep.detach().float().flatten().tolist()
     if any(level != levels[0] for level in levels):
@@ -58,10 +63,10 @@ def single_level(timestep: Tensor) -> float:
 
 
 def shown_timestep(run: Run, timestep: Tensor) -> Tensor:
-    """Returns the `timestep` that a stage's network is given in place of the call's own, in its shape and dtype.
+    """Returns the `timestep` for a stage's network, which replaces the call's own, in the same shape and dtype.
 
-    A pooled stage shows a picture at a level of its own, rounded here as the pipelines round theirs: 1000 times it, in
-    the dtype, divided.
+    A pooled stage shows a picture at a different level. It is rounded as the pipelines round theirs: multiplied by
+    1000, cast to the dtype, and divided by 1000.
     """
     if run.factor == 1:
         return timestep
@@ -69,25 +74,28 @@ def shown_timestep(run: Run, timestep: Tensor) -> Tensor:
 
 
 class SeenIds:
-    """How many ids are of generated tokens, told once of the same tensor as long as nobody writes it."""
+    """Counts the ids of generated tokens, and remembers the count as long as the same tensor comes unmodified."""
 
     def __init__(self) -> None:
         self._seen: tuple[weakref.ref[Tensor], int, int] | None = None
 
     def num_generated(self, ids: Tensor) -> int:
-        """Returns the number for position ids (S, A) or (B, S, A); waits for the device where they are new."""
+        """Returns the count for position ids (S, A) or (B, S, A); waits for the device if the tensor is new."""
         if self._seen is not None and self._seen[0]() is ids and self._seen[1] == ids._version:
             return self._seen[2]
         count = num_generated(one_image(ids))
-        # In inference mode nobody counts how often a tensor is written.
+        # Inference tensors have no version counter, so writes to them would go unnoticed.
         self._seen = None if ids.is_inference() else (weakref.ref(ids), ids._version, count)
         return count
 
 
 def num_generated(ids: Tensor) -> int:
-    """Returns how many of the position ids (S, A) are of generated tokens, whose first id is 0. Waits for the device.
+    """Returns how many of the position ids (S, A) belong to generated tokens, whose first id is 0.
 
-    Raises UnsupportedModelError where those do not come first.
+    Waits for the device.
+
+    Raises:
+        UnsupportedModelError: If the generated tokens do not come first.
     """
     is_reference = ids[:, 0] != 0
     count = len(ids) - int(is_reference.sum())
@@ -100,8 +108,8 @@ def num_generated(ids: Tensor) -> int:
 
 
 def check_guidance(guidance: Tensor | None) -> None:
-    """Raises ConfigError for embedded guidance (B,) that is not finite. Waits for the device."""
+    """Raises ConfigError if embedded guidance (B,) is not finite. Waits for the device."""
     if guidance is not None and not bool(torch.isfinite(guidance).all()):
         raise ConfigError(
-            f"jitaccel: guidance must be finite, got {guidance.flatten().tolist()}; give guidance_scale a number"
+            f"jitaccel: guidance must be finite, got {guidance.flatten().tolist()}; pass a finite guidance_scale"
         )

@@ -1,4 +1,4 @@
-"""Which execution a call of a FLUX transformer gets; packed: all images of a batch in one forward."""
+"""Runs the calls of a FLUX transformer packed (all images of a batch in one forward) or indexed."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import CompileStats
 
 _log = logging.getLogger(__name__)
-_ALL_TOKENS = 1e-9  # a density this near to 1 leaves no token out
+_ALL_TOKENS = 1e-9  # a density within this distance of 1 leaves no token out
 _COMPILED_AROUND = (
-    "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
-    "torch.compile(...) before apply"
+    "the transformer runs uncompiled, because torch.compile was applied after the patch: use apply(compile=True), or "
+    "call torch.compile(...) before apply"
 )
 
 
 @dataclass
 class _Stage:
-    """What a generation's calls share within a stage. packs: those made, with the position ids they were made of."""
+    """Data that a generation's calls share within a stage. `packs` holds pairs of position ids and their pack."""
 
     plan: LiftPlan | PooledPlan | None = None
     reasons: tuple[str, ...] = ()
@@ -65,44 +65,44 @@ class FluxCalls:
         kind = kind_of(model)
         assert kind is not None
         self._kind = kind
-        # What is dense throughout stays the model's own, bit for bit.
+        # A configuration that is dense throughout runs the model's own forward, bit for bit.
         pays = config.densities[0] < 1.0 - _ALL_TOKENS or options.compile is not None
         self._is_wanted = options.execution == "packed" or (options.execution == "auto" and pays)
         self._stages: WeakKeyDictionary[Run, _Stage] = WeakKeyDictionary()
         self._attention: Backend | None = None
         self._compiler = compiler_of(options)
-        # In a graph the lift costs nothing; elsewhere it is the method's, and timed as such.
+        # In a compiled graph the lift costs nothing. Otherwise the method does it, so that its time is counted there.
         self._lifter = None if self._compiler is None else config.lifter
         self._reasons: tuple[str, ...] = ()
         self._is_compiled_around = self._has_residuals = False
         if self._is_wanted and not kind.packs:
             self._is_wanted = False
             if options.execution == "packed" or options.compile is not None:
-                self._fall_back((f"packed execution does not know {kind.model}",))
+                self._fall_back((f"packed execution does not support {kind.model}",))
         elif self._is_wanted:
             self._fall_back(tuple(reasons_unpackable(model)))
 
     @property
     def execution(self) -> str:
-        """What the last call ran on."""
+        """How the last call was executed."""
         return "packed" if self._is_wanted and not self._reasons else "indexed"
 
     @property
     def attention(self) -> str | None:
-        """The attention backend of packed execution; None before it ran, and for the model's own."""
+        """The attention backend of packed execution; None before the first packed call and for the model's own."""
         return self._attention.name if self._attention is not None and self.execution == "packed" else None
 
     @property
     def compiled(self) -> CompileStats | None:
-        """What compilation did so far; None without it."""
+        """Statistics of compilation so far; None if not compiled."""
         return None if self._compiler is None else self._compiler.stats
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why the model runs indexed where packed was asked for, and why stages are not compiled."""
-        notes = tuple(f"indexed execution, since {reason}" for reason in self._reasons)
+        """Reasons why the model runs indexed although packed was requested, and why stages are not compiled."""
+        notes = tuple(f"indexed execution, because {reason}" for reason in self._reasons)
         if self._has_residuals:
-            notes += ("costs are of the transformer alone, without the ControlNet",)
+            notes += ("costs are those of the transformer, without the ControlNet",)
         if self._is_compiled_around:
             notes += (_COMPILED_AROUND,)
         return notes + (() if self._compiler is None else self._compiler.notes)
@@ -114,7 +114,7 @@ class FluxCalls:
         self._is_compiled_around = True
 
     def _fall_back(self, reasons: tuple[str, ...]) -> None:
-        """Notes why a model runs indexed, or that nothing hinders it; an error where the user allowed no fallback."""
+        """Records why a model runs indexed (no reasons: it runs packed); raises if the user allowed no fallback."""
         if reasons and self._options.strict:
             raise UnsupportedModelError(
                 f"jitaccel: execution must be covered with strict=True, got {'; '.join(reasons)}; "
@@ -122,11 +122,11 @@ class FluxCalls:
             )
         if reasons and reasons != self._reasons:
             level = logging.WARNING if self._options.execution == "packed" else logging.INFO
-            _log.log(level, "jitaccel: indexed execution, since %s", "; ".join(reasons))
+            _log.log(level, "jitaccel: indexed execution, because %s", "; ".join(reasons))
         self._reasons = reasons
 
     def release(self) -> None:
-        """Lets go of compiled graphs and their memory."""
+        """Frees compiled graphs and their memory."""
         if self._compiler is not None:
             self._compiler.release()
 
@@ -161,7 +161,7 @@ class FluxCalls:
     def _packed(
         self, module: nn.Module, stage: _Stage, arguments: Arguments, split: Split, run: Run, state: Tensor
     ) -> Answer:
-        """Returns the velocity at the anchors, of one forward for all images of the batch."""
+        """Returns the velocity at the anchors, from one forward for all images of the batch."""
         batch, guidance = state.shape[0], arguments.get("guidance")
         attention = self._attention = choose_backend(
             self._options.attention, state.device, state.dtype, settings_of(module).attention_head_dim
@@ -188,7 +188,7 @@ def _reasons(module: nn.Module, hook: ModelHook | None, arguments: Arguments) ->
 
 
 def _pack(module: nn.Module, stage: _Stage, arguments: Arguments, split: Split, run: Run) -> Pack:
-    """Returns the pack of a call's position ids, the one made before where they are the same tensors."""
+    """Returns the pack of a call's position ids; reuses an earlier pack of the same tensors."""
     given = (_flat_ids(arguments["txt_ids"]), _flat_ids(arguments["img_ids"]))
     key = (arguments["txt_ids"], arguments["img_ids"])
     for known, pack in stage.packs:
@@ -198,7 +198,7 @@ def _pack(module: nn.Module, stage: _Stage, arguments: Arguments, split: Split, 
     positions = run.plan.positions
     image_ids = [split.ids_at(given[1], None if run.is_dense else positions[k]) for k in range(batch)]
     pack = make_pack(module, [given[0]] * batch, image_ids)
-    stage.packs = [*stage.packs[-1:], (key, pack)]  # two branches of guidance may have ids of their own
+    stage.packs = [*stage.packs[-1:], (key, pack)]  # keeps two, because the guidance branches may have different ids
     return pack
 
 
@@ -211,5 +211,5 @@ def _expand(tensor: Tensor, batch: int) -> Tensor:
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
-    """Returns a row for each image, in memory of its own: a captured graph writes its inputs."""
+    """Returns one row for each image as a new tensor, because a captured graph writes its inputs."""
     return _expand(tensor, batch).contiguous()

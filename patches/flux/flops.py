@@ -1,4 +1,4 @@
-"""Floating-point operations of FLUX transformers, attention and text counted; a multiply-add is two."""
+"""Floating-point operations of FLUX transformers, attention and text included; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ FLUX_DEV: Mapping[str, Any] = {
     "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
 }
-"""What the configuration of FLUX.1-dev's transformer says."""
-FLUX_DEV_TEXT_TOKENS = 512  # that FluxPipeline pads prompts to
+"""The configuration of FLUX.1-dev's transformer."""
+FLUX_DEV_TEXT_TOKENS = 512  # FluxPipeline pads prompts to this length
 
 
 def flux_dev_flops(image_tokens: int) -> int:
-    """Returns the operations of one forward of FLUX.1-dev by the image tokens that enter."""
+    """Returns the operations of one forward of FLUX.1-dev with `image_tokens` image tokens."""
     return flux_flops(FLUX_DEV, image_tokens, FLUX_DEV_TEXT_TOKENS)
 
 
 def flux_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, batch: int = 1) -> int:
     """Returns the operations of one forward of diffusers' `FluxTransformer2DModel`.
 
-    Matrix products only, which leaves out norms, activations and softmax (under 1 % for FLUX.1-dev).
+    Counts matrix products only; norms, activations and softmax are left out (under 1 % for FLUX.1-dev).
 
-    config: the model's configuration. image_tokens: those that enter, M. text_tokens: T5 tokens, padding counted.
+    Args:
+        config: The model's configuration.
+        image_tokens: M, the image tokens that enter the network.
+        text_tokens: T5 tokens, padding included.
+        batch: Number of images.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     tokens = image_tokens + text_tokens
@@ -52,10 +56,10 @@ def flux2_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int, 
     tokens = image_tokens + text_tokens
     blocks = config["num_layers"] + config["num_single_layers"]
     hidden = int(width * config["mlp_ratio"])
-    projections = blocks * tokens * (4 * width**2 + 3 * hidden * width)  # gated: two ways in, one out
+    projections = blocks * tokens * (4 * width**2 + 3 * hidden * width)  # gated: two projections in, one out
     attention = blocks * 2 * tokens**2 * width
     modulation = (6 + 6 + 3 + 2) * width**2  # shared by the blocks
-    conditions = 2 if config.get("guidance_embeds", True) else 1  # diffusers 0.36 knows only those with
+    conditions = 2 if config.get("guidance_embeds", True) else 1  # diffusers 0.36 only has models with guidance
     embedding = conditions * (config["timestep_guidance_channels"] * width + width**2)
     return 2 * batch * (projections + attention + modulation + embedding + _ends(config, image_tokens, text_tokens))
 
@@ -68,7 +72,7 @@ def chroma_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int,
     projections = blocks * tokens * (4 + 2 * _MLP_RATIO) * width**2
     attention = blocks * 2 * tokens**2 * width
     hidden = config["approximator_hidden_dim"]
-    rows = 12 * config["num_layers"] + 3 * config["num_single_layers"] + 2  # of modulation, all made by one network
+    rows = 12 * config["num_layers"] + 3 * config["num_single_layers"] + 2  # modulation rows, made by one network
     approximator = config["approximator_num_channels"] * hidden
     approximator += config["approximator_layers"] * 2 * hidden**2 + hidden * width
     ends = _ends(config, image_tokens, text_tokens)

@@ -1,4 +1,4 @@
-"""Hooks around modules whose forward is not called: packed execution runs them beside what it runs itself."""
+"""Runs the hooks on modules whose forward packed execution does not call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..diffusers_private import accelerate_hook, hook_registry
 
 @contextmanager
 def model_hooks(model: nn.Module, own: ModelHook | None, lora_scale: float | None) -> Iterator[None]:
-    """Runs what the model's own forward would have run around it: offloading hooks inside `own`, and the LoRA scale."""
+    """Does what the model's own forward does around its blocks: offloading hooks inside `own`, and the LoRA scale."""
     inside = []
     for hook in registered_hooks(model):
         if hook is own:
@@ -33,13 +33,13 @@ def model_hooks(model: nn.Module, own: ModelHook | None, lora_scale: float | Non
 
 
 def block_hooks(block: nn.Module) -> AbstractContextManager[None]:
-    """Runs the hooks on a block around what runs in its place."""
+    """Runs a block's hooks around the code that replaces the block."""
     return _hooks(block, registered_hooks(block))
 
 
 @contextmanager
 def _hooks(module: nn.Module, registered: Sequence[object]) -> Iterator[None]:
-    """Runs the hooks of diffusers and accelerate that bring a module's weights in and out, the outermost first."""
+    """Runs the hooks of diffusers and accelerate that load and offload a module's weights, outermost first."""
     outermost = accelerate_hook(module)
     hooks = [*([] if outermost is None else [outermost]), *registered]
     for hook in reversed(hooks):
@@ -52,6 +52,6 @@ def _hooks(module: nn.Module, registered: Sequence[object]) -> Iterator[None]:
 
 
 def registered_hooks(module: nn.Module) -> list[Any]:
-    """Returns the hooks of diffusers on a module itself, the innermost first."""
+    """Returns the diffusers hooks on the module itself, innermost first."""
     registry = hook_registry(module)
     return [] if registry is None else [*registry.hooks.values()]

@@ -1,4 +1,4 @@
-"""Runs a model's own forward on the anchors: tokens, position ids, masks and residuals of those alone."""
+"""Runs a model's own forward on the anchors, with tokens, position ids, masks and residuals cut to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .kinds import Kind
 def run_indexed(
     kind: Kind, original: Forward, arguments: Arguments, split: Split, run: Run, state: Tensor
 ) -> Tensor:
-    """Returns the velocity (B, M, D) at a run's anchors of a state (B, N, D); image by image where anchors differ."""
+    """Returns the velocity (B, M, D) at a run's anchors of a state (B, N, D); image by image if anchors differ."""
     calls = calls_at_anchors(kind, arguments, split, run, state)
     velocities = [original(**{**own, **_with_axes(kind, own), "return_dict": False})[0] for own in calls]
     velocity = velocities[0] if len(velocities) == 1 else torch.cat(velocities)
@@ -26,7 +26,7 @@ def run_indexed(
 
 
 def _with_axes(kind: Kind, arguments: Arguments) -> dict[str, Any]:
-    """Returns position ids with as many axes as the hooks that divide them among ranks expect."""
+    """Returns position ids with the number of axes expected by the hooks that divide them among ranks."""
     ids = {name: arguments[name] for name in ("img_ids", "txt_ids")}
     return {name: x[None] if x.ndim < kind.ids_ndim else x for name, x in ids.items()}
 
@@ -36,7 +36,7 @@ def calls_at_anchors(
 ) -> list[dict[str, Any]]:
     """Returns the arguments of the forwards that compute a run's anchors of a state (B, N, D).
 
-    One forward, or one for each image where their anchors differ.
+    It is one forward, or one for each image if their anchors differ.
     """
     ids = one_image(arguments["img_ids"])
     tokens = {"hidden_states": split.tokens(run, state)}
@@ -53,7 +53,7 @@ def calls_at_anchors(
 
 
 def _at_anchors(kind: Kind, arguments: Arguments, split: Split, run: Run) -> dict[str, Any]:
-    """Returns what is given for every token, of those that enter."""
+    """Returns the arguments that hold every token, cut to those that enter the network."""
     batch, text_tokens = run.anchors.shape[0], arguments["encoder_hidden_states"].shape[1]
     found: dict[str, Any] = {"timestep": shown_timestep(run, arguments["timestep"])}
     for name in kind.masks:
@@ -69,9 +69,9 @@ def _at_anchors(kind: Kind, arguments: Arguments, split: Split, run: Run) -> dic
 
 
 def _of_image(kind: Kind, arguments: Arguments, image: int) -> dict[str, Any]:
-    """Returns the arguments that have a row for each image, of one image."""
+    """Returns one image's rows of the arguments that have a row for each image."""
     present = ((name, arguments.get(name)) for name in ("hidden_states", *kind.per_image))
-    # One row serves every image of a batch, as it does in the model.
+    # As in the model, a single row serves every image of a batch.
     rows: dict[str, Any] = {name: _row(value, image) for name, value in present if value is not None}
     for name in kind.residuals:
         if arguments.get(name) is not None:

@@ -1,4 +1,4 @@
-"""What the FLUX transformers of diffusers have in common, and in what they differ, as data."""
+"""The FLUX transformers of diffusers, with their differences described as data."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Kind:
 
     Attributes:
         model: Name of the class.
-        cost: (configuration, image tokens, text tokens) to operations.
-        per_image: Arguments with a row for each image, or one for all.
+        cost: Maps (configuration, image tokens, text tokens) to operations.
+        per_image: Arguments with one row for each image, or a single row for all.
         masks: Arguments over text and image tokens, (B, T + S).
-        tokens: Further arguments with a row for each image token, (B, S, C).
-        residuals: Arguments that are lists of what is added to image tokens, (B, S, width).
-        refused: Arguments that cannot be accelerated, with what they are.
-        attention_arguments: Entries of joint_attention_kwargs that any subset of the tokens may have.
+        tokens: Further arguments with one row for each image token, (B, S, C).
+        residuals: Arguments that are lists of residuals added to image tokens, (B, S, width).
+        refused: Arguments that cannot be accelerated, with a description for messages.
+        attention_arguments: Entries of joint_attention_kwargs that do not depend on which tokens enter.
         packs: Whether packed execution supports it.
         divides: Whether it was tested with tokens divided among ranks.
-        ids_ndim: Axes that the position ids must have where ranks divide them.
-        patch: Latents along a token's side.
+        ids_ndim: Number of axes that the position ids must have if ranks divide them.
+        patch: Number of latents along a token's side.
     """
 
     model: str
@@ -93,7 +93,7 @@ CONTROLNET = Kind(
 )
 MODELS = tuple(kind.model for kind in KINDS)
 
-# Pipelines by the transformer that they run. What is repainted under a mask is where anchors are placed.
+# Pipelines by the transformer they run. With a mask, the repainted tokens are anchors from the start.
 PIPELINES: Mapping[str, tuple[str, ...]] = {
     "FluxTransformer2DModel": (
         "FluxPipeline",
@@ -118,42 +118,42 @@ _NUNCHAKU_TOKENS = 256  # its kernels pad a sequence to a multiple of this
 
 
 def channels_of(model: nn.Module) -> int:
-    """Returns the channels of what a model returns, of a token.
+    """Returns the number of channels per token in a model's output.
 
-    A Control LoRA doubles `config.in_channels` on loading, which says nothing of them any more where
-    `config.out_channels` is null.
+    If `config.out_channels` is null, `config.in_channels` cannot be used instead, because loading a Control LoRA
+    doubles it.
     """
     channels: Any = model.out_channels
     return int(channels)
 
 
 def token_multiple(model: nn.Module) -> int:
-    """Returns what numbers of anchors are rounded up to: ranks divide them, nunchaku's models compute the padding."""
+    """Returns the multiple to which the number of anchors is rounded up: for ranks, and for nunchaku's padding."""
     is_nunchaku = any(kind.__name__.startswith("Nunchaku") for kind in type(model).__mro__)
     return math.lcm(_NUNCHAKU_TOKENS if is_nunchaku else 1, ranks_multiple(model))
 
 
 def cost_of(model: nn.Module) -> Cost:
-    """Returns the operations of one forward of a transformer, by numbers of image and text tokens.
+    """Returns a function from numbers of image and text tokens to the operations of one forward of a transformer.
 
     Raises:
-        UnsupportedModelError: For a transformer of another kind.
+        UnsupportedModelError: If the transformer is not one of the FLUX classes.
     """
     kind = kind_of(model)
     if kind is None:
         raise UnsupportedModelError(
-            f"jitaccel: operations must be of one of {', '.join(MODELS)}, got {type(model).__name__}; "
-            f"ask handle.stats()"
+            f"jitaccel: the transformer must be one of {', '.join(MODELS)}, got {type(model).__name__}; "
+            f"read its operations from handle.stats()"
         )
     return functools.partial(kind.cost, settings_of(uncompiled(model)))
 
 
 def cost_of_pipeline(pipeline: Pipeline) -> Cost:
-    """Returns the operations of one forward of a pipeline's transformer, as `cost_of` does."""
+    """Returns the same function as `cost_of`, for a pipeline's transformer."""
     return cost_of(pipeline.transformer)
 
 
 def kind_of(model: nn.Module) -> Kind | None:
-    """Returns the kind of a transformer, through `torch.compile`'s wrapper and derived classes; None for others."""
+    """Returns the kind of a transformer, looking inside `torch.compile`'s wrapper and at base classes; else None."""
     names = [kind.__name__ for kind in type(uncompiled(model)).__mro__]
     return next((kind for kind in KINDS if kind.model in names), None)

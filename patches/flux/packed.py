@@ -1,8 +1,8 @@
-"""diffusers' FLUX.1 transformer on one packed sequence: its own weights and modules, whatever number of images.
+"""diffusers' FLUX.1 transformer on one packed sequence for any number of images, with the model's weights and modules.
 
-Images of one batch may have anchors, prompts, sizes and noise levels of their own. Every leaf of the model is called as
-a module, so that LoRA layers, quantised weights and offloading of leaves work; hooks on what is not called (blocks, the
-model itself) are run beside it.
+The images of a batch may differ in anchors, prompts, sizes and noise levels. Every leaf of the model is called as a
+module, so that LoRA layers, quantised weights and offloading of leaves work. Hooks on modules that are not called
+(blocks, the model itself) are run explicitly.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ _HALF_RANGE = 65504  # FLUX overflows float16; the model's own blocks clip
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """What a stage and batch share over all steps.
+    """Data that all steps of a stage and batch share.
 
-    rotary: cosines and sines (T, head_dim) of the documents. hooked: whether hooks of blocks are to be run beside them.
+    Attributes:
+        layout: The segments of the packed sequence.
+        rotary: Cosines and sines (T, head_dim) of the documents.
+        hooked: Whether the hooks of blocks must be run.
     """
 
     layout: PackedLayout
@@ -52,9 +55,13 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What one forward of S segments gets beside image tokens, each a sequence over all of them.
+    """The inputs of one forward of S segments other than image tokens.
 
-    text: (T_text, E). pooled: (S, P). level, guidance: (S,); no guidance without embedding.
+    Attributes:
+        text: (T_text, E), the text tokens of all segments.
+        pooled: (S, P).
+        level: (S,).
+        guidance: (S,); None for models without a guidance embedding.
     """
 
     text: Tensor
@@ -64,7 +71,7 @@ class Conditions:
 
 
 def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor]) -> Pack:
-    """Returns the pack of segments with these position ids, (L_k, 3) and (M_k, 3) each."""
+    """Returns the pack of segments whose text and image position ids are (L_k, 3) and (M_k, 3)."""
     device = image_ids[0].device
     layout = PackedLayout.of([len(ids) for ids in text_ids], [len(ids) for ids in image_ids], device)
     ids = layout.join(torch.cat([*text_ids]), torch.cat([*image_ids]))
@@ -74,36 +81,42 @@ def make_pack(model: Any, text_ids: Sequence[Tensor], image_ids: Sequence[Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """What a model is shown beside a state: further channels of its tokens (B, N, E), then references (B, R, C)."""
+    """A model's conditions next to the state: extra channels (B, N, E) of its tokens, and references (B, R, C)."""
 
     extra: Tensor | None = None
     references: Tensor | None = None
 
 
 class Blocks(NamedTuple):
-    """What runs a double and a single block."""
+    """The functions that run a double-stream and a single-stream block."""
 
     double: Callable[[Any, Tensor, Tensor, Tensor, Pack, Attend], tuple[Tensor, Tensor]]
     single: Callable[[Any, Tensor, Tensor, Pack, Attend], Tensor]
 
 
 def plain_blocks() -> Blocks:
-    """Returns the blocks as they are."""
+    """Returns the block functions unchanged."""
     return Blocks(_double, _single)
 
 
 @functools.cache
 def regional_blocks() -> Blocks:
-    """Returns blocks that a compiler makes code for once, and reuses wherever they repeat in a graph."""
+    """Returns block functions that are compiled once and reused for every repetition in a graph."""
     return Blocks(torch.compiler.nested_compile_region(_double), torch.compiler.nested_compile_region(_single))
 
 
 def packed_forward(
     model: Any, pack: Pack, tokens: Tensor, given: Conditions, attend: Attend, blocks: Blocks | None = None
 ) -> Tensor:
-    """Returns the velocity (T_image, channels) of every segment's image tokens, as the model gives it to each alone.
+    """Returns the velocity (T_image, channels) of all image tokens, equal to the model's on each segment by itself.
 
-    tokens: (T_image, channels), segment after segment. blocks: None for the plain ones.
+    Args:
+        model: The transformer.
+        pack: The layout of the segments.
+        tokens: (T_image, channels), segment after segment.
+        given: The other inputs of the segments.
+        attend: The attention.
+        blocks: The block functions; None for the plain ones.
     """
     double, single = blocks or plain_blocks()
     layout = pack.layout
@@ -128,10 +141,10 @@ def packed_forward(
 
 
 def compiler_of(options: Execution) -> Compiler | None:
-    """Returns what compiles the forwards of one `apply`; None where they run eagerly."""
+    """Returns the compiler for the forwards of one `apply`; None if they run eagerly."""
     if options.compile is None:
         return None
-    from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
+    from jitaccel.execution.compile import Compiler  # imported late: the compiler takes a second to import
 
     return Compiler(options.compile, options.strict)
 
@@ -164,16 +177,27 @@ def run_stage(
     noise_level: float = 1.0,
     compiler: Compiler | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the velocity at the anchors of a state (B, N, D), (B, M, D), and lifted from them, (B, N, D).
+    """Returns the velocity at the anchors, (B, M, D), and the velocity lifted from them, (B, N, D).
 
-    The pack has a segment for each image. The second is there with a lifter, in a sparse stage. With a compiler all is
-    one graph, made for these lengths.
-    noise_level: the state's own, which `given` may have rounded.
+    The lifted velocity is None in a dense stage or without a lifter. With a compiler, all of this is one graph for
+    these lengths.
+
+    Args:
+        model: The transformer.
+        pack: The layout, with one segment for each image.
+        plan: The stage's anchors.
+        state: (B, N, D).
+        shown: Conditions next to the state.
+        given: The other inputs of the segments.
+        attention: The attention backend.
+        lifter: How to lift; None for not at all.
+        noise_level: The state's exact level, which may be rounded in `given`.
+        compiler: Compiles the stage; None runs it eagerly.
     """
     layout = pack.layout
     if plan.is_dense:
         lifter = None
-    level: Tensor | float = 1.0  # not looked at, and the same at every step: a number is compiled in
+    level: Tensor | float = 1.0  # unused; a number is compiled into the graph, so it must be the same at every step
     is_pooled = isinstance(plan, PooledPlan)
     if lifter == "clean" or is_pooled:
         level = state.new_full((), noise_level, dtype=torch.promote_types(state.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What the parameter objects of Black Forest Labs' layout say, in diffusers' words."""
+"""Translates the parameter objects of Black Forest Labs' layout into diffusers' configuration names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ _KOHYA = ("approximator_in_dim", "approximator_hidden_size", "approximator_depth
 
 
 def config_of(params: Any, in_channels: int, out_channels: int) -> dict[str, Any]:
-    """Returns the configuration from which costs follow. in_channels, out_channels: of a token."""
+    """Returns the configuration from which costs are computed.
+
+    Args:
+        params: The model's parameter object.
+        in_channels: Input channels of a token.
+        out_channels: Output channels of a token.
+    """
     config = {
         "num_attention_heads": params.num_heads,
         "attention_head_dim": params.hidden_size // params.num_heads,
@@ -21,9 +27,9 @@ def config_of(params: Any, in_channels: int, out_channels: int) -> dict[str, Any
         "mlp_ratio": getattr(params, "mlp_ratio", None),
         "in_channels": in_channels,
         "out_channels": out_channels,
-        "timestep_guidance_channels": 256,  # of FLUX.2, a constant in this layout
+        "timestep_guidance_channels": 256,  # used by FLUX.2; a constant in this layout
     }
-    # Chroma's network of modulations, as ComfyUI and kohya's scripts name its sizes
+    # Sizes of Chroma's modulation network, under the names of ComfyUI and of kohya's scripts
     for names in (("in_dim", "hidden_dim", "n_layers"), _KOHYA):
         if all(hasattr(params, name) for name in names):
             found = (getattr(params, name) for name in names)

@@ -1,4 +1,4 @@
-"""Why a packed forward would not be a model's own: what others have put in the place of diffusers' parts."""
+"""Finds reasons why a packed forward would differ from a model's own, such as replaced parts of diffusers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ from ..diffusers_private import attention_backend, forward_beneath_hooks, has_co
 from ..foreign import Forward
 from .hooks import registered_hooks
 
-_REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # run by `packed.py`; their hooks are run beside
-_BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only their leaves run
+_REPLACED = (FluxTransformerBlock, FluxSingleTransformerBlock)  # `packed.py` runs these and their hooks
+_BYPASSED = (FluxAttention, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)  # only leaves run
 
 
 def reasons_unpackable(model: nn.Module, own: ModelHook | None = None) -> list[str]:
-    """Returns why a packed forward would not be this model's own; nothing where it would. `own`: jitaccel's hook."""
+    """Returns why a packed forward would differ from this model's own; empty if it would not.
+
+    Args:
+        model: The transformer.
+        own: jitaccel's hook on it, if any, which does not count as a reason.
+    """
     if is_compile_wrapper(model):
         return ["the transformer is compiled as a whole"]
     reasons = []
@@ -50,7 +55,10 @@ def _blocks(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _is_diffusers_own(function: object) -> bool:
-    """Returns whether a method is diffusers' own: it, and what it wraps. `wraps` copies a name, and no globals."""
+    """Returns whether a method and everything it wraps is diffusers' own code.
+
+    Looks at the globals, because `functools.wraps` copies names but not globals.
+    """
     while function is not None:
         if not getattr(function, "__globals__", {}).get("__name__", "").startswith("diffusers."):
             return False
@@ -59,7 +67,7 @@ def _is_diffusers_own(function: object) -> bool:
 
 
 def _has_own_forward(module: nn.Module, outermost: Forward | None = None) -> bool:
-    """Returns whether the hooks of a module, or those inside the forward `outermost`, end in its class's forward."""
+    """Returns whether a module's hooks, or those inside `outermost`, finally call the forward of its class."""
     forward = forward_beneath_hooks(module, module.forward if outermost is None else outermost)
     is_bound = getattr(forward, "__self__", None) is module
     return is_bound and getattr(forward, "__func__", None) is type(module).forward
@@ -92,7 +100,7 @@ def _reasons_of_module(name: str, module: nn.Module) -> list[str]:
 
 
 def _reasons_of_hooks(name: str, module: nn.Module, own: ModelHook | None) -> list[str]:
-    """Returns what stands around a forward that is run here instead, and cannot be run beside it."""
+    """Returns the hooks and replacements around a module's forward that packed execution cannot run."""
     registered = [hook for hook in registered_hooks(module) if hook is not own]
     reasons = [
         f"{name} has a {type(hook).__name__}" for hook in registered if callable(getattr(hook, "new_forward", None))

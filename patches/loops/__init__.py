@@ -1,1 +1,1 @@
-"""A custom Euler loop that calls a network: the move is folded into the velocity it gets."""
+"""Custom Euler loops that call a network: the method's move of the state is folded into the velocity they get."""

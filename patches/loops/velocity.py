@@ -1,8 +1,8 @@
-"""Runs a bare network in somebody's own Euler loop: a move of the state rides on the returned velocity.
+"""Runs a bare network in a custom Euler loop: a move of the state is folded into the returned velocity.
 
-Nobody says which generation a call belongs to: a loop may take one image after another, or several in turn, one step of
-each. A call continues the generation whose next state it brings, which is known but for guidance and edits, since
-what the loop got last is known (`visits.LoopGeneration`).
+The loop does not say which generation a call belongs to. It may make one image after another, or several in turn, one
+step of each. A call continues the generation whose next state it brings. That state can be predicted from the last
+velocity the loop got (`visits.LoopGeneration`), except for guidance and for edits by the loop.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ from ..network import ModelCall
 from .visits import LoopGeneration
 
 Calls = TypeVar("Calls", bound=Executor)
-"""What runs the network of a route."""
+"""The type of the object that runs a route's network."""
 
 _log = logging.getLogger(__name__)
-_MAX_IN_TURN = 64  # generations under way
-_FORGOTTEN_AFTER = 1024  # calls of others: a loop that takes its images in turn has long come back by then
-# Of the squared distance to an expected state, over the sum of both mean squares. Two images are at about 1, an
-# unguided Euler step at 0; between lie guidance, and loops that put another picture's noise under a mask.
+_MAX_IN_TURN = 64  # unfinished generations
+_FORGOTTEN_AFTER = 1024  # calls of other generations; a loop that alternates between images returns much sooner
+# Limit of the squared distance to an expected state, divided by the sum of both mean squares. It is about 1 between two
+# images and 0 after an unguided Euler step. Guidance, and loops that noise a given picture outside a mask, lie between.
 _UNRELATED = 0.8
 
 
 class VelocityRoute(Generic[Calls]):
     """The generations of one network.
 
-    levels: of the loop, the final 0 included, or None. may_be_dense: whether calls that cannot be accelerated correctly
-    may run as if untouched.
+    Args:
+        config: The configuration to run.
+        levels: The noise levels of the loop, the final 0 included; None if they are to be predicted.
+        codebase: Its name in statistics.
+        calls: Runs the network.
+        may_be_dense: Whether calls that cannot be accelerated correctly may run dense, as if unpatched.
     """
 
-    is_dense = False  # each call is told apart
+    is_dense = False  # decided for each call
     num_tokens = None  # there may be several generations
 
     def __init__(
@@ -72,16 +76,16 @@ class VelocityRoute(Generic[Calls]):
         self._current: LoopGeneration | None = None
 
     def reset(self) -> None:
-        """Forgets every generation; what the last one did stays in the statistics."""
+        """Forgets every generation; the statistics of the last one stay."""
         self._generations.clear()
         self._current = None
 
     def begin_call(self) -> None:
-        """Another call begins: should it be refused, no generation is to be forgotten for it."""
+        """Notes that a new call begins; until it is assigned to a generation, refusing it abandons none."""
         self._current = None
 
     def leave_dense(self, error: UnsupportedModelError) -> bool:
-        """Returns whether a refused call runs dense, and warns once: not one in the midst of a generation."""
+        """Returns whether a refused call runs dense, and warns once. Calls within a generation never do."""
         if not self._may_be_dense or any(g.step.next_level > 0.0 for g in self._generations):
             return False
         if self._dense_reason is None:
@@ -90,16 +94,16 @@ class VelocityRoute(Generic[Calls]):
         return True
 
     def abandon(self) -> None:
-        """Forgets the generation whose call failed; others that are under way stay."""
+        """Forgets the generation whose call failed; other unfinished generations stay."""
         self._generations = [g for g in self._generations if g is not self._current]
         self._current = None
 
     def accepts(self, caller: object) -> bool:
-        """Returns True: whoever calls this network is answered."""
+        """Returns True: calls from anywhere are answered."""
         return True
 
     def inpainted_tokens(self, batch: int, num_tokens: int) -> Tensor | None:
-        """Returns None: a loop prepares no mask that could be seen here."""
+        """Returns None: a loop's mask, if it has one, is not visible here."""
         return None
 
     @property
@@ -108,7 +112,7 @@ class VelocityRoute(Generic[Calls]):
         return self._history
 
     def stats(self) -> Stats:
-        """Returns what the generation that was called last did; `generations` counts all that were begun."""
+        """Returns the statistics of the generation that was called last; `generations` counts all that were begun."""
         self._history.notes = self._notes()
         return self._history.stats()
 
@@ -118,14 +122,14 @@ class VelocityRoute(Generic[Calls]):
 
     def _level_notes(self) -> tuple[str, ...]:
         if isinstance(self._clock, PredictedLevels):
-            return ("the loop's levels are predicted from the preset's; noise_levels= gives them",)
+            return ("the loop's levels are predicted from the preset's; pass them with noise_levels=",)
         steps = self._clock.num_steps
         if self.config.steps in ("caller", steps):
             return ()
         return (f"the loop's {steps} steps are followed; the configuration asks for {self.config.steps}",)
 
     def forward(self, call: ModelCall) -> Tensor:
-        """Returns the velocity (B, N, D) that takes the loop's state where the method wants it."""
+        """Returns the velocity (B, N, D) that takes the loop to the state the method requires."""
         self._calls += 1
         self._current = None
         level = call.noise_level()
@@ -138,19 +142,19 @@ class VelocityRoute(Generic[Calls]):
         return generation.answer(call, may_be_last=self._may_be_last(generation.step))
 
     def _may_be_last(self, step: Step) -> bool:
-        """Whether the loop may end here; told for sure only where its levels are known."""
+        """Returns whether the loop may end here, which is certain only if its levels are known."""
         if step.next_level == 0.0:
             return True
         return isinstance(self._clock, PredictedLevels) and step.stage + 1 == self.config.num_stages
 
     def _find(self, call: ModelCall, level: float) -> LoopGeneration | None:
-        """Returns the generation that this call belongs to, in its next step where it is due, or None for a new one."""
+        """Returns the generation that this call belongs to, moved to its next step if it is due; None for a new one."""
         known = [g for g in self._generations if g.seen.shape == call.state.shape and g.level >= level]
         likely = self._nearest(known, call.state, level)
         for place, kind in likely:
             generation = known[place]
             if kind == "twin" and any(other != place and what == "next" for other, what in likely):
-                continue  # the same picture made once more: it has a generation of its own
+                continue  # the loop is making the same picture again; that has its own generation
             if kind == "branch":
                 return generation
             if kind == "restart":
@@ -158,27 +162,28 @@ class VelocityRoute(Generic[Calls]):
                 return None
             if kind == "twin":
                 raise ConfigError(
-                    f"jitaccel: images taken in turn must start from different noise, got two from one and the same, "
+                    f"jitaccel: images made in turn must start from different noise, got two from the same noise, "
                     f"now at level {level:g}; run them one after the other, or together in one batch"
                 )
             step = self._clock.follow(generation.step, level)
             if step is not None:
-                self._current = generation  # whose call this is, should it fail
+                self._current = generation  # to be abandoned if this call fails
                 generation.begin_step(call, step, level)
                 return generation
         return None
 
     @torch.no_grad()
     def _nearest(self, known: list[LoopGeneration], state: Tensor, level: float) -> list[tuple[int, str]]:
-        """Returns which of the generations the state may belong to, the most likely first, and as what.
+        """Returns the indices of the generations that the state may belong to, most likely first, each with its role.
 
-        "branch": the state of the step under way (guidance). "next": of the next one. "restart": the generation's own
-        first state again. "twin": of another image that seemed a branch of this one. Waits for the device once.
+        The roles are "branch" (another guidance branch of the current step), "next" (the next step), "restart" (the
+        generation's first state again) and "twin" (another image that was taken for a branch of this one). Waits for
+        the device once.
         """
         options: list[tuple[int, str, Tensor]] = []
         for place, generation in enumerate(known):
             if generation.is_given_up:
-                # One that began later from the same noise brings nearly the same states, and comes first.
+                # A generation that began later from the same noise has nearly the same states and takes precedence.
                 if generation.may_go_to(level):
                     options.append((place, "next", 2.0 * _distance(state, generation.expected(level)) + 1e-6))
                 continue
@@ -204,7 +209,7 @@ class VelocityRoute(Generic[Calls]):
         step = self._clock.follow(None, level)
         if step is None:
             raise ConfigError(
-                f"jitaccel: the loop must use the noise_levels given to apply, got level {level:g} where a generation "
+                f"jitaccel: the loop must use the noise_levels given to apply, got level {level:g} but a generation "
                 f"starts at {getattr(self._clock, 'levels', (1.0,))[0]:g}; pass the loop's own list to apply"
             )
         self._make_room()
@@ -217,7 +222,7 @@ class VelocityRoute(Generic[Calls]):
         return generation
 
     def _make_room(self) -> None:
-        """Lets go of what is over or forgotten, but for the last that only seems over: levels may be guessed."""
+        """Drops finished and forgotten generations. With predicted levels, keeps the last that seems finished."""
         over = [g for g in self._generations if g.step.next_level == 0.0]
         kept = over[-1:] if isinstance(self._clock, PredictedLevels) else []
         self._generations = [
@@ -227,21 +232,21 @@ class VelocityRoute(Generic[Calls]):
         ]
         if len(self._generations) >= _MAX_IN_TURN:
             raise ConfigError(
-                f"jitaccel: at most {_MAX_IN_TURN} generations may be under way at once, got one more; finish some, or "
-                f"call handle.reset() if they were given up"
+                f"jitaccel: at most {_MAX_IN_TURN} generations may be unfinished at once, got one more; finish some, "
+                f"or call handle.reset() if they were abandoned"
             )
 
 
 def _differs(state: Tensor, other: Tensor) -> Tensor:
-    """Returns 0 where two states have the same values, else 1."""
+    """Returns 0 if two states have the same values, otherwise 1."""
     return (state != other).any().float()
 
 
 def _distance(state: Tensor, expected: Tensor) -> Tensor:
-    """Returns the squared distance of two states, over the sum of both mean squares: about 1 for unrelated ones.
+    """Returns the mean squared distance of two states, divided by the sum of both mean squares; about 1 if unrelated.
 
-    A state that is not finite continues, before any other, what was expected not to be: its generation says at which
-    step that began.
+    A state that is not finite is matched first to a generation whose expected state is not finite either, because that
+    generation can report at which step this began.
     """
     state = state.float()
     scale = state.square().mean() + expected.square().mean()

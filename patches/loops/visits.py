@@ -1,8 +1,8 @@
-"""One generation of a bare network in somebody's Euler loop: what it saw, what it returned, and what it still owes.
+"""One generation of a bare network in a custom Euler loop.
 
-Where a stage begins, the network runs on `y + jump` and `v + jump / (next_level - level)` is returned, so that the
-loop's own step lands where the state belongs, and nobody's tensor is written. Where the next level had to be
-predicted, what the step really paid is known one step later, and the rest is owed to the following one.
+At the start of a stage, the network runs on `y + jump` and `v + jump / (next_level - level)` is returned. The loop's
+own step then ends at the right state, and no foreign tensor is written. If the next level had to be predicted, the part
+of the jump that the step really made is known one step later; the rest is added to the following step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from ..network import ModelCall
 
 @dataclass
 class _Visit:
-    """One step as the loop made it. `level`, `seen`: what it gave, the state in a copy, since loops write in place.
+    """One step of the loop.
 
-    Copies keep the state's gradient, which a loop may ask for: what the next steps make of them depends on it.
-    `entered`: the state that the network saw. `calls`, `returned`: how many branches, and the sum of what they got.
+    Attributes:
+        step: The step of the method.
+        level: The noise level the loop gave.
+        seen: The state the loop gave, copied because loops write in place. The copy keeps the gradient, because a loop
+            may differentiate through its steps.
+        entered: The state that the network saw.
+        calls: Number of guidance branches.
+        returned: Sum of the velocities returned to the branches; None before the first.
     """
 
     step: Step
@@ -36,9 +42,11 @@ class _Visit:
     returned: Tensor | None = None
 
     def expected(self, level: float) -> Tensor:
-        """Returns the state (B, N, D) in float32 that an Euler step of the mean branch ends in.
+        """Returns the state (B, N, D), float32, after an Euler step along the mean velocity of the branches.
 
-        level: the one that the loop goes to; where rounding makes it this step's own, the clock's takes its place.
+        Args:
+            level: The level to which the loop steps. If rounding makes it equal to the current one, the clock's next
+                level is used instead.
         """
         end = self.step.next_level if level == self.level else level
         if self.returned is None:
@@ -47,16 +55,20 @@ class _Visit:
 
 
 class LoopGeneration:
-    """`call` begins it; then `begin_step` with the first call of every later step, and `answer` every call.
+    """What one generation saw, what it returned, and what part of its last move is still missing.
 
-    `last_called`: the route's count of calls when it was last called. `is_given_up`: whether the loop has begun
-    again from the same noise since.
+    The constructor takes the first call. Call `begin_step` with the first call of every later step, and `answer` with
+    every call.
+
+    Attributes:
+        last_called: The route's count of calls when this generation was last called.
+        is_given_up: Whether the loop has since started again from the same noise.
     """
 
     def __init__(self, config: JiTConfig, call: ModelCall, step: Step, level: float) -> None:
         self.generation = call.begin(config, step)
         self._run = self.generation.run
-        self._owed: Tensor | None = None  # what the state still lacks of its last move
+        self._owed: Tensor | None = None  # the part of the last move that the state does not have yet
         self._before: _Visit | None = None
         self._now = self._visit(call, step, level)
         self.first, self.first_level = self._now.seen.detach(), level
@@ -64,7 +76,7 @@ class LoopGeneration:
 
     @property
     def step(self) -> Step:
-        """The step under way."""
+        """The current step."""
         return self._now.step
 
     @property
@@ -79,28 +91,28 @@ class LoopGeneration:
 
     @property
     def may_be_two(self) -> bool:
-        """Whether the last step's calls may have been two images that started from one noise, not two branches."""
+        """Whether the last step's calls may have been two images from the same noise instead of two branches."""
         return self._before is not None and self._before.calls > 1
 
     def is_begun_by(self, state: Tensor, level: float) -> bool:
-        """Whether a call with this state (B, N, D) at this level begins the picture again. Waits for the device."""
+        """Returns whether this state (B, N, D) and level start the same picture again. Waits for the device."""
         return level == self.first_level and state.shape == self.first.shape and torch.equal(state, self.first)
 
     def may_go_to(self, level: float) -> bool:
-        """Whether a step of this generation may end at `level`, as far as levels tell."""
+        """Returns whether the current step may end at `level`, judged by levels alone."""
         return level < self.level or (level == self.level and is_rounding_of(level, self.step.next_level))
 
     def expected(self, level: float) -> Tensor:
-        """Returns the state with which the loop comes back, if it takes Euler steps and edits nothing."""
+        """Returns the state that the loop will bring next if it takes an Euler step and edits nothing."""
         return self._now.expected(level)
 
     def expected_now(self) -> Tensor:
-        """Returns the state that another image, begun with this one and in the same step now, has about here."""
+        """Returns the approximate current state of another image that started with this one and is in the same step."""
         assert self._before is not None
         return self._before.expected(self.level)
 
     def begin_step(self, call: ModelCall, step: Step, level: float) -> None:
-        """Enters the next step with the state of its first call, and moves it where a stage begins."""
+        """Enters the next step with the state of its first call, and moves that state if a stage begins."""
         with self.generation.recorder.outside(step.index):
             self._settle(call.state, step)
             state = call.state if self._owed is None else (call.state.float() + self._owed).to(call.state.dtype)
@@ -112,9 +124,11 @@ class LoopGeneration:
             self._now.entered = entered
 
     def answer(self, call: ModelCall, may_be_last: bool) -> Tensor:
-        """Returns the velocity (B, N, D) that takes the loop's state where the method wants it.
+        """Returns the velocity (B, N, D) that takes the loop's state to the one the method requires.
 
-        may_be_last: whether the loop may end with this step, so that what it returns must be finite.
+        Args:
+            call: A call of the current step.
+            may_be_last: Whether the loop may end with this step, in which case the result must be finite.
         """
         now = self._now
         entered = now.entered if now.calls == 0 else _with_gradient_of(now, call.state)
@@ -124,12 +138,12 @@ class LoopGeneration:
             if may_be_last:
                 self._run.check_finite()
             velocity = fold_move(velocity, self._owed, now.step)
-            # A copy: the loop may go on to write what it got.
+            # A copy, because the loop may write the tensor it got.
             got = velocity.detach().to(torch.float32, copy=True)
             if now.calls != 1 or now.returned is None or not torch.equal(got, now.returned):
                 now.calls += 1
                 now.returned = got if now.returned is None else now.returned + got
-            # Else the same call once more is no other branch: the loop was stopped here, and has begun again.
+            # Otherwise the call is a repetition, not another branch: the loop was stopped here and started again.
         return velocity
 
     def _visit(self, call: ModelCall, step: Step, level: float) -> _Visit:
@@ -137,7 +151,7 @@ class LoopGeneration:
         return _Visit(step=step, level=level, seen=seen, entered=seen)
 
     def _settle(self, state: Tensor, step: Step) -> None:
-        """Takes stock of the step that the loop has made: the guided velocity it used, and what it paid of the move."""
+        """Derives from the step that the loop made the guided velocity it used and how much of the move it made."""
         last = self._now.step
         rounded, predicted = step.noise_level - last.noise_level, last.next_level - last.noise_level
         is_kept = last.may_end_stage or self._run.needs_every_step
@@ -157,19 +171,25 @@ class LoopGeneration:
 
 
 def _with_gradient_of(visit: _Visit, state: Tensor) -> Tensor:
-    """Returns the state that the network sees in a further branch, whose gradient is that of the branch's `state`."""
+    """Returns the state that the network sees in a further branch, with the gradient of that branch's `state`."""
     if not (torch.is_grad_enabled() and (state.requires_grad or visit.entered.requires_grad)):
         return visit.entered
-    # What was added to the state, and what else it depends on, is the same in every branch.
+    # The move added to the state, and everything else it depends on, is the same in every branch.
     return visit.entered + (state - state.detach()) - (visit.seen - visit.seen.detach())
 
 
 def _step_made(visit: _Visit, state: Tensor, rounded: float) -> float:
-    """Returns the length of the unguided step from `visit` to `state` (B, N, D); `rounded`: the one its levels tell.
+    """Returns the length of the unguided step from `visit` to `state` (B, N, D). Waits for the device.
 
-    Half precision rounds a level by up to a third of a short step. The step is then the least-squares fit of
-    `state = seen + made * returned`, where that leaves no more than rounding, and levels may be rounded by so much.
-    `rounded` stays where it explains the state too, or where neither does: the loop edited it. Waits for the device.
+    Half precision rounds a level by up to a third of a short step. The length is then the least-squares fit of
+    `state = seen + made * returned`, if its residual is within rounding and its distance from `rounded` could be a
+    rounding error of the levels. `rounded` is used if it explains the state too, or if neither does because the loop
+    edited the state.
+
+    Args:
+        visit: The step that the loop made.
+        state: The state after that step.
+        rounded: The length according to the levels.
     """
     if visit.returned is None or state.dtype not in (torch.bfloat16, torch.float16):
         return rounded
@@ -182,5 +202,5 @@ def _step_made(visit: _Visit, state: Tensor, rounded: float) -> float:
 
 
 def _has_twins(state: Tensor) -> bool:
-    """Whether two images of a batch have one and the same state: the branches of a batched guidance."""
+    """Returns whether two images of a batch have the same state, because they are branches of batched guidance."""
     return state.shape[0] > 1 and len(set(state_seeds(state))) < state.shape[0]

@@ -1,4 +1,4 @@
-"""Models as data, one file a family, and what is known of those that cannot be accelerated."""
+"""Models described as data, one file per family, and reasons for those that cannot be accelerated."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ MODELS: tuple[Model, ...] = (
 
 
 def model_of(transformer: Any) -> Model | None:
-    """Returns what is known of a transformer of diffusers, by its class or one that it derives from; None for others.
+    """Returns the description of a diffusers transformer, found by its class or a base class; None if unknown.
 
-    Looks through `torch.compile`'s wrapper.
+    Looks inside `torch.compile`'s wrapper.
     """
     names = _names(transformer)
     return next((model for model in MODELS if model.name in names), None)
 
 
 def model_of_pipeline(pipeline: Any) -> Model | None:
-    """Returns the model that a pipeline of diffusers runs, by the pipeline's class or one that it derives from."""
+    """Returns the model that a diffusers pipeline runs, found by the pipeline's class or a base class."""
     names = _names(pipeline)
     return next((model for model in MODELS for name in model.pipelines if name in names), None)
 
@@ -69,12 +69,12 @@ def knows_pipeline(target: Any) -> bool:
 
 
 def defaults_of_transformer(target: Any) -> Mapping[str, Any]:
-    """Returns the fields of JiTConfig that a transformer has in presets that are given by name."""
+    """Returns the JiTConfig fields that a transformer changes in a preset given by name."""
     return _defaults(model_of(target))
 
 
 def defaults_of_pipeline(target: Any) -> Mapping[str, Any]:
-    """Returns the fields of JiTConfig that a pipeline has in presets that are given by name."""
+    """Returns the JiTConfig fields that a pipeline changes in a preset given by name."""
     return _defaults(model_of_pipeline(target))
 
 

@@ -1,7 +1,7 @@
 """AuraFlow of diffusers.
 
-Positions are added where tokens are made, for each image. Attention is joint over text and image, with eight register
-tokens before the text. The pipeline brings both branches of guidance as one batch.
+Positions are added to the tokens of each image when the tokens are made. Attention is joint over text and image, with
+eight register tokens before the text. The pipeline passes both guidance branches as one batch.
 """
 
 from __future__ import annotations

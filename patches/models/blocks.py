@@ -1,4 +1,4 @@
-"""Compiles the blocks of a transformer whose whole forward does not trace: it looks at values, or makes lists."""
+"""Compiles the blocks of a transformer whose whole forward cannot be traced, because it reads values or makes lists."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def compiled_blocks(model: nn.Module, lists: Sequence[str], compiler: Compiler) -> Iterator[None]:
-    """Lets the blocks of a model run compiled inside; blocks of a kind share one graph for each set of shapes.
+    """Runs the blocks of a model compiled within this context. Blocks of a class share one graph per set of shapes.
 
     Args:
         model: The transformer.
-        lists: Its lists of blocks, by name.
-        compiler: Which holds the graphs.
+        lists: The names of its lists of blocks.
+        compiler: Holds the graphs.
     """
     with ExitStack() as undo:
         for name in lists:
@@ -46,7 +46,7 @@ def _call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _shapes(value: Any) -> Hashable:
-    """Returns what a graph is made for: shapes and dtypes of tensors in nested containers, and other values."""
+    """Returns the key of a graph: shapes and dtypes of all tensors in nested containers, and all other values."""
     if isinstance(value, Tensor):
         return (value.shape, value.dtype)
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,9 @@
-"""Bria 3 and Bria FIBO of diffusers, from text: latents are tokens, with position ids as FLUX.1's.
+"""Bria 3 and Bria FIBO of diffusers, text to image. Latents are tokens, with position ids like FLUX.1's.
 
-Attention is joint over text and picture, with one rotary table for all pictures of a batch, text first: pictures whose
-anchors differ are run one by one. The pipelines bring both branches of guidance as one batch. Bria 3 asks its scheduler
-for levels of its own, and its `normalize` weighs whole guided pictures: each branch is lifted before it. FIBO gives
-each block a layer of the text encoder, and hides padding of the text by a mask among `joint_attention_kwargs`.
+Attention is joint over text and picture. One rotary table, text first, serves all pictures of a batch, so pictures with
+different anchors run one by one. The pipelines pass both guidance branches as one batch. Bria 3 requests custom levels
+from its scheduler, and its `normalize` needs whole guided pictures, so each branch is lifted first. FIBO gives each
+block a different layer of the text encoder, and masks text padding through `joint_attention_kwargs`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .model import Arguments, Model, Words
 
 
 def _after_text(tables: tuple[Tensor, ...], places: Places) -> tuple[Tensor, ...]:
-    """Returns the anchors' rows of tables (T + N, D) in which text comes first, and the text's."""
+    """Returns the rows of the text and the anchors from tables (T + N, D) in which text comes first."""
     return tuple(places.take(x, 0, before=len(x) - places.num_tokens) for x in tables)
 
 
 def _seen(mask: Tensor, places: Places) -> Tensor:
-    """Returns a mask of keys (B, 1, 1, T + N) for the text and the anchors."""
+    """Cuts a mask of keys (B, 1, 1, T + N) to the text and the anchors."""
     return places.take(mask, 3, before=mask.shape[3] - places.num_tokens)
 
 
 def _resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
-    """Returns the position ids of another grid, and a mask for as many tokens; of the picture it hides none."""
+    """Returns position ids for another grid, and a mask for its number of tokens that hides no image token."""
     axes = [torch.arange(side, device=arguments["img_ids"].device) for side in (1, *grid)]
     ids = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
     resized: dict[str, Any] = {"img_ids": ids.to(arguments["img_ids"].dtype)}
@@ -42,7 +42,7 @@ def _resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
 
 
 def _with_mask(arguments: Arguments) -> Arguments:
-    """Returns the arguments with the mask as one of them."""
+    """Returns the arguments with the mask as an argument of its own."""
     joint = dict(arguments.get("joint_attention_kwargs") or {})
     return {**arguments, "attention_mask": joint.pop("attention_mask", None), "joint_attention_kwargs": joint}
 

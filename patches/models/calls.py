@@ -1,4 +1,4 @@
-"""Answers the calls of a transformer that is cut: one forward on the anchors of all images, or one for each image."""
+"""Answers the calls of a cut transformer: one forward on the anchors of all images, or one forward per image."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ if TYPE_CHECKING:
     from jitaccel.execution.compile import Compiler, CompileStats
 
 _log = logging.getLogger(__name__)
-"""A transformer's own forward."""
+"""The original forward of a transformer."""
 _Stage = tuple[LiftPlan | PooledPlan, dict[int, list[Places]]]
-"""The plan of a stage, and the places of its forwards by the number of branches in one batch."""
+"""The plan of a stage, and the places of its forwards by number of branches in one batch."""
 _COMPILED_AROUND = (
-    "the transformer runs uncompiled, since it was compiled around the patch: use apply(compile=True), or wrap it with "
-    "torch.compile(...) before apply"
+    "the transformer runs uncompiled, because torch.compile was applied after the patch: use apply(compile=True), or "
+    "call torch.compile(...) before apply"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What one call of a transformer holds.
+    """The contents of one call of a transformer.
 
     Attributes:
-        config: Of the transformer.
-        arguments: By name.
-        grid: Of the tokens that are generated.
-        latents: What is generated of `hidden_states`.
-        tokens: The same as tokens (B, N, D), of one branch of guidance.
-        branches: How many branches `hidden_states` holds, one after the other.
-        mixes: Whether guidance weighs whole pictures, so that each branch must be lifted before it.
-        further: What the model returned with the velocity (audio), once it has run.
+        config: Configuration of the transformer.
+        arguments: Arguments by name.
+        grid: Grid of the generated tokens.
+        latents: The generated part of `hidden_states`.
+        tokens: `latents` as tokens (B, N, D), for one guidance branch.
+        branches: Number of guidance branches in `hidden_states`, one after the other.
+        mixes: Whether guidance needs whole pictures, so that each branch must be lifted before guidance.
+        further: Other outputs of the model next to the velocity (audio), once it has run.
     """
 
     model: Model
@@ -76,16 +76,16 @@ class Given:
 
     @property
     def num_tokens(self) -> int:
-        """N, the tokens of the grid."""
+        """N, the number of tokens in the grid."""
         return num_tokens_of(self.grid)
 
     @property
     def fill(self) -> int:
-        """How many tokens the model adds to those of the grid."""
+        """Number of tokens that the model adds to those of the grid."""
         return self.model.fill(self.config, self.grid)
 
     def with_state(self, state: Tensor) -> dict[str, Any]:
-        """Returns the arguments with a state (B, N, D) in the place of what is generated."""
+        """Returns the arguments with the generated latents replaced by a state (B, N, D)."""
         if state is self.tokens:
             return {**self.arguments, "return_dict": False}
         hidden = self.arguments["hidden_states"]
@@ -101,9 +101,9 @@ class Given:
         return (1,) * (self.latents.ndim - 1)
 
     def smaller(self, run: Run, plan: PooledPlan, state: Tensor) -> dict[str, Any]:
-        """Returns the arguments of the smaller picture that a stage shows of a state (B, N, D).
+        """Returns the arguments for the smaller picture that a pooled stage makes of a state (B, N, D).
 
-        What is given at timestep 0, and what is beside the state, holds no noise: it is averaged as it is.
+        Tokens given at timestep 0, and conditions next to the state, contain no noise and are simply averaged.
         """
         shown, held = run.show(state), self.model.forced(self.config, self.arguments)
         if held is not None:
@@ -142,22 +142,22 @@ class Given:
         return tokens if self.model.sign == 1 else -tokens
 
     def output(self, velocity: Tensor) -> Tensor:
-        """Returns what a model would give for a velocity (branches * B, N, D)."""
+        """Returns the model output that corresponds to a velocity (branches * B, N, D)."""
         tokens = velocity if self.model.sign == 1 else -velocity
         return self.layout.to_latents(tokens, like=self.arguments["hidden_states"])
 
 
 class CutCalls:
-    """The calls of one route: of the transformers of a pipeline, or of a bare one.
+    """The calls of one route, which covers the transformers of a pipeline or a bare transformer.
 
     Args:
-        model: What is known of the transformers.
+        model: The description of the transformers.
         modules: The transformers.
         options: How they run.
 
     Raises:
-        UnsupportedModelError: For a transformer that the adapter does not fit, and with `strict=True` for packed
-            execution.
+        UnsupportedModelError: If the adapter does not fit a transformer, or, with `strict=True`, if packed execution
+            is requested.
     """
 
     execution = "indexed"
@@ -182,21 +182,21 @@ class CutCalls:
                 f"jitaccel: every stage must compile into one graph with strict=True, got {self.model.name}: {reason}; "
                 f"use compile=False"
             )
-        _log.warning("jitaccel: nothing of %s is compiled, since %s", self.model.name, reason)
-        self._notes += (f"not compiled, since {reason}",)
+        _log.warning("jitaccel: no part of %s is compiled, because %s", self.model.name, reason)
+        self._notes += (f"not compiled, because {reason}",)
 
     def _note_indexed(self, strict: bool) -> None:
-        reason = f"packed execution does not know {self.model.name}"
+        reason = f"packed execution does not support {self.model.name}"
         if strict:
             raise UnsupportedModelError(
                 f"jitaccel: execution must be covered with strict=True, got {reason}; use execution='auto'"
             )
-        _log.warning("jitaccel: indexed execution, since %s", reason)
-        self._notes += (f"indexed execution, since {reason}",)
+        _log.warning("jitaccel: indexed execution, because %s", reason)
+        self._notes += (f"indexed execution, because {reason}",)
 
     @property
     def compiled(self) -> CompileStats | None:
-        """What compilation did so far; None without it."""
+        """Statistics of compilation so far; None if not compiled."""
         if self._compiler is None:
             return None
         stats = self._compiler.stats
@@ -204,7 +204,7 @@ class CutCalls:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What statistics say of how the network ran."""
+        """Notes for the statistics on how the network ran."""
         return self._notes + (() if self._compiler is None else self._compiler.notes)
 
     def note_compiled_around(self) -> None:
@@ -214,32 +214,32 @@ class CutCalls:
             self._notes += (_COMPILED_AROUND,)
 
     def install(self) -> None:
-        """Puts the hooks on the transformers; they change nothing but within `evaluate`."""
+        """Installs the hooks on the transformers; they change nothing outside `evaluate`."""
         for cut in self._cuts.values():
             cut.install()
 
     def remove(self) -> None:
-        """Takes the hooks away; harmless where there are none."""
+        """Removes the hooks; harmless if there are none."""
         for cut in self._cuts.values():
             cut.remove()
 
     def release(self) -> None:
-        """Lets go of compiled graphs and their memory."""
+        """Frees compiled graphs and their memory."""
         if self._compiler is not None:
             self._compiler.release()
 
     def given(self, module: nn.Module, arguments: Arguments, branches: int = 1, mixes: bool = False) -> Given:
-        """Returns what a call of a transformer holds.
+        """Returns the contents of a call of a transformer.
 
         Args:
             module: The transformer.
-            arguments: Of the call, by name.
-            branches: How many branches of guidance come as images of one batch.
-            mixes: Whether guidance weighs whole pictures.
+            arguments: The arguments of the call, by name.
+            branches: Number of guidance branches that come as images of one batch.
+            mixes: Whether guidance needs whole pictures.
 
         Raises:
-            UnsupportedModelError: For arguments that cannot be accelerated.
-            ValueError: For latents that are no whole tokens.
+            UnsupportedModelError: If an argument cannot be accelerated.
+            ValueError: If the latents cannot be divided into whole tokens.
         """
         self._cuts[module].check()
         self._refuse(module, arguments)
@@ -255,12 +255,12 @@ class CutCalls:
             found.append(problem)
         if found:
             raise UnsupportedModelError(
-                f"jitaccel: the call must use what is accelerated correctly, got {', '.join(sorted(found))}; "
-                f"remove() the handle for this call"
+                f"jitaccel: the call may only use features that can be accelerated correctly, got "
+                f"{', '.join(sorted(found))}; remove() the handle for this call"
             )
 
     def call(self, module: nn.Module, original: Forward, given: Given) -> ModelCall:
-        """Returns one call of a transformer in the words that every route knows."""
+        """Returns a call of a transformer in the form that every route takes."""
         model, arguments = self.model, given.arguments
         network = uncompiled(module)
         return ModelCall(
@@ -292,7 +292,7 @@ class CutCalls:
         )
 
     def _cost(self, module: nn.Module, given: Given) -> Cost:
-        """Returns the operations of one forward for one image, by numbers of tokens; it keeps no tensor."""
+        """Returns a function from numbers of tokens to the operations of one forward for one image; holds no tensor."""
         if self.model.cost is not None:
             cost, num_tokens, fill = functools.partial(self.model.cost, given.config), given.num_tokens, given.fill
             return lambda image_tokens, text_tokens: cost(
@@ -305,7 +305,7 @@ class CutCalls:
     def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
         cut = self._cuts[module]
-        if isinstance(run.plan, PooledPlan):  # a smaller picture, of which nothing is cut but a model's fill
+        if isinstance(run.plan, PooledPlan):  # a smaller picture, of which only a model's fill is cut
             with cut.at(places_of_smaller(given.latents, run.plan.small_grid, given.fill, given.num_tokens)):
                 output, *given.further[:] = self._forward(module, original, given.smaller(run, run.plan, state), None)
             return Answer(given.velocity(output)[:, : run.num_active])
@@ -322,7 +322,7 @@ class CutCalls:
         return Answer(Branches(run, given.branches).gather(given.velocity(output)))
 
     def _parts(self, run: Run, arguments: dict[str, Any], branches: int) -> Iterator[tuple[Places, dict[str, Any]]]:
-        """Yields the forwards that a step takes, with their places: one, or one for each image."""
+        """Yields places and arguments for each forward of a step: one forward, or one for each image."""
         stage = self._stages.get(run)
         if stage is None or stage[0] is not run.plan:
             stage = self._stages[run] = (run.plan, {})
@@ -353,9 +353,9 @@ class CutCalls:
     def _forward(
         self, module: nn.Module, original: Forward, arguments: dict[str, Any], places: Places | None
     ) -> tuple[Tensor, ...]:
-        """Returns a transformer's outputs; compiled where that was asked for, one graph for each stage and batch.
+        """Returns a transformer's outputs. If compilation was requested, each stage and batch size has one graph.
 
-        Of a forward that does not trace whole, each kind of block is a graph.
+        If the whole forward cannot be traced, each class of block has a graph instead.
         """
         if self._compiler is None:
             return _outputs_of(original, arguments, self.model.words)
@@ -363,7 +363,7 @@ class CutCalls:
             with compiled_blocks(uncompiled(module), self.model.blocks, self._compiler):
                 return _outputs_of(original, arguments, self.model.words)
         count = None if places is None else (places.anchors.shape, places.shared is None)
-        # In memory of their own: a captured graph writes its inputs, and pipelines expand a timestep over the batch.
+        # Contiguous, because a captured graph writes its inputs and pipelines expand one timestep over the batch.
         arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         key = (id(module), count, _signature(arguments))
         outputs: tuple[Tensor, ...] = self._compiler.run(key, _outputs_of, original, arguments, self.model.words)
@@ -371,7 +371,7 @@ class CutCalls:
 
 
 def _row(value: Any, image: int) -> Any:
-    """Returns the row of an image; the last one, where there are fewer rows than images, stands for the others."""
+    """Returns the row of an image. If there are fewer rows than images, the last row serves the remaining images."""
     at = min(image, len(value) - 1)
     return value[at : at + 1]
 
@@ -388,8 +388,8 @@ def _signature(arguments: Arguments) -> Hashable:
 def _compiler_of(options: Execution, model: Model) -> Compiler | None:
     if options.compile is None or model.uncompiled is not None:
         return None
-    from jitaccel.execution.compile import Compiler  # here, because the compiler takes a second to import
+    from jitaccel.execution.compile import Compiler  # imported late: the compiler takes a second to import
 
-    # A recorded graph reads the weights of the block that it was recorded with, and blocks share theirs.
+    # A recorded CUDA graph reads the weights of the block it was recorded with, but blocks share a compiled graph.
     uncaptured = {"graphs": False} if model.blocks or not model.captures else {}
     return Compiler({**options.compile, **uncaptured}, options.strict)

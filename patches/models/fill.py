@@ -1,7 +1,7 @@
-"""Tokens that a model adds to those of a picture, all alike, and that its attention does not mask (HiDream-I1).
+"""The fill: padding tokens that a model adds to those of a picture and that its attention does not mask (HiDream-I1).
 
-A stage that shows the network some of the tokens shows it as large a share of the fill. Fill tokens are copies of one
-another from the first layer to the last, so attention is divided between picture and fill as for the whole picture.
+A stage that computes some of the tokens keeps the same share of the fill. All fill tokens are equal from the first
+layer to the last, so attention is divided between picture and fill as for the whole picture.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _SHARE, _GIVEN = "share of the fill", "fill of the forward"
 
 
 def with_share(places: Places, fill: int, num_tokens: int) -> Places:
-    """Returns places that keep as large a share of the fill as of the tokens.
+    """Returns places that keep the same share of the fill as of the tokens.
 
     Args:
-        places: Of a stage.
-        fill: How many tokens the model adds to the whole picture.
-        num_tokens: N, of the whole picture.
+        places: Places of a stage.
+        fill: Number of tokens that the model adds to the whole picture.
+        num_tokens: N, the tokens of the whole picture.
     """
     places.kept[_SHARE] = share_of(fill, places.anchors.shape[1], num_tokens)
     return places
 
 
 def places_of_smaller(latents: Tensor, grid: tuple[int, ...], fill: int, num_tokens: int) -> Places | None:
-    """Returns all places of a smaller picture, with its share of the fill; None where the model fills nothing.
+    """Returns all places of a smaller picture, with its share of the fill; None if there is no fill.
 
     Args:
-        latents: Of the whole pictures, (B, ...).
-        grid: Of the smaller ones.
-        fill: How many tokens the model adds to a whole picture.
-        num_tokens: N, of a whole picture.
+        latents: Latents of the whole pictures, (B, ...).
+        grid: Grid of the smaller pictures.
+        fill: Number of tokens that the model adds to a whole picture.
+        num_tokens: N, the tokens of a whole picture.
     """
     if not fill:
         return None
@@ -56,7 +56,7 @@ def embedded(x: Tensor, places: Places) -> Tensor:
 
 
 def with_fill(x: Tensor, places: Places) -> Tensor:
-    """Returns what holds tokens, fill and others along axis 1 at the anchors, the share of the fill, and the others."""
+    """Returns the anchors, the share of the fill, and what follows them, of (B, N + fill + others, ...)."""
     given = places.kept[_GIVEN]
     share = min(given, places.kept.get(_SHARE, given))
     if share < given:

@@ -1,4 +1,4 @@
-"""Operations of a forward, counted by torch on tensors without data: no formula for each model."""
+"""Operations of a forward, counted by torch on tensors without data, so that no model needs a formula."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .model import Model
 
 
 class OperationCounter:
-    """Counts matrix products, convolutions and attention of a transformer; a multiply-add is two.
+    """Counts matrix products, convolutions and attention of a transformer; a multiply-add counts as two.
 
-    It runs a copy of the model that has shapes alone, made from the configuration when first asked: what was added to
-    the model since (LoRA) is not counted. It keeps no tensor of a call, and not the model.
+    It runs a copy of the model without data, made from the configuration at the first count. Layers added to the model
+    (LoRA) are therefore not counted. It holds neither the model nor any tensor of a call.
 
     Args:
         module: The transformer.
-        model: What is known of it.
+        model: Its description.
     """
 
     def __init__(self, module: nn.Module, model: Model) -> None:
@@ -37,9 +37,9 @@ class OperationCounter:
         """Returns the operations of one forward of the whole batch.
 
         Args:
-            shapes: The call's arguments, as `shapes_of` returns them.
-            num_tokens: N, of the grid.
-            active: M, the anchors that enter.
+            shapes: The call's arguments, as returned by `shapes_of`.
+            num_tokens: N, the number of tokens in the grid.
+            active: M, the number of anchors that enter.
         """
         key = (active, num_tokens, repr(sorted(shapes.items())))
         if key not in self._counted:
@@ -64,7 +64,7 @@ class OperationCounter:
 
 
 def shapes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call with (shape, dtype) in the place of each tensor, in lists too."""
+    """Returns the arguments of a call with each tensor, also within lists, replaced by (shape, dtype)."""
     return {name: _shape_of(x) for name, x in arguments.items()}
 
 
@@ -75,7 +75,7 @@ def _shape_of(x: Any) -> Any:
 
 
 def _of_shape(value: Any) -> Any:
-    """Returns a tensor without data of a shape; real numbers in the copy's own dtype, on which no count depends."""
+    """Returns a tensor without data of a shape. Floats get the copy's dtype, which does not affect the count."""
     if isinstance(value, list):
         return [_of_shape(each) for each in value]
     if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.Size)):

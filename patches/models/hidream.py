@@ -1,12 +1,12 @@
 """HiDream-I1 of diffusers, with a mixture of experts in every block.
 
-Experts are chosen for each token alone, with no limit to how many tokens an expert takes: what becomes of an anchor
-does not depend on which other tokens are in the call. Attention is joint over picture and text. Each picture has its
-own places, so that pictures may have anchors of their own in one forward. The pipeline brings both branches of guidance
-as one batch, and negates the output.
+Experts are chosen for each token separately, with no limit on the tokens per expert. The result for an anchor therefore
+does not depend, through the experts, on which other tokens are in the call. Attention is joint over picture and text.
+Each picture has its own position ids, so pictures can have different anchors in one forward. The pipeline passes both
+guidance branches as one batch, and negates the output.
 
-Pictures that are not square are filled up to `max_resolution`, 4,096 tokens. The keys of the fill are zero, but no mask
-leaves it out of attention. A stage keeps its share of the fill (`fill.py`).
+Pictures that are not square are padded to `max_resolution`, 4,096 tokens. The keys of the padding are zero, but attention
+does not mask it. A stage keeps its share of the padding (`fill.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..layout import PatchLayout
 from .fill import embedded, with_fill
 from .model import Arguments, Config, Model, Words, channels_out
 
-_MULTIPLE = 256  # of the width inside an expert
+_MULTIPLE = 256  # the width inside an expert is a multiple of this
 _LAYERS = "encoder_hidden_states_llama3"
 
 
@@ -31,7 +31,7 @@ def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
 
 
 def _fill(config: Config, grid: tuple[int, ...]) -> int:
-    """Returns how many tokens the model adds to those of a grid."""
+    """Returns the number of tokens that the model adds to those of a grid."""
     if grid[0] == grid[1]:
         return 0
     return math.prod(config["max_resolution"]) // config["patch_size"] ** 2 - math.prod(grid)
@@ -44,8 +44,8 @@ def _renamed(arguments: Arguments, old: str, new: str) -> Arguments:
 def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
     """Returns the operations of one forward: matrix products of blocks, embedding and last projection.
 
-    The model looks at how many tokens each expert has, so that it cannot be traced. A multiply-add is two. Left out:
-    what embeds the text.
+    This is a formula because the model reads how many tokens each expert has, so that it cannot be traced. A
+    multiply-add counts as two. Embedding the text is left out.
     """
     width, both = config["num_attention_heads"] * config["attention_head_dim"], image_tokens + text_tokens
     doubles, singles = config["num_layers"], config["num_single_layers"]
@@ -84,12 +84,12 @@ HIDREAM = Model(
     channels=channels_out,
     sign=-1,
     branches="batch",
-    text=("encoder_hidden_states_t5", _LAYERS, _LAYERS),  # the last layer of Llama, and that of each block
+    text=("encoder_hidden_states_t5", _LAYERS, _LAYERS),  # Llama's last layer, and its layer for each block
     schedule="beta",
     refused={"hidden_states_masks": "packed latents (hidden_states_masks)", "img_ids": "packed latents (img_ids)"},
     cost=_flops,
     fill=_fill,
-    uncompiled="its experts look at how many tokens they have",
+    uncompiled="its experts read how many tokens they have",
     problem=_problem,
 )
 MODELS = (HIDREAM,)

@@ -1,9 +1,9 @@
 """HunyuanVideo of diffusers, from text or an image.
 
-Attention is joint over video and text, with one rotary table (N, D) for all videos of a batch: videos whose anchors
-differ are run one by one. The attention mask is made from the number of tokens that the embedding returns, so that it
-shrinks with the anchors. An image is further channels (17 of 33), or with `token_replace` the first frame, at a
-timestep of its own: its tokens are anchors in every step, and the first of them, where the blocks look for them.
+Attention is joint over video and text. One rotary table (N, D) serves all videos of a batch, so videos with different
+anchors run one by one. The attention mask follows the number of tokens that the embedding returns, so it shrinks with
+the anchors. An image is given as further channels (17 of 33) or, with `token_replace`, as the first frame with a
+separate timestep. The tokens of that frame are anchors in every step; they come first, where the blocks expect them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
 
 
 def _given_frame(config: Config, arguments: Arguments) -> Tensor | None:
-    """Returns the tokens (B, N) of the first frame, where the model is given it in the place of the state's."""
+    """Returns the tokens (B, N) of the first frame if it is given in place of the state's; otherwise None."""
     if config.get("image_condition_type") != "token_replace":
         return None
     hidden, (frames, *sides) = arguments["hidden_states"], grid(config, arguments)

@@ -1,7 +1,7 @@
 """HunyuanVideo-1.5 of diffusers, from text or an image.
 
-Attention is joint over video, text and image, with one rotary table as HunyuanVideo's. Each attention makes a mask of
-its own, which shrinks with the anchors. An image is further channels (33 of 65), and tokens after the text's.
+Attention is joint over video, text and image, with one rotary table like HunyuanVideo's. Each attention layer makes its
+own mask, which shrinks with the anchors. An image is given as further channels (33 of 65) and as tokens after the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TWO_TEXTS = (
 
 
 def mean_flow_problem(config: Config) -> str | None:
-    """Returns why a transformer that is distilled to the mean velocity of a step cannot be accelerated; else None."""
+    """Returns why a transformer distilled to the mean velocity of a step cannot be accelerated; None for others."""
     if not config.get("use_meanflow"):
         return None
     return (
@@ -33,10 +33,10 @@ def mean_flow_problem(config: Config) -> str | None:
 
 
 def flops(config: Config, image_tokens: int, text_tokens: int) -> int:
-    """Returns the operations of one forward of a model that looks at values, so that it cannot be traced.
+    """Returns the operations of one forward: matrix products of blocks, embedding of latents and last projection.
 
-    Matrix products of the blocks, the embedding of latents and the last projection; a multiply-add is two. Left out:
-    what prepares the text, which is small and always the same.
+    This is a formula because the model reads values, so that it cannot be traced. A multiply-add counts as two. The
+    preparation of the text, which is small and constant, is left out.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch = math.prod(config["patch_size"] if "patch_size_t" not in config else layout(config).patch)

@@ -1,4 +1,4 @@
-"""HunyuanImage-2.1 of diffusers: joint attention, one rotary table, and guidance of whole pictures unless distilled."""
+"""HunyuanImage-2.1 of diffusers: joint attention, one rotary table, and whole-picture guidance unless distilled."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""LTX-Video of diffusers, from text: latents are packed tokens, whose grid the call names.
+"""LTX-Video of diffusers, text to video. Latents are packed tokens; the call's arguments give their grid.
 
-Self-attention is on video tokens alone, text comes by cross-attention; rotary tables are (B, N, D), so that videos may
-have anchors of their own in one forward. The pipeline brings both branches of guidance as one batch. Its rescaling
-weighs whole guided videos: each branch is lifted before it.
+Self-attention covers video tokens only, and text enters by cross-attention. Rotary tables are (B, N, D), so videos can
+have different anchors in one forward. The pipeline passes both guidance branches as one batch. Its guidance rescaling
+needs whole guided videos, so each branch is lifted first.
 """
 
 from __future__ import annotations

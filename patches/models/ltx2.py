@@ -1,10 +1,10 @@
-"""LTX-2 of diffusers, from text: video and audio together; the audio stays whole.
+"""LTX-2 of diffusers, text to video with audio. Only the video is sparse; the audio is always computed in full.
 
-Latents are packed tokens, whose grid the call names. Video attends to itself, to text and to the audio, which attends
-back; rotary tables are (B, N, D), or (B, H, N, D / 2) for each head. The pipeline brings text guidance as one batch,
-and spatio-temporal and modality guidance in further calls; its rescaling weighs whole guided videos. The audio is a
-second output of every forward and goes back to the pipeline as it is, which steps it with a copy of the scheduler. In
-sparse steps it attends to the anchors alone.
+Latents are packed tokens; the call's arguments give their grid. Video attends to itself, to text and to audio, and
+audio attends to video. Rotary tables are (B, N, D), or (B, H, N, D / 2) for each head. The pipeline passes text
+guidance as one batch, and spatio-temporal and modality guidance in further calls; its guidance rescaling needs whole
+guided videos. The audio is a second output of every forward. It is returned to the pipeline unchanged, and the pipeline
+steps it with a copy of the scheduler. In sparse steps, audio attends only to the anchors of the video.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIDES = ("num_frames", "height", "width")
 
 
 def _tables(x: tuple[Tensor, ...], places: Places) -> tuple[Tensor, ...]:
-    """Returns rotary tables, whose last axis but one holds the tokens, at the anchors."""
+    """Cuts rotary tables, whose second-last axis holds the tokens, to the anchors."""
     return tuple(places.take(table, table.ndim - 2) for table in x)
 
 
@@ -30,7 +30,7 @@ def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
 
 
 def _resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
-    """Returns the sides of a smaller video, whose positions the model makes itself, and the level of the audio."""
+    """Returns the sides of a smaller video, from which the model makes positions, and the level of the audio."""
     further: dict[str, Any] = {"video_coords": None}
     for audio, own in (("audio_timestep", "timestep"), ("audio_sigma", "sigma")):
         given = arguments.get(audio)

@@ -1,9 +1,9 @@
-"""Lumina Image 2.0 of diffusers: picture and prompt in one sequence, and a clock that rises while noise falls.
+"""Lumina Image 2.0 of diffusers: picture and prompt in one sequence, and a timestep that rises while noise falls.
 
-The module that makes positions also makes tokens, and returns for each picture where the prompt ends and where the
-picture ends. The model joins prompt and picture by these lists, and reads the picture off by them. Each picture has its
-own places, so that pictures may have anchors of their own in one forward. The pipeline scales rows of whole guided
-pictures by default (`cfg_normalization`): each branch is lifted before it.
+The module that makes positions also makes tokens, and returns for each picture where the prompt and the picture end.
+The model uses these lists to join prompt and picture, and to read the picture from the result. Each picture has its own
+position ids, so pictures can have different anchors in one forward. By default the pipeline scales rows of whole guided
+pictures (`cfg_normalization`), so each branch is lifted first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _layout(config: Config) -> PatchLayout:
 
 
 def _tokens(made: tuple[Any, ...], places: Places) -> tuple[Any, ...]:
-    """Returns what `rope_embedder` makes, with the anchors' tokens and places, and pictures that end sooner."""
+    """Cuts the result of `rope_embedder` to the anchors' tokens and positions, and shortens the pictures' ends."""
     patches, of_prompts, of_pictures, of_both, ends_of_prompts, _ = made
     anchors = places.anchors.expand(len(patches), -1)
     joined = [
@@ -40,7 +40,7 @@ def _tokens(made: tuple[Any, ...], places: Places) -> tuple[Any, ...]:
 
 
 def _put(x: Tensor, places: Places) -> Tensor:
-    """Returns whole pictures without prompts, (B, N, D); the lists by which the model reads them now say so."""
+    """Returns whole pictures without prompts, (B, N, D), and sets the lists of ends accordingly."""
     starts, ends = places.kept.pop(_ENDS)
     pictures = torch.stack([own[start:end] for own, start, end in zip(x, starts, ends, strict=True)])
     starts[:], ends[:] = [0] * len(x), [places.num_tokens] * len(x)
@@ -50,8 +50,9 @@ def _put(x: Tensor, places: Places) -> Tensor:
 def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
     """Returns the operations of one forward: matrix products of blocks, embedding and last projection.
 
-    The model looks at the lengths of prompts, so that it cannot be traced. A multiply-add is two. Left out: what
-    embeds the prompt. Counted too much: padding of prompts, which enters `context_refiner` alone.
+    This is a formula because the model reads the lengths of prompts, so that it cannot be traced. A multiply-add counts
+    as two. Embedding the prompt is left out. Padding of prompts is counted in all blocks, although it only enters
+    `context_refiner`.
     """
     width, depth = config["hidden_size"], config["num_layers"]
     refined = config["num_refiner_layers"]

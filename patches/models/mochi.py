@@ -1,8 +1,8 @@
-"""Mochi of diffusers, from text: its clock and the levels of its scheduler rise while noise falls.
+"""Mochi of diffusers, text to video. Its timestep and its scheduler's levels rise while noise falls.
 
-Tokens are made frame by frame. Attention is joint over video and text, with one rotary table for all videos of a batch:
-videos whose anchors differ are run one by one. The pipeline brings both branches of guidance as one batch, and asks its
-scheduler for levels of its own: half of the steps are near full noise.
+Tokens are made frame by frame. Attention is joint over video and text. One rotary table serves all videos of a batch,
+so videos with different anchors run one by one. The pipeline passes both guidance branches as one batch, and requests
+custom levels from its scheduler: half of the steps are near full noise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..cutting import Adapter, Places, put, rows
 from ..layout import PatchLayout
 from .model import Config, Model, channels_out
 
-_NOISE = 0.025  # how far the first half of the steps goes, as the pipeline says
+_NOISE = 0.025  # how far the first half of the steps goes, a constant of the pipeline
 
 
 def _layout(config: Config) -> PatchLayout:
@@ -23,7 +23,7 @@ def _layout(config: Config) -> PatchLayout:
 
 
 def _frames(x: Tensor, places: Places) -> Tensor:
-    """Returns the anchors (B, M, D) of tokens that come frame by frame, (B * T, h * w, D); the model joins them."""
+    """Returns the anchors (B, M, D) of tokens that come frame by frame, (B * T, h * w, D); the model joins frames."""
     return places.take(x.reshape(-1, places.num_tokens, x.shape[2]), 1)
 
 
@@ -37,8 +37,9 @@ def _levels(steps: int) -> Sequence[float]:
 def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
     """Returns the operations of one forward: matrix products of blocks, embedding and last projection.
 
-    The model looks at which text tokens are padding, so that it cannot be traced. A multiply-add is two. Left out: what
-    embeds the text. Counted too much: padding of the text in attention.
+    This is a formula because the model reads which text tokens are padding, so that it cannot be traced. A multiply-add
+    counts as two. Embedding the text is left out. Padding of the text is counted in attention,
+    although the model skips it there.
     """
     width, narrow = config["num_attention_heads"] * config["attention_head_dim"], config["pooled_projection_dim"]
     hidden, narrow_hidden = 8 * width // 3, 8 * narrow // 3
@@ -49,7 +50,7 @@ def _flops(config: Config, image_tokens: int, text_tokens: int) -> int:
     text += (depth - 1) * (text_tokens * (width + 3 * narrow_hidden) + 4 * width) * narrow + width * narrow
     attention = depth * 2 * (image_tokens + text_tokens) ** 2 * width
     ends = image_tokens * config["patch_size"] ** 2 * (config["in_channels"] + channels_out(config)) * width
-    ends += image_tokens * 3 * width // 2  # learned frequencies times places
+    ends += image_tokens * 3 * width // 2  # learned frequencies times positions
     return 2 * (image + text + attention + ends + 2 * width**2)
 
 

@@ -1,4 +1,4 @@
-"""What a family of models is, as data: where its tokens can be cut, how it takes latents and levels."""
+"""The data type that describes a model family: where its tokens can be cut, how it takes latents and levels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Config = Mapping[str, Any]
 
 
 def nothing_forced(config: Config, arguments: Arguments) -> Tensor | None:
-    """Returns None: no token has to be an anchor."""
+    """Returns None: no token is required to be an anchor."""
     return None
 
 
 def nothing_resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
-    """Returns no arguments: all that depends on a grid follows from the latents."""
+    """Returns no arguments: the latents alone determine the grid."""
     return {}
 
 
@@ -46,13 +46,13 @@ def _same(x: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """How a call of a model that takes no tensors `hidden_states` and `timestep` is put in these words, and back.
+    """Translates the calls of a model that does not take the tensors `hidden_states` and `timestep`.
 
     Attributes:
-        read: The arguments as the model takes them -> with `hidden_states` (B, ...) and `timestep`.
-        write: The reverse.
-        tensor: What the model returns -> (B, ...), in the layout of `hidden_states`.
-        returned: The reverse.
+        read: Converts the model's arguments to ones with `hidden_states` (B, ...) and `timestep`.
+        write: The inverse of `read`.
+        tensor: Converts the model's result to a tensor (B, ...) in the layout of `hidden_states`.
+        returned: The inverse of `tensor`.
     """
 
     read: Callable[[Arguments], Arguments]
@@ -62,7 +62,7 @@ class Words:
 
 
 PLAIN = Words(read=_same, write=_same)
-"""Those of most models."""
+"""The translation for most models, which changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,39 +73,40 @@ class Model:
         name: The class of the transformer.
         pipelines: Classes of pipelines whose whole generations are tested.
         adapter: Where its tokens are cut and put back.
-        layout: How latents hold tokens, by configuration.
-        grid: The token grid of a call, by configuration and arguments: (h, w), or (t, h, w).
-        channels: How many channels of the latents are generated, by configuration; what a model is given beyond them
-            are conditions.
-        words: How its calls are put, where they have no `hidden_states` and `timestep`.
-        per_level: What `timestep` is at noise level 1; inverted, at level 0.
+        layout: How latents hold tokens, from the configuration.
+        grid: The token grid of a call, (h, w) or (t, h, w), from configuration and arguments.
+        channels: Number of generated channels in the latents, from the configuration; further channels are conditions.
+        words: Translates its calls if they do not take `hidden_states` and `timestep`.
+        per_level: The value of `timestep` at noise level 1, or at level 0 if inverted.
         is_inverted: Whether `timestep` rises while noise falls.
-        sign: What the output is multiplied by to be a velocity, noise minus data.
-        inverts_levels: Whether the scheduler of its pipelines follows the output as it is on levels that rise from 0 to
-            1 (`invert_sigmas`).
-        spacings: Levels that its pipelines ask of their scheduler, by the number of steps, besides evenly spaced ones.
-        frames: What the first axis of a grid (t, h, w) is; None where all grids are (h, w).
-        branches: How pipelines bring the branches of guidance: in a call each, or as images of one batch ("batch").
-        forced: The tokens (B, N) bool that are anchors whatever comes (a frame that is given), by configuration and
-            arguments; or None.
-        text: Arguments (B, T, E), or (L, B, T, E), of text and other conditions, whose lengths T statistics count.
-        schedule: The noise levels of presets that are named: the sampler's own ("native"), or the paper's ("beta").
-        beside: Arguments of latents in the same layout, all of them conditions (a control video).
-        levels: Arguments at the noise level of what is generated, `timestep` among them.
-        result: What a call returns whose output is a dict, of all its tensors; None for a `Transformer2DModelOutput`.
-        resized: Arguments that tell a grid, of another grid, by arguments; what follows from the shape of latents needs
-            none.
-        refused: Arguments that cannot be accelerated, and what they are.
-        cost: Operations of one forward for one image, by configuration, image and text tokens; None counts them on a
-            copy without data (`flops.py`), which a model that looks at values does not allow.
-        fill: Tokens that the model adds to those of a grid, by configuration and grid.
-        blocks: Lists of blocks that `compile` compiles one by one, where the forward around them does not trace; empty:
+        sign: Factor that turns the output into a velocity (noise minus data).
+        inverts_levels: Whether its pipelines' scheduler uses the output unchanged, on levels that rise from 0 to 1
+            (`invert_sigmas`).
+        spacings: Levels that its pipelines may request from their scheduler, by number of steps, in addition to evenly
+            spaced ones.
+        frames: The meaning of the first axis of a grid (t, h, w); None if all grids are (h, w).
+        branches: How pipelines pass guidance branches: in separate calls, or as images of one batch ("batch").
+        forced: The tokens (B, N) bool that are always anchors, such as a given frame, from configuration and arguments;
+            returns None if there are none.
+        text: Arguments (B, T, E), or (L, B, T, E), of text and other conditions whose lengths T statistics count.
+        schedule: The noise levels of presets given by name: the sampler's own ("native"), or the paper's ("beta").
+        beside: Arguments that are latents in the same layout and only conditions, such as a control video.
+        levels: Arguments that hold the noise level of the generated tokens, including `timestep`.
+        result: Makes the result of a call from all its tensors if it is a dict; None for a `Transformer2DModelOutput`.
+        resized: Returns the arguments that describe a grid, changed to another grid; arguments that follow from the
+            shape of the latents are not needed.
+        refused: Arguments that cannot be accelerated, with a description for messages.
+        cost: Operations of one forward for one image, from configuration, image and text tokens. None counts them on a
+            copy without data (`flops.py`), which is not possible for a model that reads values.
+        fill: Number of tokens that the model adds to those of a grid, from configuration and grid.
+        blocks: Lists of blocks that `compile` compiles one by one because the whole forward cannot be traced. If empty,
             the whole forward is one graph.
-        uncompiled: Why nothing of it is compiled; None where its blocks are, or the whole forward.
-        captures: Whether a compiled stage can be recorded as a CUDA graph; not where its forward looks at values.
-        divides: Whether it was tried with tokens divided among ranks.
+        uncompiled: Why no part of it is compiled; None if its blocks or its whole forward are.
+        captures: Whether a compiled stage can be recorded as a CUDA graph, which is not possible if the forward reads
+            values.
+        divides: Whether it was tested with tokens divided among ranks.
         divides_text: Whether ranks divide the text too.
-        problem: Why a transformer of this class cannot be accelerated, by configuration; None where it can.
+        problem: Returns why a transformer of this class cannot be accelerated, from its configuration; None if it can.
     """
 
     name: str
@@ -140,24 +141,23 @@ class Model:
     problem: Callable[[Config], str | None] = no_problem
 
     def timestep_like(self, timestep: Tensor, level: float) -> Tensor:
-        """Returns the `timestep` of a noise level in shape and dtype of a call's own; one of 0, of a frame that is
-        given, stays."""
+        """Returns `timestep` set to a noise level, in its shape and dtype. Zeros, which mark a given frame, stay."""
         given = self.per_level * (1.0 - level if self.is_inverted else level)
         if self.is_inverted:
             return torch.full_like(timestep, given)
         return torch.where(timestep == 0, timestep, torch.full_like(timestep, given))
 
     def num_text(self, arguments: Arguments) -> int:
-        """Returns how many tokens of text and other conditions a call has."""
+        """Returns the number of tokens of text and other conditions in a call."""
         found = (arguments[name] for name in self.text if arguments.get(name) is not None)
         return sum(each[0].shape[-2] for each in found)
 
     def noise_level(self, arguments: Arguments) -> float:
-        """Returns the noise level of a call; of a timestep for every token the highest. Waits for the device.
+        """Returns the noise level of a call; the highest if every token has a timestep. Waits for the device.
 
         Raises:
-            UnsupportedModelError: For images at different levels.
-            ValueError: For what is no level.
+            UnsupportedModelError: If the images are at different levels.
+            ValueError: If the timestep is not a noise level.
         """
         timestep = arguments["timestep"].detach().double()
         each = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)
@@ -177,5 +177,5 @@ class Model:
 
 
 def channels_out(config: Config) -> int:
-    """Returns how many channels a transformer generates: those of its output."""
+    """Returns the number of channels in a transformer's output."""
     return int(config.get("out_channels") or config["in_channels"])

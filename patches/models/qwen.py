@@ -1,9 +1,9 @@
-"""Qwen-Image of diffusers, Edit and Layered: latents are packed tokens, references stand after them.
+"""Qwen-Image, Edit and Layered of diffusers. Latents are packed tokens, followed by reference tokens.
 
-Attention is joint over text and image, with one rotary table for all images of a batch: images whose anchors differ are
-run one by one. The pipelines rescale guided velocities token by token, which makes NaN of tokens that are no anchors;
-nobody reads those. Layered makes pictures of one size, the first of them all layers together: a grid (layers, h, w),
-with the picture that is taken apart as a reference. Nothing is lifted from one layer to another.
+Attention is joint over text and image. One rotary table serves all images of a batch, so images with different anchors
+run one by one. The pipelines rescale guided velocities token by token, which yields NaN at tokens that are not anchors;
+nobody reads those. Layered makes pictures of one size, of which the first shows all layers together: a grid
+(layers, h, w), with the picture to be decomposed as a reference. Nothing is lifted from one layer to another.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from .model import Arguments, Config, Model
 
 
 def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
-    """Returns (h, w) of the generated picture, whose shape (1, h, w) comes first among an image's; or of layers."""
+    """Returns (h, w) of the generated picture, the first of an image's shapes (1, h, w), or the grid of layers."""
     if config.get("use_layer3d_rope"):
         return _layers(arguments["img_shapes"])
     shapes = [each[0] if isinstance(each, list) else each for each in arguments["img_shapes"]]
     if any(tuple(shape) != tuple(shapes[0]) for shape in shapes) or shapes[0][0] != 1:
         raise ValueError(
-            f"jitaccel: img_shapes must be (1, height, width) of one size for all images of a batch, got {shapes}; "
+            f"jitaccel: img_shapes must have the same (1, height, width) for all images of a batch, got {shapes}; "
             f"call image by image"
         )
     return tuple(shapes[0])[1:]
 
 
 def _layers(img_shapes: Any) -> tuple[int, ...]:
-    """Returns (layers, h, w) of what is generated: all of an image's shapes but the last, which is the reference's."""
+    """Returns the generated grid (layers, h, w), from all of an image's shapes except the last, the reference's."""
     first = img_shapes[0]
     if not isinstance(first, list) or any(each != first for each in img_shapes) or len({*first[:-1]}) != 1:
         raise ValueError(
-            f"jitaccel: img_shapes must be layers (1, height, width) of one size and the picture that is taken apart, "
-            f"the same for all images of a batch, got {img_shapes}; call image by image"
+            f"jitaccel: img_shapes must be layers (1, height, width) of one size and the picture to be decomposed, the "
+            f"same for all images of a batch, got {img_shapes}; call image by image"
         )
     return (len(first) - 1, *first[0][1:])
 
 
 def _resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
-    """Returns the shapes with other ones in the place of the generated picture's, or of its layers'."""
+    """Returns the shapes with those of the generated picture, or of its layers, replaced."""
     layers, first = (1 if len(grid) == 2 else grid[0]), (1, *grid[-2:])
     shapes = [[first] * layers + each[layers:] if isinstance(each, list) else first for each in arguments["img_shapes"]]
     return {"img_shapes": shapes}

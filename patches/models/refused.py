@@ -1,4 +1,4 @@
-"""Transformers that cannot be accelerated, by name and with the reason; and what is found in unknown ones."""
+"""Transformers that cannot be accelerated, with the reasons, and an inspection of unknown transformers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
 
 
 def reason_against(transformer: Any) -> str | None:
-    """Returns why a transformer cannot be accelerated, by its class or one that it derives from; None if unknown."""
+    """Returns why a transformer cannot be accelerated, found by its class or a base class; None if not listed."""
     names = [kind.__name__ for kind in type(uncompiled(transformer)).__mro__]
     return next((reason for name, reason in REFUSED.items() if name in names), None)
 
 
 def places_found(transformer: Any) -> dict[str, str]:
-    """Returns the submodules at which a transformer might be cut, by what they do; only where there is one of each."""
+    """Returns the submodules at which a transformer might be cut, by role; empty unless every role is found."""
     if not isinstance(transformer, nn.Module):
         return {}
     own = dict(uncompiled(transformer).named_children())
@@ -42,13 +42,13 @@ def places_found(transformer: Any) -> dict[str, str]:
 
 
 def remark_on(target: Any) -> str:
-    """Returns what an error adds on a transformer that is refused or unknown, "" where there is nothing to say."""
+    """Returns an addition to the error for a refused or unknown transformer; "" if there is nothing to add."""
     if (reason := reason_against(target)) is not None:
         return f". {type(uncompiled(target)).__name__} cannot be accelerated: {reason}"
     if model_of(target) is None and (places := places_found(target)):
         listed = ", ".join(f"{name} ({what})" for what, name in places.items())
         return (
-            f". {type(uncompiled(target)).__name__} has {listed}, so it may be possible to add it: "
-            f"see docs/adding-a-model.md; it is not guessed"
+            f". {type(uncompiled(target)).__name__} has {listed}, so support can probably be added: see "
+            f"docs/adding-a-model.md; jitaccel does not guess"
         )
     return ""

@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5 of diffusers.
 
-Positions are added where tokens are made, for each image, so that images may have anchors of their own in one forward.
-Attention is joint over text and image. The pipelines bring both branches of guidance as one batch, and that of
-skip-layer guidance in a further call.
+Positions are added to the tokens of each image when the tokens are made, so images can have different anchors in one
+forward. Attention is joint over text and image. The pipelines pass both guidance branches as one batch, and the
+skip-layer branch in a further call.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Wan 2.1 and 2.2 of diffusers: text to video, image to video, TI2V with a timestep for every token, and VACE.
 
-Self-attention is on video tokens alone; text and image tokens come by cross-attention. The rotary table (1, N, 1, D) is
-broadcast over the batch, so images may have anchors of their own in one forward. In image to video the condition is
-further channels (mask and first frame, 20 of 36) or, with a timestep for every token, a first frame at timestep 0 in
-place of the state's, whose tokens are anchors in every step. VACE makes tokens of a control video as well.
+Self-attention covers video tokens only; text and image tokens enter by cross-attention. The rotary table (1, N, 1, D)
+is broadcast over the batch, so videos can have different anchors in one forward. In image to video, the condition is
+given as further channels (mask and first frame, 20 of 36) or, with a timestep for every token, as a first frame at
+timestep 0 in place of the state's; the tokens of that frame are anchors in every step. VACE also makes tokens of a
+control video.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def _layout(config: Config) -> PatchLayout:
 
 
 def _given_frames(config: Config, arguments: Arguments) -> Tensor | None:
-    """Returns the tokens (B, N) whose timestep is 0: those of a frame that is given."""
+    """Returns the tokens (B, N) whose timestep is 0, which belong to a given frame."""
     timestep: Tensor = arguments["timestep"]
     return timestep == 0 if timestep.ndim == 2 and timestep.shape[1] > 1 else None
 

@@ -1,8 +1,8 @@
-"""Z-Image of diffusers: lists of pictures and prompts, and a clock that rises while noise falls.
+"""Z-Image of diffusers: lists of pictures and prompts, and a timestep that rises while noise falls.
 
-A method of the model makes tokens of pictures and pads them to a multiple of 32: what it returns is cut, and padded
-again. Each picture has its own places, so that pictures may have anchors of their own in one forward. The pipeline
-brings both branches of guidance as one batch, and may scale whole guided pictures (`cfg_normalization`).
+A method of the model makes tokens of pictures and pads them to a multiple of 32; its result is cut and padded again.
+Each picture has its own position ids, so pictures can have different anchors in one forward. The pipeline passes both
+guidance branches as one batch, and may scale whole guided pictures (`cfg_normalization`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..cutting import Adapter, Places
 from ..layout import PatchLayout
 from .model import Arguments, Config, Model, Words
 
-_MULTIPLE = 32  # what the model pads pictures and prompts to
+_MULTIPLE = 32  # the model pads pictures and prompts to a multiple of this
 _LAYOUT = PatchLayout((2, 2))
 
 
 def _read(arguments: Arguments) -> Arguments:
-    """Returns the arguments with pictures (B, C, H, W) in the place of a list of (C, 1, H, W)."""
+    """Returns the arguments with pictures (B, C, H, W) instead of a list of (C, 1, H, W)."""
     others = {name: value for name, value in arguments.items() if name not in ("x", "t")}
     return {**others, "hidden_states": torch.stack(list(arguments["x"]))[:, :, 0], "timestep": arguments["t"]}
 
@@ -36,7 +36,7 @@ def _returned(pictures: Tensor) -> list[Tensor]:
 
 
 def _tokens(made: tuple[Any, ...], places: Places) -> tuple[Any, ...]:
-    """Returns what `patchify_and_embed` makes, with the anchors' tokens, ids and padding of each picture."""
+    """Cuts the result of `patchify_and_embed` to the anchors' tokens, ids and padding of each picture."""
     pictures, prompts, sizes, ids, prompt_ids, _, prompt_padding = made
     anchors = places.anchors.expand(len(pictures), -1)
     short = -anchors.shape[1] % _MULTIPLE
@@ -48,13 +48,13 @@ def _tokens(made: tuple[Any, ...], places: Places) -> tuple[Any, ...]:
 
 
 def _put(x: Tensor, places: Places) -> Tensor:
-    """Returns the anchors' rows in place; of padding and prompt, which come after them, nothing is read."""
+    """Scatters the anchors' rows back; the rows of padding and prompt after them are not read."""
     return places.put(x[:, : places.anchors.shape[1]])
 
 
 def _problem(config: Config) -> str | None:
     if tuple(config["all_patch_size"]) != (2,) or tuple(config["all_f_patch_size"]) != (1,):
-        return f"transformer must have patches of 2 x 2 alone, got all_patch_size={config['all_patch_size']}"
+        return f"transformer must have 2 x 2 patches only, got all_patch_size={config['all_patch_size']}"
     return None
 
 

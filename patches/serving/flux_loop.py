@@ -1,4 +1,4 @@
-"""The denoising loop of an engine's FLUX.1: one picture, or a batch; how its network is called is the engine's."""
+"""The denoising loop for an engine's FLUX.1, for one picture or a batch. The engine calls its network."""
 
 from __future__ import annotations
 
@@ -23,42 +23,44 @@ from ..flux.kinds import FLUX
 from ..split import Split
 
 Predict = Callable[[Mapping[str, Any], Mapping[str, Any] | None], Tensor]
-"""Runs the network on the arguments of the guided and unguided branch, and returns what guidance makes of them."""
+"""Runs the network on the arguments of the guided and the unguided branch, and returns the guided result."""
 
 _OF_APPLY = ("preset", "strict", "on_unsupported", "execution", "attention", "compile", "controlnet")
 
 
 def config_of(settings: Mapping[str, Any]) -> JiTConfig:
-    """Returns the configuration that settings name, arguments of `jitaccel.apply`; how it executes is the engine's.
+    """Returns the configuration for settings, which are arguments of `jitaccel.apply`.
+
+    Settings about execution are ignored, because the engine decides on it.
 
     Raises:
-        ConfigError: For a preset of another name, and for what no configuration has.
+        ConfigError: If the preset or a setting is unknown.
     """
     fields = {name: value for name, value in settings.items() if name not in _OF_APPLY}
     return resolve(settings.get("preset", "7x"), **fields)
 
 
 def own_levels(config: JiTConfig) -> tuple[float, ...] | None:
-    """Returns the noise levels of a configuration as a scheduler's tensor has them; None: the scheduler's own."""
+    """Returns a configuration's noise levels, rounded as in a scheduler's tensor; None for the scheduler's own."""
     if config.schedule == "native":
         return None
     return tuple(np.asarray(noise_levels(config), dtype=np.float32).tolist())
 
 
 class FluxLoop:
-    """One denoising of a batch: its state, and a step at a time.
+    """The denoising of one batch: holds its state and advances it step by step.
 
     Args:
-        config: What runs.
+        config: The configuration to run.
         levels: The noise levels, first to last, 0 included.
         latents: (B, N, D), noise.
         ids: (N, 3), position ids of every token.
-        text_tokens: Of the prompt.
-        multiple: What numbers of anchors are rounded up to.
-        ranks: Who makes the picture together; they have begun alike when this is made.
+        text_tokens: Number of tokens in the prompt.
+        multiple: The number of anchors is rounded up to a multiple of this.
+        ranks: The ranks that make the picture together. The constructor checks that they start identically.
 
     Raises:
-        ConfigError: Where the configuration cannot have this size, or ranks begin differently.
+        ConfigError: If the configuration does not allow this size, or ranks start differently.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class FluxLoop:
             grid_of_ids(ids, latents.shape[1]),
             self._clock.step(0),
             latents,
-            cost=lambda image_tokens, text_tokens: image_tokens + text_tokens,  # nobody reads it: no FLOPs are told
+            cost=lambda image_tokens, text_tokens: image_tokens + text_tokens,  # never read: no FLOPs are reported
             text_tokens=text_tokens,
             multiple=multiple,
             patch=FLUX.patch,
@@ -90,9 +92,9 @@ class FluxLoop:
         """Returns the state (B, N, D) after step `index`.
 
         Args:
-            index: Of the step; they come in order.
+            index: Index of the step; steps must come in order.
             network: Runs the network on the anchors, with guidance.
-            branches: Of guidance.
+            branches: Number of guidance branches.
         """
         step, generation = self._clock.step(index), self.generation
         self.state = generation.enter(step, self.state)
@@ -105,16 +107,16 @@ class FluxLoop:
         return self.state
 
     def tokens(self) -> list[int]:
-        """Returns how many image tokens the network has seen at each step."""
+        """Returns the number of image tokens that the network got at each step."""
         return [step.tokens for step in self.generation.recorder.steps()]
 
 
 def of_arguments(positive: Mapping[str, Any], negative: Mapping[str, Any] | None, predict: Predict) -> Network:
-    """Returns a network that takes diffusers' arguments: once for all images, or once for each of other anchors.
+    """Returns a network built from diffusers' arguments. It runs once, or once per image if anchors differ.
 
     Args:
-        positive: The arguments of the network for every token.
-        negative: The same of the unguided branch; None without guidance.
+        positive: The arguments of the network for all tokens.
+        negative: The same for the unguided branch; None without guidance.
         predict: Runs the network.
     """
 

@@ -1,4 +1,4 @@
-"""What one environment variable asks an engine's plug-in for, and how the pipeline inside gets it."""
+"""Reads an engine plug-in's settings from an environment variable, and applies them to the engine's pipeline."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _log = logging.getLogger(__name__)
 
 
 def asked(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Returns the arguments of `jitaccel.apply` that JITACCEL_CONFIG asks for; None where it is not set, or empty.
+    """Returns the arguments of `jitaccel.apply` from JITACCEL_CONFIG; None if it is not set or empty.
 
-    It is the name of a preset (`7x`), a JSON object (`{"preset": "7x", "steps": 14}`), or a file of one, JSON or YAML.
+    The variable holds the name of a preset (`7x`), a JSON object (`{"preset": "7x", "steps": 14}`), or the path of a
+    JSON or YAML file with such an object.
 
     Raises:
-        ConfigError: For what is none of these.
+        ConfigError: If the variable holds none of these.
     """
     text = environment.get(VARIABLE, "").strip()
     if not text:
@@ -61,16 +62,16 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def accelerate(pipeline: Any, settings: Mapping[str, Any], engine: str) -> None:
-    """Applies jitaccel to the pipeline inside an engine; a refusal goes to the log, and the engine runs dense.
+    """Applies jitaccel to the pipeline inside an engine. If `apply` refuses, logs the error and runs dense.
 
     Args:
-        pipeline: Of diffusers.
+        pipeline: The diffusers pipeline.
         settings: Arguments of `jitaccel.apply`. With `strict`, a refusal is raised, and the engine does not start.
-        engine: Its name in the log.
+        engine: Name of the engine in the log.
 
     Raises:
-        ConfigError, UnsupportedModelError: Of `apply`, with `strict`; ConfigError in any case, for settings that no
-            pipeline can have.
+        ConfigError: If no pipeline could have these settings, or, with `strict`, if `apply` raises it.
+        UnsupportedModelError: With `strict`, if `apply` raises it.
     """
     from jitaccel.api import apply
 
@@ -79,6 +80,6 @@ def accelerate(pipeline: Any, settings: Mapping[str, Any], engine: str) -> None:
     except UnsupportedModelError as error:
         if settings.get("strict"):
             raise
-        _log.error("jitaccel: %s runs dense, since %s", engine, error)
+        _log.error("jitaccel: %s runs dense, because %s", engine, error)
         return
-    _log.warning("jitaccel: %s is accelerated, %r", engine, handle)  # a warning, since engines show no less of others
+    _log.warning("jitaccel: %s is accelerated, %r", engine, handle)  # engines only show warnings of other packages

@@ -1,7 +1,7 @@
-"""SGLang-Diffusion: its diffusers backend is patched when its pipeline has loaded, its own FLUX.1 by `sglang_flux`.
+"""SGLang-Diffusion: patches its diffusers backend after the pipeline has loaded; `sglang_flux` handles its own FLUX.1.
 
-Written for sglang 0.5.23, whose plug-ins register hooks on dotted names. With `--backend diffusers` the hook stands
-around `_apply_cache_dit`, which divides tokens among GPUs where that is configured: jitaccel comes after it, and before
+Written for sglang 0.5.23, whose plug-ins register hooks on dotted names. With `--backend diffusers`, the hook wraps
+`_apply_cache_dit`, which divides tokens among GPUs if configured. jitaccel is applied after that, and before
 torch.compile.
 """
 
@@ -18,10 +18,10 @@ TARGET = "sglang.multimodal_gen.runtime.pipelines.diffusers_pipeline.DiffusersPi
 
 
 def register() -> None:
-    """The entry point `sglang.multimodal_gen.plugins`; does nothing, and imports nothing, unless asked.
+    """The entry point `sglang.multimodal_gen.plugins`. Without JITACCEL_CONFIG it does nothing and imports nothing.
 
     Raises:
-        ConfigError: For settings that cannot be read; the engine logs it.
+        ConfigError: If the settings cannot be read; the engine logs the error.
     """
     settings = asked(os.environ)
     if settings is None:
@@ -42,14 +42,14 @@ def register() -> None:
 def around_cache_dit(
     settings: Mapping[str, Any], original: Callable[..., Any], engine: Any, pipe: Any, server_args: Any
 ) -> Any:
-    """Returns the diffusers pipeline, patched, that the engine's `_apply_cache_dit` returns.
+    """Returns the diffusers pipeline from the engine's `_apply_cache_dit`, patched.
 
     Args:
         settings: Arguments of `jitaccel.apply`.
         original: The engine's method.
-        engine: Its DiffusersPipeline.
-        pipe: The diffusers pipeline that is loaded.
-        server_args: Of the engine.
+        engine: The engine's DiffusersPipeline.
+        pipe: The loaded diffusers pipeline.
+        server_args: Arguments of the engine.
     """
     pipe = original(engine, pipe, server_args)
     accelerate(pipe, settings, "SGLang")

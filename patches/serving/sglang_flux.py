@@ -1,8 +1,8 @@
 """SGLang-Diffusion's own FLUX.1 pipeline: hooks around its denoising stage. **Not run on the engine.**
 
-Written for sglang 0.5.23, against its sources (docs/engines.md). The engine divides the state among ranks before its
-loop. Here each rank gathers it once, keeps it whole, decides on it as every other rank does, and gives the network its
-part of the anchors; the guided velocity is gathered again, so that ranks stay alike bit for bit.
+Written for sglang 0.5.23, from its source code (docs/engines.md). The engine divides the state among ranks before its
+loop. Here each rank gathers the whole state once and keeps it, so that all ranks make the same decisions. Each rank
+gives the network its part of the anchors. The guided velocity is then gathered again, so that ranks stay bitwise equal.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from .sglang_refused import refused
 
 STAGE = "sglang.multimodal_gen.runtime.pipelines_core.stages.denoising.DenoisingStage"
 PIPELINE = "FluxPipelineConfig"
-_KEY = "jitaccel"  # of the request's generation in the engine's `ctx.extra`
+_KEY = "jitaccel"  # key of the request's generation in the engine's `ctx.extra`
 _log = logging.getLogger(__name__)
 
 
 def around_init(settings: Mapping[str, Any], original: Callable[..., None], stage: Any, *args: Any, **kw: Any) -> None:
-    """Makes the engine's DenoisingStage, and says whether its pipeline is accelerated.
+    """Initialises the engine's DenoisingStage, and logs whether its pipeline is accelerated.
 
     Args:
         settings: Arguments of `jitaccel.apply`.
         original: The engine's `__init__`.
-        stage: What is made.
-        *args: Of the engine.
-        **kw: Of the engine.
+        stage: The DenoisingStage to initialise.
+        *args: The engine's positional arguments.
+        **kw: The engine's keyword arguments.
 
     Raises:
-        ConfigError: For settings that no pipeline can have, so that the engine does not start with them.
+        ConfigError: If no pipeline could have these settings; the engine then does not start.
     """
     original(stage, *args, **kw)
     config, pipeline = config_of(settings), type(stage.server_args.pipeline_config).__name__
     if pipeline != PIPELINE:
-        _log.error("jitaccel: SGLang runs dense, since of its own pipelines FLUX.1 alone is covered, got %s", pipeline)
-    elif type(stage).__name__ == "DenoisingStage":  # not the stage of another mode, whose requests are refused
+        _log.error("jitaccel: SGLang runs dense, because only FLUX.1 of its pipelines is supported, got %s", pipeline)
+    elif type(stage).__name__ == "DenoisingStage":  # stages of other modes refuse every request
         _log.warning("jitaccel: SGLang's FLUX.1 is accelerated, %s", config)
 
 
 def around_beginning(
     settings: Mapping[str, Any], original: Callable[..., None], stage: Any, ctx: Any, batch: Any, server_args: Any
 ) -> None:
-    """Prepares the engine's loop, and its steps and levels in place of those of the request; warm-up stays dense.
+    """Prepares the engine's loop, with our steps and levels instead of the request's. Warm-up requests stay dense.
 
     Args:
-        settings: Arguments of `jitaccel.apply`. With `strict`, what is refused is raised, on every rank.
+        settings: Arguments of `jitaccel.apply`. With `strict`, a refusal is raised on every rank.
         original: The engine's `_before_denoising_loop`.
-        stage: Its DenoisingStage.
-        ctx: Its DenoisingContext.
+        stage: The engine's DenoisingStage.
+        ctx: The engine's DenoisingContext.
         batch: The request.
-        server_args: Of the engine.
+        server_args: Arguments of the engine.
 
     Raises:
-        ConfigError: On every rank, where they have begun differently.
-        UnsupportedModelError: With `strict`, for what is refused.
+        ConfigError: On every rank, if the ranks start differently.
+        UnsupportedModelError: With `strict`, if the request is refused.
     """
     original(stage, ctx, batch, server_args)
     if ctx.is_warmup or type(server_args.pipeline_config).__name__ != PIPELINE:
@@ -84,7 +84,7 @@ def around_beginning(
             return _Wanted(asked, ids, [str(error)])
         return _Wanted(config, ids, refused(stage, ctx, batch, server_args, config, ids, size))
 
-    # Told before anything is gathered: a rank that refuses, or fails, leaves no other waiting.
+    # Exchanged before anything is gathered, so that a rank that refuses or fails does not leave others waiting.
     found = begun_alike(ranks, device, wanted, lambda found: eight_bytes(found.problems, found.config))
     if not found.problems:
         ctx.extra[_KEY] = _begun(stage, ctx, batch, server_args, found, ranks)
@@ -92,19 +92,19 @@ def around_beginning(
     said = "\n".join(found.problems)
     if settings.get("strict"):
         raise UnsupportedModelError(said)
-    _log.error("jitaccel: SGLang runs this request dense, since %s", said)
+    _log.error("jitaccel: SGLang runs this request dense, because %s", said)
 
 
 def around_step(original: Callable[..., None], stage: Any, ctx: Any, step: Any, batch: Any, server_args: Any) -> None:
-    """Makes one step of the engine's loop: ours where the request's loop has begun so, or the engine's.
+    """Makes one step of the engine's loop: an accelerated one if the request began so, otherwise the engine's.
 
     Args:
         original: The engine's `_run_denoising_step`.
-        stage: Its DenoisingStage.
-        ctx: Its DenoisingContext; its `latents` are this rank's part of the state, padded as the engine does.
-        step: Its DenoisingStepState.
+        stage: The engine's DenoisingStage.
+        ctx: The engine's DenoisingContext; `latents` is this rank's part of the state, padded as in the engine.
+        step: The engine's DenoisingStepState.
         batch: The request.
-        server_args: Of the engine.
+        server_args: Arguments of the engine.
     """
     begun: _Begun | None = ctx.extra.get(_KEY)
     if begun is None:
@@ -146,7 +146,7 @@ def around_step(original: Callable[..., None], stage: Any, ctx: Any, step: Any, 
 
 
 class _Wanted(NamedTuple):
-    """What is to run of a request: position ids (N, 3) of every token, and what forbids it."""
+    """What to run for a request: position ids (N, 3) of every token, and reasons against acceleration."""
 
     config: JiTConfig
     ids: Tensor
@@ -154,7 +154,7 @@ class _Wanted(NamedTuple):
 
 
 class _Begun:
-    """One request's generation, and what its network is given of a stage. rank, ranks: who divides the tokens."""
+    """One request's generation and its network inputs in a stage, on `rank` of `ranks`, which divide the tokens."""
 
     def __init__(self, loop: FluxLoop, ids: Tensor, rotary: Callable[..., Any], rank: int, ranks: int) -> None:
         self.loop, self.ranks = loop, ranks
@@ -163,11 +163,11 @@ class _Begun:
         self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def part(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of what stands for the anchors along `dim`, whose number the ranks divide."""
+        """Returns this rank's part of a tensor with the anchors along `dim`; the ranks divide their number evenly."""
         return x.chunk(self.ranks, dim=dim)[self._rank]
 
     def conditions(self, run: Run, kwargs: Mapping[str, Any], row: slice) -> dict[str, Any]:
-        """Returns what a branch gives the network, of some rows of the batch: positions are the stage's."""
+        """Returns a branch's network arguments for some rows of the batch, with the stage's positions."""
         text = kwargs["encoder_hidden_states"].shape[1]
         halves = zip(kwargs["freqs_cis"], self._table(run, row), strict=True)
         joined = [torch.cat([whole[:text], own]) for whole, own in halves]
@@ -175,7 +175,7 @@ class _Begun:
         return {**others, "freqs_cis": tuple(joined)}
 
     def _table(self, run: Run, row: slice) -> tuple[Tensor, Tensor]:
-        """Returns cosine and sine (M / ranks, C) of the anchors of one row, or of all; made once a stage."""
+        """Returns cosine and sine (M / ranks, C) for the anchors of one row or of all rows; computed once per stage."""
         if self._plan is not run.plan:
             self._plan, self._tables = run.plan, {}
         if row.start not in self._tables:
@@ -186,7 +186,7 @@ class _Begun:
 
 
 def _begun(stage: Any, ctx: Any, batch: Any, server_args: Any, wanted: _Wanted, ranks: Ranks) -> _Begun:
-    """Returns a request's generation from its whole state, and sets the steps that the engine's loop counts."""
+    """Returns a request's generation from its whole state, and sets the number of steps in the engine's loop."""
     config, ids = wanted.config, wanted.ids
     levels = _levels(ctx, batch, server_args, config)
     size = stage._sp_world_size()
@@ -197,7 +197,7 @@ def _begun(stage: Any, ctx: Any, batch: Any, server_args: Any, wanted: _Wanted, 
 
 
 def _levels(ctx: Any, batch: Any, server_args: Any, config: JiTConfig) -> tuple[float, ...]:
-    """Returns the noise levels, the final 0 included, and sets the timesteps that the engine's loop runs over."""
+    """Returns the noise levels, the final 0 included, and sets the timesteps of the engine's loop."""
     levels, steps = own_levels(config), config.steps
     assert isinstance(steps, int)
     if levels is not None:
@@ -212,18 +212,18 @@ def _levels(ctx: Any, batch: Any, server_args: Any, config: JiTConfig) -> tuple[
 
 
 def _gathered(server_args: Any, batch: Any, ranks: int, x: Tensor) -> Tensor:
-    """Returns all ranks' parts (B, M / ranks, D) in their order, (B, M, D)."""
+    """Returns all ranks' parts (B, M / ranks, D), joined in rank order, (B, M, D)."""
     whole: Tensor = x if ranks == 1 else server_args.pipeline_config.gather_latents_for_sp(x, batch=batch)
     return whole
 
 
 def _rows(x: Tensor, row: slice) -> Tensor:
-    """Returns rows of the batch of `x`; one row stands for every image."""
+    """Returns rows of the batch of `x`; a single row serves every image."""
     return x[row] if x.shape[0] > 1 else x
 
 
 def _replica() -> Ranks:
-    """Returns the processes that serve one request together, whatever they divide."""
+    """Returns all processes that serve one request together, however they divide the work."""
     from sglang.multimodal_gen.runtime.distributed import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
@@ -233,7 +233,7 @@ def _replica() -> Ranks:
 
 
 def _rank(ranks: int) -> int:
-    """Returns which of the ranks that divide the tokens this is."""
+    """Returns the index of this process among the ranks that divide the tokens."""
     if ranks == 1:
         return 0
     from sglang.multimodal_gen.runtime.distributed import parallel_state

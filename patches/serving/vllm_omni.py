@@ -1,7 +1,7 @@
-"""vLLM-Omni: its diffusers backend is patched when it has loaded, and its own FLUX.1 pipeline is replaced by ours.
+"""vLLM-Omni: patches its diffusers backend after loading, and replaces its own FLUX.1 pipeline.
 
-Written for vllm-omni 0.30.0. The first wraps `load_weights` of the adapter's class in the process, since that backend
-has no hook; the second is what `register_diffusion_model` is for.
+Written for vllm-omni 0.30.0. The diffusers backend has no hook, so `load_weights` of the adapter's class is wrapped for
+the whole process. The FLUX.1 pipeline is replaced through `register_diffusion_model`, which is made for that.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 
 from .settings import accelerate, asked
 
-_OURS = "_jitaccel_original"  # on the method that stands in place of the adapter's
+_OURS = "_jitaccel_original"  # attribute of the method that replaces the adapter's
 
 
 def register() -> None:
-    """The entry point `vllm_omni.general_plugins`; does nothing, and imports nothing, unless asked. Twice is once.
+    """The entry point `vllm_omni.general_plugins`. Without JITACCEL_CONFIG it does nothing and imports nothing.
+
+    Calling it twice has the same effect as once.
 
     Raises:
-        ConfigError: For settings that cannot be read.
+        ConfigError: If the settings cannot be read.
     """
     settings = asked(os.environ)
     if settings is None:
@@ -34,7 +36,7 @@ def register() -> None:
 
 
 def loading(settings: Mapping[str, Any], original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns `load_weights` of the adapter, which patches the pipeline that it has loaded."""
+    """Returns a replacement for the adapter's `load_weights` that patches the loaded pipeline."""
 
     @functools.wraps(original)
     def load_weights(adapter: Any) -> None:

@@ -1,8 +1,8 @@
-"""vLLM-Omni's own FLUX.1 pipeline, accelerated: imported by the engine alone, which registers it for `FluxPipeline`.
+"""vLLM-Omni's own FLUX.1 pipeline, accelerated. Only the engine imports this file; it registers it as `FluxPipeline`.
 
-Only the loop is replaced. The network is called whole, from outside: hooks that the engine has inside it (tensor
-parallelism, offloading, compiled blocks) see the anchors as if they were all there is. With branches of guidance on
-several ranks, each has the whole state and decides on the same guided velocity, so that all agree. docs/engines.md.
+Only the loop is replaced. The network is called from outside, as a whole, so the engine's hooks inside it (tensor
+parallelism, offloading, compiled blocks) see the anchors as an ordinary sequence. If guidance branches run on several
+ranks, each rank has the whole state and decides from the same guided velocity, so all ranks agree. See docs/engines.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jitaccel.errors import UnsupportedModelError
 from .flux_loop import FluxLoop, config_of, of_arguments, own_levels
 from .settings import asked
 
-__all__ = ["JitFluxPipeline", "get_flux_post_process_func"]  # the engine looks the second up beside the class
+__all__ = ["JitFluxPipeline", "get_flux_post_process_func"]  # the engine looks up both
 _log = logging.getLogger(__name__)
 
 
 class JitFluxPipeline(FluxPipeline):  # type: ignore[misc]
-    """The engine's `FluxPipeline` with the loop of jitaccel; steps and levels are the preset's."""
+    """The engine's `FluxPipeline` with jitaccel's loop, and with the preset's steps and levels."""
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
@@ -37,13 +37,13 @@ class JitFluxPipeline(FluxPipeline):  # type: ignore[misc]
             )
         if getattr(od_config, "cache_backend", None) not in (None, "none"):
             raise UnsupportedModelError(
-                f"jitaccel: cache_backend must be none, got {od_config.cache_backend!r}, which answers with what it "
-                f"kept of other tokens; leave it out"
+                f"jitaccel: cache_backend must be none, got {od_config.cache_backend!r}, which reuses results of other "
+                f"tokens; leave it out"
             )
         _log.warning("jitaccel: vLLM-Omni's FluxPipeline is accelerated, %s", self._jit_config)
 
     def prepare_timesteps(self, num_inference_steps: int, sigmas: Any, image_seq_len: int) -> tuple[Tensor, int]:
-        """Returns the preset's timesteps in place of those that a request asks for."""
+        """Returns the preset's timesteps instead of those that a request asks for."""
         steps = self._jit_config.steps
         assert isinstance(steps, int)
         timesteps, _ = super().prepare_timesteps(steps, None, image_seq_len)
@@ -71,7 +71,7 @@ class JitFluxPipeline(FluxPipeline):  # type: ignore[misc]
         true_cfg_scale: float,
         cfg_normalize: bool = False,
     ) -> Tensor:
-        """Returns the last state (B, N, D); arguments are those of the engine's own loop."""
+        """Returns the final state (B, N, D); the arguments are those of the engine's own loop."""
         self.transformer.do_true_cfg = do_true_cfg
         loop = FluxLoop(self._jit_config, self._jit_levels, latents, latent_image_ids, prompt_embeds.shape[1])
 

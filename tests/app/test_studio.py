@@ -1,4 +1,4 @@
-"""What the app makes of a request, without its page."""
+"""The app's handling of a request, without its page."""
 
 from __future__ import annotations
 

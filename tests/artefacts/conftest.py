@@ -1,4 +1,4 @@
-"""One export for all tests, and copies of it to damage."""
+"""One export shared by all tests, and copies of it to damage."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def _inputs(pipe: Any, path: Path, seeds: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Writes what the program needs, and returns what the pipeline is called with."""
+    """Writes the program's inputs, and returns the arguments of the pipeline's call."""
     text, pooled, _ = pipe.encode_prompt(
         "a red circle", None, num_images_per_prompt=len(seeds), max_sequence_length=TEXT_TOKENS
     )
@@ -97,7 +97,7 @@ def test_cpp_program_says_what_is_wrong_in_one_line(pipe: Any, program: Path, fo
     whole = inputs.read_bytes()
     for content, words in (
         (whole[:-4], "must lie within the file"),
-        (whole[:20], "fewer than its header tells"),
+        (whole[:20], "fewer than its header says"),
         (b"", "got 0 bytes"),
         (len(b"[1]").to_bytes(8, "little") + b"[1]", "expected {"),
         (whole.replace(b'"pooled"', b'"poolex"'), "must hold a tensor pooled, got none"),

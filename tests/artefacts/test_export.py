@@ -1,4 +1,4 @@
-"""Exported stages: the eager latents behind the same patch, and none that is used for what it was not made for."""
+"""Exported stages give the eager latents behind the same patch, and are refused for other inputs."""
 
 from __future__ import annotations
 

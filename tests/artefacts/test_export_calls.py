@@ -1,4 +1,4 @@
-"""Calls and machines that exported stages were not made for are refused."""
+"""Exported stages refuse calls and machines that they were not made for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of an export: what is damaged, cut off or put together from others is refused."""
+"""Export files that are damaged, truncated or mixed from several exports are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_manifest_with_another_number_is_refused(folder: Path) -> None:
 
 
 def _signed(folder: Path, content: Any) -> None:
-    """Writes a manifest whose own checksum is right."""
+    """Writes a manifest with a correct checksum."""
     content = {name: value for name, value in content.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({**content, "sha256": digest}))
@@ -145,7 +145,7 @@ def test_manifest_reads_what_it_wrote(exported: Path) -> None:
 
 
 def test_manifest_declares_what_each_stage_is_called_with(folder: Path) -> None:
-    """By name, shape and dtype, as the codebase gave it: nothing here knows what a network asks."""
+    """By name, shape and dtype as given by the codebase, because this code does not know the network's inputs."""
     manifest = Manifest.read(folder)
     for inputs, count in zip(manifest.inputs, manifest.tokens, strict=True):
         declared = {each.name: (each.shape, each.dtype) for each in inputs}

@@ -1,4 +1,4 @@
-"""The benchmark command: its registry, its rows, and what it says of what it cannot measure."""
+"""The benchmark command: its registry, its rows, and its reports of cases that it cannot measure."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_no_case_is_begun_after_the_time_allowed(
     monkeypatch.setattr("benchmarks.__main__.time.monotonic", iter(range(0, 10_000, 100)).__next__)
     file = tmp_path / "rows.jsonl"
     assert main(["kernels", "--device", "cpu", "--json", str(file), "--resume", "--within", "50"]) == 0
-    assert "5 cases were not begun within 50 s; --resume goes on" in capsys.readouterr().out and not file.exists()
+    assert "5 cases were not begun within 50 s; --resume continues" in capsys.readouterr().out and not file.exists()
 
 
 def test_resume_needs_a_file(capsys: pytest.CaptureFixture[str]) -> None:

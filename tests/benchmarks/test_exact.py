@@ -1,4 +1,4 @@
-"""The exact laboratory: closed forms against plain sampling, and the rows that a worse method would change."""
+"""The exact laboratory: closed forms against plain sampling, and rows that a worse method would change."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_closed_form_is_the_mean_over_all_noise_of_the_run(plan: Plan, solver: S
 
 
 def test_video_is_pooled_within_its_frames() -> None:
-    """A field whose power does not depend on the first axis's frequency has frames that know nothing of each other."""
+    """If a field's power does not depend on the frequency of the first axis, its frames are independent."""
 
     class Frames(Field):
         def power(self, *frequencies: np.ndarray) -> np.ndarray:

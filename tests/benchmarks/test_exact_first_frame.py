@@ -1,4 +1,4 @@
-"""The exact laboratory's videos of a causal decoder: their first frame has more detail, and what that is worth."""
+"""The exact laboratory's videos of a causal decoder: the first frame has more detail, with a measured benefit."""
 
 from __future__ import annotations
 

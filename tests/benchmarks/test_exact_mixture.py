@@ -40,7 +40,7 @@ def test_one_map_makes_the_network_linear_and_several_do_not() -> None:
 
 @pytest.mark.parametrize("anchors", [None, torch.arange(0, 36, 2)])
 def test_network_has_the_least_error(anchors: torch.Tensor | None) -> None:
-    """Any other share of what it returns, and the mean that one map alone would give, are worse on average."""
+    """Any other multiple of its result, and the mean for a single map, are worse on average."""
     clean = torch.cat([drawn(SMALL, which, 16) for which in range(4)])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     rows = None if anchors is None else anchors.expand(len(clean), -1)

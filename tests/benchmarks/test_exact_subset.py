@@ -1,4 +1,4 @@
-"""The exact laboratory's subset stages: against the product's own run, and rows that a worse method would change."""
+"""The exact laboratory's subset stages against the product's own run, and rows that a worse method would change."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_token_as_anchor_is_dense() -> None:
     )
 
 
-# 32x32 latents on the paper's levels, spectrum 2.0: what sampling 24 fields with another program gave.
+# 32x32 latents on the paper's levels, spectrum 2.0: results of another program that sampled 24 fields.
 @pytest.mark.parametrize(
     ("plan", "variant", "solver", "sampled"),
     [

@@ -1,4 +1,4 @@
-"""The scripts for machines with a GPU: what they leave out, cut off and copy, and a dry run of every step."""
+"""The scripts for GPU machines: steps they skip, stop or resume, files they copy, and a dry run of every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is n
 
 
 def _tree(tmp_path: Path) -> Path:
-    """Returns a tree of its own with the script, since it works in a folder of the tree that it stands in."""
+    """Returns a separate tree with the script, because the script works in a folder of its own tree."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name in ("jitaccel", "tests", "patches", "pyproject.toml", "assets"):
@@ -77,7 +77,7 @@ def test_dry_run_goes_through_every_step(steps: list[str], tmp_path: Path) -> No
         assert '"is_closing": true' in (out / "rows.jsonl").read_text()
         wanted = ["log.txt", "rows.jsonl", "steps.txt"]
     assert sorted(path.name for path in out.iterdir()) == wanted
-    for step in ("float8", "batches", "large", "video", "wan", "kernels", "startup"):  # what is not begun is looked up
+    for step in ("float8", "batches", "large", "video", "wan", "kernels", "startup"):  # steps not begun are looked up
         section = (out / "log.txt").read_text().partition(f"== {step}:")[2].partition("\n== ")[0]
         assert (step in steps) == bool(re.search(r"[1-9]\d* cases? (was|were) not begun", section)), section
 

@@ -1,4 +1,4 @@
-"""The lab: its variants are the product's method where nothing is replaced, and differ where something is."""
+"""The lab's variants equal the product's method if nothing is replaced, and differ otherwise."""
 
 from __future__ import annotations
 

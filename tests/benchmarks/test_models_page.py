@@ -26,13 +26,13 @@ def test_lines_of_a_model_are_those_counted_now(row: Row) -> None:
 
 
 def test_dense_step_is_that_of_the_operations_of_wan() -> None:
-    """The network of Wan by hand: self- and cross-attention, feed-forward, and what prepares text and time."""
+    """Wan's network by hand: self- and cross-attention, feed-forward, and the preparation of text and time."""
     row = next(row for row in ROWS if row.name == "Wan 2.1 T2V 1.3B")
     tokens, text, width, layers, hidden = num_tokens_of(row.grid), 512, 1536, 30, 8960
     block = 2 * tokens * (4 * width**2 + 2 * width**2 + 2 * hidden * width) + 2 * text * 2 * width**2
     block += 4 * tokens * width * (tokens + text)
     assert counted(row).of(tokens) == pytest.approx(layers * block, rel=2e-3)
-    # 11 steps of which 4 are on 32 % and 3 on 60 % of the tokens: more than attention alone would leave of them.
+    # 11 steps, of which 4 are on 32 % and 3 on 60 % of the tokens; attention alone would save more.
     assert 4 * 0.32**2 + 3 * 0.6**2 + 4 < dense_steps(row, "7x-paper") < 4 * 0.32 + 3 * 0.6 + 4
 
 

@@ -1,4 +1,4 @@
-"""The record: every way of running one generation."""
+"""The record, which runs one generation in every way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's tables: made of rows alone, the newest of each kind, with the date and commit of each."""
+"""The README's tables are made from rows only: the newest of each kind, with its date and commit."""
 
 from __future__ import annotations
 

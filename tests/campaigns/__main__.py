@@ -1,4 +1,4 @@
-"""Runs campaigns, and writes one table: `python -m tests.campaigns`, or `make campaigns`."""
+"""Runs campaigns and writes one table: `python -m tests.campaigns`, or `make campaigns`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.campaigns import sanitizers
 from tests.campaigns.campaign import Result, run, seed_of_today
 from tests.campaigns.runner import SHARES, case_of, process
 
-_SANITIZED = 0.05  # of the time, after all others
+_SANITIZED = 0.05  # share of the time, used after all other campaigns
 OUT = Path("benchmarks") / "results"
 
 
 def table(results: Sequence[Result]) -> str:
-    """Returns the results in Markdown."""
+    """Returns the results as a Markdown table."""
     lines = ["| campaign | cases | operations | faults | survivors | minutes |", "|---|---|---|---|---|---|"]
     for each in results:
         cells = (each.cases, each.counts.operations, each.counts.faults, len(each.survivors))
@@ -47,14 +47,14 @@ def _merged(parts: Sequence[Result]) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 where something survived."""
+    """Returns 1 if there are survivors, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=55.0, help="of all campaigns together, on each process")
+    parser.add_argument("--minutes", type=float, default=55.0, help="time of all campaigns together, in each process")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", choices=[*SHARES], action="append", help="campaigns to run; without it all")
+    parser.add_argument("--only", choices=[*SHARES], action="append", help="campaigns to run; all by default")
     parser.add_argument("--seed", type=int, default=seed_of_today())
-    parser.add_argument("--case", type=int, help="this case of --only alone")
-    parser.add_argument("--out", type=Path, help=f"JSON lines; without it a file in {OUT}, of whole runs alone")
+    parser.add_argument("--case", type=int, help="run only this case of --only")
+    parser.add_argument("--out", type=Path, help=f"JSON lines; by default a file in {OUT}, for whole runs only")
     options = parser.parse_args(argv)
     names = options.only or [*SHARES]
     if options.case is not None:

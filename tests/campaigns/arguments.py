@@ -1,6 +1,6 @@
-"""Malformed arguments of every public function and of the command line: an error of this package, which names them.
+"""Malformed arguments of every public function and of the command line raise an error of this package that names them.
 
-What is public is read off `jitaccel.__all__` and its signatures; a function that is new and not known here fails.
+Public functions are found through `jitaccel.__all__` and their signatures; a new function not listed here fails.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _NAMES_ITSELF = {"folder": ("folder", "manifest"), "target": ("target", "pipelin
 
 
 class _Odd:
-    """An object of nobody's kind."""
+    """An object of an unrelated class."""
 
 
 def _weird(rng: random.Random) -> Any:
-    """Returns a value that hardly any argument takes."""
+    """Returns a value that hardly any argument accepts."""
     return rng.choice(
         [
             None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**400, -(10**30), 0.0, -0.5, 1e300, float("nan"),
@@ -50,7 +50,7 @@ def _weird(rng: random.Random) -> Any:
 
 
 def _mutated(rng: random.Random, valid: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the arguments with one or two of them replaced, and which."""
+    """Returns the arguments with one or two of them replaced, and their names."""
     names = rng.sample([*valid], min(len(valid), rng.choice((1, 1, 2))))
     return {**valid, **{name: _weird(rng) for name in names}}, names
 
@@ -146,7 +146,7 @@ _NO_ARGUMENTS = {"Choice", "Outcome", "Sound", "Stats", "Exported", "embedded_mo
 
 
 def check_all_are_known() -> None:
-    """Raises where something public is tried nowhere."""
+    """Raises if a public name is not tried here."""
     errors = {error.__name__ for error in OWN}
     missing = {*jitaccel.__all__} - {*FUNCTIONS} - _NO_ARGUMENTS - errors
     if missing:
@@ -154,7 +154,7 @@ def check_all_are_known() -> None:
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One call with malformed arguments."""
+    """Makes one call with malformed arguments."""
     check_all_are_known()
     if rng.random() < 0.3:
         _command(rng)
@@ -220,7 +220,7 @@ _WORDS = (
 
 
 def _options_of(name: str) -> list[str]:
-    """Returns the options of a command that take a value, as its help names them."""
+    """Returns the options of a command that take a value, read from its help."""
     parser = argparse.ArgumentParser(add_help=False)
     importlib.import_module(f"jitaccel.cli.{name}").add_arguments(parser)
     found = re.findall(r"^  (--[a-z-]+) [A-Z{]", parser.format_help(), re.MULTILINE)
@@ -239,7 +239,7 @@ def _command(rng: random.Random) -> None:
         argv = [name, *(f"{option}={value}" if value or option in changed else option
                         for option, value in {**options, **changed}.items())]  # fmt: skip
         error = io.StringIO()
-        from jitaccel.evaluation import study  # first: its own name for the loader is to be the real one
+        from jitaccel.evaluation import study  # imported first, so that it keeps the real loader
 
         before, loading.load_pipeline = loading.load_pipeline, _loads_nothing
         of_study, study.load_pipeline = study.load_pipeline, _loads_nothing

@@ -1,4 +1,4 @@
-"""What a campaign is: cases by number, counts, and survivors."""
+"""Defines a campaign: numbered cases, counts, and survivors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pathlib import Path
 from types import FrameType
 
 SEED = "JITACCEL_CAMPAIGN_SEED"
-_MOST_BYTES = 4 << 30  # that a case may take; absurd sizes must not take the machine's memory from others
+_MOST_BYTES = 4 << 30  # memory limit of a case, because absurd sizes must not exhaust the machine
 _HANGS_AFTER_S = 120  # one case; on a busy machine the slowest takes a few seconds
 
 
 class Survivor(AssertionError):
-    """Something that a campaign must not find: a wrong picture, an error without a name, a file half written."""
+    """A defect found by a campaign, such as a wrong picture, an error without a name, or a half-written file."""
 
     def __init__(self, what: str) -> None:
         super().__init__(ascii(what)[1:-1])  # halves of surrogate pairs cannot be printed
 
 
 class _Hangs(BaseException):
-    """A case that takes too long; no `except Exception` may swallow it."""
+    """Raised if a case takes too long; not an Exception, so that no `except Exception` catches it."""
 
 
 @dataclass(kw_only=True)
 class Counts:
-    """operations: what was done. faults: what was done to it (exceptions, damage, malformed values, kills)."""
+    """Counts of operations, and of faults (exceptions, damage, malformed values, kills)."""
 
     operations: int = 0
     faults: int = 0
@@ -44,7 +44,7 @@ Case = Callable[[random.Random, Counts], None]
 
 @dataclass(kw_only=True)
 class Result:
-    """What came of a campaign; `survivors`: a line each, which says how the case is made again."""
+    """The result of a campaign. `survivors` has a line for each, with the command that repeats the case."""
 
     name: str
     cases: int = 0
@@ -54,12 +54,12 @@ class Result:
 
 
 def seed_of_today() -> int:
-    """Returns the seed that the environment names, or one of the day: 20261129."""
+    """Returns the seed from the environment, or one made of today's date, such as 20261129."""
     return int(os.environ.get(SEED) or datetime.date.today().strftime("%Y%m%d"))
 
 
 def run(name: str, case: Case, seed: int, numbers: Iterator[int], until: Callable[[], bool]) -> Result:
-    """Returns what came of the cases of these numbers, as many as are begun while `until` is false."""
+    """Runs the cases with these numbers until `until` returns true, and returns the result."""
     result, start = Result(name=name), time.perf_counter()
     for number in numbers:
         if until():
@@ -92,7 +92,7 @@ def _no_longer_than(seconds: int) -> Iterator[None]:
 
 @contextmanager
 def _no_larger_by(size: int) -> Iterator[None]:
-    """Bounds the process's memory, but under AddressSanitizer, whose shadow alone is larger."""
+    """Limits the process's memory, except with AddressSanitizer, whose shadow memory alone is larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     statm = Path("/proc/self/statm")
     if "asan" not in os.environ.get("LD_PRELOAD", "") and statm.exists():

@@ -1,4 +1,4 @@
-"""Whole commands that are killed: what has its final name is whole, and the same command finishes afterwards."""
+"""Kills whole commands: files with their final names are complete, and the same command finishes afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support import tiny
 
 _PROMPTS = ("a red circle", "blue square")
 _ENDS = {".html": "</html>", ".md": "\n", ".jsonl": "\n"}
-_APPENDED = ("rows.jsonl", "scores.jsonl")  # a line that is cut off is passed by
+_APPENDED = ("rows.jsonl", "scores.jsonl")  # readers skip a truncated line
 _COMMON = ("--device", "cpu", "--max-sequence-length", "8", "--size", "48x48")
 
 
@@ -53,19 +53,19 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[str]], float]] = {
     "eval": (_eval, 2.0),
     "demo": (_demo, 2.0),
 }
-"""Arguments by the folder that a command writes into, and about how long it takes."""
+"""The arguments of a command from its output folder, and its approximate duration."""
 
 
 def run(command: str, folder: Path) -> int:
-    """Returns the exit status of a command that writes into a folder; for a process that ends afterwards."""
-    if command == "demo":  # makes nothing but the embedded pipeline's pictures, which take a minute
+    """Returns the exit status of a command that writes into a folder. Only for a process that ends afterwards."""
+    if command == "demo":  # always uses the embedded pipeline, whose pictures take a minute
         loading.load_pipeline = lambda *_, **__: tiny.pipeline()
         judging.load_judge = lambda *_: None
     return cli.main(COMMANDS[command][0](folder))
 
 
 def check(folder: Path) -> None:
-    """Raises what reading does where a file is cut off. What begins with a dot has a name that nothing looks for."""
+    """Raises if a file is truncated. Names that begin with a dot are temporary and not checked."""
     for path in sorted(folder.rglob("*")):
         if path.name in _APPENDED or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
@@ -82,9 +82,9 @@ def check(folder: Path) -> None:
 
 
 def finish(command: str, folder: Path) -> None:
-    """Raises Survivor where the same command, run again after a kill, does not do all of its work."""
+    """Raises Survivor if the same command, run again after a kill, does not finish its work."""
     if command == "export" and (folder / "stages").exists():
-        return  # it was whole, as `check` has seen, and is not written over
+        return  # `check` found it complete, and it is not overwritten
     child = os.fork()
     if child == 0:
         status = 1
@@ -109,16 +109,16 @@ MADE = {
     "eval": ("results.jsonl", "table.jsonl", "table.md", "contact.png", "rows.jsonl"),
     "demo": ("demo.png", "tokens.png"),
 }
-"""What is there when a command has run."""
+"""The files that exist after a command has run."""
 
 
 def prepare() -> None:
-    """Makes what commands read, before they are run in copies of this process."""
+    """Makes the inputs of commands, before these run in copies of this process."""
     _kept()
 
 
 def quiet() -> None:
-    """Sends what this process prints nowhere."""
+    """Discards the output of this process."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -126,7 +126,7 @@ def quiet() -> None:
 
 @functools.cache
 def _kept() -> Path:
-    """Returns a folder with a tiny model and prompts; the process's end removes it."""
+    """Returns a folder with a tiny model and prompts, which is removed when the process ends."""
     _ABOVE.append(tempfile.TemporaryDirectory(prefix="jitaccel-campaign-"))
     folder = Path(_ABOVE[-1].name)
     tiny.pipeline().save_pretrained(folder / "model")

@@ -1,4 +1,4 @@
-"""Damaged exports: flipped bytes, truncated, put together from others, signed again: refused, and nothing is run."""
+"""Damages exports (flipped bytes, truncated, mixed, signed again): they are refused, and nothing is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny import SHORT
 
 @functools.cache
 def exported(seed: int) -> Path:
-    """Returns an exported folder; the process's end removes it."""
+    """Returns an exported folder, which is removed when the process ends."""
     above = tempfile.TemporaryDirectory(prefix="jitaccel-campaign-")
     _KEPT.append(above)
     config = SHORT.replace(densities=(0.35, 1.0), boundaries=(0.5, 1.0), steps=3)
@@ -71,7 +71,7 @@ def _foreign(folder: Path, rng: random.Random) -> str:
         [each.name for each in sorted(folder.iterdir()) if each.name.endswith((".pt", "weights.safetensors"))]
     )
     other = others / name
-    if name.endswith(".pt"):  # programs of one configuration are alike: another stage's
+    if name.endswith(".pt"):  # use another stage's program, because those of one configuration are equal
         other = rng.choice([each for each in sorted(folder.glob("*.pt")) if each.name != name])
     (folder / name).write_bytes(other.read_bytes())
     return f"{name} is another's"
@@ -121,7 +121,7 @@ def _signed_again(folder: Path, rng: random.Random) -> str:
     name = rng.choice(sorted(content))
     if kind == "field":
         name = rng.choice([each for each in sorted(content) if each not in ("model", "codebase", "attention")])
-        none = name == "operators"  # a plan without operators is a plan
+        none = name == "operators"  # a plan without operators is valid
         content[name] = rng.choice([odd for odd in _ODD if odd != content[name] and not (none and odd in ([], {}))])
     elif kind == "drop":
         del content[name]
@@ -147,7 +147,7 @@ DAMAGE: tuple[Callable[[Path, random.Random], str], ...] = (
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One damage, and one attempt to load."""
+    """Damages an export once and tries to load it."""
     whole = exported(0)
     with tempfile.TemporaryDirectory() as above:
         folder = Path(above) / "stages"
@@ -176,7 +176,7 @@ def case(rng: random.Random, counts: Counts) -> None:
 
 
 def _content(folder: Path) -> Any:
-    """Returns what a folder says, white space of the manifest apart."""
+    """Returns the contents of a folder, ignoring white space in the manifest."""
     try:
         manifest = json.loads((folder / JSON).read_text())
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""Exceptions, KeyboardInterrupt too, at any line of this package: what stands afterwards can be removed, whole.
+"""Exceptions, also KeyboardInterrupt, at any line of this package: afterwards the patch can be removed completely.
 
-A trace function raises at the n-th line that the package runs during an action, n drawn at random among all of them.
+A trace function raises at the n-th line that the package runs during an action, with n drawn at random.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _ACTIONS = ("apply", "apply", "again", "remove", "remove", "generate", "generate
 
 
 class Injected(Exception):
-    """The fault."""
+    """The injected fault."""
 
 
 @contextmanager
 def _traced(at: int | None, kind: type[BaseException], seen: list[str]) -> Iterator[None]:
-    """Notes the lines of the package that run, and raises at the one of this number."""
+    """Records the lines of the package that run, and raises at line number `at` of these."""
 
     def line(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
@@ -56,7 +56,7 @@ def _traced(at: int | None, kind: type[BaseException], seen: list[str]) -> Itera
 
 
 def _faulty(action: Callable[[], Any], kind: type[BaseException], at: int) -> str:
-    """Does the action with a fault at this line; returns where it was raised, "" where there are fewer lines."""
+    """Runs an action with a fault at this line; returns where it was raised, or "" if fewer lines ran."""
     seen: list[str] = []
     try:
         with _traced(at, kind, seen):
@@ -76,7 +76,7 @@ def _lines(action: Callable[[], Any]) -> int:
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One action on one target, interrupted somewhere."""
+    """Runs one action on one target and interrupts it somewhere."""
     action = rng.choice(_ACTIONS)
     kind = rng.choice((Injected, KeyboardInterrupt))
     with registered(), torch.no_grad():
@@ -131,7 +131,7 @@ def _patched(rng: random.Random, action: str, kind: type[BaseException]) -> None
 
 
 def _hook_names(case: Case, target: Any) -> list[str]:
-    """Returns the names of diffusers' hooks on the networks; diffusers itself keeps an empty registry."""
+    """Returns the names of diffusers' hooks on the networks; diffusers keeps an empty registry after removal."""
     registries = [vars(part).get("_diffusers_hook") for part in case.parts(target)]
     return [name for registry in registries if registry is not None for name in registry.hooks]
 
@@ -146,7 +146,7 @@ def _export(rng: random.Random, kind: type[BaseException]) -> None:
 
         where = _faulty(action, kind, rng.randrange(3000))
         if folder.exists():
-            jitaccel.load_exported(folder)  # it is whole
+            jitaccel.load_exported(folder)  # must be complete
         if left := [path.name for path in Path(above).iterdir() if path != folder]:
             raise Survivor(f"export with {kind.__name__} at {where} leaves {left}")
     if jitaccel.handle_of(pipe) is not None:

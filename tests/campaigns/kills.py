@@ -1,4 +1,4 @@
-"""Processes that are killed while they write: what has its name is whole, and what is taken up again goes on."""
+"""Kills processes while they write: files with their final names are complete, and resumed runs continue."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _export(folder: Path) -> None:
 
 def _check_export(folder: Path) -> None:
     for path in folder.iterdir():
-        if not path.name.startswith("."):  # what was cut off has a name that nothing looks for
+        if not path.name.startswith("."):  # truncated files keep a temporary name
             jitaccel.load_exported(path)
 
 
@@ -78,12 +78,12 @@ KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], float]]
         for name, (_, longest_s) in commands.COMMANDS.items()
     },
 }
-"""What is written, what must hold after a kill, and how long it runs at most."""
+"""The function that writes, the check after a kill, and the longest duration."""
 _OFTEN = {"picture": 4, "rows": 4, "export": 1, "jitaccel export": 1}
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One process that writes, killed at a random time or at a random write; a command is run again afterwards."""
+    """Kills one writing process at a random time or at a random write; a command is then run again."""
     kind = rng.choice([name for name in KINDS for _ in range(_OFTEN.get(name, 2))])
     write, check, longest_s = KINDS[kind]
     command = kind.removeprefix("jitaccel ")
@@ -94,7 +94,7 @@ def case(rng: random.Random, counts: Counts) -> None:
         at_write = rng.random() < 0.5
         number, delay_s = rng.randint(1, 12), rng.uniform(0.0, 0.003)
         child = os.fork()
-        if child == 0:  # a copy of this process, which must not come back into the tests
+        if child == 0:  # a copy of this process, which must not return to the tests
             try:
                 commands.quiet()
                 if at_write:
@@ -116,7 +116,7 @@ def case(rng: random.Random, counts: Counts) -> None:
 
 
 def _wait(child: int, seconds: float) -> None:
-    """Kills a process that has not ended by itself after so many seconds."""
+    """Kills a process if it has not ended by itself after `seconds` seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -127,7 +127,7 @@ def _wait(child: int, seconds: float) -> None:
 
 
 def _die_at_write(folder: Path, number: int, delay_s: float) -> None:
-    """Kills this process a moment after it opens a file of a folder to write, or moves one, for the number-th time."""
+    """Kills this process shortly after it opens a file in a folder to write, or moves one, for the number-th time."""
     left = number
 
     def see(event: str, given: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Random sequences of operations on a target: the right picture while patched, the bits of before once removed."""
+"""Random sequences of operations on a target: correct pictures while patched, the original bits once removed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LENGTH = 8
 
 
 class _Broken(Exception):
-    """What a network raises that was told to break."""
+    """Raised by a network that is made to fail."""
 
 
 class _Session:
-    """One target, and what is known of it. `config`: of what is applied, or None."""
+    """One target and its expected state. `config` is the applied configuration, or None."""
 
     def __init__(self, kind: str, rng: random.Random, counts: Counts) -> None:
         self.kind, self.case, self.rng, self.counts = kind, CASES[kind], rng, counts
@@ -52,7 +52,7 @@ class _Session:
 
     def remove(self) -> None:
         if self.handles and self.rng.random() < 0.5:
-            handle = self.rng.choice(self.handles)  # an older one takes nothing of the last away
+            handle = self.rng.choice(self.handles)  # removing an older handle does not affect the last one
             is_last = handle is self.handles[-1]
             handle.remove()
             self.config = None if is_last else self.config
@@ -67,7 +67,7 @@ class _Session:
         self.require(torch.equal(made, expected(self.kind, self.config, seed)), f"a wrong picture ({self.config})")
 
     def broken_picture(self) -> None:
-        """A network that raises in one of its calls ends the picture, and nothing else."""
+        """Makes the network raise in one of its calls, which must end the picture and nothing else."""
         self.counts.faults += 1
         network, left = self.rng.choice(self.case.parts(self.target)), [self.rng.randrange(6)]
         kind = self.rng.choice([_Broken, KeyboardInterrupt])
@@ -87,7 +87,7 @@ class _Session:
             handle.remove()
 
     def replaced_forward(self) -> None:
-        """Somebody's forward of the network is called, or refused by a name; and it can be taken away again."""
+        """Replaces the network's forward, which must be called or refused by name, and can be removed again."""
         network, calls = self.case.parts(self.target)[0], 0
         if "forward" in vars(network) or self.config is not None:
             return
@@ -105,8 +105,8 @@ class _Session:
                 made = self.case.generate(self.target, 0)
             wanted = expected(self.kind, "short", 0)
             error = float((made - wanted).abs().max() / wanted.abs().max())
-            self.require(calls > 0 or self.kind == "ComfyUI", "somebody's forward was not called")
-            self.require(error < 1e-4, f"another picture ({error:g}) through somebody's forward")
+            self.require(calls > 0 or self.kind == "ComfyUI", "a replaced forward was not called")
+            self.require(error < 1e-4, f"another picture ({error:g}) through a replaced forward")
         except jitaccel.UnsupportedModelError:
             pass
         finally:
@@ -115,13 +115,13 @@ class _Session:
     def copied(self) -> None:
         part = self.rng.choice(self.case.parts(self.target))
         if self.kind == "ComfyUI":
-            return  # the patcher is what is patched, and its clones take it along
+            return  # the patcher is patched, and its clones inherit the patch
         try:
             copy.deepcopy(part)
         except TypeError as error:
             self.require(self.config is not None and "must not be patched" in str(error), f"no copy: {error}")
             return
-        self.require(self.config is None, "a copy of what is patched was made")
+        self.require(self.config is None, "a patched target was copied")
 
     def looked_at(self) -> None:
         handle = jitaccel.handle_of(self.target)
@@ -142,13 +142,13 @@ class _Session:
 
 
 def is_ours(name: str) -> bool:
-    """Whether an attribute is none that a scheduler or a pipeline changes in any of its calls."""
+    """Returns whether an attribute is not one that schedulers or pipelines themselves change in their calls."""
     word = name.partition(".")[2]
     return word in ("forward", "step", "set_timesteps", "wrappers") or "jitaccel" in word
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One target, some operations."""
+    """Runs some operations on one target."""
     with registered():
         session = _Session(rng.choice([*CASES]), rng, counts)
         names = ("apply", "apply", "picture", "picture", "remove", "broken_picture", "replaced_forward", "copied",

@@ -1,4 +1,4 @@
-"""Operators at odd shapes and absurd numbers: as the plain-torch reference, or an error that names the operator."""
+"""Operators with odd shapes and absurd numbers match the plain-torch reference or raise an error that names them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ABSURD = (-1, 0, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """One operator: at an odd shape, or with something absurd in place of an argument."""
+    """Calls one operator with an odd shape, or with an absurd value for an argument."""
     name = rng.choice([*ARGUMENTS])
     grid = rng.choice(
         ((rng.randint(1, 19), rng.randint(1, 19)), (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 9)))
@@ -90,6 +90,6 @@ def _error(x: Tensor, expected: Tensor) -> float:
 
 
 def _rounding(dtype: torch.dtype, like: Tensor) -> float:
-    """Returns what sums of some hundred rounded terms may differ by."""
+    """Returns the tolerance for sums of a few hundred rounded terms."""
     scale = float(like.double().abs().max()) if like.numel() else 0.0
     return 32.0 * torch.finfo(dtype).eps * max(1.0, scale)

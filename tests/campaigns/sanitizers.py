@@ -1,4 +1,4 @@
-"""The operators' campaign under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""
+"""The operators' campaign with AddressSanitizer and UndefinedBehaviorSanitizer, in a separate process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(seed: int, minutes: float) -> Result | None:
-    """Returns what came of it; None where there is no g++ with the sanitizers' runtimes."""
+    """Returns the result; None without a g++ that has the sanitizers' runtimes."""
     runtimes = _runtimes()
     if not runtimes:
         return None
@@ -33,7 +33,7 @@ def run(seed: int, minutes: float) -> Result | None:
             env={
                 **os.environ,
                 "LD_PRELOAD": ":".join(runtimes),
-                # Python never frees all it has, torch's libraries repeat symbols, and absurd sizes are asked for.
+                # Python never frees all memory, torch's libraries repeat symbols, and absurd sizes are requested.
                 "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1",
                 "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
                 "JITACCEL_LIBRARIES": str(folder),

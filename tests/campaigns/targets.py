@@ -1,4 +1,4 @@
-"""Targets of every registered patch, made again and again alike, and what their pictures must be."""
+"""Reproducible targets of every registered patch, and their expected pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ assert DENSE not in CONFIGS.values()
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """The stand-in of ComfyUI can be imported, and what a case registers goes with it."""
+    """Makes the stand-in of ComfyUI importable, and removes what a case registers at the end."""
     with pytest.MonkeyPatch.context() as patch:
         comfy.install(patch)
         patch.setattr(patches, "_REGISTERED", [])
@@ -34,7 +34,7 @@ def registered() -> Iterator[None]:
 
 @functools.cache
 def expected(kind: str, config: str | None, seed: int) -> Tensor:
-    """Returns the picture of a fresh target, patched with a configuration or untouched."""
+    """Returns the picture of a new target, patched with a configuration or unpatched."""
     case = CASES[kind]
     target = case.make()
     if config is None:

@@ -1,4 +1,4 @@
-"""A few cases of each campaign, other ones each day: `make campaigns` runs many."""
+"""Runs a few cases of each campaign, different ones each day; `make campaigns` runs many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.campaigns.__main__ import table
 from tests.campaigns.campaign import Counts, Result, Survivor, run, seed_of_today
 from tests.campaigns.runner import SHARES, campaign
 
-SECONDS = 40.0  # of all campaigns; one case may be longer than its share
+SECONDS = 40.0  # for all campaigns; a single case may exceed its share
 
 
 @pytest.mark.parametrize("name", SHARES)

@@ -1,4 +1,4 @@
-"""Threads: pipelines that share weights make pictures side by side; one pipeline in two threads is refused by name."""
+"""Threads: pipelines that share weights can run in parallel; one pipeline in two threads is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAITS_S = 100
 
 
 def case(rng: random.Random, counts: Counts) -> None:
-    """Some threads with a pipeline each, or one pipeline that several threads want."""
+    """Runs several threads with one pipeline each, or with one pipeline for all."""
     (_together if rng.random() < 0.5 else _rivals)(rng, counts)
 
 

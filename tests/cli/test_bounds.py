@@ -1,4 +1,4 @@
-"""The last number that each option takes, and the first that it does not: docs and errors name these bounds."""
+"""The bounds of every numeric option: the last valid number works, the next is refused, docs and errors name both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `jitaccel` command: pictures, the demonstration, the doctor, and what bad input is told."""
+"""The `jitaccel` command: pictures, the demonstration, the doctor, and errors on bad input."""
 
 from __future__ import annotations
 

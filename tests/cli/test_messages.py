@@ -1,4 +1,4 @@
-"""What errors say to somebody who typed a command, and what is listed without loading anything."""
+"""Error messages for people who type commands, and lists that need no loading."""
 
 from __future__ import annotations
 

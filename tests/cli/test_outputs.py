@@ -1,4 +1,4 @@
-"""Where commands write: what cannot be written is told before a model is loaded, and a finished picture is kept."""
+"""Output paths of commands: unwritable ones are reported before a model is loaded, and finished pictures are kept."""
 
 from __future__ import annotations
 

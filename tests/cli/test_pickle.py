@@ -1,4 +1,4 @@
-"""`--pickle`: weights that are no safetensors are loaded where asked, and their code runs nowhere else."""
+"""`--pickle`: weights other than safetensors are only loaded on request, and otherwise their code never runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MADE = {"generate": "a.png", "view": "a.html", "eval": "out", "export": "stages"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tiny pipeline twice: in safetensors, and in pickled files alone."""
+    """One tiny pipeline twice: in safetensors, and in pickled files only."""
     pytest.importorskip("diffusers")
     from tests.support import tiny
 

@@ -1,4 +1,4 @@
-"""The contact sheet of `jitaccel eval`, and all that it writes."""
+"""The contact sheet of `jitaccel eval`, and its other output files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`jitaccel eval`: rows that can be taken up again, and a table that says what they say."""
+"""`jitaccel eval`: rows that can be resumed, and a table that agrees with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`jitaccel eval` of any model, on prompts of a file, with metrics of packages and of one's own."""
+"""`jitaccel eval` of any model, on prompts from a file, with metrics of packages and custom ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made():
 
 @pytest.fixture
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with prompts, a small sparse method, and metrics of somebody's own that can be imported."""
+    """A folder with prompts, a small sparse method, and importable custom metrics."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     config = {"densities": [0.4, 1.0], "boundaries": [0.5, 1.0], "steps": 4}
@@ -109,7 +109,7 @@ def test_another_metric_asks_for_no_new_picture(
     monkeypatch.delitem(__import__("sys").modules, stub)
     module.write_text(STUB.replace("/ 255", "/ 256"))
     assert evaluate("--metrics", f"{stub}:length", methods="dense:2,beta:2") == 0
-    assert len(lines(in_folder / "asked.jsonl")) == 2  # an edited metric scores anew
+    assert len(lines(in_folder / "asked.jsonl")) == 2  # an edited metric scores again
 
 
 def test_rows_are_taken_up_where_model_call_and_prompt_are_the_same(
@@ -244,5 +244,5 @@ def test_bad_arguments_are_told_in_one_line(in_folder: Path, capsys: pytest.Capt
         (["--model", "nowhere"], "--model must be an existing folder or a hub id"),
     ):
         assert evaluate(*changes) == 2
-        lines = [line for line in told().splitlines() if line.startswith("jitaccel")]  # beside what loading shows
+        lines = [line for line in told().splitlines() if line.startswith("jitaccel")]  # without output of loading
         assert len(lines) == 1 and words in lines[0]

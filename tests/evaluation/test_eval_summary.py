@@ -1,4 +1,4 @@
-"""What rows of `jitaccel eval` are summed up to."""
+"""Summaries of the rows of `jitaccel eval`."""
 
 from __future__ import annotations
 

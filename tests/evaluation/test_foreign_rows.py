@@ -1,4 +1,4 @@
-"""Lines of rows.jsonl and scores.jsonl that something else has written do not stop a run that is taken up."""
+"""Foreign lines in rows.jsonl and scores.jsonl do not stop a resumed run."""
 
 from __future__ import annotations
 

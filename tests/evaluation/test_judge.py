@@ -1,4 +1,4 @@
-"""The judge: what counts as shown, what it is saved with, and how well the one in the box does."""
+"""The judge: what counts as shown, what is saved with it, and the accuracy of the embedded one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_one_wrong_attribute_fails_alone(name: str, wrong: str) -> None:
 def test_a_missing_thing_fails_in_all_that_is_said_of_it() -> None:
     score = compare({**SEEN, "thing": "none"}, SEEN)
     assert {name for name in ATTRIBUTES if not score.shown[name]} == {"thing", "paint", "thing_place"}
-    assert compare({**SEEN, "thing": "house"}, {"paint": "white"}).accuracy == 1.0  # where the thing is not claimed
+    assert compare({**SEEN, "thing": "house"}, {"paint": "white"}).accuracy == 1.0  # if the thing is not claimed
 
 
 def test_silence_claims_nothing_and_scores_add_up() -> None:

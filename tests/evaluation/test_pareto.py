@@ -1,4 +1,4 @@
-"""The picture of quality against cost."""
+"""The plot of quality against cost."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_labels_keep_off_what_is_drawn_where_there_is_room() -> None:
     alone = ([(100.0, 100.0)], [(40.0, 16.0)])
     (free,) = place_labels(*alone, [], Box(0, 0, 300, 300))
     (driven,) = place_labels(*alone, [free], Box(0, 0, 300, 300))
-    assert driven.shared_px(free) == 0.0  # it goes elsewhere where something is drawn
+    assert driven.shared_px(free) == 0.0  # it moves if something is drawn there
     crowded = place_labels(points, [(40.0, 16.0)] * 3, things, Box(80, 90, 130, 108))
     assert len(crowded) == 3  # no room for three: they overlap, but are there
 

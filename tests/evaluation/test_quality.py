@@ -1,4 +1,4 @@
-"""Metrics of pictures, intervals and tests: against closed forms, and against what a person sees."""
+"""Picture metrics, intervals and significance tests, against closed forms and against human perception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rivals in `jitaccel eval`: their cost is what ran, they leave the pipeline as it was, and images stay apart."""
+"""Rivals in `jitaccel eval`: costs count what ran, the pipeline is restored, and images do not affect each other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def method(word: str) -> Method:
 
 
 def made(pipe: Any, word: str, seeds: tuple[int, ...] = (0,), on_step: Any = None, **call: Any) -> TimedCall:
-    """What a method makes of one prompt for each seed, each of its own, in latents (B, N, D)."""
+    """Returns a method's latents (B, N, D) for one prompt and each seed, made one by one."""
     settings: dict[str, Any] = {
         "prompt": [("a red circle", "blue square on left")[seed % 2] for seed in seeds],
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],

@@ -1,4 +1,4 @@
-"""The metrics of packages, each with a stand-in that takes and returns what the package does."""
+"""The metrics of packages, each tested with a stand-in that has the package's interface."""
 
 from __future__ import annotations
 

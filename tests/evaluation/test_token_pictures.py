@@ -1,4 +1,4 @@
-"""What a stage showed the network, as a picture and in words."""
+"""The network's input in a stage, as a picture and in words."""
 
 from __future__ import annotations
 

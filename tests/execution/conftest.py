@@ -1,4 +1,4 @@
-"""What tests of compiled stages and of attention begin with."""
+"""Fixtures for tests of compiled stages and of attention."""
 
 from __future__ import annotations
 

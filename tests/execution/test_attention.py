@@ -1,4 +1,4 @@
-"""Attention of packed execution: every backend here against float64, how packages are called, what is chosen."""
+"""Attention of packed execution: backends against float64, calls of packages, and the choice of a backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which attention is taken, and why the others cannot be."""
+"""Which attention is chosen, and why others cannot be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled stages: the eager image, one static graph for each stage and batch signature, and none that is stale."""
+"""Compiled stages: the eager image, one static graph per stage and batch signature, and no stale graph."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_compiled_makes_the_eager_image_with_one_graph_a_stage(
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote its own path to the C++ compiler")
 @pytest.mark.parametrize("lifter", ["velocity", "clean"])
 def test_inductor_is_as_exact_as_eager(pipe: Any, lifter: Any) -> None:
-    """At two sizes and batches, in bfloat16: at most twice the dtype's own error, told by float32."""
+    """At two sizes and batches, in bfloat16: at most twice the dtype's own error against float32."""
     # Two steps: the first stage and the last, since every graph takes seconds to compile.
     config = SHORT.replace(densities=(0.35, 1.0), boundaries=(0.5, 1.0), steps=2, lifter=lifter)
     calls: list[dict[str, Any]] = [
@@ -127,7 +127,7 @@ def test_guided_call_between_unguided_ones_shares_their_graphs(pipe: Any, compil
 
 
 def test_velocity_that_somebody_writes_is_lifted_again(pipe: Any, compiled: dict[str, Any]) -> None:
-    """A compiled stage returns its velocity lifted; what is edited on the way counts at the anchors alone, as ever."""
+    """A compiled stage returns a lifted velocity; edits to it only count at the anchors, as without compilation."""
 
     def doubled(model: Any, inputs: Any, output: Any) -> None:
         output[0].mul_(2.0)

@@ -1,4 +1,4 @@
-"""Stages that cannot be compiled or captured, and options that cannot be right."""
+"""Stages that cannot be compiled or captured, and invalid options."""
 
 from __future__ import annotations
 

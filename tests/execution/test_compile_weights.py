@@ -1,4 +1,4 @@
-"""Compiled stages whose weights change: what is used is never stale."""
+"""Compiled stages never use stale weights after the weights change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recording reads where it stands, and what it copies: with the stand-in for CUDA graphs."""
+"""Inputs that a recorded graph reads in place, and inputs that it copies, with a stand-in for CUDA graphs."""
 
 from __future__ import annotations
 

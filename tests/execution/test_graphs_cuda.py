@@ -1,4 +1,4 @@
-"""CUDA graphs of compiled stages, on a device: the eager image, one pool, nothing stale, threads."""
+"""CUDA graphs of compiled stages on a device: the eager image, one memory pool, nothing stale, threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences: where tokens stand, and that nothing is lost on the way."""
+"""Packed sequences: the positions of tokens, and that no token is lost."""
 
 from __future__ import annotations
 

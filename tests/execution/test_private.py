@@ -1,4 +1,4 @@
-"""The private names of torch and diffusers, each in one file; those of torch do what their functions say."""
+"""Private names of torch and of diffusers are each used in one file only; those of torch behave as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of another type or size than they must be get an error of the package that names them."""
+"""Arguments of a wrong type or size raise an error of this package that names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate_batch`: requests of any size, prompt and stage share each forward, and each gets what it gets alone."""
+"""`generate_batch`: requests of any size, prompt and stage share each forward, with the same results as alone."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_nothing_of_the_pipeline_or_the_global_generator_changes(pipe: Any) -> N
     def owned() -> list[dict[str, Any]]:
         return [dict(vars(part)) for part in (pipe, pipe.scheduler, pipe.transformer)]
 
-    pipe(  # diffusers leaves a registry on what a pipeline ran
+    pipe(  # diffusers leaves a registry on modules that a pipeline ran
         "a", height=16, width=16, num_inference_steps=1, max_sequence_length=TEXT_TOKENS, output_type="latent"
     )
     before, state = owned(), torch.get_rng_state()
@@ -156,7 +156,7 @@ def test_request_that_fails_on_its_way_fails_alone(pipe: Any, monkeypatch: pytes
 
 
 def test_forward_that_fails_for_all_is_tried_for_each(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """As where memory suffices for one request and not for all of them."""
+    """Like memory that suffices for one request but not for all."""
     expected = [through_pipeline(pipe, request(seed=seed)) for seed in (1, 2)]
     tokens = SHORT.token_counts(144)
 
@@ -319,7 +319,7 @@ def test_backend_that_cannot_be_used_is_refused_before_any_request(pipe: Any) ->
 def test_fallbacks_are_logged(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     pipe.transformer.single_transformer_blocks[0].register_forward_hook(lambda *_: None)
     generate_batch(pipe, [request()], output_type="latent")
-    assert "requests run one after the other, since single_transformer_blocks.0 has forward hooks" in caplog.text
+    assert "requests run one after the other, because single_transformer_blocks.0 has forward hooks" in caplog.text
 
 
 def test_strict_refuses_a_model_that_is_not_covered(pipe: Any) -> None:

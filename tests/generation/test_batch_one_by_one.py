@@ -1,4 +1,4 @@
-"""`generate_batch` where requests cannot share forwards: each gets the bits that the patched pipeline gives it."""
+"""`generate_batch` if requests cannot share forwards: each gets the same bits as from the patched pipeline."""
 
 from __future__ import annotations
 

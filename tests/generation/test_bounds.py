@@ -1,4 +1,4 @@
-"""The last number that each argument of the library takes, and the first that it does not."""
+"""The bounds of every numeric argument: the last valid number works, and the next is refused."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What holds of every patch: one handle a target, applied and removed in any order, whole or not at all.
+"""Properties of every patch: one handle per target, applied and removed in any order, completely or not at all.
 
-Every registered patch is in `tests/support/patched.py`, that of the tutorial included;
-`test_no_patch_is_left_out` sees to it.
+`tests/support/patched.py` has every registered patch, including the tutorial's; `test_no_patch_is_left_out` checks
+that.
 """
 
 from __future__ import annotations

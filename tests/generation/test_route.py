@@ -1,4 +1,4 @@
-"""A generation's way through a step, and the two ways in which a move reaches a sampler."""
+"""A generation's path through a step, and the two ways in which a move reaches a sampler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def begin(clock: KnownLevels, state: Tensor, **given: Any) -> Generation:
 
 
 def with_moved_state(levels: tuple[float, ...]) -> tuple[Tensor, Generation]:
-    """Returns where a sampler ends whose state is moved after each of its steps."""
+    """Returns the final state of a sampler whose state is moved after each step."""
     clock, state = KnownLevels(CONFIG, levels), start()
     generation = begin(clock, state)
     for index, (level, after) in enumerate(pairwise(levels)):
@@ -46,7 +46,7 @@ def with_moved_state(levels: tuple[float, ...]) -> tuple[Tensor, Generation]:
 
 
 def with_folded_move(levels: tuple[float, ...]) -> Tensor:
-    """Returns where a loop ends that knows its own state alone."""
+    """Returns the final state of a loop that only knows its own state."""
     clock, state = KnownLevels(CONFIG, levels), start()
     generation = begin(clock, state)
     for index, (level, after) in enumerate(pairwise(levels)):

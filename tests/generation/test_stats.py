@@ -1,4 +1,4 @@
-"""What a handle says of the last generation."""
+"""A handle's statistics of the last generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of spans: the host's clock on the CPU, a device's own events elsewhere, and no number that nobody measured."""
+"""Times of spans: the host's clock on the CPU, events on other devices, and no numbers that were not measured."""
 
 from __future__ import annotations
 

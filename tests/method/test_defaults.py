@@ -1,4 +1,4 @@
-"""Torch's default dtype and device are the caller's own affair: they change no picture."""
+"""Torch's default dtype and device, which callers may set, do not change a picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def trajectory(config: JiTConfig, start: Tensor, forced: Tensor) -> list[Tensor]:
-    """Returns the states of a run whose network is a cheap function of what it sees."""
+    """Returns the states of a run whose network is a cheap function of its input."""
     levels = noise_levels(config)
     clock = KnownLevels(config, levels)
     run, state, states = Run(config, GRID, clock.step(0), start, forced=forced, patch=1), start, []

@@ -1,4 +1,4 @@
-"""Grids of frames, (t, h, w): each frame is lifted and measured by itself, and only activation ranks them together."""
+"""Grids of frames, (t, h, w): lift and importance work within a frame, and only activation compares frames."""
 
 from __future__ import annotations
 

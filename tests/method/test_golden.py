@@ -1,7 +1,7 @@
-"""Numbers of the released code on a tiny random FLUX, reproduced by the pure functions alone.
+"""Numbers of the released code on a tiny random FLUX, reproduced by the pure functions.
 
-`steps[i]` is the state after the Euler step i and before the move of the boundary that follows it; the
-level of a move is that of the step about to be taken.
+`steps[i]` is the state after Euler step i, before the move at the following boundary. The level of a move is that of
+the next step.
 """
 
 import json
@@ -32,7 +32,7 @@ NAMES = ("4x_384x640", "4x_512x512", "7x_384x640", "7x_512x512")
 
 @dataclass
 class Trajectory:
-    """A released run, and what the pure functions make of the same start."""
+    """A released run, and the result of the pure functions from the same start."""
 
     config: JiTConfig
     grid: tuple[int, int]

@@ -38,7 +38,7 @@ def test_importance_is_the_variance_of_the_zero_padded_window(
     assert result.dtype == torch.float32
     assert result.shape == (2, height * width)
     expected = _two_pass(velocity, (height, width), window)
-    rounding = 16 * torch.finfo(torch.float32).eps  # of a sum of up to 49 squares, whose order is free
+    rounding = 16 * torch.finfo(torch.float32).eps  # for a sum of up to 49 squares in any order
     torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-12)
 
 

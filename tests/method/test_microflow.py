@@ -1,4 +1,4 @@
-"""The move of newly activated tokens: target, blend, and what is left alone."""
+"""The move of newly activated tokens: target, blend, and tokens that do not move."""
 
 import pytest
 import torch

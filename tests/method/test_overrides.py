@@ -1,4 +1,4 @@
-"""The typed keywords and names that editors complete are those that there are."""
+"""The typed keywords and names that editors complete match the real ones."""
 
 from __future__ import annotations
 

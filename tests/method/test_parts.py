@@ -1,4 +1,4 @@
-"""What a run computes with: the product's own parts, what replaces them, and what is not asked for."""
+"""The parts a run computes with: the product's own, replacements, and parts that are not needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooled stages: the mean of a state is a state of the smaller picture, and comes back as every token's velocity."""
+"""Pooled stages: the mean of a state is a state of the smaller picture, whose result gives every token's velocity."""
 
 import math
 
@@ -21,7 +21,7 @@ POOLED = JiTConfig(
 
 
 def tokens_of(latents: Tensor, patch: int) -> Tensor:
-    """Returns (B, C, H, W) as tokens, a latent at a time: what `pool` says of its layout, without its arithmetic."""
+    """Returns (B, C, H, W) as tokens, one latent at a time, in the documented layout of `pool`."""
     batch, channels, height, width = latents.shape
     rows = []
     for i in range(height // patch):

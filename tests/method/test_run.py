@@ -1,4 +1,4 @@
-"""One generation without any model's code, of a made-up network."""
+"""One generation without model code, with an artificial network."""
 
 from __future__ import annotations
 

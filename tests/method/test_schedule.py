@@ -1,4 +1,4 @@
-"""Noise levels, stages by level, and the guess of the next level."""
+"""Noise levels, stages by level, and the prediction of the next level."""
 
 import math
 from itertools import pairwise

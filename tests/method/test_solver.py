@@ -1,4 +1,4 @@
-"""The multistep solver: diffusers' own on the same field, guidance, stages, and what it leaves alone."""
+"""The multistep solver: against diffusers' own, with guidance and stages, and the tokens it does not touch."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_tokens_that_were_lifted_take_an_euler_step_where_a_stage_begins() -> No
 
 
 def test_guided_branches_come_to_what_the_guided_velocity_does() -> None:
-    """Each branch is corrected by what the branches of the step before came to together."""
+    """Each branch is corrected with the guided result of the previous step."""
     together, apart, state, scale = Multistep(), Multistep(), first_state(), 3.0
     generator = torch.Generator().manual_seed(2)
     for index in range(4):

@@ -1,4 +1,4 @@
-"""Which step a call belongs to, with the sampler's levels known and predicted."""
+"""The step that a call belongs to, with known and with predicted sampler levels."""
 
 from itertools import pairwise
 

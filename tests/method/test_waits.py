@@ -1,4 +1,4 @@
-"""Where a generation's host waits for the device: once where a stage starts, and in no step."""
+"""When the host of a generation waits for the device: once at the start of a stage, and in no step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRID = (12, 10)
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would wait for a GPU: values that become Python numbers, and shapes that hang on values."""
+    """Counts operations that would wait for a GPU: values that become Python numbers, and shapes from values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -46,14 +46,14 @@ def test_start_of_a_stage_waits_once_and_steps_never_do(name: str, monkeypatch: 
     state = torch.randn(2, GRID[0] * GRID[1], 4, generator=torch.Generator().manual_seed(0))
     clock = KnownLevels(config, levels)
     run = Run(config, GRID, clock.step(0), state)
-    lists: list[Tensor] = []  # flags that are read; the mode does not see it, nor what lies on the CPU in any case
+    lists: list[Tensor] = []  # flags that are read, which the mode does not see
 
     def tolist(x: Tensor, plain: Any = Tensor.tolist) -> list[Any]:
         lists.extend([x] if x.dtype == torch.bool else [])
         return plain(x)
 
     monkeypatch.setattr(Tensor, "tolist", tolist)
-    # Places are drawn on the CPU, where nothing waits.
+    # Positions are drawn on the CPU, where nothing waits.
     monkeypatch.setattr(run_module, "first_anchors", lambda grid, count, *_: torch.arange(count))
     for i in range(clock.num_steps):
         before, stage = len(lists), run.stage

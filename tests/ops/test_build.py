@@ -1,4 +1,4 @@
-"""Compiling the operators: what is built, what is left out and said, and the sanitizers' verdict."""
+"""Compiling the operators: kinds that are built, kinds that are left out with a message, and sanitizer runs."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_other_compilers_build_operators_that_work(
         pytest.skip(f"no {compiler}")
     clear(monkeypatch)
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("JITACCEL_CXXFLAGS", "-O1")  # the versions of a function are what differs, at any level
+    monkeypatch.setenv("JITACCEL_CXXFLAGS", "-O1")  # the versions of a function differ at any level
     assert build.build("cpu", tmp_path / "_C_cpu.so", required=True)
     assert "['cpu']" in python(USE, JITACCEL_LIBRARIES=str(tmp_path)).stdout
     chosen = ["-k", "test_pool or importance or lift or micro_flow", TESTS, "tests/ops/test_pool.py"]

@@ -1,4 +1,4 @@
-"""How operators may be called: views, no tokens, compiled, exported, traced, with gradients."""
+"""Ways to call operators: with views, without tokens, compiled, exported, traced, with gradients."""
 
 from __future__ import annotations
 

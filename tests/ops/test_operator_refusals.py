@@ -1,4 +1,4 @@
-"""What operators refuse, before anything is read or written."""
+"""Inputs that operators refuse before they read or write anything."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_operator_refuses_what_does_not_fit(name: str, what: str, changed: dict[
 
 
 def _raw(name: str, f: Fields) -> tuple[Any, ...]:
-    """Returns the arguments with the written one as given, where `ARGUMENTS` makes one of its own."""
+    """Returns the arguments with the given written one, instead of the one made by `ARGUMENTS`."""
     arguments = ARGUMENTS[name](f)
     return (f.state, *arguments[1:]) if name in WRITTEN else arguments
 

@@ -1,4 +1,4 @@
-"""Every operator against its reference in plain torch: what there is, what they compute, and properties."""
+"""Every operator against its plain-torch reference: registration, results and properties."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The CUDA operators against the plain-torch reference.
 
-Expected values come from the CPU. Sums are held to twice the error that plain torch makes in the same dtype against
-float64; indices, copies and repeats to equality of bits.
+Expected values come from the CPU. Sums may have twice the error of plain torch in the same dtype against float64;
+indices, copies and repetitions must be bitwise equal.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def test_micro_flow_is_as_exact_as_plain_torch(grid: tuple[int, ...], weight: fl
     num_tokens = size_of(grid)
     nearest, anchors, weights = plan_of(grid, num_tokens // 3)
     levels = torch.tensor([0.9, 0.7])
-    tokens = rows_of(2, num_tokens, num_tokens // 4, seed=1)  # some are anchors, whose prior is their own
+    tokens = rows_of(2, num_tokens, num_tokens // 4, seed=1)  # some are anchors, which are their own prior
     others = torch.ones(2, num_tokens, dtype=torch.bool).scatter(1, tokens, False)
     for channels in (1, 16, 20):
         for shift in range(3):

@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU, through `emulator/cuda_runtime.h`: their logic, where no GPU is at hand.
+"""The CUDA kernels on the CPU through `emulator/cuda_runtime.h`, which tests their logic without a GPU.
 
-What they compute is held against the compiled CPU operators, and with blocks and threads in reverse order. What an
-emulator cannot show (memory errors of the device, races within a warp, speed) is for `benchmarks/gpu.sh`.
+Results are compared with the compiled CPU operators, also with blocks and threads in reverse order. An emulator cannot
+show device memory errors, races within a warp, or speed; `benchmarks/gpu.sh` covers these.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 def _library() -> Path:
-    """Returns the library of the emulated operators, built where these sources have none yet."""
+    """Returns the library of the emulated operators, built if these sources have none yet."""
     digest = hashlib.sha256((EMULATOR / "cuda_runtime.h").read_bytes() + str(build.source_hash("cuda")).encode())
     out = LIBRARIES / f"{digest.hexdigest()[:16]}.so"
     if out.is_file():
@@ -121,7 +121,7 @@ def test_activation_of_many_blocks_breaks_ties_by_place(emulated: Any) -> None:
 
 
 def test_index_beyond_the_grid_is_skipped(emulated: Any) -> None:
-    """What CUDA does with wrong indices where nothing looks for them: the CPU operators refuse them."""
+    """What the CUDA kernels do with wrong indices, which they do not check; the CPU operators refuse them."""
     f = fields((6, 8), 12, 8)
     wrong = f.anchors.clone()
     wrong[:, -1] = 48 + 10**6

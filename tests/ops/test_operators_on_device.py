@@ -35,7 +35,7 @@ class _Scene:
         self.levels = torch.tensor([0.9, 0.7], device=DEVICE)
 
     def transition(self) -> tuple[Tensor, ...]:
-        """Runs a stage boundary into `state` and returns what each operator gave."""
+        """Runs a stage boundary into `state` and returns the result of each operator."""
         importance = ops.importance(self.velocity, self.grid)
         tokens = ops.activate(importance, self.anchors, 200)
         nearest = ops.nearest_anchor(self.anchors, self.grid)
@@ -100,7 +100,7 @@ def test_operators_run_on_the_current_stream() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what ran on another stream would find zeros
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would find zeros
         for name, value in inputs.items():
             getattr(scene, name).copy_(value)
         results = scene.transition()

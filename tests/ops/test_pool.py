@@ -1,4 +1,4 @@
-"""pool and lift_pooled, compiled and plain: any patch, factor, side and dtype; what does not fit is refused."""
+"""pool and lift_pooled, compiled and plain: any patch, factor, side and dtype; other inputs are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: st
 
 
 def assert_as_exact(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """At most twice as far from float64 as plain torch in the same dtype, but for what a float32 sum rounds."""
+    """At most twice as far from float64 as plain torch in the same dtype, plus the rounding of a float32 sum."""
     assert actual.shape == exact.shape and actual.dtype == plain.dtype
     error, allowed = (float((x.cpu().double() - exact).abs().max()) for x in (actual, plain))
     assert error <= 2 * allowed + 2e-6 * float(exact.abs().max())

@@ -1,4 +1,4 @@
-"""Stacks of frames: every operator keeps to each frame of (t, h, w), in C++ as in the reference."""
+"""Stacks of frames: every operator works within each frame of (t, h, w), in C++ and in the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PER_FRAME = ("state", "previous", "velocity", "noise", "values", "importance")
 
 
 def frames(grid: tuple[int, ...], count: int, batch: int = 2, channels: int = 5, seed: int = 0) -> Fields:
-    """Returns fields with `count` anchors in each frame, and as many activated tokens, where there are enough."""
+    """Returns fields with `count` anchors and, if possible, as many activated tokens in each frame."""
     f = fields(grid, count * grid[0], channels, batch, seed=seed)
     generator, size = torch.Generator().manual_seed(seed), num_tokens_of(grid[1:])
     more = min(count, size - count)
@@ -50,7 +50,7 @@ def arguments(name: str, f: Fields) -> tuple[Any, ...]:
 
 
 def apart(f: Fields) -> Fields:
-    """Returns the frames as images of a batch, where each holds as many anchors and activated tokens as any other."""
+    """Returns the frames as images of a batch, each with the same number of anchors and activated tokens."""
     number, size = f.grid[0], num_tokens_of(f.grid[1:])
     batch = len(f.state) * number
     split = {name: getattr(f, name).unflatten(1, (number, -1)).flatten(0, 1) for name in PER_FRAME}
@@ -90,7 +90,7 @@ def _is_float(x: Any) -> bool:
 
 
 def uneven(grid: tuple[int, ...], seed: int = 3) -> Fields:
-    """Returns fields whose frames hold other numbers of anchors each, one at least."""
+    """Returns fields with different numbers of anchors in each frame, at least one."""
     number, size = grid[0], num_tokens_of(grid[1:])
     f = fields(grid, max(number, num_tokens_of(grid) // 3), batch=2, seed=seed)
     generator, rows = torch.Generator().manual_seed(seed), []

@@ -1,4 +1,4 @@
-"""What tests of patches begin with."""
+"""Fixtures for tests of patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/adding-a-model.md is true: its example runs, and gives what the unpatched toy gives at density 1."""
+"""The example in docs/adding-a-model.md runs, and at density 1 gives the result of the unpatched toy model."""
 
 from __future__ import annotations
 

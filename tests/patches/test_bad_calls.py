@@ -1,4 +1,4 @@
-"""Calls that cannot run as asked say so, before the network has run or at the step that fails."""
+"""Calls that cannot run as requested raise an error, before the network runs or at the step that fails."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_step_taken_by_somebody_else_is_told(pipe: Any) -> None:
             call(pipe.transformer, level=float(timestep) / 1000)
             type(pipe.scheduler).step(pipe.scheduler, tiny.start(), timestep, tiny.start())
         with refused(
-            RuntimeError, "a call of the transformer must be of the scheduler's next step", model=pipe.transformer
+            RuntimeError, "the transformer must be called for the scheduler's next step", model=pipe.transformer
         ):
             call(pipe.transformer, level=0.5)
 

@@ -1,6 +1,6 @@
-"""What cannot run as asked says so: which argument, the rule, the value, and before the network has run.
+"""Invalid inputs raise errors that name the argument, the rule and the value, before the network runs.
 
-The defects of the released code that METHOD.md, section 7, lists are tested here, or where the right behaviour is:
+The defects of the released code listed in METHOD.md, section 7, are tested here or next to the correct behaviour:
 seeds, batches, guidance, VAE flags, printing and undo in diffusers/test_pipeline_*, the nearest map in test_lift."""
 
 from __future__ import annotations

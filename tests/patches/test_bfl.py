@@ -1,7 +1,7 @@
-"""Black Forest Labs' `Flux`, and its copies: against diffusers on the same weights, in the loops that people run.
+"""Black Forest Labs' `Flux` and its copies, against diffusers on the same weights, in commonly used loops.
 
-`Flux` here is a stand-in of ours with their signature and conventions (keyword arguments, position ids for each image)
-around a diffusers model; theirs is on no package index.
+`Flux` here is our stand-in with their signature and conventions (keyword arguments, position ids for each image) around
+a diffusers model, because theirs is not on any package index.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ def test_an_exception_in_the_model_ends_the_generation(model: Flux) -> None:
 def test_applying_again_replaces_and_packed_execution_is_told_apart(model: Flux) -> None:
     first = jitaccel.apply(model, SHORT, noise_levels=LEVELS)
     second = jitaccel.apply(model, SHORT, noise_levels=LEVELS, execution="packed")
-    assert not first.is_active and "does not know Flux" in second.stats().notes[-1]
-    with pytest.raises(jitaccel.UnsupportedModelError, match="does not know Flux"):
+    assert not first.is_active and "does not support Flux" in second.stats().notes[-1]
+    with pytest.raises(jitaccel.UnsupportedModelError, match="does not support Flux"):
         jitaccel.apply(model, SHORT, noise_levels=LEVELS, compile=True, strict=True)
     second.remove()
 

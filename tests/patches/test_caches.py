@@ -1,4 +1,4 @@
-"""Caches that diffusers' functions put on a model, without `enable_cache`, are found and refused."""
+"""Caches that diffusers' functions set on a model, without `enable_cache`, are found and refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every FLUX transformer and pipeline of diffusers: dense as if untouched, sparse as the method written out by hand."""
+"""Every FLUX transformer and pipeline of diffusers: dense equals unpatched, sparse equals the method by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.tiny import CHANNELS, DENSE, GRID, NUM_TOKENS, SHORT, TEXT_TO
 LEVELS = jitaccel.noise_levels(SHORT)
 
 
-# Transformers in somebody's own loop
+# Transformers in custom loops
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -83,10 +83,10 @@ def test_what_is_shown_beside_the_state_goes_into_a_compiled_stage(name: str) ->
 @pytest.mark.parametrize("name", ["FLUX.2", "Chroma"])
 def test_packed_execution_says_that_it_does_not_know_a_model(name: str) -> None:
     subject = SUBJECTS[name]()
-    with pytest.raises(jitaccel.UnsupportedModelError, match="packed execution does not know"):
+    with pytest.raises(jitaccel.UnsupportedModelError, match="packed execution does not support"):
         jitaccel.apply(subject.model, SHORT, execution="packed", strict=True)
     with jitaccel.apply(subject.model, SHORT, execution="packed") as handle:
-        assert "does not know" in handle.stats().notes[-1]
+        assert "does not support" in handle.stats().notes[-1]
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ MASKED = [name for name in FLUX_PIPELINES if hasattr(getattr(diffusers, name), "
 @pytest.mark.parametrize("derived", [False, True], ids=["diffusers' own", "derived, of another name"])
 @pytest.mark.parametrize("name", MASKED)
 def test_mask_places_the_anchors(name: str, derived: bool) -> None:
-    """Told by the mask that a pipeline prepares, not by what its class is called."""
+    """Recognised by the mask that a pipeline prepares, not by the name of its class."""
     pipe = flux_pipeline(name)
     call = call_of(name)
     if derived:
@@ -200,7 +200,7 @@ def test_mask_of_everything_makes_every_stage_dense() -> None:
 
 def test_strength_that_leaves_too_few_steps_says_how_many_are_needed() -> None:
     pipe = flux_pipeline("FluxImg2ImgPipeline")
-    with jitaccel.apply(pipe, SHORT), pytest.raises(ConfigError, match=r"every stage a step, got 2 of 5.*steps=7"):
+    with jitaccel.apply(pipe, SHORT), pytest.raises(ConfigError, match=r"a step for every stage, got 2 of 5.*steps=7"):
         run_pipeline(pipe, strength=0.3)
 
 
@@ -295,7 +295,7 @@ def test_flux2_inpainting_starts_late_and_places_its_anchors() -> None:
 
 
 def test_references_of_flux2_are_told_apart_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pipelines make position ids anew each step, and to look into them is to wait for the device."""
+    """Its pipelines make new position ids at each step, and reading them waits for the device."""
     from jitaccel.patches.flux import arguments
 
     looks: list[int] = []

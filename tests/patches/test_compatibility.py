@@ -1,4 +1,4 @@
-"""Every cell of docs/compatibility.md: a pipeline, and what is used beside acceleration."""
+"""Every cell of docs/compatibility.md: a pipeline, and a feature used together with acceleration."""
 
 from __future__ import annotations
 

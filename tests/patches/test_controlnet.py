@@ -1,4 +1,4 @@
-"""ControlNets: dense as they are, or on the anchors alone."""
+"""ControlNets, dense and on the anchors only."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_exception_ends_the_generation() -> None:
 def test_what_has_no_such_controlnet_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="needs a pipeline with a FluxControlNetModel, got NoneType"):
         jitaccel.apply(tiny.pipeline(), controlnet="anchors")
-    with pytest.raises(ConfigError, match="controlnet must be 'dense' for what is no pipeline"):
+    with pytest.raises(ConfigError, match="controlnet must be 'dense' for a target that is not a pipeline"):
         jitaccel.apply(tiny.transformer(), controlnet="anchors")
     with pytest.raises(ConfigError, match="controlnet must be one of dense, anchors"):
         jitaccel.apply(tiny.pipeline(), controlnet="sparse")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The private names of diffusers in one file: each function does on diffusers' own objects what it says."""
+"""Each function for a private name of diffusers behaves as documented on diffusers' own objects."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_attention_backend_that_is_active_for_all_is_told(pipe: Any) -> None:
 
 
 def test_context_parallelism_is_told(pipe: Any) -> None:
-    """To turn it on takes several processes, so what diffusers' method sets is read from its text."""
+    """Enabling it takes several processes, so the attributes are read from the source of diffusers' method."""
     processor = pipe.transformer.transformer_blocks[0].attn.processor
     assert private.has_context_parallelism(processor) is False
     assert "processor._parallel_config = " in inspect.getsource(type(pipe.transformer).enable_parallelism)
@@ -88,7 +88,7 @@ def test_splitting_over_devices_is_told_of_the_model(pipe: Any) -> None:
 
 
 def test_context_parallelism_of_a_model_and_its_group_are_found(pipe: Any) -> None:
-    """Two processes find them in earnest (test_ranks.py); here what diffusers fills and reads is what we read."""
+    """test_ranks.py tests them with two processes; here diffusers must fill and read the attributes that we read."""
     assert private.context_parallelism(pipe.transformer) is None
     assert private.context_parallelism(nn.Linear(1, 1)) is None
     settings = ContextParallelConfig(ulysses_degree=2)

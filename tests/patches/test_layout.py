@@ -1,4 +1,4 @@
-"""Latents of any rank as tokens, and back."""
+"""Converting latents of any rank to tokens and back."""
 
 from __future__ import annotations
 

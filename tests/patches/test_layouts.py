@@ -1,6 +1,6 @@
-"""The same weights in two layouts: Black Forest Labs' patch makes the image that the diffusers routes make.
+"""The same weights in two layouts: Black Forest Labs' patch makes the same image as the diffusers routes.
 
-`to_bfl` is the key mapping; the network that gets its result shares no code with diffusers'.
+`to_bfl` maps the keys. The network that gets its result shares no code with diffusers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support import tiny
 from tests.support.bfl_model import Flux, flux_of, to_bfl
 from tests.support.tiny import CHANNELS, NUM_TOKENS, TEXT_TOKENS
 
-SCALE, EMBEDDED = 3.0, 3.5  # of true CFG; of the guidance that a distilled model is told
+SCALE, EMBEDDED = 3.0, 3.5  # of true CFG; of a distilled model's embedded guidance
 BATCH, CONTEXT, POOLED = 2, 24, 20
 TOLERANCE = 1e-4
 GUIDANCE = ("distilled", "sequential", "batched")
@@ -33,7 +33,7 @@ Network = Callable[[Tensor, Sequence[float], Text], Tensor]
 
 
 def transformer(distilled: bool) -> FluxTransformer2DModel:
-    """Returns a random FLUX of two blocks of each kind, whose attention tells tokens apart and whose widths differ."""
+    """Returns a random FLUX of two blocks of each kind, with distinct attention and different widths."""
     model = tiny.transformer(
         num_layers=2,
         num_single_layers=2,
@@ -111,7 +111,7 @@ def loop(network: Network, levels: Sequence[float], guidance: str) -> Tensor:
 
 
 def through_bfl(model: FluxTransformer2DModel, preset: str, guidance: str, **options: Any) -> tuple[Tensor, Stats]:
-    """Returns the images that the patched `Flux` of these weights makes, and what it did."""
+    """Returns the images of the patched `Flux` with these weights, and its statistics."""
     flux = flux_of(model)
     with jitaccel.apply(flux, preset, **options) as handle:
         images = loop(called_as_bfl(flux), jitaccel.noise_levels(PRESETS[preset]), guidance)
@@ -119,14 +119,14 @@ def through_bfl(model: FluxTransformer2DModel, preset: str, guidance: str, **opt
 
 
 def through_loop(model: FluxTransformer2DModel, preset: str, guidance: str) -> tuple[Tensor, Stats]:
-    """Returns the images that the patched transformer makes in the same loop, and what it did."""
+    """Returns the images of the patched transformer in the same loop, and its statistics."""
     levels = jitaccel.noise_levels(PRESETS[preset])
     with jitaccel.apply(model, preset, noise_levels=levels) as handle:
         return loop(called_as_diffusers(model), levels, guidance), handle.stats()
 
 
 def through_pipeline(model: FluxTransformer2DModel, preset: str, guidance: str) -> tuple[Tensor, Stats]:
-    """Returns the images that the patched pipeline makes, in which nothing of the loop is ours, and what it did."""
+    """Returns the images of the patched pipeline, which has its own loop, and its statistics."""
     pipe = tiny.pipeline(transformer=model)
     call: dict[str, Any] = {"prompt_embeds": PROMPT[0], "pooled_prompt_embeds": PROMPT[1]}
     if guidance != "distilled":
@@ -160,7 +160,7 @@ def assert_same(made: tuple[Tensor, Stats], expected: tuple[Tensor, Stats], pres
 
 
 def test_diffusers_own_converter_takes_the_mapping_back() -> None:
-    """Bit for bit, key for key: what `to_bfl` makes is the layout of published checkpoints.
+    """The result of `to_bfl` has the layout of published checkpoints, bit for bit and key for key.
 
     The converter knows one width, FLUX.1's, and stacks rows alone; so does the mapping, and one column is enough.
     """
@@ -177,7 +177,7 @@ def test_diffusers_own_converter_takes_the_mapping_back() -> None:
 @pytest.mark.parametrize("distilled", [True, False], ids=["distilled", "undistilled"])
 @torch.no_grad()
 def test_dense_networks_agree(distilled: bool) -> None:
-    """One forward, each image at a level and with a text of its own."""
+    """One forward in which each image has its own level and text."""
     model = transformer(distilled)
     arguments = (tiny.start(batch=BATCH), [1.0, 0.37], PROMPT)
     made, expected = called_as_bfl(flux_of(model))(*arguments), called_as_diffusers(model)(*arguments)

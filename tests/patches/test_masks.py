@@ -1,4 +1,4 @@
-"""Masks that differ between the images of a batch: each image is the picture made alone, or the call is refused."""
+"""Masks that differ between images of a batch: each image equals the one made alone, or the call is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny import GRID, SHORT, relative_error
 NAMES = ("FluxFillPipeline", "FluxInpaintPipeline", "FluxControlNetInpaintPipeline")
 POOLED = JiTConfig(
     densities=(0.25, 0.7, 1.0), boundaries=(0.4, 0.7, 1.0), steps=5, pooling=(2, 1, 1), micro_flow="exact"
-)  # pooled, then some of the tokens: what is regular among them depends on the mask
+)  # pooled, then a subset whose regular part depends on the mask
 
 
 def _mask(rows: slice, columns: slice) -> Tensor:

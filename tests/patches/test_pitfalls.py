@@ -1,4 +1,4 @@
-"""One test for each trap that codebases set: shared/INTEGRATION.md, part 7, in its order."""
+"""One test for each pitfall of the codebases, in the order of shared/INTEGRATION.md, part 7."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_1_nothing_is_drawn_from_global_generators() -> None:
 
 @pytest.mark.parametrize(("micro_flow", "share"), [("exact", 1.0), ("released", 1 / 3), ("none", 0.0)])
 def test_2_micro_flow_goes_all_the_way_or_blends_once(micro_flow: Any, share: float) -> None:
-    """How far the state moves where a stage begins, as a share of the way to the target."""
+    """How far the state moves at the start of a stage, as a share of the way to the target."""
     pipe = tiny.pipeline()
     config = SHORT.replace(densities=(0.5, 1.0), boundaries=(0.5, 1.0), steps=2)
 
@@ -89,7 +89,7 @@ def test_3_picture_of_more_than_256_tokens_a_side_runs_in_bfloat16() -> None:
 
 
 def test_4_state_that_a_pipeline_edits_is_taken_as_it_comes() -> None:
-    """Inpainting puts the given picture back after each step; a model of its own state would drift away from it."""
+    """Inpainting restores the given picture after each step; a separate copy of the state would drift away."""
     pipe = flux_pipeline("FluxInpaintPipeline")
     seen: list[Tensor] = []
     with jitaccel.apply(pipe, SHORT.replace(steps=8, schedule="native")):
@@ -106,7 +106,7 @@ def test_4_state_that_a_pipeline_edits_is_taken_as_it_comes() -> None:
 
 
 def test_5_arguments_that_a_pipeline_changes_between_branches_belong_to_their_branch() -> None:
-    """One dict of attention arguments, whose IP-Adapter embeddings are exchanged for each branch of guidance."""
+    """One dict of attention arguments, in which each guidance branch replaces the IP-Adapter embeddings."""
     pipe = tiny.pipeline()
     torch.manual_seed(0)
     pipe.transformer.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(WIDTH, WIDTH, 2)])
@@ -163,7 +163,7 @@ def test_9_transformer_that_was_replaced_is_told_and_one_that_is_gone_is_let_go(
 
 
 def test_copy_of_what_is_patched_is_refused() -> None:
-    """It would run the weights of what it was copied from."""
+    """It would run the weights of the original."""
     pipe, flux = tiny.pipeline(), Flux()
     with jitaccel.apply(pipe, SHORT), jitaccel.apply(flux, SHORT):
         for patched in (pipe.transformer, pipe.scheduler, pipe, flux):

@@ -1,4 +1,4 @@
-"""Pooled stages wherever a stage runs: against the smaller picture made by hand, in every codebase and execution."""
+"""Pooled stages in every codebase and execution, against the smaller picture made by hand."""
 
 from __future__ import annotations
 

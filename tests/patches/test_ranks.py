@@ -1,4 +1,4 @@
-"""Several processes that make one picture: the same as one process, or the same refusal on every rank."""
+"""Several processes make one picture: the result of one process, or the same refusal on every rank."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_images_of_a_batch_have_anchors_of_their_own_on_ranks(pictures: list[Any
         ("noise of one image", "ConfigError: jitaccel: ranks must start from the same noise"),
         ("settings", "got others on rank 1 than on rank 0"),
         ("pooled size", "a picture pooled by 2 must have a multiple of 2 tokens"),
-        ("size", "the picture must have a multiple of 2 tokens, one part for each rank, got 121 of 11x11"),
+        ("size", "the picture must have a multiple of 2 tokens, one part for each rank, got 121 (11x11)"),
         ("prompt", "prompts must have a multiple of 2 tokens, one part for each rank, got 7"),
         ("heads", "heads that ulysses_degree divides, got 3 heads and 2 ranks"),
         ("auto", "give every rank the same preset"),
@@ -171,7 +171,7 @@ def test_tokens_that_ranks_cannot_divide_are_named_all_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
         of_models.check_divided(4, tiny.SHORT, grid, 25, 7, 3)
     message = str(raised.value)
-    assert "got 25 of 5x5" in message and "4x5 or 8x5" in message
+    assert "got 25 (5x5)" in message and "4x5 or 8x5" in message
     assert "prompts must have a multiple of 4 tokens" in message and "references must have" in message
     of_models.check_divided(4, tiny.SHORT, grid, 24, 8, 0)
     of_models.check_divided(1, tiny.SHORT, grid, 25, 7, 3)

@@ -1,4 +1,4 @@
-"""Models other than FLUX.1 on several processes: the same as one process, or the same refusal on every rank."""
+"""Models other than FLUX.1 on several processes: the result of one process, or the same refusal on every rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_rank_has_half_of_the_tokens_and_says_so(pictures: list[Any], mode:
         ("order, qwen", "ConfigError: jitaccel: apply must be called after enable_parallelism"),
         ("prompt, qwen", "prompts must have a multiple of 2 tokens, one part for each rank, got 7"),
         ("untested, ltx", "got a parallel configuration; it is tested for FluxTransformer2DModel"),
-        ("size, wan", "the picture must have a multiple of 2 tokens, one part for each rank, got 75 of 3x5x5"),
+        ("size, wan", "the picture must have a multiple of 2 tokens, one part for each rank, got 75 (3x5x5)"),
         ("noise, wan", "ConfigError: jitaccel: ranks must start from the same noise"),
         ("no plan, vace", "`cp_plan` must be provided"),
         ("untested, vace", "got a parallel configuration; it is tested for FluxTransformer2DModel"),

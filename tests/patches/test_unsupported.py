@@ -1,4 +1,4 @@
-"""What cannot be accelerated correctly: refused with the reason, or run as if untouched where that was asked for."""
+"""Inputs that cannot be accelerated correctly are refused with the reason, or run dense if requested."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ UNKNOWN = {"joint_attention_kwargs": {"region_masks": torch.ones(1)}}
 
 
 def _tolerant(pipe: Any) -> None:
-    """Lets the network ignore what the tests pass to it."""
+    """Makes the network ignore the tests' arguments."""
     original = type(pipe.transformer).forward
 
     class Tolerant(type(pipe.transformer)):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What a wheel must hold before it is released; making one takes minutes and is `make wheel`."""
+"""Checks of a wheel before release; making one takes minutes and is done by `make wheel`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server without Ray: desk and batcher together, on a stand-in of `generate_batch` that a test steps through."""
+"""The server without Ray: desk and batcher, on a stand-in for `generate_batch` that a test controls step by step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 20.0
 
 
 class Pipeline:
-    """Steps through a batch as `generate_batch` does. gate: what a step waits for. bad: seeds that fail."""
+    """Steps through a batch like `generate_batch`. A step waits for `gate`; the seeds in `bad` fail."""
 
     def __init__(self, *, is_open: bool = True, bad: dict[int, Exception] | None = None) -> None:
         self.gate = threading.Event()

@@ -1,4 +1,4 @@
-"""Two replicas on loopback, through the command: mixed requests, and a replica that is killed in the middle."""
+"""Two replicas on loopback, started by the command: mixed requests, and a replica killed while it works."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def whole(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected(pipe: Any, body: dict[str, Any]) -> bytes:
-    """Returns the PNG that this process makes of a request alone."""
+    """Returns the PNG that this process makes for a single request."""
     outcome = generate_batch(pipe, [Request(**whole(body))], execution="indexed")[0]
     file = io.BytesIO()
     outcome.image.save(file, format="PNG")

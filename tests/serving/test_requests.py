@@ -1,4 +1,4 @@
-"""What a server takes: JSON, checked against its limits."""
+"""Requests to a server: JSON, checked against its limits."""
 
 from __future__ import annotations
 

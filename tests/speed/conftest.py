@@ -1,4 +1,4 @@
-"""What tests of speed share."""
+"""Fixtures for tests of speed."""
 
 from __future__ import annotations
 

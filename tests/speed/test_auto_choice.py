@@ -1,4 +1,4 @@
-"""The rule by which a configuration is chosen for a speed, and the targets it refuses."""
+"""The rule that chooses a configuration for a target speed, and the targets it refuses."""
 
 from __future__ import annotations
 

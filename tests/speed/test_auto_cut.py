@@ -1,4 +1,4 @@
-"""A speed that is asked for on models that are cut: what is timed is the first call that their pipeline makes."""
+"""Target speeds for cut models, measured with the first transformer call of their pipeline."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_pipeline_is_timed_at_four_numbers_of_tokens(name: str, monkeypatc
     # One image, one branch; text and references that pass the last projection come on top.
     further = round(1000 * costs.dense_s) - num_tokens
     assert further >= 0 and costs.dense_s == pytest.approx(costs.measured[-1][1])
-    if name != "ZImagePipeline":  # whose model pads
+    if name != "ZImagePipeline":  # its model pads
         assert all(seconds == pytest.approx(1e-3 * (tokens + further)) for tokens, seconds in costs.measured)
 
 
@@ -106,7 +106,7 @@ def test_auto_is_the_same_as_applying_what_it_chose(clock: Clock) -> None:
     pipe = video.wan_pipeline()
     follow(clock, pipe.transformer)
     with jitaccel.apply(pipe, jitaccel.Auto(speedup=6.0, call=VIDEO), schedule="beta") as handle:
-        assert handle.config in FAMILY  # whose levels are the preset's
+        assert handle.config in FAMILY  # with the preset's levels
         made = video.generate(pipe)
     with jitaccel.apply(pipe, handle.config):
         assert torch.equal(video.generate(pipe), made)
@@ -173,13 +173,13 @@ def test_bare_transformer_asks_for_its_pipeline() -> None:
 
 def test_what_the_pipeline_needs_and_does_not_take_is_said() -> None:
     pipe = hunyuan.pipeline(hunyuan.FROM_IMAGES[0])
-    with pytest.raises(ConfigError, match=r"got TypeError: .*'image'; give what it needs: Auto\(\.\.\., call="):
+    with pytest.raises(ConfigError, match=r"TypeError: .*'image'; pass the arguments it needs: Auto\(\.\.\., call="):
         auto_config(pipe, target_speedup=6.0)
-    with pytest.raises(ConfigError, match=r"must take what is given, got frames, which it does not have"):
+    with pytest.raises(ConfigError, match=r"must take the given arguments, got frames, which it does not take"):
         auto_config(video.wan_pipeline(), target_speedup=6.0, call={"frames": 9})
     with pytest.raises(ConfigError, match=r"size must be \(height, width\) in pixels.*got \(0, 8\)"):
         auto_config(video.wan_pipeline(), target_speedup=6.0, size=(0, 8))
-    with pytest.raises(ConfigError, match=r"got height, width, which it does not have"):
+    with pytest.raises(ConfigError, match=r"got height, width, which it does not take"):
         auto_config(qwen_pipeline(LAYERED), target_speedup=6.0, size=(64, 64))
     with pytest.raises(ConfigError, match="call must be left out for a FluxPipeline"):
         auto_config(tiny.pipeline(), target_speedup=6.0, call={"num_frames": 9})

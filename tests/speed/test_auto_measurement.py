@@ -1,4 +1,4 @@
-"""What is timed for `auto`: which forwards, on which models, and what is left."""
+"""Measurements for `auto`: which forwards on which models, and that the model is left unchanged."""
 
 from __future__ import annotations
 

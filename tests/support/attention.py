@@ -44,7 +44,7 @@ def randn(layout: PackedLayout, head_dim: int, dtype: torch.dtype, heads: int = 
 
 
 class FakeKernel:
-    """A function of a package: keeps how it was called, and returns its first tensor, or what `answer` makes of it."""
+    """A function of a package that records its calls and returns its first tensor, or the result of `answer` on it."""
 
     def __init__(self, answer: Callable[[Tensor], Any] = lambda x: x) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -63,6 +63,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: object) -> No
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Makes packages not installed."""
+    """Makes packages look not installed."""
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)

@@ -1,4 +1,4 @@
-"""Options of benchmarks that take a moment."""
+"""Options for benchmarks that finish in a moment."""
 
 from __future__ import annotations
 

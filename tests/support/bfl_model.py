@@ -1,6 +1,7 @@
-"""Black Forest Labs' `Flux` written out by us: their names of weights, their call and conventions, none of their code.
+"""Our own version of Black Forest Labs' `Flux`, with their weight names, call and conventions, but none of their code.
 
-What their checkpoints need to load, strictly, and no more: norms without weights are functions here, modules there.
+It has exactly the modules that their checkpoints need in order to load strictly. Norms without weights are functions
+here and modules there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _TIME_CHANNELS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """The fields of their parameters, which jitaccel reads costs from."""
+    """The fields of their parameters from which jitaccel computes costs."""
 
     in_channels: int
     out_channels: int
@@ -36,7 +37,7 @@ class Params:
 
 
 def sinusoids(values: Tensor) -> Tensor:
-    """Returns cosines, then sines, (B, 256) of levels or guidance scales (B,), which count in thousandths."""
+    """Returns cosines, then sines, (B, 256), of levels or guidance scales (B,), which are multiplied by 1000 first."""
     half = _TIME_CHANNELS // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half))
     angles = 1000.0 * values.float()[:, None] * frequencies
@@ -44,7 +45,7 @@ def sinusoids(values: Tensor) -> Tensor:
 
 
 def rotations(ids: Tensor, axes: tuple[int, ...], theta: int) -> Tensor:
-    """Returns e^(i angle) (B, 1, S, head channels / 2) of position ids (B, S, A): some channel pairs for each axis."""
+    """Returns e^(i angle) (B, 1, S, head channels / 2) of position ids (B, S, A), with channel pairs for each axis."""
     angles = []
     for axis, channels in enumerate(axes):
         frequencies = theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
@@ -54,13 +55,13 @@ def rotations(ids: Tensor, axes: tuple[int, ...], theta: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Returns (B, H, S, C) with each pair of neighbouring channels turned by its angle."""
+    """Returns (B, H, S, C) with each pair of neighbouring channels rotated by its angle."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def attend(parts: tuple[Tensor, Tensor, Tensor], rotation: Tensor) -> Tensor:
-    """Returns the attention's answer (B, S, H * C), heads side by side."""
+    """Returns the result of attention (B, S, H * C), with the heads concatenated."""
     query, key, value = parts
     answer = F.scaled_dot_product_attention(rotate(query, rotation), rotate(key, rotation), value)
     return answer.transpose(1, 2).flatten(2)
@@ -82,7 +83,7 @@ class Embedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate, once for each branch of a block."""
+    """Shift, scale and gate for each branch of a block."""
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ class Flux(nn.Module):
         return self.final_layer(tokens[:, txt.shape[1] :], condition)
 
 
-# Each of their modules, and those of diffusers whose rows it stacks: outside the blocks, and in a block of each kind.
+# Their modules, with the diffusers modules whose rows each stacks: outside the blocks, and in a block of each kind.
 ENDS = {
     "img_in": ["x_embedder"],
     "txt_in": ["context_embedder"],
@@ -257,7 +258,7 @@ SINGLE = {
 
 
 def to_bfl(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights of a FluxTransformer2DModel as a `Flux` names and stacks them; none may be left over."""
+    """Returns the weights of a FluxTransformer2DModel, named and stacked as in a `Flux`; all must be used."""
     depth, depth_single = (
         len({key.split(".")[1] for key in weights if key.startswith(kind)})
         for kind in ("transformer_blocks.", "single_transformer_blocks.")
@@ -280,7 +281,7 @@ def to_bfl(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def flux_of(model: Any) -> Flux:
-    """Returns the `Flux` of the same weights."""
+    """Returns the `Flux` with the same weights."""
     config = model.config
     params = Params(
         in_channels=config.in_channels,

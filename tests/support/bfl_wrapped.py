@@ -1,4 +1,4 @@
-"""Black Forest Labs' `Flux` by signature and conventions, around a diffusers model; theirs is on no package index."""
+"""A stand-in with the signature and conventions of Black Forest Labs' `Flux`, around a diffusers model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Flux(nn.Module):
         rows = []
         for k in range(len(img)):
             residuals, single = block_controlnet_hidden_states, block_controlnet_single_hidden_states
-            if single is not None:  # added where the text stands before the image, as in kohya's scripts
+            if single is not None:  # added to text and image, text first, as in kohya's scripts
                 assert all(x.shape[1] == txt.shape[1] + img.shape[1] for x in single)
                 single = [x.expand(len(img), -1, -1)[k : k + 1, txt.shape[1] :] for x in single]
             residuals = residuals and [x.expand(len(img), img.shape[1], -1)[k : k + 1] for x in residuals]

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its own protocol over two pipes: pages, keys, the mouse, screenshots, errors."""
+"""Drives a headless Chromium with its own protocol over two pipes: pages, keys, the mouse, screenshots, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PIPES = (3, 4)
 
 
 class Page:
-    """One page. `errors`: what it has written to the console as an error, or thrown, or tried to load."""
+    """One page. `errors` lists its console errors, exceptions, and attempts to load resources."""
 
     def __init__(self, to: int, back: int) -> None:
         self._to, self._back, self._read = to, back, b""
@@ -77,7 +77,7 @@ class Page:
                 self.errors.append(f"asked for {url}")
 
     def look(self, *, width: int = 1200, height: int = 900, dark: bool = False, touch: bool = False) -> None:
-        """Sets the size of the window and the colours that the reader prefers."""
+        """Sets the size of the window and the reader's preferred colour scheme."""
         self._send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch
         )
@@ -85,12 +85,12 @@ class Page:
         self._send("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, url: str) -> None:
-        """Loads a page and waits until it says that it is ready, if it is a report."""
+        """Loads a page and, if it is a report, waits until it is ready."""
         self._send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
-        """Returns the value of a JavaScript expression, promises awaited."""
+        """Returns the value of a JavaScript expression; promises are awaited."""
         answer = self._send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -102,7 +102,7 @@ class Page:
             assert time.monotonic() < end, f"the page never had {condition}; errors: {self.errors}"
 
     def press(self, key: str) -> None:
-        """Presses a key and lets it go."""
+        """Presses and releases a key."""
         code = {" ": "Space"}.get(key, key if len(key) > 1 else f"Key{key.upper()}")
         said = {"key": key, "code": code, "windowsVirtualKeyCode": _KEYS[key]}
         if len(key) == 1:
@@ -111,11 +111,11 @@ class Page:
         self._send("Input.dispatchKeyEvent", type="keyUp", **said)
 
     def click(self, selector: str) -> None:
-        """Clicks on the middle of the first element of a selector."""
+        """Clicks on the centre of the first element that matches a selector."""
         self.drag(selector, 0.5, 0.5)
 
     def drag(self, selector: str, start: float, end: float) -> None:
-        """Drags along an element, between shares of its width."""
+        """Drags along an element, from and to given fractions of its width."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
         box = f"(b => [b.x, b.y, b.width, b.height])({element}.getBoundingClientRect())"
@@ -132,7 +132,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser_page(folder: Path) -> Iterator[Page]:
-    """Yields a page of a headless Chromium whose profile lies in a folder; skips the test where there is none."""
+    """Yields a page of a headless Chromium with its profile in a folder; skips the test if no browser is installed."""
     program = next((found for name in _NAMES if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
@@ -141,7 +141,7 @@ def browser_page(folder: Path) -> Iterator[Page]:
     profile = f"--user-data-dir={folder}"
 
     def place_pipes() -> None:
-        """Chromium reads its commands from descriptor 3 and answers on 4; copies first, in case the pipes are those."""
+        """Puts the pipes on descriptors 3 (commands) and 4 (answers). Copies first, in case they already use these."""
         copies = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (to_child, from_child)]
         for copy, place in zip(copies, _PIPES, strict=True):
             os.dup2(copy, place)

@@ -1,4 +1,4 @@
-"""Tiny models as the stand-in of ComfyUI calls them, and one sampling of each."""
+"""Tiny models for the stand-in of ComfyUI, and one sampling of each."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SIZE = (2 * GRID[0], 2 * GRID[1])
 
 
 def flux1(extra: int = 0) -> Flux:
-    """FLUX.1: patches of 2 x 2 of 4 channels; extra: further channels of a token."""
+    """Returns a FLUX.1 with patches of 2 x 2 of 4 channels, and `extra` further channels per token."""
     inner = tiny.transformer(in_channels=CHANNELS + extra, out_channels=CHANNELS)
     return Flux(inner, patch_size=2, channels=CHANNELS // 4).eval()
 
 
 def flux2() -> Flux:
-    """FLUX.2: patches of one, four axes of ids, no pooled text."""
+    """Returns a FLUX.2 with patches of one, four axes of ids, and no pooled text."""
     return Flux(flux2_transformer(), patch_size=1, channels=CHANNELS, global_modulation=True).eval()
 
 
@@ -44,14 +44,14 @@ def start(model: Any, seed: int = 0, batch: int = 1) -> Tensor:
 
 @contextmanager
 def applied(model: Any, *given: Any, **more: Any) -> Iterator[jitaccel.Handle]:
-    """Applies to a patcher that is kept meanwhile: a handle keeps nothing alive."""
+    """Applies to a patcher and keeps it alive within this context, because a handle does not."""
     patcher = ModelPatcher(BaseModel(model))
     with jitaccel.apply(patcher, *given, **more) as handle:
         yield handle
 
 
 def sample(patcher: Any, x: Tensor, levels: Tensor = LEVELS, *, sampler: Any = None, **more: Any) -> Tensor:
-    """One sampling; more: what the guider's and its `sample` take."""
+    """Runs one sampling; `more` has further arguments of the guider and its `sample`."""
     guider = {name: more.pop(name) for name in ("conds", "cfg", "in_turn") if name in more}
     guider.setdefault("conds", {"positive": [condition(model=patcher.model.diffusion_model)]})
     kind = more.pop("guider", CFGGuider)
@@ -59,7 +59,7 @@ def sample(patcher: Any, x: Tensor, levels: Tensor = LEVELS, *, sampler: Any = N
 
 
 def by_hand(model: Any, x: Tensor, velocity_of: Any) -> Tensor:
-    """The method around calls of the model on tokens that are gathered by hand."""
+    """Runs the method with calls of the model on tokens gathered by hand."""
     state = to_tokens(x, model.patch_size)
     with torch.no_grad():
         final = denoise(velocity_of, SHORT, GRID, state, LEVELS.tolist()).states[-1]

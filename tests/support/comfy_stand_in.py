@@ -1,6 +1,7 @@
-"""What jitaccel touches of ComfyUI, in our own words: its names, signatures and order of calls, around tiny networks.
+"""Our own stand-in for the parts of ComfyUI that jitaccel uses: names, signatures, order of calls; tiny networks.
 
-ComfyUI is on no package index. Held against its source by hand; docs/codebases.md says which commit, and how.
+ComfyUI is not on any package index. The stand-in was compared with its source by hand; docs/codebases.md names the
+commit and the procedure.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class WrappersMP:
 
 
 class WrapperExecutor:
-    """Calls the wrappers of one place from the outermost to the function itself."""
+    """Calls the wrappers of one kind from the outermost to the function itself."""
 
     def __init__(self, original: Callable[..., Any], class_obj: Any, wrappers: list[Any], place: int = 0) -> None:
         self.original, self.class_obj, self.wrappers, self.place = original, class_obj, list(wrappers), place
@@ -58,7 +59,7 @@ class ModelSampling(CONST):
 
 
 class Flux(nn.Module):
-    """A model of the kind: `inner` is a diffusers transformer, whose forward stands for the blocks."""
+    """A FLUX model whose blocks are replaced by the forward of `inner`, a diffusers transformer."""
 
     def __init__(self, inner: nn.Module, patch_size: int, channels: int, **params: Any) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Flux(nn.Module):
             num_heads=2, hidden_size=32, depth=1, depth_single_blocks=1, context_in_dim=32, vec_in_dim=32,
             guidance_embed=True, mlp_ratio=3.0, **params,
         )  # fmt: skip
-        self.stretches: list[Any] = []  # of references seen at level 0, as each call was told
+        self.stretches: list[Any] = []  # of references seen at level 0, as given in each call
         self.axes = 4 if params.get("global_modulation") else 3
 
     def forward_orig(
@@ -152,7 +153,7 @@ class Flux(nn.Module):
 
 
 class Chroma(Flux):
-    """No pooled text, and neither references."""
+    """A Chroma model, without pooled text and references."""
 
     def forward_orig(  # type: ignore[override]
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor,
@@ -189,7 +190,7 @@ class Chroma(Flux):
 
 
 class BaseModel:
-    """`dtype`: what the network computes in; the sampler's state stays in float32."""
+    """A model whose network computes in `dtype`; the sampler's state stays in float32."""
 
     def __init__(self, diffusion_model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         self.diffusion_model, self.model_sampling, self.dtype = diffusion_model, ModelSampling(), dtype
@@ -244,7 +245,7 @@ def sample_heun(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any
 
 
 class Inpaint:
-    """The state outside a mask is the given picture at the step's level; so is what comes back."""
+    """Replaces the area outside a mask with the given picture at the step's level, in the state and in the result."""
 
     def __init__(self, guider: Any, noise: Tensor, latent_image: Tensor) -> None:
         self.guider, self.noise, self.latent_image = guider, noise, latent_image
@@ -274,7 +275,7 @@ class KSAMPLER:
 
 
 class CFGGuider:
-    """conds: by name, lists of what `apply_model` gets beside the state. in_turn: one branch a call."""
+    """A guider. `conds` has lists of further arguments of `apply_model` by name; `in_turn` runs one branch per call."""
 
     def __init__(self, patcher: ModelPatcher, conds: dict[str, Any], cfg: float = 1.0, in_turn: bool = False) -> None:
         self.model_patcher, self.conds, self.cfg, self.in_turn = patcher, conds, cfg, in_turn
@@ -320,7 +321,7 @@ class CFGGuider:
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Lets `import comfy.patcher_extension` find what is here, and classes say that they are of ComfyUI."""
+    """Makes `import comfy.patcher_extension` find this stand-in, with classes whose module is ComfyUI's."""
     package, extension = ModuleType("comfy"), ModuleType("comfy.patcher_extension")
     extension.WrappersMP = WrappersMP  # type: ignore[attr-defined]
     package.patcher_extension = extension  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""What people use beside acceleration, and on which codebases: the rows and columns of docs/compatibility.md.
+"""Features used together with acceleration, and codebases: the rows and columns of docs/compatibility.md.
 
-    python -m tests.compatibility           # writes the table
-    python -m tests.compatibility --check   # says whether it is up to date
+    python -m tests.support.compatibility           # writes the table
+    python -m tests.support.compatibility --check   # reports whether it is up to date
 
-Every cell is a test of tests/patches/test_compatibility.py, which fails where a cell says what is not so.
+Every cell is a test in tests/patches/test_compatibility.py, which fails if the cell is wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BLOCK = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Codebase:
-    """A pipeline and one call of it. execution: what a sparse generation runs on with nothing beside it."""
+    """A pipeline and one call of it. `execution` is that of a sparse generation without any further feature."""
 
     make: Callable[[], Any]
     call: Mapping[str, Any]
@@ -76,12 +76,17 @@ CODEBASES = {
 
 @dataclass(frozen=True)
 class Company:
-    """What is put beside a pipeline.
+    """A feature used together with acceleration.
 
-    put: into the pipeline. call: further arguments of a call. indexed: whether it makes a packed model run indexed.
-    only: the codebases that know it. changes: whether a picture must differ for it, None: it may. is_exact: whether a
-    dense picture keeps its bits. packs_after: whether a packed model stays so where it comes after `apply`. refused:
-    what the error says instead.
+    Attributes:
+        put: Adds it to the pipeline.
+        call: Further arguments of a call.
+        indexed: Whether it makes a packed model run indexed.
+        only: The codebases that support it.
+        changes: Whether a picture must differ with it; None if it may.
+        is_exact: Whether a dense picture keeps its bits.
+        packs_after: Whether a packed model stays packed if the feature is added after `apply`.
+        refused: Text of the error if the feature is refused.
     """
 
     put: Callable[[Any], None] = lambda pipe: None
@@ -94,9 +99,9 @@ class Company:
     refused: str = ""
 
     def outcome(self, name: str, order: str = "before") -> str:
-        """Returns what a sparse generation of a codebase runs on, or that it is refused; "" where there is no such.
+        """Returns the execution of a sparse generation in a codebase, or that it is refused; "" if unsupported there.
 
-        order: when it is put there, seen from `apply`.
+        `order` says whether the feature is added before or after `apply`.
         """
         if name not in self.only:
             return ""
@@ -121,7 +126,7 @@ def _linears(model: Any) -> list[str]:
 def _lora(pipe: Any, name: str = "one", seed: int = 0) -> None:
     import peft
 
-    # Of the random state only what adapters start from; nobody else's numbers move.
+    # Adapters start from random numbers; the fork keeps the global random state unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         names = [layer.removesuffix(".base_layer") for layer in _linears(pipe.transformer)]
@@ -231,7 +236,7 @@ def _halve(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[s
 
 
 def _tiling(pipe: Any) -> None:
-    pipe.vae = copy.deepcopy(pipe.vae)  # the tests' pipelines share it
+    pipe.vae = copy.deepcopy(pipe.vae)  # shared by the tests' pipelines
     pipe.vae.enable_tiling()
     pipe.vae.enable_slicing()
 
@@ -256,7 +261,7 @@ COMPANY: Mapping[str, Company] = {
         call={"negative_prompt": "green", "true_cfg_scale": 2.0}, changes=True, only=("FLUX.1", "Kontext", "ControlNet")
     ),
     "model offload": Company(_model_offload),
-    "sequential offload": Company(_sequential_offload, only=_FLUX1),  # fails in the others by itself
+    "sequential offload": Company(_sequential_offload, only=_FLUX1),  # fails in the others without jitaccel too
     "group offload, blocks": Company(_group_offload("block_level")),
     "group offload, leaves": Company(_group_offload("leaf_level")),
     "torchao int8 weights": Company(_torchao, changes=True),
@@ -293,9 +298,9 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the table, or says whether it is up to date."""
+    """Writes the table, or reports whether it is up to date."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.compatibility", description="docs/compatibility.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is out of date")
     check = parser.parse_args(arguments).check
     old = DOC.read_text()
     new = _BLOCK.sub(lambda found: found[1] + table() + found[2], old)

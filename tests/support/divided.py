@@ -1,4 +1,4 @@
-"""Models other than FLUX.1 whose tokens ranks divide, and what each rank makes of them: suites of `ranks`."""
+"""Suites of `ranks` for models other than FLUX.1 whose tokens are divided among ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed import distributed_c10d
 from tests.support import sglang_ranks
 from tests.support.engines import guidance
 
-SURVIVED_S = 10.0  # the time-out of groups whose rank raises and lives on
-TEXT = 8  # which two ranks can divide
+SURVIVED_S = 10.0  # the time-out of groups in which a rank raises but does not end
+TEXT = 8  # two ranks can divide this
 POOLED = {"densities": (0.25, 0.615, 1.0), "boundaries": (0.4, 0.7, 1.0), "steps": 5, "pooling": (2, 1, 1)}
 
 
@@ -30,7 +30,7 @@ def _wan(batch: int, **call: Any) -> tuple[Any, Callable[[Any], Tensor]]:
 
 
 def _wan_frame(batch: int) -> tuple[Any, Callable[[Any], Tensor]]:
-    """Wan 2.2 TI2V: a timestep for every token, 0 for the frame that is given."""
+    """Wan 2.2 TI2V, with a timestep for every token, which is 0 for the given frame."""
     from tests.support import video
 
     pipe = video.image_pipeline(expand_timesteps=True)
@@ -93,12 +93,12 @@ def _config(stage: str) -> Any:
 
 
 def modes_of(case: str) -> tuple[str, ...]:
-    """Returns the ways in which a case is divided: the ring wants attention without a mask."""
+    """Returns the ways in which a case is divided; a ring needs attention without a mask."""
     return ("ulysses",) if CASES[case][0] == "qwen" else ("ulysses", "ring")
 
 
 def models(rank: int) -> Any:
-    """Every case in one process and divided among ranks, by (mode, name); errors as text."""
+    """Runs every case in one process and divided among ranks; returns results by (mode, name), errors as text."""
     import jitaccel
     from tests.support.ranks import divided
 
@@ -125,7 +125,7 @@ def models(rank: int) -> Any:
 
 
 def model_refusals(rank: int) -> Any:
-    """What every rank says of what is refused of the models that are cut, by name; and a picture after it."""
+    """Returns each rank's errors for refused uses of cut models, by name, and a picture made afterwards."""
     import jitaccel
     from tests.support import ltx, qwen, video
     from tests.support.ranks import divided, error_of
@@ -157,7 +157,7 @@ def model_refusals(rank: int) -> Any:
 
 
 def _fail_in_third_forward(pipe: Any, fails: bool) -> Any:
-    """Makes the third forward raise before its first block, where tokens are divided already; returns the hook."""
+    """Makes the third forward raise before its first block, when tokens are already divided; returns the hook."""
     blocks = next(each for each in pipe.transformer.children() if isinstance(each, nn.ModuleList))
     calls: list[int] = []
 
@@ -170,7 +170,7 @@ def _fail_in_third_forward(pipe: Any, fails: bool) -> Any:
 
 
 def model_faults(rank: int) -> Any:
-    """Pictures after every rank has failed in the same forward, and those of pipelines that never failed, by name."""
+    """Returns pictures made after every rank failed in the same forward, and those of pipelines without failures."""
     import jitaccel
     from tests.support.ranks import divided, error_of
 
@@ -201,8 +201,11 @@ def _fault_of(name: str) -> Callable[[int], Any]:
 
 
 def survivor(rank: int) -> Any:
-    """The last rank raises within its third forward, and lives on: the others wait until the time-out of the group of
-    all, which divides the tokens where all ranks divide them in one way."""
+    """The last rank raises in its third forward but does not end.
+
+    The others wait until the time-out of the group of all ranks, which divides the tokens if all ranks divide them in
+    the same way.
+    """
     import jitaccel
     from tests.support.ranks import GROUP_S, divided
 

@@ -1,7 +1,7 @@
-"""Stand-ins for the parts of SGLang-Diffusion 0.5.23 and vLLM-Omni 0.30.0 that jitaccel meets, with their signatures.
+"""Stand-ins for the parts of SGLang-Diffusion 0.5.23 and vLLM-Omni 0.30.0 that jitaccel uses, with their signatures.
 
-They hold modules of the engines' names, as far as our plug-ins import them. `python -m tests.support.engines FOLDER`
-compares the signatures with the engines' sources, of wheels that were unpacked into FOLDER (docs/engines.md).
+They provide modules with the engines' names, as far as our plug-ins import them. `python -m tests.support.engines
+FOLDER` compares the signatures with the engines' sources, from wheels unpacked into FOLDER (docs/engines.md).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HookType(enum.Enum):
 
 
 class Hooks:
-    """SGLang's registration of hooks; `apply_to` does what its `apply_plugin_hooks` does to one class."""
+    """SGLang's hook registration; `apply_to` does the work of its `apply_plugin_hooks` for one class."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, HookType, Callable[..., Any]]] = []
@@ -82,7 +82,7 @@ class DiffusersPipeline:
 
 
 class DiffusersAdapterPipeline(nn.Module):
-    """vLLM-Omni's diffusers backend. `loads`: what stands in for `from_pretrained`."""
+    """vLLM-Omni's diffusers backend. `loads` replaces `from_pretrained`."""
 
     loads: Callable[[], Any]
 
@@ -99,7 +99,7 @@ class DiffusersAdapterPipeline(nn.Module):
 
 
 class CFGParallelMixin:
-    """vLLM-Omni's guidance: both branches here, or one on each of two ranks."""
+    """vLLM-Omni's guidance, with both branches in this process or one on each of two ranks."""
 
     transformer: Any
 
@@ -131,7 +131,7 @@ class CFGParallelMixin:
 
 
 class FluxPipeline(CFGParallelMixin, nn.Module):
-    """vLLM-Omni's own FLUX.1, on the parts of a diffusers pipeline that `od_config.pipe` holds; its own Euler loop."""
+    """vLLM-Omni's own FLUX.1 with its Euler loop, on the parts of the diffusers pipeline in `od_config.pipe`."""
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class FluxPipeline(CFGParallelMixin, nn.Module):
         raise AssertionError("the engine's own loop must be replaced")
 
     def forward(self, req: Any) -> Tensor:
-        """Makes latents of a request: a namespace of embedded prompts, latents, ids and guidance."""
+        """Makes the latents of a request, which is a namespace of embedded prompts, latents, ids and guidance."""
         timesteps, _ = self.prepare_timesteps(28, None, req.latents.shape[1])
         text_ids = torch.zeros(req.prompt_embeds.shape[1], 3)
         guidance = torch.full([1], req.guidance_scale, dtype=torch.float32).expand(req.latents.shape[0])
@@ -211,7 +211,7 @@ class Registry:
         self.found[model_arch] = (module_name, class_name)
 
     def made(self, model_arch: str, od_config: Any) -> Any:
-        """Returns the pipeline of an architecture, as the engine makes it."""
+        """Returns a pipeline by architecture, as the engine makes it."""
         module, name = self.found[model_arch]
         return getattr(importlib.import_module(module), name)(od_config=od_config)
 
@@ -221,7 +221,7 @@ def get_flux_post_process_func(od_config: Any) -> Any:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Puts modules of the engines' names in place; returns what a test looks at."""
+    """Installs modules with the engines' names; returns the objects that tests inspect."""
     hooks, registry = Hooks(), Registry()
     adapter = type("DiffusersAdapterPipeline", (DiffusersAdapterPipeline,), {
         "load_weights": DiffusersAdapterPipeline.load_weights,
@@ -247,7 +247,7 @@ def put_module(monkeypatch: pytest.MonkeyPatch, name: str, content: dict[str, An
 
 
 def request_of(batch: int = 1, scale: float = 1.0, seed: int = 0) -> SimpleNamespace:
-    """Returns a request of embedded prompts to vLLM-Omni's own FLUX.1."""
+    """Returns a request with embedded prompts for vLLM-Omni's own FLUX.1."""
     from tests.support import tiny
 
     generator = torch.Generator().manual_seed(5)
@@ -266,7 +266,7 @@ def request_of(batch: int = 1, scale: float = 1.0, seed: int = 0) -> SimpleNames
 
 
 def through_diffusers(request: SimpleNamespace, config: Any) -> Tensor:
-    """Returns the picture that `jitaccel.apply` makes of such a request on a pipeline of diffusers."""
+    """Returns the picture for such a request from a diffusers pipeline with `jitaccel.apply`."""
     import jitaccel
     from tests.support import tiny
 
@@ -285,7 +285,7 @@ GUIDED = {"one": 1, "batch of two": 2}
 
 
 def guidance(rank: int) -> Any:
-    """A suite of `ranks`: vLLM-Omni's own FLUX.1 with a branch of guidance on each of two ranks."""
+    """A suite of `ranks`: vLLM-Omni's own FLUX.1 with one guidance branch on each of two ranks."""
     from jitaccel.patches.serving.vllm_omni import register
     from tests.support import tiny
 
@@ -322,11 +322,11 @@ PAIRS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (OMNI_FLUX, "FluxPipeline.forward", FluxPipeline.forward),
     (OMNI_FLUX, "get_flux_post_process_func", get_flux_post_process_func),
 )
-"""Where an engine has a function: module, name, and ours."""
+"""Functions of an engine: module, name, and our counterpart."""
 
 
 def main(folder: Path) -> int:
-    """Says what of the unpacked wheels in a folder is not as we take it to be; returns the exit status."""
+    """Reports differences between our assumptions and the unpacked wheels in a folder; returns the exit status."""
     pairs = (*PAIRS, *signatures.PAIRS)
     wrong = [*signatures.differing(folder, pairs), *signatures.lacking(folder)]
     classes = len(signatures.WHOLE) + len(signatures.SOME)

@@ -1,4 +1,4 @@
-"""Made rows and records of `jitaccel eval`."""
+"""Artificial rows and records of `jitaccel eval`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def record(method: str, kind: str, cost: float, value: float, low: float, high: 
 
 
 def pixels_of(picture: Any, colour: tuple[int, int, int], box: Box) -> np.ndarray[Any, Any]:
-    """Returns x and y of the pixels of exactly this colour inside a box, (n, 2)."""
+    """Returns x and y, (n, 2), of the pixels inside a box that have exactly this colour."""
     pixels = np.asarray(picture)
     y, x = np.nonzero((pixels == colour).all(axis=2))
     inside = (x >= box.left) & (x <= box.right) & (y >= box.top) & (y <= box.bottom)

@@ -1,4 +1,4 @@
-"""Every model that is cut, tiny and random, and one call of each."""
+"""Every cut model, tiny and random, with one call of each."""
 
 from __future__ import annotations
 
@@ -38,10 +38,15 @@ from tests.support.more_models import (
 class Case:
     """One way to call a model.
 
-    make: the model. call: arguments for a batch of images of a grid. small: the grid of the sub-rectangle that is
-    compared with the model on cropped latents; None where positions depend on the size. crop: the arguments of the
-    sub-rectangle, which starts at the first token, or lies in the middle (is_centred). is_one_graph: whether the whole
-    forward compiles. num_given: how many tokens, the first, have to be anchors, since the model is given them.
+    Attributes:
+        make: Makes the model.
+        call: Makes the arguments for a batch of images with a grid.
+        small: The grid of the sub-rectangle that is compared with the model on cropped latents; None if positions
+            depend on the size.
+        crop: Makes the arguments of the sub-rectangle, which starts at the first token or lies in the middle
+            (is_centred).
+        is_one_graph: Whether the whole forward compiles.
+        num_given: Number of given tokens, which come first and have to be anchors.
     """
 
     make: Callable[[], Any]
@@ -78,7 +83,7 @@ def _wan_per_token(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
 
 
 def _wan_image(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    # The model takes the last 512 tokens of text for text, what comes before for the image's.
+    # The model treats the last 512 text tokens as text, and those before as the image's.
     given = {"encoder_hidden_states": noise(2, batch, 512, 16), "encoder_hidden_states_image": noise(3, batch, 5, 8)}
     return {**_wan_call(grid, batch, channels=9), **given}
 
@@ -262,7 +267,7 @@ CASES: dict[str, Case] = {
         hidream_transformer, (10, 10), hidream_call, (6, 6), _crop_corner, is_one_graph=False
     ),
     "BriaTransformer2DModel": Case(bria_transformer, (10, 14), bria_call, (6, 8), crop_bria),
-    # Positions within a frame depend on its size: the sub-rectangle is of fewer frames.
+    # Positions within a frame depend on its size, so the sub-rectangle has fewer frames.
     "MochiTransformer3DModel": Case(mochi_transformer, VIDEO, mochi_call, (2, 6, 8), _crop_video),
     "Lumina2Transformer2DModel": Case(
         lumina2_transformer, (10, 14), lumina2_call, (6, 8), _crop_corner, is_one_graph=False
@@ -354,7 +359,7 @@ def region(case: Case) -> Tensor:
 
 
 def row_of(call: dict[str, Any], image: int) -> dict[str, Any]:
-    """Returns a call of one image out of a batch; it is the second axis of what layers of Llama give."""
+    """Returns the call of one image from a batch. In the outputs of Llama's layers, images are the second axis."""
 
     def own(name: str, value: Any) -> Any:
         if not isinstance(value, (Tensor, list)) or name.endswith("_ids"):

@@ -1,4 +1,4 @@
-"""Tiny exports: short ones, which are traced."""
+"""Tiny and short exports, which are traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tiny FluxPipeline should make, by the reference, and what `jitaccel.apply` may have changed of it."""
+"""The expected results of a tiny FluxPipeline, from the reference, and the attributes `jitaccel.apply` might change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GUIDED: dict[str, Any] = {"negative_prompt": "blue square", "true_cfg_scale": 3.
 
 
 def velocity_of(pipe: Any, prompt: str = "a red circle", scale: float = 1.0, grid: tuple[int, int] = GRID) -> Any:
-    """Returns the network as the reference calls it: one image, guided by `GUIDED` where `scale` is above 1."""
+    """Returns the network as the reference calls it: one image, guided by `GUIDED` if `scale` is above 1."""
     text = [prompt] if scale == 1.0 else [prompt, GUIDED["negative_prompt"]]
     encoded = [pipe.encode_prompt(each, None, max_sequence_length=tiny.TEXT_TOKENS) for each in text]
     positions = tiny.ids(grid)
@@ -47,7 +47,7 @@ def velocity_of(pipe: Any, prompt: str = "a red circle", scale: float = 1.0, gri
 
 
 def expected(pipe: Any, config: JiTConfig, seed: int = 0, grid: tuple[int, int] = GRID, **kwargs: Any) -> Tensor:
-    """Returns what an unpatched pipeline's network gives through the reference."""
+    """Returns the reference's result with an unpatched pipeline's network."""
     edit = kwargs.pop("edit", lambda state: state)
     levels = jitaccel.noise_levels(config)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def expected(pipe: Any, config: JiTConfig, seed: int = 0, grid: tuple[int, int] 
 
 
 def noise_of(pipe: Any, seed: int, grid: tuple[int, int] = GRID) -> Tensor:
-    """Returns the packed noise that the pipeline draws from the seed."""
+    """Returns the packed noise that the pipeline draws from a seed."""
     height, width = (2 * side for side in grid)
     noise = torch.randn(1, tiny.CHANNELS // 4, height, width, generator=torch.Generator().manual_seed(seed))
     packed: Tensor = FluxPipeline._pack_latents(noise, 1, tiny.CHANNELS // 4, height, width)
@@ -64,7 +64,7 @@ def noise_of(pipe: Any, seed: int, grid: tuple[int, int] = GRID) -> Tensor:
 
 
 def attributes(pipe: Any) -> dict[str, Any]:
-    """Returns every attribute of the pipeline's parts and of all modules in them, by name."""
+    """Returns all attributes of the pipeline's parts and of the modules in them, by name."""
     parts: dict[str, Any] = {"pipe": pipe, "scheduler": pipe.scheduler}
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         parts |= {f"{name}.{path}": module for path, module in getattr(pipe, name).named_modules()}
@@ -82,7 +82,7 @@ def signatures(pipe: Any) -> list[inspect.Signature]:
 
 
 def in_bfloat16(pipe: Any) -> Any:
-    """Returns a copy, because parts are shared between tests."""
+    """Returns a copy in bfloat16; a copy because tests share parts."""
     parts: dict[str, Any] = {k: part for k, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return tiny.pipeline(**copy.deepcopy(parts)).to(torch.bfloat16)
 
@@ -92,7 +92,7 @@ class Breaks(RuntimeError):
 
 
 class BreakingScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """Fails at a step, when told to."""
+    """A scheduler that fails at a given step."""
 
     breaks_at = -1
 
@@ -128,5 +128,5 @@ def abort(pipe: Any, where: str, step: int) -> None:
 
 
 def sharing(pipe: Any, *, scheduler: bool = False) -> Any:
-    """Returns another pipeline of the same parts, with or without a scheduler of its own."""
+    """Returns another pipeline of the same parts, with the same scheduler or its own."""
     return tiny.pipeline(**{**pipe.components, **({} if scheduler else {"scheduler": tiny.scheduler()})})

@@ -1,4 +1,4 @@
-"""Every pipeline whose model is cut, tiny and random, and one way to call all of them."""
+"""Every pipeline of a cut model, tiny and random, with one way to call all of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Generation:
     """One pipeline.
 
     Attributes:
-        make: The pipeline.
-        generate: (pipeline, further arguments; seed, batch) -> its final latents.
-        alone: The prompts of one image of a batch of two, as arguments of `generate`.
+        make: Makes the pipeline.
+        generate: Returns its final latents, from the pipeline, seed, batch and further arguments.
+        alone: Returns the prompts of one image from a batch of two, as arguments of `generate`.
         unguided: Arguments of a call without guidance.
     """
 
@@ -34,7 +34,7 @@ def _row(prompts: dict[str, Any], image: int) -> dict[str, Any]:
 
 
 def _pairs(image: int, pairs: Any, *names: str) -> dict[str, Any]:
-    """Returns prompts of an image from (positive, negative), each of as many parts as names."""
+    """Returns the prompts of one image from (positive, negative), each with one part for each of `names`."""
     positive, negative = ([part] if isinstance(part, Tensor) else list(part) for part in pairs)
     given = {name: each[image : image + 1] for name, each in zip(names, positive, strict=True)}
     return given | {f"negative_{name}": each[image : image + 1] for name, each in zip(names, negative, strict=True)}

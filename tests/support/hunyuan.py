@@ -21,7 +21,7 @@ BYT5, IMAGE = 4, 3
 PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideo15Pipeline")
 CONCATENATED = "HunyuanVideoImageToVideoPipeline, latent_concat"
 FROM_IMAGES = ("HunyuanVideoImageToVideoPipeline", CONCATENATED, "HunyuanVideo15ImageToVideoPipeline")
-"""The first replaces the first frame; the others have further channels."""
+"""The first pipeline replaces the first frame; the others use further channels."""
 
 
 def _scheduler() -> Any:
@@ -48,13 +48,13 @@ def _autoencoder(is_15: bool) -> Any:
 
 
 def pipeline(name: str) -> Any:
-    """Returns a silent pipeline of this class, whose videos have tokens of GRID."""
+    """Returns a silent pipeline of this class, whose videos have the token grid GRID."""
     kind, is_15 = getattr(diffusers, name.partition(",")[0]), "15" in name
     parts = dict.fromkeys(inspect.signature(kind).parameters)
     parts |= {"vae": _autoencoder(is_15), "scheduler": _scheduler()}
     if is_15:
         parts |= {
-            "transformer": hunyuan15_transformer(target_size=112),  # 7 x 7 tokens of 16 pixels: 6 x 8 are as many
+            "transformer": hunyuan15_transformer(target_size=112),  # 7 x 7 tokens of 16 pixels, about as many as 6 x 8
             "guider": diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
         }
     elif name == CONCATENATED:
@@ -64,7 +64,7 @@ def pipeline(name: str) -> Any:
         parts["transformer"] = hunyuan_transformer(**replaced)
     pipe = kind(**parts)
     pipe.vision_num_semantic_tokens = IMAGE
-    if is_15 and name in FROM_IMAGES:  # in the place of SigLIP, which is not there
+    if is_15 and name in FROM_IMAGES:  # replaces SigLIP
         pipe.encode_image = lambda image, batch_size, **_: image_embeds().repeat(batch_size, 1, 1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -75,7 +75,7 @@ def image_embeds() -> Tensor:
 
 
 def picture(name: str, batch: int = 1) -> Any:
-    """Returns what a pipeline from images is given: one for all, or for HunyuanVideo one for each video."""
+    """Returns the input of an image-to-video pipeline: one image for all, or for HunyuanVideo one for each video."""
     values = noise(8, 1, 3, 16 * GRID[1], 16 * GRID[2]).clamp(-1, 1) / 2 + 0.5
     if "15" not in name:
         return values.expand(batch, -1, -1, -1)
@@ -119,7 +119,7 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
 
 
 def first_input(pipe: Any) -> Tensor:
-    """Returns what the transformer is given in the first step."""
+    """Returns the transformer's input in the first step."""
     seen: list[Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
@@ -130,7 +130,7 @@ def first_input(pipe: Any) -> Tensor:
 
 
 def arguments(name: str, latents: Tensor, level: float, text: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns the arguments of a call of the transformer on latents (1, C, T, H, W), as the pipelines give them."""
+    """Returns the arguments of a transformer call on latents (1, C, T, H, W), as the pipelines make them."""
     given = {
         "hidden_states": latents,
         "timestep": torch.tensor([1000.0 * level]),
@@ -157,9 +157,16 @@ def velocity_on_tokens(
     text: dict[str, Tensor],
     shown: Tensor | None = None,
 ) -> Tensor:
-    """Returns the velocity (1, M, D) of some tokens (1, M, D) in a straight line: layers, and no hook or forward.
+    """Returns the velocity (1, M, D) of some tokens (1, M, D), by calling the layers directly, without hook or forward.
 
-    at: their raster indices (M,). text: of `prompts`, without padding. shown: (1, M, E) further channels of the tokens.
+    Args:
+        name: The pipeline's class.
+        model: The transformer.
+        tokens: (1, M, D).
+        at: Their raster indices (M,).
+        level: Noise level.
+        text: From `prompts`, without padding.
+        shown: (1, M, E), further channels of the tokens.
     """
     time = torch.tensor([1000.0 * level])
     condition = model.context_embedder(text["prompt_embeds"], time, torch.ones(1, TEXT))
@@ -173,12 +180,12 @@ def velocity_on_tokens(
     else:
         shape = (1, 9, *GRID)
         if shown is None:
-            tokens = F.pad(tokens, (0, 5))  # a video from text is given zeros for its condition
+            tokens = F.pad(tokens, (0, 5))  # for text to video the condition is zeros
         modulation, blocks, further = model.time_embed(time), [*model.transformer_blocks], ()
         byt5, embeds = model.context_embedder_2(text["prompt_embeds_2"]), image_embeds()
         image = 0.0 * model.image_embedder(0.0 * embeds) if shown is None else model.image_embedder(embeds)
         kinds = [model.cond_type_embed(torch.tensor([[kind]])) for kind in range(3)]
-        # Valid entries come first: an image, ByT5, the language model; then what is masked out.
+        # Valid entries come first (image, ByT5, language model), followed by masked ones.
         parts = [byt5 + kinds[1], condition + kinds[0]]
         condition = torch.cat([*parts, image + kinds[2]] if shown is None else [image + kinds[2], *parts], dim=1)
         mask = (torch.arange(BYT5 + TEXT + IMAGE) < BYT5 + TEXT + (0 if shown is None else IMAGE))[None]

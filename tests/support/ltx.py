@@ -1,4 +1,4 @@
-"""Tiny random pipelines of LTX-Video, one way to call them, and its transformer in a straight line."""
+"""Tiny random pipelines of LTX-Video, one way to call them, and its transformer's layers called directly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.video import GRID
 
 FRAME_RATE = 25
 SCALE = (8 / FRAME_RATE, 32, 32)
-"""What positions are multiplied by."""
+"""The factors of positions."""
 
 
 def pipeline() -> Any:
@@ -59,9 +59,9 @@ def arguments(tokens: Tensor, grid: tuple[int, ...], level: float, text: Tensor)
 
 
 def ltx_on_tokens(model: Any, tokens: Tensor, at: Tensor, level: float, text: Tensor) -> Tensor:
-    """Returns the velocity (1, M, D) of some tokens (1, M, D) in a straight line: its layers, and no hook or forward.
+    """Returns the velocity (1, M, D) of some tokens (1, M, D), by calling the layers directly, without hook or forward.
 
-    at: their raster indices (M,). text: (1, T, E), without padding.
+    `at` has their raster indices (M,); `text` is (1, T, E), without padding.
     """
     whole = tokens.new_zeros(1, torch.Size(GRID).numel(), tokens.shape[2])
     rotary = tuple(table[:, at] for table in model.rope(whole, *GRID, SCALE))

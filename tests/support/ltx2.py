@@ -15,7 +15,7 @@ from tests.support.models import TEXT, noise
 from tests.support.video import GRID
 
 AUDIO = 18
-"""Tokens of the audio of as many frames as GRID has, at 24 frames a second."""
+"""Number of audio tokens for the frames of GRID, at 24 frames per second."""
 UNGUIDED = {
     "guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0,
     "modality_scale": 1.0, "audio_modality_scale": 1.0,
@@ -31,7 +31,7 @@ class _Module(nn.Module):
 
 
 class _Part(_Module):
-    """What the pipeline reads of an autoencoder that it does not call."""
+    """The attributes that the pipeline reads from an autoencoder without calling it."""
 
     def __init__(self, channels: int, config: dict[str, Any], **attributes: Any) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Connectors(_Module):
 
 
 def pipeline(**transformer: Any) -> Any:
-    """Returns a silent LTX2Pipeline; transformer: further settings of it."""
+    """Returns a silent LTX2Pipeline; `transformer` has further settings of the transformer."""
     audio = {"sample_rate": 16000, "mel_hop_length": 160, "mel_bins": 12, "latent_channels": 2}
     pipe = diffusers.LTX2Pipeline(
         scheduler=tiny.scheduler(),
@@ -105,7 +105,7 @@ def prompts(batch: int = 1) -> list[Tensor]:
 
 
 def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
-    """Returns the final latents of video and audio of one call, (B, all of them)."""
+    """Returns the final latents of video and audio of one call, flattened and joined for each item of the batch."""
     positive, negative = prompts(batch)
     settings: dict[str, Any] = {
         **UNGUIDED, "guidance_scale": 3.0, "audio_guidance_scale": 4.0, "spatio_temporal_guidance_blocks": [1],
@@ -119,14 +119,14 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
 
 
 def start(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns the noise that the pipeline draws, packed: of the video (1, N, D) and of the audio (1, AUDIO, 6)."""
+    """Returns the packed noise that the pipeline draws for the video (1, N, D) and the audio (1, AUDIO, 6)."""
     generator = torch.Generator().manual_seed(seed)
     video, audio = torch.randn(1, 4, *GRID, generator=generator), torch.randn(1, 2, AUDIO, 3, generator=generator)
     return video.flatten(2).transpose(1, 2).contiguous(), audio.transpose(1, 2).flatten(2)
 
 
 def end(video: Tensor, audio: Tensor) -> Tensor:
-    """Returns what `generate` gives of packed latents of video and audio."""
+    """Returns packed latents of video and audio in the form of `generate`."""
     return torch.cat([video.transpose(1, 2).flatten(1), audio.unflatten(2, (2, 3)).transpose(1, 2).flatten(1)], dim=1)
 
 
@@ -141,9 +141,9 @@ def on_tokens(
     shown_level: float | None = None,
     **further: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the model's velocities of some video tokens (1, M, D), as if there were no others, and of the audio.
+    """Returns the model's velocities of some video tokens (1, M, D), without the other video tokens, and of the audio.
 
-    at: their raster indices (M,) in `grid`. shown_level: of the video, where it is not that of the audio.
+    `at` has their raster indices (M,) in `grid`; `shown_level` is the video's level if it differs from the audio's.
     """
     coordinates = model.rope.prepare_video_coords(1, *grid, tokens.device, fps=24.0)
     timestep = torch.tensor([1000.0 * (level if shown_level is None else shown_level)])

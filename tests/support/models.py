@@ -1,4 +1,4 @@
-"""Tiny random transformers of FLUX.2 and Chroma, noise by seed and sizes; `tiny` has FLUX.1's."""
+"""Tiny random transformers of FLUX.2 and Chroma, and noise from a seed and sizes; FLUX.1's are in `tiny`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.tiny import CHANNELS, WIDTH
 
 TEXT = 7
 VIDEO = (3, 6, 8)
-"""Frames, rows and columns of tokens; no two alike."""
+"""Frames, rows and columns of tokens, all different."""
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -20,7 +20,7 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 def text_mask(batch: int, length: int) -> Tensor:
-    """Returns a mask of text (B, T), of which the last prompt is two tokens short."""
+    """Returns a text mask (B, T) in which the last prompt is two tokens shorter."""
     mask = torch.ones(batch, length)
     mask[-1, -2:] = 0.0
     return mask

@@ -1,4 +1,4 @@
-"""How an operator is held against its reference."""
+"""Comparisons of operators with their references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTS = {"one": lambda n: 1, "third": lambda n: max(1, n // 3), "all": lambda n
 
 
 def same(actual: Tensor, expected: Tensor, exact: Tensor | None = None, plain_error: float | None = None) -> None:
-    """Integers must be equal, floats at most twice as far from float64 as plain torch is; shape and dtype alike."""
+    """Checks equal shapes, dtypes and integers; floats may be twice as far from float64 as plain torch."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     if not actual.is_floating_point() or actual.numel() == 0:
         assert torch.equal(actual, expected)
@@ -41,7 +41,7 @@ def check(name: str, f: Fields) -> None:
 
 
 def moments_error(velocity: Tensor, grid: tuple[int, ...], window: int) -> float:
-    """Returns how far the two moments are from float64 where they are taken in float32, as plain torch takes them."""
+    """Returns the error of the two moments against float64 if they are computed in float32, as in plain torch."""
     field, size = velocity.float().reshape(len(velocity), *grid, -1), window ** len(grid)
     first, second = (reference._window_sum(x, window) / size for x in (field, field.square()))
     moments = (second - first.square()).mean(dim=-1).flatten(1)
@@ -50,7 +50,7 @@ def moments_error(velocity: Tensor, grid: tuple[int, ...], window: int) -> float
 
 
 def strided(x: Tensor) -> Tensor:
-    """Returns the same values with every other element of memory left out along the last axis; a single one as is."""
+    """Returns equal values with a stride of two along the last axis; a single element stays as it is."""
     if x.ndim == 0:
         return x
     wide = torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]

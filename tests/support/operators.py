@@ -14,12 +14,12 @@ from jitaccel.ops import reference
 from jitaccel.ops.schema import num_tokens_of
 
 WRITTEN = {"micro_flow_into": 0}
-"""Operators that write an argument, and which."""
+"""Operators that write to an argument, with the index of that argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Everything that an operator may ask for, of one grid. `tokens` may be empty: where every token is an anchor."""
+    """All inputs that operators need, for one grid. `tokens` is empty if every token is an anchor."""
 
     grid: tuple[int, ...]
     state: Tensor
@@ -35,7 +35,7 @@ class Fields:
     levels: Tensor
 
     def double(self) -> Fields:
-        """Returns the same in float64, but for weights, levels and importance."""
+        """Returns the same fields in float64, except for weights, levels and importance."""
         kept = ("weights", "levels", "importance")
         wide = {n: x.double() if n not in kept and _is_float(x) else x for n, x in vars(self).items()}
         return Fields(**wide)
@@ -54,7 +54,7 @@ def fields(
     seed: int = 0,
     blur_scale: float = 0.4,
 ) -> Fields:
-    """Returns random fields with `count` anchors an image, each image its own; half of the others are activated."""
+    """Returns random fields with `count` different anchors per image; half of the other tokens are activated."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = num_tokens_of(grid)
     orders = [torch.randperm(num_tokens, generator=generator) for _ in range(batch)]
@@ -103,17 +103,17 @@ ARGUMENTS: dict[str, Callable[[Fields], tuple[Any, ...]]] = {
     "pool": lambda f: (f.state, f.grid, 1, 2, f.levels[0]),
     "lift_pooled": _lift_pooled,
 }  # fmt: skip
-"""One call of each operator. Written arguments are fresh."""
+"""One call of each operator. Arguments that are written are new."""
 
 
 def call(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> Tensor:
-    """Returns what an operator returns, or what it has written."""
+    """Returns an operator's result, or the argument that it writes."""
     result = function(*arguments)
     return arguments[WRITTEN[name]] if name in WRITTEN else result
 
 
 def compiled(name: str) -> Callable[..., Any]:
-    """Returns the operator itself, past the functions of `jitaccel.ops`, which may choose the reference."""
+    """Returns the operator itself, bypassing the functions of `jitaccel.ops`, which may choose the reference."""
     return getattr(torch.ops.jitaccel, name).default
 
 

@@ -1,4 +1,4 @@
-"""One packed forward of a tiny FLUX.1, and what it is given."""
+"""One packed forward of a tiny FLUX.1, and its inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def conditions(lengths: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Returns the arguments of one image for each length of text; levels differ, too."""
+    """Returns the arguments of one image for each text length; levels differ too."""
     g = torch.Generator().manual_seed(seed)
     return [
         {

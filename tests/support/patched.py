@@ -1,4 +1,4 @@
-"""A target of every registered patch, that of the tutorial included, and a picture that each makes."""
+"""A target for every registered patch, including the tutorial's, and one picture from each."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ LEVELS = jitaccel.noise_levels(SHORT)
 
 @dataclass(frozen=True)
 class Case:
-    """patch: its place in the registry. make: returns a new target. generate: a picture of it, by a seed.
+    """A target of one patch.
 
-    parts: the modules that hold its weights.
+    Attributes:
+        patch: The index of the patch in the registry.
+        make: Returns a new target.
+        generate: Returns a picture from a target and a seed.
+        parts: Returns the modules that hold its weights.
     """
 
     patch: str
@@ -83,7 +87,7 @@ def _by_pipeline(**call: Any) -> Callable[[Any, int], Tensor]:
 
 
 def _by_loop(name: str) -> Callable[[Any, int], Tensor]:
-    """A loop of the subject of this name, around the target in place of its model."""
+    """Returns the named subject's loop, with the target in place of its model."""
 
     @torch.no_grad()
     def generate(model: Any, seed: int) -> Tensor:
@@ -166,7 +170,7 @@ CASES = {
 
 
 def picture_of(target: Any) -> dict[str, Any]:
-    """Returns everything on a target's instances that a patch could have changed."""
+    """Returns all instance attributes of a target that a patch could change."""
     owners = [target, *(getattr(target, name, None) for name in ("transformer", "transformer_2", "scheduler"))]
     found: dict[str, Any] = {}
     for place, owner in enumerate(owners):
@@ -178,7 +182,7 @@ def picture_of(target: Any) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, dict):  # ComfyUI itself keeps an empty entry for a key whose wrappers were removed
+    if isinstance(value, dict):  # ComfyUI keeps an empty entry for a key whose wrappers were removed
         return {key: _shown(each) for key, each in value.items() if each != {}}
     if isinstance(value, (list, tuple)):
         return [_shown(each) for each in value]

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of models that are cut, one way to call each, and the method with its model by hand."""
+"""Tiny random pipelines of cut models, one way to call each, and the method by hand with its model."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ class Subject:
     """One pipeline.
 
     Attributes:
-        make: The pipeline.
-        pixels: To a token's side.
-        prompts: (seed, batch) -> arguments of the pipeline for prompts; with `negative_` before each for the others.
-        text: Those of a single prompt, as its model is given them.
-        guided: What the pipeline makes of two branches.
-        guidance: Arguments of a guided call, and of one that is not.
+        make: Makes the pipeline.
+        pixels: Pixels along a token's side.
+        prompts: Returns the pipeline's prompt arguments from (seed, batch); negative prompts have the prefix
+            `negative_`.
+        text: Returns the arguments of a single prompt for the model.
+        guided: Combines two branches like the pipeline.
+        guidance: Arguments of a guided call, and of an unguided one.
         over: Whether the pipeline adds guidance to the positive branch.
-        grid, patch: Of tokens.
+        grid, patch: The token grid, and the patch of a token.
         is_packed: Whether the pipeline's latents are tokens.
     """
 
@@ -67,7 +68,7 @@ class Subject:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Those of latents."""
+        """The sizes of the latents."""
         return tuple(side * step for side, step in zip(self.grid, self.patch, strict=True))
 
     def guided(self, positive: Tensor, negative: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def _lumina2() -> Any:
 
 def _lumina2_prompts(seed: int, batch: int) -> dict[str, Any]:
     mask = torch.ones(batch, TEXT, dtype=torch.long)
-    mask[:, -2:] = seed == 20  # negative prompts are shorter, and of a batch the first one is
+    mask[:, -2:] = seed == 20  # shorter: negative prompts, and the first prompt of a batch
     mask[0, -1] = 0
     return {"prompt_embeds": noise(seed, batch, TEXT, 16), "prompt_attention_mask": mask}
 
@@ -172,12 +173,12 @@ def _fibo() -> Any:
         others = negative if guidance_scale > 1 else (None, None, None)
         return positive, others[0], ids, mask, others[1], layers, others[2]
 
-    pipe.encode_prompt = encode  # in the place of a language model, which is not there
+    pipe.encode_prompt = encode  # replaces the language model
     return _silent(pipe)
 
 
 def _fibo_text(prompt: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Returns embeddings (1, T, E), mask (1, T) and layers (1, T, F) of a prompt, which is a number."""
+    """Returns embeddings (1, T, E), mask (1, T) and layers (1, T, F) for a prompt, which is a number here."""
     seed = int(prompt)
     mask = torch.ones(1, TEXT)
     mask[:, TEXT - seed % 3 :] = 0.0
@@ -199,12 +200,12 @@ def _hidream() -> Any:
         transformer=hidream_transformer(),
         **parts,
     )
-    pipe.default_sample_size = 2 * _SQUARE[0]  # pictures have this area, whatever size is asked for
+    pipe.default_sample_size = 2 * _SQUARE[0]  # pictures have this area, whatever the requested size
     return _silent(pipe)
 
 
 def hunyuan_image(guider: Any = None) -> Any:
-    """Returns a HunyuanImagePipeline with a guider, by default that which weighs each token alone."""
+    """Returns a HunyuanImagePipeline with a guider, by default one that weights each token separately."""
     return _silent(
         diffusers.HunyuanImagePipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
@@ -323,7 +324,7 @@ SUBJECTS: dict[str, Subject] = {
 
 
 def noise_of(subject: Subject) -> Tensor:
-    """Returns the noise that a pipeline starts from with the seed 0."""
+    """Returns a pipeline's start noise for seed 0."""
     latents = torch.randn(1, 4, *subject.sizes, generator=torch.Generator().manual_seed(0))
     return patchify(latents, subject.patch) if subject.is_packed else latents
 
@@ -356,11 +357,11 @@ def by_hand(
     lifts: bool = True,
     levels: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Returns the latents that the method gives for one picture or video. start: (1, C, *sizes), the noise.
+    """Returns the method's latents for one picture or video from the noise `start`, (1, C, *sizes).
 
-    The model is cut by `Cut`, which test_every_model.py compares with the unpatched model on cropped latents; levels,
-    guidance, lift, moves and steps are the reference's. guided: (positive, negative) -> their sum, at anchors, or with
-    `mixes` of whole pictures (1, N, D): lifted ones, or zero beside the anchors.
+    The model is cut by `Cut`, which test_every_model.py compares with the unpatched model on cropped latents. Levels,
+    guidance, lift, moves and steps are the reference's. `guided` combines (positive, negative) at the anchors. With
+    `mixes`, it combines whole pictures (1, N, D), which are lifted or zero outside the anchors.
     """
     model, module = model_of(pipe.transformer), pipe.transformer
     assert model is not None

@@ -1,4 +1,4 @@
-"""Every pipeline of FLUX.1, FLUX.2 and Chroma that diffusers has, tiny and random, and one call of each."""
+"""Every diffusers pipeline of FLUX.1, FLUX.2 and Chroma, tiny and random, with one call of each."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def call_of(name: str) -> dict[str, Any]:
     if "strength" in parameters and "Fill" not in name:
         call["strength"] = 0.7
     if "_auto_resize" in parameters:
-        call |= {"_auto_resize": False, "max_area": 16 * NUM_TOKENS}  # else a picture of a million pixels
+        call |= {"_auto_resize": False, "max_area": 16 * NUM_TOKENS}  # otherwise a picture of a million pixels
     return {argument: value for argument, value in call.items() if argument in parameters}
 
 
@@ -82,7 +82,7 @@ def flux2_pipeline(name: str) -> Any:
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=CHANNELS // 4,
     )  # fmt: skip
-    # Said only where it differs: diffusers 0.36 has no such setting, and no klein.
+    # Only set if it differs from the default, because diffusers 0.36 has neither this setting nor klein.
     model = flux2_transformer(**({} if name == "Flux2Pipeline" else {"guidance_embeds": False}))
     pipe = getattr(diffusers, name)(
         scheduler=tiny.scheduler(), vae=vae.eval(), text_encoder=None, tokenizer=None, transformer=model

@@ -1,4 +1,4 @@
-"""Pooled stages written out by hand: the smaller picture made with torch alone, no Run, no operator, no patch."""
+"""Pooled stages by hand: the smaller picture made in plain torch, without Run, operators or patches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.support.subjects import Subject
 from tests.support.tiny import GRID, TEXT_TOKENS
 
 POOLED = JiTConfig(densities=(0.25, 1.0), boundaries=(0.5, 1.0), steps=5, pooling=(2, 1), lifter="clean")
-"""Two pooled steps, three dense ones."""
+"""Two pooled steps, then three dense ones."""
 
 def denoise_pooled(
     small: SmallVelocity, whole: Callable[[Tensor, float], Tensor], config: JiTConfig, state: Tensor,
     levels: Sequence[float], grid: Grid = GRID, patch: int = PATCH,
 ) -> Tensor:  # fmt: skip
-    """Returns the end of a generation that pools in its first stage and is dense after it."""
+    """Returns the final state of a generation with a pooled first stage followed by dense steps."""
     steps = len(levels) - 1
     estimated: Tensor | None = None
     for i, (level, after) in enumerate(pairwise(levels)):
@@ -37,7 +37,7 @@ def denoise_pooled(
 
 
 def small_velocity(subject: Subject) -> SmallVelocity:
-    """Returns what a subject's model says of a smaller picture: with ids of its size, and all else of half the size."""
+    """Returns the velocity function of a subject's model for the smaller picture, with all inputs at half size."""
 
     def velocity(tokens: Tensor, grid: Grid, level: float) -> Tensor:
         count = tokens.shape[1]
@@ -67,6 +67,6 @@ def small_velocity(subject: Subject) -> SmallVelocity:
 
 
 def whole_velocity(subject: Subject) -> Callable[[Tensor, float], Tensor]:
-    """Returns a subject's dense velocity."""
+    """Returns a subject's dense velocity function."""
     every = torch.arange(GRID[0] * GRID[1])
     return lambda state, level: subject.velocity(state, every, level)

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of Qwen-Image, one way to call them, and its transformer in a straight line."""
+"""Tiny random pipelines of Qwen-Image, one way to call them, and its transformer's layers called directly."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.support.every_model import TEXT, qwen_transformer
 from tests.support.models import noise
 
 GRID = (10, 14)
-PIXELS = 8  # to a token
+PIXELS = 8  # along a token's side
 REFERENCE = (64, 48)
-"""Height and width to which the tests resize reference pictures, which the pipelines make a million pixels large."""
+"""Height and width to which the tests resize reference pictures; the pipelines would use a million pixels."""
 LAYERED, LAYERS = "QwenImageLayeredPipeline", 2
-"""It makes so many layers, after one of all together, of a reference of their own size."""
+"""Number of layers it makes, after a picture of all layers together, from a reference of the same size."""
 
 
 @functools.cache
@@ -51,14 +51,14 @@ def qwen_pipeline(name: str = "QwenImagePipeline") -> Any:
     }  # fmt: skip
     if name == LAYERED:
         parts["transformer"] = qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True)
-        parts["text_encoder"] = tiny.pipeline().text_encoder_2  # of which the pipeline reads the dtype
+        parts["text_encoder"] = tiny.pipeline().text_encoder_2  # the pipeline reads its dtype
     pipe = kind(**{part: parts[part] for part in inspect.signature(kind).parameters})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def small_references(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Lets an Edit pipeline take reference pictures of REFERENCE, and Layered of the size of GRID."""
+    """Makes an Edit pipeline resize reference pictures to REFERENCE, and Layered to the size of GRID."""
     module = sys.modules[getattr(diffusers, name).__module__]
     size = (PIXELS * GRID[1], PIXELS * GRID[0]) if name == LAYERED else (REFERENCE[1], REFERENCE[0])
     answer = (*size, None) if name == "QwenImageEditPipeline" else size
@@ -91,7 +91,7 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
     }  # fmt: skip
     seen: list[Tensor] = []
     if name == LAYERED:
-        # Of no prompt it would write one itself, and diffusers 0.42 cannot return its latents.
+        # Without a prompt it would write one itself, and diffusers 0.42 cannot return its latents.
         settings |= {"prompt": ["any"] * batch, "output_type": "pt"}
 
         def see(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,9 +107,10 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
 def qwen_on_tokens(
     model: Any, tokens: Tensor, at: Tensor, level: float, text: Tensor, references: Tensor | None = None
 ) -> Tensor:
-    """Returns the velocity (1, M, D) of some tokens (1, M, D) in a straight line: its layers, and no hook or forward.
+    """Returns the velocity (1, M, D) of some tokens (1, M, D), by calling the layers directly, without hook or forward.
 
-    at: their raster indices (M,). references: (1, R, D) of a picture of REFERENCE, shown whole; with layers, of GRID.
+    `at` has their raster indices (M,). `references` (1, R, D) belong to a whole picture of size REFERENCE, or GRID with
+    layers.
     """
     is_layered = model.config.use_layer3d_rope
     shapes, shown = [(1, *GRID)] * (LAYERS + 1 if is_layered else 1), tokens
@@ -135,7 +136,7 @@ def qwen_on_tokens(
 
 
 def first_input(pipe: Any, **call: Any) -> Tensor:
-    """Returns what the transformer is given in the first step."""
+    """Returns the transformer's input in the first step."""
     seen: list[Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True

@@ -1,6 +1,6 @@
-"""Processes on loopback that make one picture: how they are started, watched and ended, and what each of them runs.
+"""Starts, watches and ends processes on loopback that make one picture together, and defines what each of them runs.
 
-`python -m tests.support.ranks SUITE FOLDER RANK RANKS` is one rank. What it found lies in FOLDER/RANK.pt.
+`python -m tests.support.ranks SUITE FOLDER RANK RANKS` runs one rank and writes its results to FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUP_S = 120.0  # the process group's own time-out
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a rank ended. code: its exit status, None where it had to be ended. seconds: since all were started."""
+    """How a rank ended: its exit status `code`, None if it was ended by us, and `seconds` since the start."""
 
     code: int | None
     output: str
@@ -33,7 +33,7 @@ class Ended:
 
 
 def start(suite: str, folder: Path, *, ranks: int = 2, seconds: float = 400.0) -> list[Ended]:
-    """Returns how the ranks of a suite ended; those that are not done after `seconds` are ended."""
+    """Runs the ranks of a suite and returns how each ended; ranks still running after `seconds` are ended."""
     begun = time.monotonic()
     quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     logs = [(folder / f"{rank}.log").open("w+") for rank in range(ranks)]
@@ -64,7 +64,7 @@ def start(suite: str, folder: Path, *, ranks: int = 2, seconds: float = 400.0) -
 
 
 def finished(suite: str, folder: Path) -> list[Any]:
-    """Returns what each of two ranks has found, all of which end well."""
+    """Returns the results of two ranks, both of which must end successfully."""
     ended = start(suite, folder)
     assert [each.code for each in ended] == [0, 0], "\n".join(each.output[-3000:] for each in ended)
     return [each.found for each in ended]
@@ -79,7 +79,7 @@ def _waited(process: subprocess.Popen[bytes], begun: float, seconds: float) -> t
 
 
 def divided(pipe: Any, mode: str) -> Any:
-    """Returns a pipeline whose transformer's tokens all ranks divide."""
+    """Returns a pipeline whose transformer divides its tokens among all ranks."""
     from diffusers import ContextParallelConfig
 
     degree = {f"{mode}_degree": distributed.get_world_size()}
@@ -101,7 +101,7 @@ def _attention_with_lse(
     *_: Any,
     **__: Any,
 ) -> Any:
-    """Attention in plain torch that says its log-sum-exp, which the ring needs and SDPA keeps; (B, T, heads, D)."""
+    """Attention in plain torch, (B, T, heads, D), that returns its log-sum-exp, which the ring needs and SDPA hides."""
     assert not is_causal and not enable_gqa and dropout_p == 0.0
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (scale or query.shape[-1] ** -0.5)
     if attn_mask is not None:
@@ -111,7 +111,7 @@ def _attention_with_lse(
 
 
 def _prompts(count: int, what: str = "", tokens: int = 8) -> dict[str, Any]:
-    """Returns embedded prompts, `what` "" or "negative_": tokenizers that each rank trains anew are not the same."""
+    """Returns embedded prompts (`what` is "" or "negative_"), because each rank would train a different tokenizer."""
     from tests.support import tiny
 
     generator = torch.Generator().manual_seed(len(what))
@@ -128,7 +128,7 @@ def _picture(pipe: Any, **call: Any) -> Tensor:
 
 
 def _cases() -> Mapping[str, tuple[Any, tuple[int, int], dict[str, Any]]]:
-    """Returns configurations with what they are called with: (config, grid, call)."""
+    """Returns cases as (config, grid, call)."""
     from jitaccel import JiTConfig
     from tests.support import tiny
 
@@ -180,7 +180,7 @@ def pictures(rank: int) -> Any:
 
 
 def error_of(run: Callable[[], Any]) -> str:
-    """Returns kind and message of what a function raises, once every rank is there: none waits in a collective."""
+    """Returns type and message of a function's error after all ranks arrive, which shows that none waits."""
     try:
         run()
         said = "nothing"
@@ -238,7 +238,7 @@ def _three_heads() -> Any:
 
 
 def _with_residuals() -> None:
-    """Calls a transformer as a ControlNet's pipeline does."""
+    """Calls a transformer with residuals, like a ControlNet pipeline."""
     import jitaccel
     from tests.support import tiny
 

@@ -1,6 +1,6 @@
-"""The method written out once more, plainly, for one image: no Run, no clock, no patch.
+"""A second, plain implementation of the method for one image, without Run, clock or patches.
 
-It shares with the package only the pure functions, each of which has tests of its own, and the generator of an image.
+It shares with the package only the pure functions, which have their own tests, and the random generator of an image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jitaccel.tokens import gather_tokens, put_tokens_
 from tests.support.smaller import dense_velocity
 
 Velocity = Callable[[Tensor, Tensor, float], Tensor]
-"""(tokens (1, M, D), their raster indices (M,), noise level) -> velocity (1, M, D), guided where guidance is used."""
+"""(tokens (1, M, D), their raster indices (M,), noise level) -> velocity (1, M, D), guided if guidance is used."""
 
 
 def clean_estimate(state: Tensor, velocity: Tensor, level: float) -> Tensor:
@@ -32,7 +32,7 @@ def clean_estimate(state: Tensor, velocity: Tensor, level: float) -> Tensor:
 
 
 def target_state(clean_at_anchors: Tensor, plan: LiftPlan, noise: Tensor, level: float) -> Tensor:
-    """Returns where every token belongs at `level`, `(1 - level) * Phi(x0) + level * e`."""
+    """Returns the target of every token at `level`, `(1 - level) * Phi(x0) + level * e`."""
     return (1.0 - level) * lift(clean_at_anchors, plan) + level * noise
 
 
@@ -45,9 +45,10 @@ def move(state: Tensor, target: Tensor, tokens: Tensor, weight: float) -> Tensor
 def multistep(
     state: Tensor, clean: Tensor, before: Tensor, levels: tuple[float, float, float], where: Tensor | None
 ) -> Tensor:
-    """Returns the state after a step of DPM-Solver++(2M), in the words of arXiv:2211.01095, Algorithm 2.
+    """Returns the state after a step of DPM-Solver++(2M), as in arXiv:2211.01095, Algorithm 2.
 
-    levels: of the step before, of this one, of the next. where: the tokens whose estimate before was no interpolation.
+    `levels` are those of the previous, the current and the next step; `where` are the tokens whose previous estimate
+    was not interpolated.
     """
     (half, h), (sigma, next_sigma) = _log_ratios(levels), levels[1:]
     ratio = half / h
@@ -64,7 +65,7 @@ def _log_ratios(levels: tuple[float, float, float]) -> list[float]:
 
 @dataclass
 class Trajectory:
-    """`states`: after each step and the move that follows it. `anchors`: of each step."""
+    """The `states` after each step and its following move, and the `anchors` of each step."""
 
     states: list[Tensor] = field(default_factory=list)
     anchors: list[Tensor] = field(default_factory=list)
@@ -81,9 +82,10 @@ def denoise(
     edit: Callable[[Tensor], Tensor] = lambda state: state,
     forced: Tensor | None = None,
 ) -> Trajectory:
-    """Returns one generation. `stages`: of each step, by default the configuration's. `edit`: a callback's.
+    """Returns one generation.
 
-    forced: (N,) bool, tokens that are anchors whatever comes.
+    `stages` are those of each step, by default the configuration's; `edit` acts like a callback's edit of the state;
+    `forced` (N,) bool are tokens that are always anchors.
     """
     steps = len(levels) - 1
     stages = [config.stage_of_step(i, steps) for i in range(steps)] if stages is None else stages
@@ -92,7 +94,7 @@ def denoise(
     raster = torch.arange(num_tokens_of(grid)).view(grid)
     if config.pooling_of(stages[0]) == 1:
         plan = make_lift_plan(first_anchors(grid, counts[stages[0]], generator, forced)[None], grid, config.blur_scale)
-    else:  # pooled by 2, and dense after it; what is not looked at before
+    else:  # pooled by 2, then dense
         assert config.pooling == (2, 1)
         plan = make_lift_plan(raster.view(1, -1), grid, config.blur_scale)
 

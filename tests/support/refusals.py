@@ -1,4 +1,4 @@
-"""What must be refused, and calls of a bare transformer to refuse."""
+"""Checks of refusals, and calls of a bare transformer to be refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEVELS = jitaccel.noise_levels(PRESETS["7x-paper"])
 
 @contextmanager
 def refused(kind: type[Exception], *words: str, model: Any = None) -> Iterator[None]:
-    """The block must raise `kind`, its message hold all the words, and `model` not run."""
+    """Checks that the block raises `kind` with all the words in its message, and that `model` does not run."""
     with forwards(model) if model is not None else _nothing() as seen, pytest.raises(kind) as raised:
         yield
     message = str(raised.value)
@@ -35,7 +35,7 @@ def _nothing() -> Iterator[list[list[int]]]:
 
 
 def call(model: Any, state: Tensor | None = None, level: float = 1.0, **arguments: Any) -> Tensor:
-    """Calls a bare transformer as a plain sampler does."""
+    """Calls a bare transformer like a plain sampler."""
     state = tiny.start() if state is None else state
     settings = {
         "hidden_states": state,

@@ -1,4 +1,4 @@
-"""Generations of tiny pipelines as reports show them, and what a report's page holds."""
+"""Recorded generations of tiny pipelines for reports, and the data in a report's page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recorded(config: JiTConfig | str, image: int = 0, seed: int = 0, **call: Any
 
 
 class _Kept:
-    """A handle and its pipeline, of which the handle keeps nothing alive."""
+    """A handle together with its pipeline, which the handle itself does not keep alive."""
 
     def __init__(self, handle: Any, pipe: Any) -> None:
         self._handle, self.pipe = handle, pipe
@@ -48,7 +48,7 @@ def playback(name: str) -> Playback:
 
 
 def data_of(page: str) -> Any:
-    """Returns what the script of a report's page reads."""
+    """Returns the data that the script of a report's page reads."""
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert found is not None
     return json.loads(found[1])

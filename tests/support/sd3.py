@@ -1,4 +1,4 @@
-"""Tiny random pipelines of Stable Diffusion 3, one way to call them, and its transformer in a straight line."""
+"""Tiny random pipelines of Stable Diffusion 3, one way to call them, and its transformer's layers called directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.every_model import TEXT, sd3_transformer
 from tests.support.models import noise
 
 GRID = (10, 14)
-PIXELS = 4  # to a token
+PIXELS = 4  # along a token's side
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 
 
@@ -44,7 +44,7 @@ def pipeline(name: str = PIPELINES[0]) -> Any:
 
 
 def prompts(batch: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """Returns the embeddings of prompts and of negative prompts, each with the pooled ones."""
+    """Returns the embeddings of prompts and of negative prompts, each with its pooled embedding."""
     return [(noise(seed, batch, TEXT, 16), noise(seed + 1, batch, 8)) for seed in (40, 50)]
 
 
@@ -70,9 +70,9 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
 def sd3_on_tokens(
     model: Any, tokens: Tensor, at: Tensor, level: float, text: tuple[Tensor, Tensor], skipped: tuple[int, ...] = ()
 ) -> Tensor:
-    """Returns the velocity (1, M, D) of some tokens (1, M, D) in a straight line: its layers, and no hook or forward.
+    """Returns the velocity (1, M, D) of some tokens (1, M, D), by calling the layers directly, without hook or forward.
 
-    at: their raster indices (M,). text: embeddings and pooled ones. skipped: blocks that are left out.
+    `at` has their raster indices (M,), `text` the embeddings and pooled embeddings, `skipped` the blocks to leave out.
     """
     embed, side = model.pos_embed.proj, model.config.pos_embed_max_size
     top, left = ((side - inner) // 2 for inner in GRID)
@@ -84,5 +84,5 @@ def sd3_on_tokens(
         if index not in skipped:
             condition, hidden = block(hidden_states=hidden, encoder_hidden_states=condition, temb=time)
     out = model.proj_out(model.norm_out(hidden, time))
-    # The model writes a token's channels last, latents have them first.
+    # The model's output has a token's channels last; latents have them first.
     return out.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)

@@ -1,4 +1,4 @@
-"""`jitaccel serve` as a process on loopback, and requests to it: how it is started, asked and ended."""
+"""Starts `jitaccel serve` as a process on loopback, sends requests to it, and ends it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ READY_S = 480.0
 QUIET = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 is little on two busy cores
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # the default, 5, is too short on two busy cores
     "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_worker_niceness": "0",  # 15 by default, which starves replicas where others work
+    "RAY_worker_niceness": "0",  # 15 by default, which starves replicas on a busy machine
     "OMP_NUM_THREADS": "1",
 }
 
 
 def has_ray() -> bool:
-    """Whether Ray Serve is installed."""
+    """Returns whether Ray Serve is installed."""
     return importlib.util.find_spec("ray") is not None and importlib.util.find_spec("ray.serve") is not None
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An HTTP answer; names of headers are in lower case."""
+    """An HTTP response; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -52,17 +52,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs. process: the command's own."""
+    """A running server; `process` is that of the command."""
 
     url: str
     process: int
 
     def get(self, path: str) -> Answered:
-        """Returns the answer to GET."""
+        """Returns the response to GET."""
         return _answer(urllib.request.Request(f"{self.url}{path}"))
 
     def generate(self, body: Any, accept: str = "image/png") -> Answered:
-        """Returns the answer to a request, given as bytes or as what JSON holds."""
+        """Returns the response to a request, whose body is bytes or a value to send as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Accept": accept, "Content-Type": "application/json"}
         return _answer(urllib.request.Request(f"{self.url}/generate", data=data, headers=headers, method="POST"))
@@ -82,11 +82,11 @@ def _lower(headers: Any) -> dict[str, str]:
 
 @contextmanager
 def served(*arguments: str) -> Iterator[Server]:
-    """Runs `jitaccel serve` on a free port until the block ends; raises with its output where it does not begin."""
+    """Runs `jitaccel serve` on a free port until the block ends; raises with its output if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, since sockets lie in it
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, because paths of sockets are limited
     log = (folder / "server.log").open("w+")
     command = [sys.executable, "-m", "jitaccel", "serve", "--port", str(port), *arguments]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -115,5 +115,5 @@ def served(*arguments: str) -> Iterator[Server]:
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, until: float) -> None:
     while "/generate" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > until:
-            raise RuntimeError(f"the server did not begin:\n{log.read_text(errors='replace')[-4000:]}")
+            raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
         time.sleep(0.5)

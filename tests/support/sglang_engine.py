@@ -1,9 +1,9 @@
-"""SGLang-Diffusion's own denoising stage, of a wheel that was unpacked into FOLDER, with our hooks, on the CPU.
+"""Runs SGLang-Diffusion's own denoising stage, from a wheel unpacked into FOLDER, with our hooks on the CPU.
 
-`python -m tests.support.sglang_engine FOLDER`, or two ranks: `torchrun --nproc-per-node 2 -m ...`. Needs einops. Stage,
-guidance, FLUX.1's configuration, requests, scheduler, positions and loading of plug-ins are the engine's own code. What
-needs CUDA or is about something else is empty: kernels, attention, loading, offloading, logging. The network is that of
-`sglang_network`.
+Run `python -m tests.support.sglang_engine FOLDER`, or two ranks with `torchrun --nproc-per-node 2 -m ...`. It needs
+einops. Stage, guidance, FLUX.1's configuration, requests, scheduler, positions and plug-in loading are the engine's own
+code. Modules that need CUDA or are unrelated are empty: kernels, attention, loading, offloading, logging. The network
+is that of `sglang_network`.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ REAL = (
     f"{_GEN}.configs.task_type",
     "sglang.srt.plugins.hook_registry",
 )
-"""Modules of which the engine's own code runs; all others of it are empty."""
+"""Modules of the engine whose own code runs; all others are empty."""
 
 
 class _EmptyKind(type):
-    """A class with every attribute, each a class like it; false."""
+    """A metaclass whose classes have every attribute, each again such a class, and are false."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -73,7 +73,7 @@ class _EmptyKind(type):
 
 
 class _Empty(metaclass=_EmptyKind):
-    """Does nothing, whatever is asked of it: a function, a decorator, a context, a base class."""
+    """Does nothing in any role: function, decorator, context manager or base class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -111,7 +111,7 @@ class _Module(ModuleType):
 
 
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the engine's modules: some of a folder, all others empty but for what is `given`."""
+    """Imports the engine's modules: some from a folder, and all others empty except for `given` names."""
 
     def __init__(self, folder: Path, given: Mapping[str, Mapping[str, Any]]) -> None:
         self._folder, self._given = folder, given
@@ -133,7 +133,7 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _given() -> dict[str, dict[str, Any]]:
-    """Returns what of the emptied modules must answer: one process, or groups of `sglang_network`, on the CPU."""
+    """Returns the names that empty modules must provide: one process, or groups of `sglang_network`, on the CPU."""
     alone = network.GroupCoordinator(is_alone=True)
     groups = {
         "model_parallel_is_initialized": network.model_parallel_is_initialized,
@@ -164,7 +164,7 @@ def _given() -> dict[str, dict[str, Any]]:
 
 
 def stage_of(pipe: Any, **server_args: Any) -> Any:
-    """Returns the engine's own DenoisingStage on the network of a pipeline of diffusers, and the engine's scheduler."""
+    """Returns the engine's own DenoisingStage with a diffusers pipeline's network and the engine's scheduler."""
     flux = importlib.import_module(f"{_GEN}.configs.pipeline_configs.flux")
     policy = importlib.import_module(f"{_RUN}.distributed.cfg_policy")
     denoising = importlib.import_module(f"{_RUN}.pipelines_core.stages.denoising")
@@ -201,7 +201,7 @@ def stage_of(pipe: Any, **server_args: Any) -> Any:
 
 
 def made(stage: Any, batch: int = 1, scale: float = 1.0, **given: Any) -> Tensor:
-    """Returns the latents (B, N, D) that the engine's stages make of a request of embedded prompts."""
+    """Returns the latents (B, N, D) that the engine's stages make for a request with embedded prompts."""
     plain = engines.request_of(batch, scale)
     requests = importlib.import_module(f"{_RUN}.pipelines_core.schedule_batch")
     sampling = importlib.import_module(f"{_GEN}.configs.sample.flux")
@@ -246,12 +246,12 @@ SETTINGS = (
 )
 _HOOKED = ("__init__", "_before_denoising_loop", "_run_denoising_step")
 _REQUESTS = ((1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0))
-_STEPS = 8  # that a request asks for
+_STEPS = 8  # requested steps
 _TOLERANCE = 1e-5
 
 
 class _Hooked:
-    """The engine's DenoisingStage with hooks as its own plug-in machinery finds, loads and applies them."""
+    """The engine's DenoisingStage with our hooks, found, loaded and applied by its own plug-in machinery."""
 
     def __init__(self) -> None:
         self._kind = importlib.import_module(f"{_RUN}.pipelines_core.stages.denoising").DenoisingStage
@@ -260,7 +260,7 @@ class _Hooked:
         self._plugins.entry_points = lambda group: [EntryPoint(*each, group) for each in _declared(group)]
 
     def with_settings(self, settings: Mapping[str, Any] | None) -> None:
-        """Puts the engine's methods back, and our hooks around them where there are settings."""
+        """Restores the engine's methods, and wraps them with our hooks if settings are given."""
         for name in _HOOKED:
             setattr(self._kind, name, self._own[name])
         self._plugins.HookRegistry.reset()
@@ -279,7 +279,7 @@ def _declared(group: str) -> list[tuple[str, str]]:
 
 
 def differences(hooked: _Hooked, **server: Any) -> Iterator[tuple[str, float]]:
-    """Yields what was made, and how far it is from what it has to be: `jitaccel.apply` on diffusers, one process."""
+    """Yields each case and its difference from the expected result of `jitaccel.apply` on diffusers in one process."""
     from jitaccel.method.presets import resolve
 
     for settings in SETTINGS:
@@ -302,7 +302,7 @@ def differences(hooked: _Hooked, **server: Any) -> Iterator[tuple[str, float]]:
 
 
 def _difference(picture: Tensor, expected: Tensor) -> float:
-    """Returns the relative difference; infinity where ranks have not made the same picture bit for bit."""
+    """Returns the relative difference; infinity if the ranks' pictures are not bitwise equal."""
     own = picture.contiguous()
     for other in network.GroupCoordinator().all_gather(own[None]):
         if not torch.equal(own, other):
@@ -311,7 +311,7 @@ def _difference(picture: Tensor, expected: Tensor) -> float:
 
 
 def main(folder: str) -> int:
-    """Says how far the engine's pictures with our hooks are from what they have to be; returns the exit status."""
+    """Prints how far the engine's pictures with our hooks are from the expected ones; returns the exit status."""
     logging.disable(logging.ERROR)
     sys.meta_path.insert(0, _Importer(Path(folder), _given()))
     if "RANK" in os.environ:

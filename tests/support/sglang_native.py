@@ -1,6 +1,6 @@
 """A stand-in for the denoising loop of SGLang-Diffusion 0.5.23's own FLUX.1, with the engine's signatures.
 
-One process, or ranks that divide the state and the tokens (sequence parallelism) or the branches of guidance.
+It runs in one process, or on ranks that divide the state and the tokens (sequence parallelism) or guidance branches.
 `python -m tests.support.engines FOLDER` compares the signatures.
 """
 
@@ -55,7 +55,7 @@ class CFGPolicy:
 
 
 class FluxPipelineConfig:
-    """What the engine knows of FLUX.1; a picture of 4 pixels is a token here, as in `tiny`."""
+    """The engine's configuration of FLUX.1. A token has a side of 4 pixels here, as in `tiny`."""
 
     embedded_cfg_scale = 3.5
     cfg_policy = CFGPolicy()
@@ -147,7 +147,7 @@ class DenoisingStepState:
 
 
 class DenoisingStage:
-    """The engine's loop. passed: of each call of the network with its guidance, what a test looks at."""
+    """The engine's loop. `passed` records data of each guided network call for tests."""
 
     def __init__(
         self, transformer: Any, scheduler: Any, pipeline: Any = None, transformer_2: Any = None, vae: Any = None
@@ -297,11 +297,11 @@ class DenoisingStage:
 
 
 class FluxProgressiveDenoisingStage(DenoisingStage):
-    """The engine's own way to few tokens, of which nothing but the name is here."""
+    """The engine's own method with fewer tokens, of which only the name is needed here."""
 
 
 def served(pipe: Any, *, pipeline_config: Any = None, stage: type = DenoisingStage, **server_args: Any) -> Any:
-    """Returns the engine's stage on the network and scheduler of a pipeline of diffusers."""
+    """Returns the engine's stage with the network and scheduler of a diffusers pipeline."""
     SERVER.args = SimpleNamespace(
         **{
             "pipeline_config": FluxPipelineConfig() if pipeline_config is None else pipeline_config,
@@ -317,7 +317,7 @@ def served(pipe: Any, *, pipeline_config: Any = None, stage: type = DenoisingSta
 def request_of(
     batch: int = 1, scale: float = 1.0, seed: int = 0, grid: tuple[int, int] = tiny.GRID, **given: Any
 ) -> SimpleNamespace:
-    """Returns a request of embedded prompts, or several that the engine has merged."""
+    """Returns a request with embedded prompts, or several requests as merged by the engine."""
     from tests.support import engines  # which imports this module
 
     of_omni = engines.request_of(batch, scale, seed)
@@ -354,7 +354,7 @@ def request_of(
 
 
 def cast(request: Any, network: torch.dtype, latents: torch.dtype) -> Any:
-    """Returns a request whose prompts have the dtype of the network, and whose state has its own."""
+    """Returns a request with prompts in the dtype of the network and latents in another dtype."""
     for name in ("prompt_embeds", "negative_prompt_embeds", "pooled_embeds", "neg_pooled_embeds"):
         setattr(request, name, [x if x is None else x.to(network) for x in getattr(request, name)])
     request.latents = request.latents.to(latents)
@@ -362,6 +362,6 @@ def cast(request: Any, network: torch.dtype, latents: torch.dtype) -> Any:
 
 
 def made(stage: Any, request: Any) -> Tensor:
-    """Returns the latents (B, N, D) of a request, as the engine's loop leaves them."""
+    """Returns the latents (B, N, D) of a request after the engine's loop."""
     latents: Tensor = stage.forward(request, stage.server_args).latents
     return latents

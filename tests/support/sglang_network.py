@@ -1,6 +1,6 @@
-"""A stand-in for what is distributed in SGLang-Diffusion 0.5.23's own FLUX.1: groups of processes, and the network.
+"""A stand-in for the distributed parts of SGLang-Diffusion 0.5.23's own FLUX.1: process groups and the network.
 
-The network is diffusers', fed as the engine feeds its own: tables of positions, levels times 1000, some tokens.
+The network is diffusers', with the inputs of the engine's network: tables of positions, levels times 1000, some tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor, distributed, nn
 
 SERVER = SimpleNamespace(args=SimpleNamespace(enable_cfg_parallel=False), group=None)
-"""What is global in the engine: arguments of the server, and the process group; None for that of all."""
+"""Global state of the engine: the server's arguments, and the process group (None for that of all ranks)."""
 
 
 class GroupCoordinator:
-    """Processes that divide something: all of this one's group, or this one alone."""
+    """A group of processes that divide some work: all of this process's group, or only this process."""
 
     def __init__(self, *, is_alone: bool = False) -> None:
         together = distributed.is_initialized() and not is_alone
@@ -52,12 +52,12 @@ def get_replica_group() -> GroupCoordinator:
 
 
 def sequence_group() -> GroupCoordinator:
-    """Who divides the tokens: nobody, where branches of guidance are what is divided."""
+    """Returns the group that divides the tokens; only this process if guidance branches are divided instead."""
     return GroupCoordinator(is_alone=SERVER.args.enable_cfg_parallel)
 
 
 def branch_group() -> GroupCoordinator:
-    """Who divides the branches of guidance."""
+    """Returns the group that divides the guidance branches."""
     return GroupCoordinator(is_alone=not SERVER.args.enable_cfg_parallel)
 
 
@@ -78,7 +78,7 @@ class AttentionBackendEnum(enum.Enum):
 
 
 class FluxPosEmbed(nn.Module):
-    """Cosines and sines of position ids (S, 3), each (S, C), one number for each pair of channels."""
+    """Cosines and sines of position ids (S, 3), each (S, C), with one number for each pair of channels."""
 
     def __init__(self, theta: int, axes_dim: list[int]) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class FluxPosEmbed(nn.Module):
 
 
 class _GivenPositions(nn.Module):
-    """In the place of diffusers' table of positions: what the engine gave."""
+    """Replaces diffusers' table of positions with the one given by the engine."""
 
     table: tuple[Tensor, Tensor]
 
@@ -104,7 +104,7 @@ class _GivenPositions(nn.Module):
 
 
 class FluxTransformer2DModel(nn.Module):
-    """The engine's network: this rank's part of the image's tokens and, where ranks can divide it, of the prompt."""
+    """The engine's network on this rank's part of the image tokens and, if divisible, of the prompt's tokens."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class FluxTransformer2DModel(nn.Module):
             encoder_hidden_states = encoder_hidden_states[:, own]
             freqs_cis = tuple(torch.cat([half[:text][own], half[text:]]) for half in freqs_cis)
         self.inner.pos_embed.table = freqs_cis
-        alone = 0 if divides else text  # tokens that every rank has
+        alone = 0 if divides else text  # tokens that all ranks have
         attention = transformer_flux.dispatch_attention_fn
 
         def gathered(query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Any:

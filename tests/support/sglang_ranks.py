@@ -1,4 +1,4 @@
-"""SGLang's own FLUX.1 on ranks that divide the state, and what each of them makes of it: suites of `ranks`."""
+"""Suites of `ranks` for SGLang's own FLUX.1 on ranks that divide the state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, distributed
 from tests.support import engines, sglang_native, tiny
 from tests.support.sglang_network import SERVER
 
-GROUP_S = 10.0  # the time-out of a group whose rank raises and lives on
+GROUP_S = 10.0  # the time-out of a group in which a rank raises but does not end
 PAPER = {"preset": "7x-paper", "steps": 9}
-ODD = {"text": 7}  # tokens of the prompt, which every rank has where they cannot be divided
+ODD = {"text": 7}  # tokens of the prompt; if they cannot be divided, every rank has all of them
 BRANCHES = {"enable_cfg_parallel": True}
 CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "subset": (PAPER, {}, {}),
@@ -31,12 +31,12 @@ CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "branches": (PAPER, {"scale": 2.0}, BRANCHES),
     "branches, pooled, batch of two": ({"preset": "7x"}, {"batch": 2, "scale": 2.0}, BRANCHES),
 }
-"""By name: settings, a request, and the server."""
+"""Cases by name: settings, request, and arguments of the server."""
 
 
 @contextmanager
 def _serving(settings: dict[str, Any], **server: Any) -> Iterator[Any]:
-    """The engine's stage with our hooks, which are gone afterwards."""
+    """Yields the engine's stage with our hooks, which are removed afterwards."""
     from jitaccel.patches.serving.sglang import register
 
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def _serving(settings: dict[str, Any], **server: Any) -> Iterator[Any]:
 
 
 def _requests(batch: int = 1, scale: float = 1.0, text: int = 8, **given: Any) -> tuple[Any, Any]:
-    """Returns a request to the engine, and the same as a pipeline of diffusers takes it."""
+    """Returns a request to the engine, and the same request for a diffusers pipeline."""
     asked, plain = sglang_native.request_of(batch, scale, **given), engines.request_of(batch, scale)
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         shorter = getattr(plain, name)[:, :text]
@@ -58,7 +58,7 @@ def _requests(batch: int = 1, scale: float = 1.0, text: int = 8, **given: Any) -
 
 
 def pictures(rank: int) -> Any:
-    """Every case divided among ranks, and in one process by diffusers, by name."""
+    """Runs every case divided among ranks and, with diffusers, in one process; returns the results by name."""
     from jitaccel.method.presets import resolve
 
     found = {}
@@ -81,7 +81,7 @@ def pictures(rank: int) -> Any:
 
 
 def refusals(rank: int) -> Any:
-    """What every rank says of what is refused or fails, by name; and pictures made after it."""
+    """Returns each rank's messages for requests that are refused or fail, by name, and pictures made afterwards."""
     from tests.support.ranks import error_of
 
     found: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def refusals(rank: int) -> Any:
         with _serving({"strict": True, **settings}, **(server or {})) as stage:
             request = sglang_native.request_of(**given)
             if fails:
-                del request.rollout  # which our hook reads, and the stand-in does not
+                del request.rollout  # our hook reads it, the stand-in does not
             found[name] = error_of(lambda: sglang_native.made(stage, request))
             found[f"forwards, {name}"] = len(stage.passed)
 
@@ -112,7 +112,7 @@ def refusals(rank: int) -> Any:
 
 
 def _failing(rank: int, stage: Any) -> Tensor:
-    """Makes a picture whose third forward fails on the last rank."""
+    """Makes a picture in which the third forward fails on the last rank."""
     calls: list[int] = []
 
     def fail(*_: Any) -> None:
@@ -131,7 +131,7 @@ def fault(rank: int) -> Any:
 
 
 def survivor(rank: int) -> Any:
-    """The last rank raises within its third forward, and lives on as a server does: the others wait for a time-out."""
+    """The last rank raises in its third forward but, like a server, does not end; the others wait for a time-out."""
     SERVER.group = distributed.new_group(timeout=timedelta(seconds=GROUP_S))
     begun = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""What of SGLang-Diffusion's own FLUX.1 our plug-in hooks, calls and reads, and how it is compared with a wheel."""
+"""The functions and fields of SGLang-Diffusion's own FLUX.1 that our plug-in uses, and a comparison with a wheel."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MODULES: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
 )
-"""What our plug-in imports of the engine beside its hooks: module, names."""
+"""Names that our plug-in imports from the engine, besides hooks, by module."""
 
 PAIRS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *(
@@ -103,7 +103,7 @@ PAIRS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (NETWORK, "FluxTransformer2DModel.forward", FluxTransformer2DModel.forward),
     (SCHEDULER, "FlowMatchEulerDiscreteScheduler.set_timesteps", tiny.scheduler().set_timesteps),
 )
-"""As those of `engines`: the signatures that are compared."""
+"""The signatures to compare, in the form of those in `engines`."""
 
 WHOLE: tuple[tuple[str, str, tuple[str, ...]], ...] = tuple(
     (module, kind.__name__, tuple(each.name for each in dataclasses.fields(kind)))
@@ -114,7 +114,7 @@ WHOLE: tuple[tuple[str, str, tuple[str, ...]], ...] = tuple(
         (POLICY, CFGPolicy),
     )
 )
-"""Classes of the engine whose fields are these, in this order: module, class, names."""
+"""Classes of the engine with exactly these fields, in this order: module, class, names."""
 
 SOME: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (DENOISING, "DenoisingStage", ("transformer", "attn_backend", "_cache_dit_enabled")),
@@ -144,11 +144,11 @@ SOME: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (SERVER, "ServerArgs", ("pipeline_config", "enable_breakable_cuda_graph", "comfyui_mode", "enable_cfg_parallel")),
     (BASE_CONFIG, "PipelineConfig", ("cfg_policy",)),
 )
-"""Classes of the engine that have these among their fields and attributes: module, class, names."""
+"""Classes of the engine with at least these fields and attributes: module, class, names."""
 
 
 def differing(folder: Path, pairs: Iterable[tuple[str, str, Callable[..., Any]]]) -> list[str]:
-    """Returns the functions whose arguments differ from those of the unpacked wheels in a folder."""
+    """Returns the functions whose arguments differ from those in the unpacked wheels in a folder."""
     found = []
     for module, name, ours in pairs:
         theirs = _arguments(_parsed(folder, module), name.split("."))
@@ -159,7 +159,7 @@ def differing(folder: Path, pairs: Iterable[tuple[str, str, Callable[..., Any]]]
 
 
 def lacking(folder: Path) -> list[str]:
-    """Returns the classes of SGLang in a folder that have other fields than we take them to have."""
+    """Returns the SGLang classes in a folder whose fields differ from our assumptions."""
     found = []
     for module, name, ours in WHOLE:
         if (theirs := _fields(_parsed(folder, module), name)) != list(ours):
@@ -190,7 +190,7 @@ def _arguments(body: list[ast.stmt], path: list[str]) -> list[str]:
 
 
 def _fields(body: list[ast.stmt], name: str) -> list[str]:
-    """Returns a class's annotated fields, then what its methods set on `self`, each once."""
+    """Returns a class's annotated fields, then the attributes its methods set on `self`, each once."""
     kind = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
     if kind is None:
         return [f"no {name}"]

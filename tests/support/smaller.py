@@ -1,4 +1,4 @@
-"""The picture of half the size, made with torch alone: no operator and no plan."""
+"""The picture of half the size, made in plain torch without operators or plans."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def tokens_of(latents: Tensor, patch: int = PATCH) -> Tensor:
 
 
 def half(tokens: Tensor, grid: Grid, patch: int = PATCH) -> Tensor:
-    """Returns the tokens of the picture of half the size."""
+    """Returns the tokens of the half-size picture."""
     return tokens_of(F.avg_pool2d(latents_of(tokens, grid, patch), 2), patch)
 
 
 def dense_velocity(small: SmallVelocity, grid: Grid, state: Tensor, level: float, patch: int = PATCH) -> Tensor:
-    """Returns the velocity at every token of what the network says of the picture of half the size."""
+    """Returns the velocity at every token from the network's velocity of the half-size picture."""
     small_grid = (grid[0] // 2, grid[1] // 2)
     shown, shown_level = half(state, grid, patch) / (1 - level / 2), (level / 2) / (1 - level / 2)
     clean = shown - shown_level * small(shown, small_grid, shown_level)

@@ -1,4 +1,4 @@
-"""Every transformer of FLUX in a custom loop: how it is called, and what the method gives by hand."""
+"""Every FLUX transformer in a custom loop, with its calls and the method by hand."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LEVELS = jitaccel.noise_levels(SHORT)
 class Subject:
     """One way to call a model.
 
-    arguments: those that no subset changes. extra: (N, E). references: (R, C) and their ids. masks: (T + N + R,), by
-    name. residuals: (N + R, width), by name.
+    `arguments` are those that do not depend on the subset of tokens. `extra` is (N, E), `references` (R, C) with their
+    ids, `masks` (T + N + R,) by name, and `residuals` (N + R, width) by name.
     """
 
     model: Any
@@ -36,7 +36,7 @@ class Subject:
     residuals: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def velocity(self, tokens: Tensor, at: Tensor, level: float) -> Tensor:
-        """Calls the model on tokens (1, M, D) of these raster indices, with all that belongs to them, by hand."""
+        """Calls the model by hand on tokens (1, M, D) at these raster indices, with all inputs cut to them."""
         num_references = 0 if self.references is None else len(self.references)
         hidden, ids = tokens[0], self.ids[at]
         if self.extra is not None:
@@ -57,7 +57,7 @@ class Subject:
         return out[:, : len(at)]
 
     def loop(self, state: Tensor, batch: int = 1) -> Tensor:
-        """An Euler loop that calls the model with everything, as its users do."""
+        """Runs an Euler loop that calls the model with all inputs, like its users."""
         ids = self.ids if self.reference_ids is None else torch.cat([self.ids, self.reference_ids])
         for level, after in itertools.pairwise(LEVELS):
             hidden = state if self.extra is None else torch.cat([state, self.extra.expand(batch, -1, -1)], dim=2)

@@ -1,4 +1,4 @@
-"""Costs that are made up, and a clock that moves where a transformer runs."""
+"""Artificial costs, and a clock that advances when a transformer runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CURVES: dict[str, Callable[[int], float]] = {
     "quadratic": lambda tokens: (tokens / NUM_TOKENS) ** 2,
     "constant": lambda tokens: 1.0,
     "overhead": lambda tokens: 0.3 + 0.4 * tokens / NUM_TOKENS + 0.3 * (tokens / NUM_TOKENS) ** 2,
-    "falling": lambda tokens: 2.0 - tokens / NUM_TOKENS,  # of nothing that exists; noise may look like it
+    "falling": lambda tokens: 2.0 - tokens / NUM_TOKENS,  # not realistic, but noise may look like this
 }
 FLUX_DEV = {
     "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
@@ -26,7 +26,7 @@ FLUX_DEV = {
 
 
 def costs(curve: str = "overhead", **changed: Any) -> Costs:
-    """Costs whose dense step takes a second, or what the curve says."""
+    """Returns costs in which a dense step takes a second, or the time given by the curve."""
     terms = {"linear": (0.0, 1 / NUM_TOKENS, 0.0), "overhead": (0.3, 0.4 / NUM_TOKENS, 0.3 / NUM_TOKENS**2)}
     given = {
         "num_tokens": NUM_TOKENS, "text_tokens": 512, "dense_s": CURVES[curve](NUM_TOKENS), "measured": ((4096, 1.0),),
@@ -36,7 +36,7 @@ def costs(curve: str = "overhead", **changed: Any) -> Costs:
 
 
 class Clock:
-    """Time that passes only where something is said to take it."""
+    """A clock that only advances when told to."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class Clock:
         return self.now
 
     def follow(self, model: Any) -> Any:
-        """Lets every token that enters a transformer take a millisecond; returns the hook to remove."""
+        """Makes every token that enters a transformer take a millisecond; returns the hook, to be removed."""
 
         def tick(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             self.now += 1e-3 * args[0].flatten(0, -2).shape[0]
@@ -65,7 +65,7 @@ AUTO: dict[str, Any] = {"preset": "auto", "size": (48, 48), "text_tokens": tiny.
 
 
 def chosen_for(target: Any, **arguments: Any) -> Choice:
-    """Returns the choice where every token takes a millisecond."""
+    """Returns the choice if every token takes a millisecond."""
     clock = Clock()
     hook = clock.follow(getattr(target, "transformer", target))
     try:

@@ -1,7 +1,7 @@
 """Tiny random FLUX pipelines, made in milliseconds, and one way to call them.
 
-A picture of 4 h x 4 w pixels is a grid of h x w tokens: the autoencoder halves twice less than FLUX.1's, so that small
-pictures have grids worth thinning out.
+A picture of 4 h x 4 w pixels is a grid of h x w tokens. The autoencoder halves two times fewer than FLUX.1's, so that
+small pictures have enough tokens to be sparse.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ WORDS = ("a", "red", "blue", "green", "circle", "square", "on", "left", "of", "s
 
 DENSE = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps="caller", schedule="native")
 SHORT = JiTConfig(densities=(0.35, 0.65, 1.0), boundaries=(0.4, 0.7, 1.0), steps=5, micro_flow="exact")
-"""Two steps, one, two: the cheapest run in which every stage can be told from the others."""
+"""Stages of two, one and two steps, the cheapest run in which all stages can be distinguished."""
 
 
 def transformer(seed: int = 0, **overrides: Any) -> FluxTransformer2DModel:
-    """Returns a random FLUX of one double and one single block, strong enough that every input matters."""
+    """Returns a random FLUX of one double and one single block, with weights large enough that every input matters."""
     settings: dict[str, Any] = {
         "patch_size": 1,
         "in_channels": CHANNELS,
@@ -84,7 +84,7 @@ def beside(pipe: FluxPipeline) -> FluxPipeline:
 
 @functools.cache
 def _shared_parts() -> dict[str, Any]:
-    """Autoencoder, text encoders and tokenizers, which no test changes."""
+    """Returns autoencoder, text encoders and tokenizers, which no test changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -140,7 +140,7 @@ def generate(
     grid: tuple[int, int] = GRID,
     **call: Any,
 ) -> Tensor:
-    """Returns the final latents (B, N, D) of one call; `seed`: of the generator, or of one for each image."""
+    """Returns the final latents (B, N, D) of one call; `seed` is that of one generator, or of one for each image."""
     generator: Any = torch.Generator().manual_seed(seed) if isinstance(seed, int) else None
     if not isinstance(seed, int):
         generator = [torch.Generator().manual_seed(each) for each in seed]
@@ -157,7 +157,7 @@ def generate(
 
 
 def start(seed: int = 0, grid: tuple[int, int] = GRID, batch: int = 1) -> Tensor:
-    """Returns noise (B, N, D), for `latents=` of a pipeline or a loop of one's own."""
+    """Returns noise (B, N, D), for `latents=` of a pipeline or for a custom loop."""
     return torch.randn(batch, grid[0] * grid[1], CHANNELS, generator=torch.Generator().manual_seed(seed))
 
 
@@ -168,18 +168,18 @@ def ids(grid: tuple[int, int] = GRID) -> Tensor:
 
 
 def offload_groups(model: Any, kind: str) -> None:
-    """Group offloading from the CPU to the CPU, of blocks or leaves."""
+    """Enables group offloading of blocks or leaves, from the CPU to the CPU."""
     cpu = torch.device("cpu")
     options: dict[str, Any] = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     with pytest.MonkeyPatch.context() as patch:
-        if torch.accelerator.current_accelerator() is None:  # diffusers before 0.41 takes one for granted
+        if torch.accelerator.current_accelerator() is None:  # diffusers before 0.41 assumes that there is one
             patch.setattr(torch.accelerator, "current_accelerator", lambda *_: cpu)
         model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
 
 
 @contextmanager
 def forwards(model: Any, grid: tuple[int, int] = GRID) -> Iterator[list[list[int]]]:
-    """Collects the tokens of each forward that really runs, as raster indices read off the position ids."""
+    """Collects the tokens of each forward that really runs, as raster indices from its position ids."""
     seen: list[list[int]] = []
 
     def note(_: Any, args: tuple[Tensor, ...]) -> None:
@@ -205,6 +205,6 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference over the largest expected value."""
+    """Returns the largest difference divided by the largest expected value."""
     assert actual.shape == expected.shape
     return float((actual.float() - expected.float()).abs().max() / expected.float().abs().max())

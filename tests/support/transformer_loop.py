@@ -1,4 +1,4 @@
-"""A custom Euler loop around a tiny FLUX transformer, and levels for it."""
+"""A custom Euler loop around a tiny FLUX transformer, with levels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACT = PRESETS["7x-paper"].replace(micro_flow="exact")
 
 
 class Loop:
-    """Somebody's sampler: the network, the texts, and an Euler step. has_gradients: whether it tracks them."""
+    """A custom sampler: the network, the texts, and Euler steps, with gradients if `has_gradients`."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.has_gradients = False
@@ -37,7 +37,7 @@ class Loop:
         self.texts = [tuple(part.to(dtype) for part in text) for text in texts]
 
     def velocity(self, state: Tensor, level: float, text: int | str = 0, grid: tuple[int, int] = GRID) -> Tensor:
-        """`text`: of the prompt (0), of the negative prompt (1), or "both" for a batch of [neg, pos]."""
+        """Returns the velocity for the prompt (`text` 0), the negative prompt (1), or a batch [neg, pos] ("both")."""
         embeds, pooled, text_ids = self.texts[text if isinstance(text, int) else 0]
         if text == "both":
             embeds, pooled = (torch.cat([self.texts[1][part], self.texts[0][part]]) for part in (0, 1))
@@ -56,7 +56,7 @@ class Loop:
         return velocity
 
     def guided(self, state: Tensor, level: float, order: str) -> Tensor:
-        """`order`: of the branches of classifier-free guidance; "none" for no guidance."""
+        """Returns the guided velocity; `order` is that of the guidance branches, "none" for no guidance."""
         if order == "none":
             return self.velocity(state, level)
         if order == "batch":
@@ -91,7 +91,7 @@ class Loop:
 
 
 def through_pipeline(config: JiTConfig | str, seed: int = 0, dtype: torch.dtype = torch.float32, **call: Any) -> Tensor:
-    """Returns what the pipeline route makes of the same start."""
+    """Returns the result of the pipeline route from the same start."""
     loop = Loop(dtype)
     embeds, pooled, _ = loop.texts[0]
     if call:

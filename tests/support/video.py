@@ -14,7 +14,7 @@ from tests.support.models import noise
 
 GRID = (3, 6, 8)
 SIZE = {"num_frames": 9, "height": 96, "width": 128}
-"""Of a video whose latents are 3 frames of 12 x 16, hence tokens of GRID."""
+"""The size of a video whose latents are 3 frames of 12 x 16, which gives tokens of GRID."""
 
 
 def unipc(**overrides: Any) -> Any:
@@ -36,7 +36,7 @@ SCHEDULERS = {"UniPC": unipc, "DPM-Solver++": dpm, "Euler": euler}
 
 
 def wan_pipeline(scheduler: Any = None, boundary: float | None = None, **settings: Any) -> Any:
-    """Returns a silent WanPipeline; with a boundary, one of two transformers, as Wan 2.2's."""
+    """Returns a silent WanPipeline; with a boundary it has two transformers, like Wan 2.2."""
     pipe = diffusers.WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -61,7 +61,7 @@ def autoencoder() -> Any:
 
 
 def text_pipeline(transformer: Any) -> Any:
-    """Returns a WanPipeline with every part, the text encoder and tokenizer too: one that can be saved and loaded."""
+    """Returns a WanPipeline with all parts, also text encoder and tokenizer, so that it can be saved and loaded."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = tiny.pipeline().tokenizer_2
@@ -83,7 +83,7 @@ def text_pipeline(transformer: Any) -> Any:
 
 
 def vace_pipeline() -> Any:
-    """Returns a WanVACEPipeline, which makes its control video itself where none is given."""
+    """Returns a WanVACEPipeline, which makes its own control video if none is given."""
     pipe = diffusers.WanVACEPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -96,9 +96,9 @@ def vace_pipeline() -> Any:
 
 
 def image_pipeline(*, expand_timesteps: bool, boundary: float | None = None, **transformer: Any) -> Any:
-    """Returns a WanImageToVideoPipeline: its first frame in further channels, or at timestep 0 (TI2V).
+    """Returns a WanImageToVideoPipeline with its first frame in further channels, or at timestep 0 (TI2V).
 
-    boundary: of two transformers. transformer: further settings of it.
+    With a `boundary` it has two transformers; `transformer` has further settings of them.
     """
     channels = {"in_channels": 16 if expand_timesteps else 36, "out_channels": 16}
     pipe = diffusers.WanImageToVideoPipeline(
@@ -130,7 +130,7 @@ def prompts(batch: int = 1) -> dict[str, Tensor]:
 
 def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: Any) -> Tensor:
     """Returns the final latents (B, C, T, H, W) of one call."""
-    # One alone is no list: some pipelines take none.
+    # A single generator is not passed as a list, because some pipelines take no list.
     generators = [torch.Generator().manual_seed(seed + image) for image in range(batch)]
     settings = {
         **SIZE, **prompts(batch), "num_inference_steps": steps, "guidance_scale": 4.0,
@@ -141,7 +141,7 @@ def generate(pipe: Any, steps: int = 5, seed: int = 0, batch: int = 1, **call: A
 
 
 def first_input(pipe: Any, name: str = "hidden_states") -> Tensor:
-    """Returns what the transformer is given in the first step; a pipeline from images is given one."""
+    """Returns the transformer's input in the first step; an image-to-video pipeline gets an image."""
     seen: list[Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs[name]), with_kwargs=True
@@ -164,9 +164,10 @@ def wan_on_tokens(
     text: Tensor,
     control: Tensor | None = None,
 ) -> Tensor:
-    """Returns Wan's velocity (1, M, D) of some tokens (1, M, C) in a straight line: its layers, and no hook or forward.
+    """Returns Wan's velocity (1, M, D) of some tokens (1, M, C), calling the layers directly, without hook or forward.
 
-    at: their raster indices (M,). timestep: (1,), or (1, M). control: tokens of VACE's control video, (1, M, E).
+    `at` has their raster indices (M,); `timestep` is (1,) or (1, M); `control` (1, M, E) are tokens of VACE's control
+    video.
     """
     hidden = _embedded(model.patch_embedding, tokens)
     latents = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2])
@@ -189,5 +190,5 @@ def wan_on_tokens(
     if per_token:
         shift, scale = shift[:, :, 0], scale[:, :, 0]
     out = model.proj_out(model.norm_out(hidden) * (1 + scale) + shift)
-    # The model writes a token's channels last, latents have them first.
+    # The model's output has a token's channels last; latents have them first.
     return out.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)

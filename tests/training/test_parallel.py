@@ -30,7 +30,7 @@ def test_muon_finds_the_minimum_of_a_quadratic() -> None:
 
 
 def _steps(folder: Path) -> None:
-    """Takes two steps on gradients of which every worker has its own, and saves where they led."""
+    """Takes two steps with different gradients on every worker, and saves the result."""
     matrices = [torch.full((4, 6), float(k), requires_grad=True) for k in range(3)]
     muon = Muon(matrices, lr=0.1)
     for step in range(2):

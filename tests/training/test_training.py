@@ -1,4 +1,4 @@
-"""What the embedded model is trained with: pictures, latents, levels; and every step of the training, in small."""
+"""Training of the embedded model: pictures, latents, levels, and every step at small size."""
 
 from __future__ import annotations
 

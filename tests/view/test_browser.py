@@ -1,4 +1,4 @@
-"""A report in a real browser: slider, keys, play, comparison, tokens; no error, and nothing is loaded."""
+"""A report in a real browser: slider, keys, play, comparison, tokens; no errors, and nothing is loaded."""
 
 from __future__ import annotations
 

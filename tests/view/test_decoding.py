@@ -1,4 +1,4 @@
-"""The finished picture of a report is the one that each family's pipeline decodes itself."""
+"""The finished picture in a report equals the picture decoded by each family's own pipeline."""
 
 from __future__ import annotations
 

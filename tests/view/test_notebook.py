@@ -1,4 +1,4 @@
-"""What notebooks show of handles and statistics."""
+"""Handles and statistics as shown in notebooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file that a report is: what it says, how large it is, and that nothing in it can do harm."""
+"""The report file: its contents, its size, and that nothing in it can do harm."""
 
 from __future__ import annotations
 

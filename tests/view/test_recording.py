@@ -1,4 +1,4 @@
-"""Recording a generation: opt-in, without effect on the picture, and true to what ran."""
+"""Recording a generation: opt-in, without effect on the picture, and faithful to the run."""
 
 from __future__ import annotations
 

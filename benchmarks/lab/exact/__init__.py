@@ -1,4 +1,4 @@
-"""Exact laboratory: random fields of known spectrum, whose best networks and sampling errors have closed forms.
+"""Exact laboratory: random fields of known spectrum, whose optimal networks and sampling errors have closed forms.
 
 | symbol | name |
 |---|---|
@@ -6,5 +6,5 @@
 | `s` | `level`: noise level, 1 is pure noise |
 | `f` | `factor`: side of the areas whose latents a pooled step averages |
 
-docs/exact-lab.md says what is computed and what it cannot show.
+docs/exact-lab.md explains the computation and its limits.
 """

@@ -1,9 +1,9 @@
-"""Gaussian random fields of known spectrum, and the aliasing blocks on which averages of areas act.
+"""Gaussian random fields of known spectrum, and the aliasing blocks on which averages over areas act.
 
-A stage that averages areas of f x f latents mixes only frequencies that differ by multiples of side / f. Along an
+A stage that averages areas of f x f latents only mixes frequencies that differ by multiples of side / f. Along an
 axis, with the basis `exp(2 pi i k (x + 1/2) / side)`, the mean over an area maps `k = q + m side / f` to the frequency
-q of the smaller picture, with the real gain `(-1)^m sin(pi f k / side) / (f sin(pi k / side))`. The half sample in the
-basis makes the areas symmetric: all gains are real, and frequencies q and -q behave alike.
+q of the smaller picture, with the real gain `(-1)^m sin(pi f k / side) / (f sin(pi k / side))`. The offset of half a
+sample in the basis makes the areas symmetric, so all gains are real, and frequencies q and -q behave alike.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Field:
 
     Attributes:
         shape: Latents, (h, w) or (t, h, w).
-        exponent: Decay of the power with the frequency; natural pictures have 2 to 2.6.
+        exponent: Decay of the power with frequency; 2 to 2.6 for natural pictures.
     """
 
     shape: tuple[int, ...]
     exponent: float
 
     def power(self, *frequencies: Array) -> Array:
-        """Returns the power at frequencies in cycles per picture, one array an axis, 0 <= k < side."""
+        """Returns the power at frequencies in cycles per picture, with one array for each axis, 0 <= k < side."""
         folded = (np.minimum(k, side - k) for k, side in zip(frequencies, self.shape, strict=True))
         square = functools.reduce(np.add, (k**2 for k in folded))
         return np.asarray((1.0 + square) ** (-self.exponent / 2.0)) / self._mean
@@ -45,16 +45,16 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The frequencies of a field, in groups that no averaging over areas of up to `cell` x `cell` latents mixes.
+    """The frequencies of a field in blocks that are not mixed by averaging over areas of up to `cell` x `cell` latents.
 
-    Within a block, frequencies that averaging by any smaller power of two mixes are neighbours.
+    Within a block, frequencies that are mixed by a smaller power of two are neighbours.
 
     Attributes:
-        cell: Largest factor that stages pool by, a power of two.
-        power: (Q, n) power of the clean field, n = cell^2 frequencies a block.
-        count: (Q,) how many blocks behave like this one.
-        rows, columns: (Q, n) frequency along the last two axes, in [0, side).
-        sides: Latents along the last two axes.
+        cell: The largest pooling factor, a power of two.
+        power: (Q, n), power of the clean field, with n = cell^2 frequencies in a block.
+        count: (Q,), number of blocks that behave like this one.
+        rows, columns: (Q, n), frequency along the last two axes, in [0, side).
+        sides: Numbers of latents along the last two axes.
     """
 
     cell: int
@@ -71,10 +71,10 @@ class Blocks:
 
 
 def make_blocks(field: Field, cell: int) -> Blocks:
-    """Returns the blocks of a field for factors that divide `cell`; blocks that mirror each other are counted once.
+    """Returns the blocks of a field for factors that divide `cell`; blocks that mirror each other are merged.
 
     Raises:
-        ValueError: Where `cell` is no power of two, or a side no multiple of it.
+        ValueError: If `cell` is not a power of two, or a side is not a multiple of it.
     """
     height, width = field.shape[-2:]
     if cell < 1 or cell & (cell - 1) or height % cell or width % cell:
@@ -84,7 +84,7 @@ def make_blocks(field: Field, cell: int) -> Blocks:
     counts = [np.where((k == 0) | (2 * k == count), 1.0, 2.0) for k, count in zip(kept, axes, strict=True)]
     bases = [grid.ravel()[:, None] for grid in np.meshgrid(*kept, indexing="ij")]
     count = functools.reduce(np.multiply, np.meshgrid(*counts, indexing="ij")).ravel()
-    if height == width:  # rows and columns may change places
+    if height == width:  # rows and columns are interchangeable
         above, below = bases[-2] < bases[-1], bases[-2] > bases[-1]
         count = count * (1.0 + above[:, 0])
         bases, count = [base[~below[:, 0]] for base in bases], count[~below[:, 0]]
@@ -95,12 +95,12 @@ def make_blocks(field: Field, cell: int) -> Blocks:
 
 
 def _aliases(cell: int) -> tuple[Array, Array]:
-    """Returns the multiples of side / cell that make a block's frequencies, (n,) for rows and for columns.
+    """Returns the multiples of side / cell that form a block's frequencies, (n,) for rows and for columns.
 
-    Averaging by f mixes those that are equal modulo cell / f on both axes; they come one after the other.
+    Averaging by f mixes those that are equal modulo cell / f on both axes; these are adjacent.
     """
     row, column = (grid.ravel() for grid in np.meshgrid(np.arange(cell), np.arange(cell), indexing="ij"))
-    moduli = [2**k for k in range(cell.bit_length())]  # the last one tells all apart, and sorts last
+    moduli = [2**k for k in range(cell.bit_length())]  # the last distinguishes all, and sorts last
     keys = [each % modulus for modulus in reversed(moduli) for each in (column, row)]
     order = np.lexsort(keys)
     return row[order].astype(np.float64), column[order].astype(np.float64)
@@ -108,14 +108,14 @@ def _aliases(cell: int) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, eq=False)
 class Pooling:
-    """What averaging over f x f latents does to the blocks of a field, and bringing the result up again.
+    """The effect on a field's blocks of averaging over f x f latents and of interpolating the result.
 
     Attributes:
-        factor: f; 1 leaves everything as it is.
-        power: (Q, r) power of the averaged field, in units in which its noise has variance level^2; r = n / f^2.
-        coupling: (Q, r) gain of bringing up and averaging again.
-        down: (Q, n) gains of averaging; of each f^2 neighbours the squares have sum 1.
-        up: (Q, n) gains of bilinear interpolation.
+        factor: f; 1 changes nothing.
+        power: (Q, r), power of the averaged field, in units in which its noise has variance level^2; r = n / f^2.
+        coupling: (Q, r), gain of interpolating and averaging again.
+        down: (Q, n), gains of averaging; the squares of each f^2 neighbours sum to 1.
+        up: (Q, n), gains of bilinear interpolation.
     """
 
     factor: int
@@ -142,7 +142,7 @@ class Pooling:
 
 
 def make_pooling(blocks: Blocks, factor: int) -> Pooling:
-    """Returns the pooling of a factor that divides `blocks.cell`: arithmetic means, bilinear interpolation."""
+    """Returns the pooling by a factor that divides `blocks.cell`, with arithmetic means and bilinear interpolation."""
     axes = zip((blocks.rows, blocks.columns), blocks.sides, strict=True)
     (down_rows, up_rows), (down_columns, up_columns) = (_gains(k, side, factor) for k, side in axes)
     down, up = down_rows * down_columns, up_rows * up_columns
@@ -151,16 +151,16 @@ def make_pooling(blocks: Blocks, factor: int) -> Pooling:
 
 
 def _gains(frequency: Array, side: int, factor: int) -> tuple[Array, Array]:
-    """Returns the gains down and up along an axis."""
+    """Returns the gains of averaging and of interpolation along an axis."""
     sign = np.where(frequency // (side // factor) % 2 == 0, 1.0, -1.0)
     phase = 2.0 * math.pi * frequency[..., None] / side
     down = np.cos(phase * (np.arange(factor) - (factor - 1) / 2.0)).mean(axis=-1)
-    # Triangle of half width f around the middle of an area, at the latents' middles.
+    # Triangle of half width f around the centre of an area, sampled at the centres of latents.
     places = np.arange(2 * factor) - (2 * factor - 1) / 2.0 if factor > 1 else np.zeros(1)
     up = ((1.0 - np.abs(places) / factor) * np.cos(phase * places)).sum(axis=-1) / factor
     return sign * down, sign * up
 
 
 def _summed(values: Array, factor: int) -> Array:
-    """Returns the sums over each factor^2 neighbours along axis 1."""
+    """Returns the sums over groups of factor^2 neighbours along axis 1."""
     return np.asarray(values.reshape(len(values), -1, factor**2).sum(axis=2))

@@ -1,8 +1,8 @@
-"""Is the first frame of a causal video decoder worth more tokens? Subset stages on a field of frames, exactly.
+"""Tests whether the first frame of a causal video decoder deserves more tokens, with exact subset stages on frames.
 
-The first latent frame of such a decoder holds one picture, each later one the mean of four here, and so less detail.
-Frames share one covariance, and a run is linear in its noise as in `subset`. Plans with the first frame kept dense take
-its tokens from the other frames: both show the network as many.
+The first latent frame of such a decoder holds one picture. Each later frame holds the mean of four here, and so less
+detail. Frames have a joint covariance, and a run is linear in its noise as in `subset`. Plans that keep the first frame
+dense take its tokens from the other frames, so the network sees the same number of tokens.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from .questions import by_spectrum, row
 from .study import Study
 from .subset import Variant
 
-PICTURES = 4  # of a latent frame after the first
-_LONGEST = 64  # pictures of the periodic field of which a video is a part
+PICTURES = 4  # in each latent frame after the first
+_LONGEST = 64  # number of pictures in the periodic field of which a video is a part
 _LEVELS = (1.4, 0.425)
 
 
 @dataclass(frozen=True)
 class FirstFrameStudy(Study):
-    """A study of videos, whose plans have dense stages and stages on a subset of each frame's tokens.
+    """A study of videos, with plans of dense stages and stages on a subset of each frame's tokens.
 
     The field has power `(1 + |k|^2 + (change k_t)^2)^(-exponent / 2)` in cycles per picture and per 16 pictures.
 
     Attributes:
-        change: How fast pictures change: the larger, the less a frame says about the next.
+        change: Speed of change; the larger, the less a frame says about the next.
         is_first_dense: Whether every token of the first frame is an anchor.
-        variant: Of the subset stages; nothing is moved.
+        variant: Variant of the subset stages; nothing is moved.
     """
 
     change: float = 1.0
@@ -61,14 +61,14 @@ class FirstFrameStudy(Study):
         return tuple(Distances(float(np.mean(each)), None) for each in shares)
 
     def errors_of_frames(self, plan: Plan, levels: Sequence[float], solver: Solver, exponent: float) -> Array:
-        """Returns the squared error of each frame, (t,), over the mean square of the video."""
+        """Returns the squared error of each frame, (t,), relative to the mean square of the video."""
         video = _video(self.shape, exponent, self.change)
         end = self._end(plan, levels, solver, video)
         square: Array = ((end - video.root) ** 2).sum(axis=0).reshape(self.shape[0], -1).mean(axis=1)
         return square
 
     def _end(self, plan: Plan, levels: Sequence[float], solver: Solver, video: _Video) -> Array:
-        """Returns what a run makes of each unit of noise, (n, n) for n latents."""
+        """Returns the end of a run for each unit of noise, (n, n) for n latents."""
         state, before = np.eye(len(video.root)), None
         stages = [stage for stage in plan.stages for _ in range(stage.steps)]
         for stage, (level, following) in zip(stages, pairwise(levels), strict=True):
@@ -97,13 +97,13 @@ class FirstFrameStudy(Study):
 
 @dataclass(frozen=True, eq=False)
 class _Video:
-    """The covariance (n, n) of a video's latents, token by token, and its symmetric root."""
+    """The covariance (n, n) of a video's latents, ordered by token, and its symmetric root."""
 
     covariance: Array
     root: Array
 
     def latents_of(self, anchors: tuple[int, ...] | None) -> tuple[int, ...]:
-        """Returns the indices of the latents of tokens; None for all."""
+        """Returns the indices of the latents of the anchors, or of all tokens for None."""
         if anchors is None:
             return tuple(range(len(self.covariance)))
         return tuple(4 * token + latent for token in anchors for latent in range(4))
@@ -121,7 +121,7 @@ def _spectrum(video: _Video, seen: tuple[int, ...]) -> tuple[Array, Array]:
 
 @functools.lru_cache(maxsize=8)
 def _video(shape: tuple[int, ...], exponent: float, change: float) -> _Video:
-    """Returns the covariance of the latents of a causal encoder, of mean variance 1, and its root."""
+    """Returns the covariance of a causal encoder's latents, with mean variance 1, and its root."""
     frames, height, width = shape
     axes = np.meshgrid(*(np.fft.fftfreq(side) * side for side in (_LONGEST, height, width)), indexing="ij", sparse=True)
     time, row_, column = axes
@@ -140,19 +140,19 @@ def _video(shape: tuple[int, ...], exponent: float, change: float) -> _Video:
 
 
 def _pictures_of(frame: int) -> range:
-    """Returns the pictures of which a latent frame is the mean."""
+    """Returns the pictures whose mean is a latent frame."""
     return range(1) if frame == 0 else range(1 + PICTURES * (frame - 1), 1 + PICTURES * frame)
 
 
 def _places(shape: tuple[int, ...]) -> Array:
-    """Returns frame, row and column of each latent, (3, n), token by token."""
+    """Returns frame, row and column of each latent, (3, n), ordered by token."""
     frames, height, width = shape
     split = np.indices(shape).reshape(3, frames, height // 2, 2, width // 2, 2)
     return np.asarray(split.swapaxes(3, 4).reshape(3, -1))
 
 
 def _carries(seen: tuple[int, ...], count: int, is_at_anchors: bool) -> Array | float:
-    """Returns where the next step extrapolates from this one: 1, or (n,) of the latents that it showed."""
+    """Returns the weight with which the next step extrapolates from this one: 1, or (n,) for each latent."""
     if not is_at_anchors:
         return 1.0
     where = np.zeros(count)
@@ -164,7 +164,7 @@ def _carries(seen: tuple[int, ...], count: int, is_at_anchors: bool) -> Array | 
 def _anchors_of(
     plan: Plan, stage: Stage, grid: tuple[int, ...], is_first_dense: bool, seed: int
 ) -> tuple[int, ...] | None:
-    """Returns the anchors of a stage, those of the subset stages before among them; None where it shows all."""
+    """Returns the anchors of a stage, including those of earlier subset stages; None if it shows all tokens."""
     if stage.density == 1.0:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +210,7 @@ _PLANS: Mapping[str, tuple[Plan, Variant, Solver]] = MappingProxyType(
 
 
 def first_frame(study: FirstFrameStudy = FirstFrameStudy((5, 12, 16), (3.0, 3.6))) -> Iterator[Measurement]:
-    """Yields subset plans with frames alike, and with the first one dense and the others at less.
+    """Yields subset plans with equal frames, and with the first frame dense and fewer tokens in the others.
 
     `error_of_first_frame` and `error_of_last_frame` are relative to the mean square of the whole video.
     """

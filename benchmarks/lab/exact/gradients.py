@@ -1,7 +1,7 @@
-"""The best network on a subset of many tokens: its normal equations by preconditioned conjugate gradients.
+"""The optimal network on a subset of many tokens, from normal equations solved with preconditioned conjugate gradients.
 
-The covariance of a periodic field is a multiplication between two Fourier transforms, at the anchors as anywhere. So
-nothing larger than the picture is ever stored.
+The covariance of a periodic field is a multiplication between two Fourier transforms, also when restricted to the
+anchors. Nothing larger than the picture is therefore stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scipy import fft  # type: ignore[import-untyped]
 
 from .field import Array
 
-_MOST = 1000  # steps; a few dozen are usual
+_MOST = 1000  # limit of iterations; a few dozen are usual
 
 
 def posterior_mean(
@@ -25,12 +25,12 @@ def posterior_mean(
     Args:
         seen: Noisy latents `(1 - level) x + level e`, (K, n).
         places: Their raster indices in the picture, (n,).
-        power: Of the field at the frequencies of the whole picture, (h, w).
+        power: Power of the field at the frequencies of the whole picture, (h, w).
         level: Noise level in (0, 1].
-        tolerance: Of each residual, over the norm of what was seen.
+        tolerance: Limit of each residual, relative to the norm of `seen`.
 
     Raises:
-        RuntimeError: Where it does not converge.
+        RuntimeError: If it does not converge.
     """
     signal = 1.0 - level
     covariance = _at(places, power)
@@ -45,13 +45,13 @@ def solve(
     """Returns x with `matrix(x) = right`, (K, n), for each of K right sides.
 
     Args:
-        matrix: Symmetric and positive.
-        nearly_inverse: Likewise; the nearer to the inverse, the fewer steps.
+        matrix: A symmetric and positive map.
+        nearly_inverse: The preconditioner, also symmetric and positive; a better inverse needs fewer iterations.
         right: Right sides, (K, n).
-        tolerance: Of each residual, over the norm of its right side.
+        tolerance: Limit of each residual, relative to the norm of its right side.
 
     Raises:
-        RuntimeError: Where it does not converge.
+        RuntimeError: If it does not converge.
     """
     found, residual = np.zeros_like(right), right
     direction = ready = nearly_inverse(residual)
@@ -74,7 +74,7 @@ def _dot(left: Array, right: Array) -> Array:
 
 
 def _at(places: NDArray[np.int64], gain: Array) -> Callable[[Array], Array]:
-    """Returns what multiplies frequencies by `gain` (h, w), seen at some places alone: a map (K, n) -> (K, n)."""
+    """Returns a map (K, n) -> (K, n) that multiplies frequencies by `gain` (h, w), restricted to some places."""
     height, width = gain.shape
     half = gain[:, : width // 2 + 1]
 

@@ -1,4 +1,4 @@
-"""Noise levels of a plan: the model's own, and families of two parameters among which a search chooses."""
+"""Noise levels of a plan: the model's own, and families with two parameters for the search."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ FLUX_SHIFT = 1.15  # diffusers' `calculate_shift` at 4096 tokens: levels are shi
 
 
 def native_levels(steps: int, shift: float = FLUX_SHIFT) -> tuple[float, ...]:
-    """Returns the levels that FLUX.1-dev's pipeline takes: even from 1 to 1 / steps, shifted by exp(shift), then 0."""
+    """Returns the levels of FLUX.1-dev's pipeline: evenly from 1 to 1 / steps, shifted by exp(shift), then 0."""
     factor = math.exp(shift)
     even = (1.0 - step / steps for step in range(steps))
     return (*(factor * level / (1.0 + (factor - 1.0) * level) for level in even), 0.0)
 
 
 def log_ratio_levels(steps: int, first: float, last: float) -> tuple[float, ...]:
-    """Returns 1, then levels even in the log of the signal-to-noise ratio `log((1 - s) / s)`, then 0.
+    """Returns 1, then levels evenly spaced in the log signal-to-noise ratio `log((1 - s) / s)`, then 0.
 
-    A multistep solver extrapolates linearly in that logarithm; DPM-Solver spaces its steps so (arXiv:2206.00927).
+    A multistep solver extrapolates linearly in that logarithm, and DPM-Solver spaces its steps in this way
+    (arXiv:2206.00927).
 
     Args:
         steps: Number of steps, 3 or more.
         first, last: The logarithm at the start of the second and of the last step.
 
     Raises:
-        ConfigError: Where the levels do not fall.
+        ConfigError: If the levels do not fall.
     """
     if steps < 3 or not first < last:
         raise ConfigError(
@@ -43,11 +44,11 @@ def log_ratio_levels(steps: int, first: float, last: float) -> tuple[float, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """Levels by two parameters.
+    """A family of levels with two parameters.
 
     Attributes:
-        name: What rows call it.
-        levels: (steps, parameter, parameter) -> levels, or ConfigError.
+        name: Its name in rows.
+        levels: Maps (steps, parameter, parameter) to levels; raises ConfigError for invalid parameters.
         starts: Parameters that a search tries first.
         is_positive: Whether parameters are above 0 and searched on a logarithmic scale.
     """
@@ -70,11 +71,11 @@ LEAST_GAP = 2.0**-9
 def spaced_beta_levels(steps: int, alpha: float, beta: float) -> tuple[float, ...]:
     """Returns Beta levels that are at least `LEAST_GAP` apart.
 
-    In bfloat16, whose spacing below 1 is 2^-8, closer timesteps round to the same number, and a step between them does
-    nothing.
+    In bfloat16, whose spacing below 1 is 2^-8, closer timesteps round to the same number, and a step between them has
+    no effect.
 
     Raises:
-        ConfigError: Where two of them are closer.
+        ConfigError: If two levels are closer.
     """
     levels = beta_levels(steps, alpha, beta)
     if min(level - after for level, after in pairwise(levels)) < LEAST_GAP:

@@ -1,8 +1,8 @@
 """Runs of pooled and dense stages as linear maps of the start noise, in closed form.
 
-With the best network a stage of one pooling factor is `y -> shrink * y + up(gain * down(y))` on each aliasing block:
-all of its steps average the same areas, so that only scalars change from step to step. A dense stage is the same with
-neither down nor up. The run is the product of its stages, and the end of the exact ODE is `sqrt(power) * noise`.
+With the optimal network, a stage with one pooling factor is `y -> shrink * y + up(gain * down(y))` on each aliasing
+block. All of its steps average the same areas, so only scalars change from step to step. A dense stage is the same
+without `down` and `up`. The run is the product of its stages, and the end of the exact ODE is `sqrt(power) * noise`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from .field import Array, Blocks, Field, Pooling, make_blocks, make_pooling
 from .plan import Plan
 
 Solver = Literal["euler", "dpmpp_2m", "dpmpp_2m_across"]
-"""As `JiTConfig.solver`. "dpmpp_2m" begins each stage with a step of first order; "dpmpp_2m_across" extrapolates from
-the clean estimate of the stage before there, too."""
+"""The solver, as in `JiTConfig.solver`. "dpmpp_2m" begins each stage with a first-order step; "dpmpp_2m_across"
+extrapolates there too, from the clean estimate of the previous stage."""
 
 
 @dataclass(frozen=True)
 class Distances:
-    """How far a run ends from the exact one.
+    """Distances between the end of a run and the exact end.
 
     Attributes:
-        relative_mse: Mean squared error to the end of the exact ODE from the same noise, over that end's mean square.
-        wasserstein_2: Wasserstein-2 distance between the distributions of the ends, over the fields' root mean square;
-            None where noise was drawn.
+        relative_mse: Mean squared error against the end of the exact ODE from the same noise, relative to the mean
+            square of that end.
+        wasserstein_2: Wasserstein-2 distance between the distributions of the ends, relative to the field's root mean
+            square; None if noise was sampled.
     """
 
     relative_mse: float
@@ -42,21 +43,21 @@ class Distances:
 
 @dataclass(frozen=True, eq=False)
 class Laboratory:
-    """A field in the blocks of a cell, with the poolings of the factors that divide it."""
+    """A field in blocks for a cell, with the poolings by all factors that divide the cell."""
 
     blocks: Blocks
     poolings: dict[int, Pooling]
 
     def end(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> Array:
-        """Returns what a run makes of the start noise, (Q, n, n): the state at frequency i from the noise at j.
+        """Returns the end of a run as a map of the start noise, (Q, n, n): the state at frequency i from noise at j.
 
         Args:
             plan: Pooled and dense stages.
             levels: Noise levels, one more than steps.
-            solver: What the steps are.
+            solver: Solver of the steps.
 
         Raises:
-            ValueError: Where levels and steps do not match.
+            ValueError: If levels and steps do not match.
         """
         if len(levels) != plan.steps + 1:
             raise ValueError(
@@ -84,14 +85,14 @@ class Laboratory:
         return Distances(self.relative_mse(end), self.wasserstein_2(end))
 
     def relative_mse(self, end: Array) -> float:
-        """Returns the mean squared error of an end (Q, n, n), relative; see `Distances`."""
+        """Returns the relative mean squared error of an end (Q, n, n); see `Distances`."""
         missed = end - np.sqrt(self.blocks.power)[:, :, None] * np.eye(end.shape[-1])
         return float(self.blocks.count @ (missed**2).sum(axis=(1, 2))) / self.blocks.total
 
     def wasserstein_2(self, end: Array) -> float:
         """Returns the Wasserstein-2 distance of an end (Q, n, n); see `Distances`.
 
-        Its square between centred Gaussians of covariances A = E E^T and B is
+        Its square, between centred Gaussians with covariances A = E E^T and B, is
         `tr A + tr B - 2 tr (B^1/2 A B^1/2)^1/2`; the last trace is the sum of the singular values of `B^1/2 E`.
         """
         power = self.blocks.power
@@ -104,9 +105,9 @@ def make_laboratory(field: Field, cell: int, trained_on: Field | None = None) ->
     """Returns the laboratory of a field, for pooling by all powers of two up to `cell`.
 
     Args:
-        field: What is sampled, and what the dense network knows.
+        field: The field that is sampled and that the dense network knows.
         cell: Largest factor.
-        trained_on: What the network knows where it sees averages; None: the field itself.
+        trained_on: The field that the network assumes when it sees averages; None is the field itself.
     """
     blocks = make_blocks(field, cell)
     known = blocks if trained_on is None else make_blocks(trained_on, cell)
@@ -123,7 +124,7 @@ class Gains:
 
     Attributes:
         state, clean: (c, Q, r).
-        carried: Gain of x beside what is seen of it on averages.
+        carried: Gain of x in addition to its part seen in averages.
     """
 
     state: Array
@@ -134,14 +135,15 @@ class Gains:
 def stage_gains(levels: Sequence[float], pooling: Pooling, solver: Solver, before: float | None = None) -> Gains:
     """Returns the gains of a stage.
 
-    The network returns the mean of the averaged clean field given the averaged state, a gain times `down @ y`. A step
-    keeps the share `following / level` of y; the rest is that mean, extrapolated from the step before and brought up.
+    The network returns the mean of the averaged clean field given the averaged state, which is a gain times `down @ y`.
+    A step keeps the share `following / level` of y. The rest is that mean, extrapolated from the previous step and
+    interpolated to full size.
 
     Args:
-        levels: From the first step's to where the last one ends.
-        pooling: What the network sees.
-        solver: What the steps are.
-        before: Level of the step before the stage, from which the first one extrapolates; None: it is of first order.
+        levels: Levels from the start of the first step to the end of the last one.
+        pooling: The pooling of the stage.
+        solver: Solver of the steps.
+        before: Level of the step before the stage, from which the first step extrapolates; None makes it first order.
     """
     one = np.ones_like(pooling.power)
     seen = one[None] if before is None else np.stack([one, 0.0 * one])  # down @ state, from y and from x
@@ -169,6 +171,6 @@ def posterior_gain(power: Array, level: float) -> Array:
 
 
 def _weighted(gains: Array, seen: Sequence[Array]) -> Array:
-    """Returns the sum of (Q, r, n) maps, each times its gain (Q, r)."""
+    """Returns the sum of (Q, r, n) maps, each multiplied by its gain (Q, r)."""
     parts = [gain[:, :, None] * each for gain, each in zip(gains, seen, strict=True)]
     return functools.reduce(np.add, parts)

@@ -1,8 +1,9 @@
-"""Fields whose detail lies in places, to ask what importance is worth: the product's runs with the best network.
+"""Fields with localised detail, on which activation by importance is measured, with the optimal network.
 
-A picture is `smooth + activity * detail`: two Gaussian fields and one of a few known maps of activity, all equally
-likely. Given the map the field is Gaussian, so the best network weighs the conditional mean under each map by the
-posterior of the map; both are in closed form, on all tokens and on any subset. Runs are the product's own `Run`.
+A picture is `smooth + activity * detail`: two Gaussian fields, and one of several equally likely maps of activity.
+Given the map, the field is Gaussian. The optimal network therefore averages the conditional means under all maps,
+weighted by their posterior. Both have closed forms, on all tokens and on any subset. Runs are the product's own
+`Run`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jitaccel.method.schedule import beta_levels
 from jitaccel.method.steps import KnownLevels
 
 Scores = Callable[[Run, Left], Tensor]
-_QUIET = 0.1  # activity far from where a map is active
+_QUIET = 0.1  # activity outside the active region of a map
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Mixture:
     """Pictures of `side` x `side` latents with detail in one of `per_side`^2 discs.
 
     Attributes:
-        side: Latents along each axis.
-        per_side: Maps along each axis.
-        exponent: Decay of the power of both fields together, `(1 + k^2)^(-exponent / 2)`.
-        split: Frequency in cycles per picture from which on the power is detail.
+        side: Number of latents along each axis.
+        per_side: Number of maps along each axis.
+        exponent: Decay of the total power of both fields, `(1 + k^2)^(-exponent / 2)`.
+        split: Frequency in cycles per picture from which power counts as detail.
     """
 
     side: int = 24
@@ -43,7 +44,7 @@ class Mixture:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tokens along each axis."""
+        """Number of tokens along each axis."""
         return self.side // 2, self.side // 2
 
     @functools.cached_property
@@ -78,12 +79,12 @@ class Mixture:
         return values.clamp(min=0.0), vectors
 
     def clean(self, seen: Tensor, level: float, anchors: Tensor | None = None) -> Tensor:
-        """Returns the mean of the clean latents of the anchors given their noisy ones, (B, M, 4) float64.
+        """Returns the mean of the anchors' clean latents given the noisy ones, (B, M, 4) float64.
 
         Args:
-            seen: (B, M, 4), noisy.
+            seen: (B, M, 4), the noisy latents.
             level: Noise level.
-            anchors: (B, M); None: all tokens.
+            anchors: (B, M); None for all tokens.
         """
         if anchors is None:
             values, vectors = self.spectra
@@ -112,14 +113,14 @@ class Mixture:
         return torch.randn(count, self.side**2 // 4, 4, generator=generator)
 
     def end(self, noise: Tensor, steps: int = 60) -> Tensor:
-        """Returns nearly the end of the exact ODE from `noise`, by many dense 2M steps, (B, N, 4)."""
+        """Returns the approximate end of the exact ODE from `noise`, (B, N, 4), with many dense 2M steps."""
         config = JiTConfig(densities=(1.0,), boundaries=(1.0,), steps=steps, solver="dpmpp_2m", alpha=0.6, beta=0.4)
         return self.run(config, noise)
 
     def run(self, config: JiTConfig, noise: Tensor, scores: Scores = importance_of) -> Tensor:
         """Returns the end of the product's run of a configuration on Beta levels, (B, N, 4).
 
-        scores: What tokens are activated by.
+        `scores` decide which tokens are activated.
         """
         clock = KnownLevels(config, beta_levels(int(config.steps), config.alpha, config.beta))
         state = noise
@@ -133,10 +134,10 @@ class Mixture:
         return state
 
     def map_of(self, pictures: Tensor) -> Tensor:
-        """Returns the likeliest map of clean pictures (B, N, 4), (B,)."""
+        """Returns the index (B,) of the most likely map of clean pictures (B, N, 4)."""
         values, vectors = self.spectra
         inside = torch.einsum("bn, jnk -> jbk", pictures.double().flatten(1), vectors)
-        variance = values + 1e-6  # a run that ends a little off the field must not count as impossible
+        variance = values + 1e-6  # so that a run that ends slightly outside the field's support is not impossible
         fit = -0.5 * ((inside.square() / variance[:, None]).sum(-1) + variance.log().sum(-1)[:, None])
         return fit.argmax(dim=0)
 
@@ -160,7 +161,7 @@ def by_chance(run: Run, left: Left) -> Tensor:
 
 
 def by_truth(mixture: Mixture, ends: Tensor) -> Scores:
-    """Returns scores that know where the picture of the exact ODE has its detail."""
+    """Returns scores that know where the exact ODE's picture has its detail."""
     known = mixture.activity[mixture.map_of(ends)].unflatten(1, (-1, 4)).mean(dim=-1).float()
     return lambda run, left: known
 

@@ -1,4 +1,4 @@
-"""Draws error against cost from the committed rows: `python -m benchmarks.lab.exact.picture docs/exact-lab.svg`."""
+"""Plots error against cost from the committed rows: `python -m benchmarks.lab.exact.picture docs/exact-lab.svg`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Line:
     """One line of the picture, in both panels.
 
     Attributes:
-        name: In the legend.
-        colour: As SVG has it.
+        name: Name in the legend.
+        colour: SVG colour.
         is_dense: Whether it shows dense steps, which are dashed.
-        case: Whose rows it is.
-        levels: Of which family they are.
+        case: The case whose rows it shows.
+        levels: Their family of levels.
     """
 
     name: str
@@ -51,17 +51,17 @@ LINES = (
 
 
 def points(line: Line, rows: Sequence[Fields], spectrum: str) -> list[Point]:
-    """Returns cost and error of a line's 2M rows; of pooled plans the front, where no target chose them."""
+    """Returns cost and error of a line's 2M rows; for pooled plans only the front, without those chosen by a target."""
     found = [row for row in rows if row["case"] == line.case and row["levels"] == line.levels]
     shown = [row for row in found if row["solver"] != "euler" and "target" not in row]
     return sorted((row["cost_dense_steps"], row["relative_mse"][spectrum]) for row in shown)
 
 
 def picture(rows: Sequence[Fields]) -> str:
-    """Returns the picture as SVG: a panel for each spectrum of the dense steps, and a legend.
+    """Returns the plot as SVG, with a panel for each spectrum of the dense steps and a legend.
 
     Raises:
-        ValueError: Where there are no rows of dense steps.
+        ValueError: If there are no rows of dense steps.
     """
     of = [row for row in rows if row["benchmark"] == BENCHMARK]
     spectra = next((list(row["relative_mse"]) for row in of if row["case"] == "dense steps"), [])
@@ -126,7 +126,7 @@ def _down(error: float) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the picture of committed results."""
+    """Plots committed results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="SVG to write")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON lines")

@@ -1,4 +1,4 @@
-"""Plans: how many steps are pooled, on a subset, or dense; and what they cost."""
+"""Plans: the numbers of pooled, subset and dense steps, and their cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jitaccel.patches.flux.flops import flux_flops
 
 from ...pipelines import FLUX_DEV
 
-TEXT_TOKENS = 512  # of FLUX.1-dev
+TEXT_TOKENS = 512  # FLUX.1-dev's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,9 @@ class Stage:
     """Steps of one kind.
 
     Attributes:
-        steps: How many.
-        factor: Side of the areas that are averaged; 1 averages nothing.
-        density: Share of the tokens that the network sees; 1.0 shows all of them.
+        steps: Number of steps.
+        factor: Side of the averaged areas; 1 averages nothing.
+        density: Share of the tokens that the network sees; 1.0 is all of them.
     """
 
     steps: int
@@ -73,12 +73,12 @@ def pooled(*steps_of: tuple[int, int]) -> Plan:
 
 
 def cost_by_tokens(plan: Plan) -> float:
-    """Returns the cost in dense steps where a step costs its share of the tokens."""
+    """Returns the cost in dense steps if the cost of a step is its share of the tokens."""
     return sum(stage.steps * stage.share for stage in plan.stages)
 
 
 def cost_on_flux(plan: Plan, num_tokens: int) -> float:
-    """Returns the cost in dense steps of FLUX.1-dev, attention and 512 text tokens counted (`flux_flops`)."""
+    """Returns the cost in dense steps of FLUX.1-dev, attention and 512 text tokens included (`flux_flops`)."""
     return sum(stage.steps * _share_on_flux(int(stage.share * num_tokens), num_tokens) for stage in plan.stages)
 
 
@@ -91,9 +91,9 @@ def pooled_plans(most: Sequence[int], num_tokens: int, costs: tuple[float, float
     """Returns the plans of pooled-by-4, pooled-by-2 and dense steps within a range of costs on FLUX.1-dev.
 
     Args:
-        most: Largest numbers of steps of each of the three kinds; a plan has one dense step at least.
-        num_tokens: Tokens of the whole picture.
-        costs: Least and largest cost, in dense steps.
+        most: Largest number of steps of each of the three kinds; a plan has at least one dense step.
+        num_tokens: Number of tokens of the whole picture.
+        costs: Smallest and largest cost, in dense steps.
     """
     found = [
         pooled((by_four, 4), (by_two, 2), (whole, 1))

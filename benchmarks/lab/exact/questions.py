@@ -1,4 +1,4 @@
-"""What the exact laboratory is asked: dense steps, pooled plans, targets, other sizes and spectra. Each yields rows."""
+"""Questions for the exact laboratory: dense steps, pooled plans, targets, other sizes and spectra. Each yields rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MOST, _COSTS = (4, 10, 10), (3.0, 12.5)  # steps pooled by 4, pooled by 2, dens
 
 
 def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> Iterator[Measurement]:
-    """Yields dense steps: Euler's on the model's own levels, 2M on those, and 2M with levels searched."""
+    """Yields dense steps: Euler on the model's own levels, 2M on these levels, and 2M on searched levels."""
     for steps in (7, 28, 50):
         yield row(study, dense(steps), native_levels(steps), "native", "euler")
     for steps in (7, 10, 28):
@@ -61,9 +61,9 @@ def dense_steps(study: Study = FLUX, counts: Sequence[int] = range(4, 13)) -> It
 
 
 def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterator[Measurement]:
-    """Yields the front of plans of which half of the steps are pooled, then the best for each target that some can pay.
+    """Yields the front of plans with at least half of the steps pooled, then the best plan for each affordable target.
 
-    `limit_share` is the error over the least limit of the target, against dense steps on the same family of levels.
+    `limit_share` is the error divided by the target's smallest limit, against dense steps on the same family of levels.
     """
     family = way.family
     line = dense_line(study, family)
@@ -90,7 +90,7 @@ def plans(way: Way, study: Study = FLUX, most: Sequence[int] = _MOST) -> Iterato
 
 
 def product_plan(config: JiTConfig) -> Plan:
-    """Returns the stages of a configuration of the product."""
+    """Returns the stages of a product configuration."""
     starts = (0, *config.stage_ends(int(config.steps)))
     factors = [config.pooling_of(stage) for stage in range(config.num_stages)]
     return Plan(
@@ -102,7 +102,7 @@ def product_plan(config: JiTConfig) -> Plan:
 
 
 def product_presets() -> Iterator[Measurement]:
-    """Yields the product's own pooled presets against their targets, and every plan of `preset="auto"`."""
+    """Yields the product's pooled presets against their targets, and every plan of `preset="auto"`."""
     line, names = dense_line(FLUX), {config: name for name, config in PRODUCT.items()}
     for config in POOLED_PLANS.values():
         way, parameters = WAYS["spaced Beta levels, across"], (config.alpha, config.beta)
@@ -115,7 +115,7 @@ def product_presets() -> Iterator[Measurement]:
         yield found_row(FLUX, found, extra)
 
 
-# Two-stage plans that `plans` found, and their levels, some of which are equal in bfloat16.
+# Two-stage plans found by `plans`, with their levels, some of which are equal in bfloat16.
 PRESETS: Mapping[str, Mapping[str, tuple[Plan, tuple[float, float]]]] = MappingProxyType(
     {
         "Beta levels": {
@@ -138,7 +138,7 @@ PRESETS: Mapping[str, Mapping[str, tuple[Plan, tuple[float, float]]]] = MappingP
 
 
 def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Measurement]:
-    """Yields plans on levels that were searched at 128x128 latents for 2.0 and 2.6, at other sizes and spectra."""
+    """Yields plans at other sizes and spectra, on levels that were searched at 128x128 latents for 2.0 and 2.6."""
     for side in sides:
         study = Study((side, side), (1.4, 2.0, 2.3, 2.6, 3.0))
         for name, presets in PRESETS.items():
@@ -155,7 +155,7 @@ def elsewhere(sides: Sequence[int] = (64, 128, 256)) -> Iterator[Measurement]:
 
 
 def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) -> Iterator[Measurement]:
-    """Yields the presets' plans where the network that sees averages knows another spectrum than the dense one."""
+    """Yields the presets' plans with a network that assumes a different spectrum at half size than at full size."""
     for offset in offsets:
         study = Study(FLUX.shape, FLUX.exponents, offset)
         for name, presets in PRESETS.items():
@@ -168,9 +168,10 @@ def other_half_size(offsets: Sequence[float] = (-0.3, -0.15, 0.0, 0.15, 0.3)) ->
 
 
 def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] = (0, 8, 9)) -> Iterator[Measurement]:
-    """Yields the front of plans that are good, on average, where the half size is off by -0.15, 0 or 0.15.
+    """Yields the front of plans that are good on average if the spectrum at half size is off by -0.15, 0 or 0.15.
 
-    `relative_mse` is with the best half size, `relative_mse_off` with the others. Plans have one pooled step at least.
+    `relative_mse` is the error without an offset, `relative_mse_off` with the others. Plans have at least one pooled
+    step.
     """
     doubtful = DoubtfulStudy(study.shape, study.exponents)
     chosen = [plan for plan in pooled_plans(most, study.num_tokens, _COSTS) if plan.cheap_steps]
@@ -187,10 +188,10 @@ def doubtful_half_size(solver: Solver, study: Study = FLUX, most: Sequence[int] 
 
 
 def activation(mixture: Mixture = MIXTURE, count: int = 32, seed: int = 0) -> Iterator[Measurement]:
-    """Yields what activation by importance is worth where detail lies in places, on two plans.
+    """Yields the effect of activation by importance on pictures with localised detail, for two plans.
 
-    `more_than_random` is the mean over pictures of the squared error beyond that of random activation, divided by the
-    mean of the latter; `standard_error` is of that. "truth" knows where the detail of the exact end lies.
+    `more_than_random` is the mean over pictures of the squared error minus that of random activation, divided by the
+    mean of the latter; `standard_error` is its standard error. "truth" knows where the exact result has its detail.
     """
     noise = mixture.noise(count, seed)
     end = mixture.end(noise)
@@ -236,7 +237,7 @@ def video(study: Study = VIDEO) -> Iterator[Measurement]:
 
 
 def earlier_rows() -> Iterator[Measurement]:
-    """Yields rows that a sampled program had before, for comparison."""
+    """Yields plans that an earlier sampling program measured, for comparison."""
     small = Study((32, 32), (1.4, 2.0))
     for plan in (dense(6), dense(7), pooled((4, 2), (5, 1))):
         yield row(small, plan, BETA.levels(plan.steps, 1.4, 0.425), BETA.name, "dpmpp_2m", {}, (1.4, 0.425))
@@ -252,7 +253,7 @@ def earlier_rows() -> Iterator[Measurement]:
 def found_row(
     study: Study, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = ""
 ) -> Measurement:
-    """Returns the row of a plan on the levels that were found for it."""
+    """Returns the row of a plan on the levels found for it."""
     family, solver = found.way.family.name, found.way.solver
     return row(study, found.plan, found.levels, family, solver, extra, found.parameters, name)
 
@@ -267,7 +268,7 @@ def row(
     parameters: Sequence[float] = (),
     name: str = "",
 ) -> Measurement:
-    """Returns the row of a plan on levels of a family, with what else it is to hold."""
+    """Returns the row of a plan on levels of a family, with `extra` fields."""
     distances = study.distances(plan, levels, solver)
     return row_of(
         study, plan, distances, solver, {"levels": family, "level_parameters": list(parameters), **extra}, name
@@ -282,7 +283,7 @@ def row_of(
     extra: Mapping[str, Any],
     name: str = "",
 ) -> Measurement:
-    """Returns the row of a run. extra: at least its `levels` and `level_parameters`."""
+    """Returns the row of a run; `extra` must contain `levels` and `level_parameters`."""
     errors = by_spectrum(study, [each.relative_mse for each in distances])
     between = [each.wasserstein_2 for each in distances if each.wasserstein_2 is not None]
     fields = {
@@ -305,5 +306,5 @@ def row_of(
 
 
 def by_spectrum(study: Study, values: Sequence[float]) -> dict[str, float]:
-    """Returns values by the spectrum that they are of, with five digits."""
+    """Returns values by spectrum, with five digits."""
     return {f"{exponent:.1f}": float(f"{value:.5g}") for exponent, value in zip(study.exponents, values, strict=True)}

@@ -1,4 +1,4 @@
-"""Tables and the picture of docs/exact-lab.md, made of rows alone."""
+"""Makes the tables of docs/exact-lab.md from rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BENCHMARK = "exact"
 
 
 def tables(rows: Sequence[Fields]) -> str:
-    """Returns a table for each question, in Markdown, and where the numbers come from."""
+    """Returns a Markdown table for each question, with the origin of its numbers."""
     found = [row for row in rows if row["benchmark"] == BENCHMARK]
     parts = []
     for case in dict.fromkeys(row["case"] for row in found):
@@ -84,7 +84,7 @@ def _extra(value: object) -> str:
 
 
 def _short(value: float) -> str:
-    """Returns a number with two digits at least, never in powers of ten."""
+    """Returns a number with at least two digits, never in scientific notation."""
     if value >= 1.0:
         return f"{value:.2f}"
     return f"{value:.{max(2, 1 - math.floor(math.log10(value)))}f}" if value > 0.0 else "0"

@@ -1,4 +1,4 @@
-"""Plans measured on several fields at once, and the search for levels and plans."""
+"""Measures plans on several fields at once, and searches for levels and plans."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .levels import BETA, Family
 from .linear import Distances, Laboratory, Solver, make_laboratory
 from .plan import Plan, cost_on_flux, dense
 
-_BETTER = 0.97  # of the error of a cheaper plan: what a dearer one must have to be on the front
-_WITHIN = 2.0  # plans whose first error is so many times the best of their cost are not refined
+_BETTER = 0.97  # a dearer plan is on the front if its error is below this multiple of any cheaper plan's
+_WITHIN = 2.0  # plans whose first error exceeds this multiple of the best at their cost are not refined
 
 
 @dataclass(frozen=True)
 class Study:
-    """Fields of one size and several spectra, on which one setting has to be good.
+    """Fields of one size and several spectra, on all of which one setting has to be good.
 
     Attributes:
-        shape: Latents, (h, w) or (t, h, w); a token is 2 x 2 of them.
+        shape: Latents, (h, w) or (t, h, w); a token has 2 x 2 of them.
         exponents: Decay of each spectrum.
-        pooled_off_by: What is added to the decay for the network that sees averages; 0 makes it the best one.
+        pooled_off_by: Offset of the decay that the network assumes for averages; 0 makes it optimal.
     """
 
     shape: tuple[int, ...]
@@ -37,17 +37,17 @@ class Study:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Tokens along each axis."""
+        """Number of tokens along each axis."""
         *frames, height, width = self.shape
         return (*frames, height // 2, width // 2)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a picture."""
+        """Number of tokens of a picture."""
         return math.prod(self.grid)
 
     def laboratories(self, cell: int) -> tuple[Laboratory, ...]:
-        """Returns a laboratory of each spectrum, for pooling by factors up to `cell`."""
+        """Returns a laboratory for each spectrum, for pooling by factors up to `cell`."""
         return tuple(_laboratory(self.shape, exponent, cell, self.pooled_off_by) for exponent in self.exponents)
 
     def errors(self, plan: Plan, levels: Sequence[float], solver: Solver = "dpmpp_2m") -> tuple[float, ...]:
@@ -61,10 +61,10 @@ class Study:
 
 @dataclass(frozen=True)
 class DoubtfulStudy(Study):
-    """A study in which it is not known how far off the network is that sees averages.
+    """A study with an unknown error of the network that sees averages.
 
     Attributes:
-        offsets: Each counts alike; `errors` has those of every spectrum for the first one, then for the next.
+        offsets: Offsets with equal weights; `errors` lists all spectra for the first offset, then for the next.
     """
 
     offsets: tuple[float, ...] = (-0.15, 0.0, 0.15)
@@ -86,8 +86,8 @@ class Way:
     """How a plan's levels are chosen and its steps are made.
 
     Attributes:
-        family: Of the levels.
-        solver: Of the steps.
+        family: Family of the levels.
+        solver: Solver of the steps.
     """
 
     family: Family = BETA
@@ -96,12 +96,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan with the levels that were found for it.
+    """A plan with the levels found for it.
 
     Attributes:
         plan: Its stages.
-        way: Family of its levels, and solver.
-        parameters: Of the levels.
+        way: The family of its levels, and its solver.
+        parameters: Parameters of its levels.
         errors: Relative mean squared error for each spectrum.
     """
 
@@ -122,24 +122,24 @@ class Found:
 
 
 def with_levels(plan: Plan, study: Study, way: Way, parameters: tuple[float, float]) -> Found:
-    """Returns a plan on given levels, measured."""
+    """Returns a plan measured on given levels."""
     levels = way.family.levels(plan.steps, *parameters)
     return Found(plan, way, parameters, study.errors(plan, levels, way.solver))
 
 
 def coarse_levels(plan: Plan, study: Study, way: Way) -> Found:
-    """Returns a plan on the best levels that its family starts from, by the geometric mean of its errors."""
+    """Returns a plan on the best of its family's start levels, by the geometric mean of its errors."""
     tried = (_tried(plan, study, way, parameters) for parameters in way.family.starts)
     return min((found for found in tried if found is not None), key=lambda found: found.mean_error)
 
 
 def search_levels(plan: Plan, study: Study, way: Way = Way()) -> Found:
-    """Returns a plan on the best levels: the family's best start, refined by Nelder and Mead's method."""
+    """Returns a plan on the best levels: the family's best start levels, refined with the Nelder-Mead method."""
     return refined(coarse_levels(plan, study, way), study)
 
 
 def refined(start: Found, study: Study) -> Found:
-    """Returns a plan on better levels near those that it has, to three digits."""
+    """Returns a plan on better levels near its current ones, to three digits."""
     way = start.way
     is_positive = way.family.is_positive
 
@@ -159,7 +159,7 @@ def refined(start: Found, study: Study) -> Found:
 
 
 def _tried(plan: Plan, study: Study, way: Way, parameters: tuple[float, float]) -> Found | None:
-    """Returns a plan on given levels, or None where they do not fall."""
+    """Returns a plan measured on given levels, or None if they do not fall."""
     try:
         return with_levels(plan, study, way, parameters)
     except ConfigError:
@@ -171,10 +171,10 @@ def _score(errors: Sequence[float]) -> float:
 
 
 def search_plans(plans: Sequence[Plan], study: Study, way: Way = Way()) -> list[Found]:
-    """Returns plans on the best levels, cheapest first; those far worse than cheaper ones are left out.
+    """Returns plans on the best levels, cheapest first, without those far worse than cheaper ones.
 
-    Every plan is tried on the levels that its family starts from. A plan is refined where its error there is below
-    `_WITHIN` times the least of the plans that cost no more.
+    Every plan is tried on its family's start levels. A plan is refined if its error there is below `_WITHIN` times the
+    smallest error of the plans that do not cost more.
     """
     coarse = sorted((coarse_levels(plan, study, way) for plan in plans), key=lambda found: _cost(found, study))
     least = np.minimum.accumulate([found.mean_error for found in coarse])
@@ -184,7 +184,7 @@ def search_plans(plans: Sequence[Plan], study: Study, way: Way = Way()) -> list[
 
 
 def front(found: Sequence[Found], study: Study) -> Iterator[Found]:
-    """Yields the plans that are better, by 3 % at least, than all that cost no more, cheapest first."""
+    """Yields the plans that are at least 3 % better than all plans of the same or lower cost, cheapest first."""
     best = math.inf
     for each in sorted(found, key=lambda one: (_cost(one, study), one.mean_error)):
         if each.mean_error <= _BETTER * best:
@@ -198,9 +198,9 @@ def _cost(found: Found, study: Study) -> float:
 
 @functools.lru_cache(maxsize=8)
 def dense_line(study: Study, family: Family = BETA, most: int = 14) -> Mapping[int, tuple[float, ...]]:
-    """Returns the line to beat: errors of 3 to `most` dense 2M steps, with levels searched for each spectrum alone.
+    """Returns the line to beat: errors of 3 to `most` dense 2M steps, on levels searched separately for each spectrum.
 
-    Where more steps are worse than fewer, which log-ratio levels make them, the fewer count.
+    If more steps are worse than fewer, which happens with log-ratio levels, the error of the fewer is used.
     """
     way = Way(family=family)
     counts = range(3, most + 1)
@@ -213,10 +213,10 @@ def dense_line(study: Study, family: Family = BETA, most: int = 14) -> Mapping[i
 
 
 def ratios_to_dense(errors: Sequence[float], cost: float, line: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:
-    """Returns errors over those of dense steps of equal cost, between whole numbers of steps along straight log errors.
+    """Returns errors divided by those of dense steps of equal cost, with log errors interpolated between whole steps.
 
     Raises:
-        ValueError: Where the line does not reach to the cost.
+        ValueError: If the line does not extend to this cost.
     """
     below = math.floor(cost)
     above = below if cost == below else below + 1

@@ -1,10 +1,10 @@
-"""Runs with stages on a subset of the tokens, exactly: what they make of every unit noise.
+"""Exact runs with stages on a subset of the tokens, computed from every unit of noise.
 
-The best network on anchors returns the mean of their clean latents given their noisy ones, by the normal equations of
-the field's covariance. While the anchors do not depend on the picture the run is linear in its noise, so what it makes
-of each single unit of noise says all. Anchors are drawn with a seed: the lattice of `first_anchors`, then at random.
-Above 32x32 tokens single units are too many: noise is drawn there, and the normal equations are solved by conjugate
-gradients.
+The optimal network on anchors returns the mean of their clean latents given the noisy ones, from the normal equations
+of the field's covariance. If the anchors do not depend on the picture, the run is linear in its noise, so its ends for
+single units of noise determine it completely. Anchors are drawn with a seed: the lattice of `first_anchors`, then at
+random. Above 32x32 tokens there are too many units, so noise is sampled, and conjugate gradients solve the normal
+equations.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .linear import Distances, Solver, posterior_gain
 from .plan import Plan, Stage
 from .study import Study
 
-_MOST_LATENTS = 4096  # of anchors, whose normal equations are solved directly
+_MOST_LATENTS = 4096  # up to this many anchor latents, the normal equations are solved directly
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a subset stage reaches the other tokens, as in `JiTConfig`.
+    """How a subset stage treats the tokens that are not anchors, as in `JiTConfig`.
 
     Attributes:
-        lifter: What is interpolated from the anchors.
+        lifter: The quantity that is interpolated from the anchors.
         move: How far newly activated tokens move to their target, from 0 to 1.
-        noise: Of the target.
-        seed: Of the anchors.
+        noise: Noise of the target.
+        seed: Seed of the anchors.
     """
 
     lifter: Literal["velocity", "clean"] = "clean"
@@ -50,16 +50,16 @@ class Variant:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether tokens are moved to targets with noise of their own."""
+        """Whether tokens are moved to targets with fresh noise."""
         return self.move > 0.0 and self.noise == "fresh"
 
 
 @dataclass(frozen=True)
 class SubsetStudy(Study):
-    """A study whose plans may have stages on a subset of the tokens; up to 32 x 32 of them, one frame, best networks.
+    """A study whose plans may have subset stages, for up to 32 x 32 tokens, one frame and optimal networks.
 
     Attributes:
-        variant: Of the subset stages.
+        variant: Variant of the subset stages.
     """
 
     variant: Variant = Variant()
@@ -79,14 +79,14 @@ class SubsetStudy(Study):
 
 
 def relative_mse(end: Array, field: Field) -> float:
-    """Returns the mean squared error of what was made of the unit noises (K, h, w), as `Distances` has it."""
+    """Returns the relative mean squared error of the ends (K, h, w) for units of noise; see `Distances`."""
     exact = _exact_end(field)
     own, fresh = end[: len(exact)], end[len(exact) :]
     return float(((own - exact) ** 2).sum() + (fresh**2).sum()) / len(exact)
 
 
 def wasserstein_2(end: Array, field: Field) -> float:
-    """Returns the Wasserstein-2 distance, as `Distances` has it; see `Laboratory.wasserstein_2`."""
+    """Returns the Wasserstein-2 distance as defined in `Distances`; see `Laboratory.wasserstein_2`."""
     exact = _exact_end(field)
     size = len(exact)
     shared = float(np.linalg.svd(end.reshape(len(end), size) @ exact.reshape(size, size), compute_uv=False).sum())
@@ -95,12 +95,12 @@ def wasserstein_2(end: Array, field: Field) -> float:
 
 @dataclass(frozen=True)
 class SampledSubsetStudy(Study):
-    """A study on drawn noise, for any number of tokens in one frame: its errors have a standard error.
+    """A study on sampled noise, for any number of tokens in one frame. Its errors have a standard error.
 
     Attributes:
-        variant: Of the subset stages.
-        count: Pictures, for each of which there is noise of its own, the same for every plan.
-        seed: Of the noise.
+        variant: Variant of the subset stages.
+        count: Number of pictures. Each has its own noise, which is the same for every plan.
+        seed: Seed of the noise.
     """
 
     variant: Variant = Variant()
@@ -129,9 +129,9 @@ class SampledSubsetStudy(Study):
 
 
 def end_of(plan: Plan, levels: Sequence[float], field: Field, solver: Solver, variant: Variant) -> Array:
-    """Returns the ends (K, h, w) of a run from every unit of its noise (`run_from`).
+    """Returns the ends (K, h, w) of a run for every unit of its noise (`run_from`).
 
-    The first h w are those of the start noise; as many follow for the fresh noise of moved tokens, where there is any.
+    The first h w belong to the start noise. If moved tokens get fresh noise, as many follow for that noise.
     """
     height, width = field.shape
     own = np.eye(height * width).reshape(-1, height, width)
@@ -147,12 +147,12 @@ def run_from(
 
     Args:
         state: Start noise, (K, h, w).
-        noise: Of the targets of moved tokens, (K, h, w).
-        plan: Stages; shares of the tokens rise from one subset to the next.
+        noise: Noise for the targets of moved tokens, (K, h, w).
+        plan: The stages; the share of tokens rises from one subset stage to the next.
         levels: Noise levels, one more than steps.
-        field: Of one frame.
-        solver: As the product's `Multistep`: where a subset stage ends, its anchors are extrapolated all the same.
-        variant: Of the subset stages.
+        field: The field of one frame.
+        solver: The solver. As in the product's `Multistep`, anchors are also extrapolated at the end of a subset stage.
+        variant: Variant of the subset stages.
     """
     height, width = field.shape
     grid = (height // 2, width // 2)
@@ -175,7 +175,7 @@ def run_from(
 
 @dataclass(frozen=True, eq=False)
 class _Before:
-    """The step before: its stage, level, clean estimate (K, h, w) and anchors (M,), None where there are none."""
+    """The previous step: its stage, level, clean estimate (K, h, w) and anchors (M,), or None without anchors."""
 
     stage: Stage
     level: float
@@ -184,7 +184,7 @@ class _Before:
 
 
 def _carries(before: _Before, changes: bool, solver: Solver, grid: tuple[int, int]) -> Array | float:
-    """Returns where the next step extrapolates from this one: 1, 0, or a picture (h, w) of both."""
+    """Returns the weight with which the next step extrapolates from this one: 1, 0, or a picture (h, w) of both."""
     if not changes or solver == "dpmpp_2m_across":
         return 1.0
     if before.anchors is None:
@@ -213,7 +213,7 @@ def _clean(
 
 
 def _mean_at(anchors: tuple[int, ...], seen: Array, level: float, field: Field) -> Array:
-    """Returns the best network's clean latents of the anchors, (K, 4 M), from their noisy ones."""
+    """Returns the optimal network's clean latents of the anchors, (K, 4 M), from their noisy ones."""
     if seen.shape[1] > _MOST_LATENTS:
         return posterior_mean(seen, _places(field, anchors), _averaged_power(field, 1), level)
     variances, basis = _covariance_of(field, anchors)
@@ -242,7 +242,7 @@ def _moved(
 
 @functools.lru_cache(maxsize=64)
 def _anchors_of(plan: Plan, stage: Stage, grid: tuple[int, int], seed: int) -> tuple[int, ...] | None:
-    """Returns the anchors of a stage, which hold those of the subset stages before it; None where it shows all."""
+    """Returns the anchors of a stage, including those of earlier subset stages; None if it shows all tokens."""
     if stage.density == 1.0:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -284,7 +284,7 @@ def _places(field: Field, anchors: tuple[int, ...]) -> NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=16)
 def _averaged_power(field: Field, factor: int) -> Array:
-    """Returns the power of the field of averages over f x f latents, in units in which noise has variance level^2."""
+    """Returns the power of the field averaged over f x f latents, in units in which noise has variance level^2."""
     rows, columns = np.meshgrid(*(np.arange(side, dtype=np.float64) for side in field.shape), indexing="ij")
     power = field.power(rows, columns)
     box = np.zeros(field.shape)
@@ -295,7 +295,7 @@ def _averaged_power(field: Field, factor: int) -> Array:
 
 @functools.lru_cache(maxsize=8)
 def _exact_end(field: Field) -> Array:
-    """Returns what the exact ODE makes of each unit of noise, (h w, h, w)."""
+    """Returns the end of the exact ODE for each unit of noise, (h w, h, w)."""
     height, width = field.shape
     every = np.eye(height * width).reshape(-1, height, width)
     return np.asarray(np.fft.ifft2(np.fft.fft2(every) * np.sqrt(_averaged_power(field, 1))).real)

@@ -1,4 +1,4 @@
-"""What the exact laboratory is asked about subset stages, at 16x16 tokens exactly and at 64x64 on drawn noise."""
+"""Questions for the exact laboratory about subset stages, at 16x16 tokens exactly and at 64x64 on sampled noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .study import Found, Study, Way, refined, search_levels, with_levels
 from .subset import SampledSubsetStudy, SubsetStudy, Variant
 
 LARGE = SampledSubsetStudy(FLUX.shape, FLUX.exponents, count=64)
-_SEARCHED_ON = 8  # pictures, of which the rows' own are 64
+_SEARCHED_ON = 8  # pictures used in searches; rows use 64
 
 _PAPER = Plan((Stage(steps=4, density=0.32), Stage(steps=3, density=0.6), Stage(steps=4)))  # 7x-paper
 _PAPER_LEVELS = (1.4, 0.425)
@@ -38,7 +38,7 @@ _VARIANTS: Mapping[str, tuple[Variant, Solver]] = MappingProxyType(
 
 
 def subset_variants() -> Iterator[Measurement]:
-    """Yields the paper's 7x and its variants, at 32x32 latents on the paper's levels; activation is random."""
+    """Yields the paper's 7x and its variants at 32x32 latents, with the paper's levels and random activation."""
     levels = BETA.levels(_PAPER.steps, *_PAPER_LEVELS)
     for name, (variant, solver) in _VARIANTS.items():
         study = SubsetStudy((32, 32), (1.4, 2.0), variant=variant)
@@ -49,7 +49,7 @@ def subset_variants() -> Iterator[Measurement]:
 
 
 def subset_or_pooled() -> Iterator[Measurement]:
-    """Yields plans of equal cost by tokens, with subset steps and with pooled ones, levels searched for each."""
+    """Yields plans of equal cost by tokens with subset steps and with pooled steps, on levels searched for each."""
     study = SubsetStudy((32, 32), (2.0, 2.6))
     for solver in ("dpmpp_2m", "dpmpp_2m_across"):
         way = Way(BETA, solver)
@@ -61,16 +61,17 @@ def subset_or_pooled() -> Iterator[Measurement]:
 
 
 def variant_of(config: JiTConfig) -> Variant:
-    """Returns how a configuration of the product reaches the tokens that are no anchors."""
+    """Returns the variant that corresponds to a product configuration."""
     return Variant(config.lifter, config.move_weight, config.noise)
 
 
 def subset_presets(
     names: Sequence[str] = ("7x-paper", "4x-paper", "few-steps"), study: SampledSubsetStudy = LARGE
 ) -> Iterator[Measurement]:
-    """Yields the product's presets with subset stages at the size of FLUX.1, on drawn noise; activation is random.
+    """Yields the product's presets with subset stages at FLUX.1's size, on sampled noise with random activation.
 
-    Next to each dense steps of its cost, to the nearest whole, on its levels by its solver; these are exact.
+    Each is followed by dense steps of its cost, rounded to a whole number, on its levels and with its solver; these are
+    exact.
     """
     exact = Study(study.shape, study.exponents)
     for name in names:
@@ -85,7 +86,7 @@ def subset_presets(
 
 
 def paper_variants(study: SampledSubsetStudy = LARGE) -> Iterator[Measurement]:
-    """Yields the paper's 7x and its variants at the size of FLUX.1, on the paper's levels; activation is random."""
+    """Yields the paper's 7x and its variants at FLUX.1's size, with the paper's levels and random activation."""
     for name, (variant, solver) in _VARIANTS.items():
         found = Found(_PAPER, Way(BETA, solver), _PAPER_LEVELS, ())
         yield drawn_row(replace(study, variant=variant), found, {"variant": name}, f"{name}: ")
@@ -94,9 +95,10 @@ def paper_variants(study: SampledSubsetStudy = LARGE) -> Iterator[Measurement]:
 def large_subset_or_pooled(
     steps_of: Sequence[tuple[int, int]] = ((6, 5), (6, 3)), study: SampledSubsetStudy = LARGE
 ) -> Iterator[Measurement]:
-    """Yields pooled and subset plans of equal cost at the size of FLUX.1, spaced levels searched for each.
+    """Yields pooled and subset plans of equal cost at FLUX.1's size, on spaced levels searched for each.
 
-    A pooled plan is searched exactly, a subset one on fewer pictures than its row has, from the levels of the former.
+    The search is exact for a pooled plan. For a subset plan it starts from the pooled plan's levels and uses fewer
+    pictures than its row.
     """
     exact = Study(study.shape, study.exponents)
     for cheap, whole in steps_of:
@@ -112,7 +114,7 @@ def large_subset_or_pooled(
 def drawn_row(
     study: SampledSubsetStudy, found: Found, extra: Mapping[str, Any] = MappingProxyType({}), name: str = ""
 ) -> Measurement:
-    """Returns the row of a plan on the study's noise, with the standard error of each mean."""
+    """Returns the row of a plan on the study's sampled noise, with the standard error of each mean."""
     way = found.way
     pictures = study.of_pictures(found.plan, found.levels, way.solver)
     distances = [Distances(float(each.mean()), None) for each in pictures]

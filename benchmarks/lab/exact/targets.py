@@ -1,4 +1,4 @@
-"""What a preset has to reach on the exact laboratory, and whether a plan does."""
+"""The targets of presets in the exact laboratory, and checks of plans against them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .study import Found, Study, dense_line, ratios_to_dense
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Limits of a preset; every limit holds for each spectrum.
+    """The limits of a preset, which apply to each spectrum.
 
     Attributes:
-        cost: Most it may cost, in dense steps of FLUX.1-dev.
-        of_equal_cost: Most of the error of dense 2M steps of equal cost, or None.
-        of_dense: No more error than so many dense 2M steps have, or None.
-        of_euler: No more error than so many Euler steps on the model's own levels have, or None.
+        cost: Largest cost, in dense steps of FLUX.1-dev.
+        of_equal_cost: Largest error as a multiple of that of dense 2M steps of equal cost, or None.
+        of_dense: Number of dense 2M steps whose error must not be exceeded, or None.
+        of_euler: Number of Euler steps on the model's own levels whose error must not be exceeded, or None.
     """
 
     cost: float
@@ -43,13 +43,13 @@ def is_just_in_time(plan: Plan) -> bool:
 
 
 def shares_of_limit(target: Target, found: Found, study: Study, line_of: Family = BETA) -> tuple[float, ...]:
-    """Returns the error of each spectrum over the least limit of a target; 1 or less meets it.
+    """Returns the error for each spectrum divided by the smallest limit of a target; 1 or less meets the target.
 
     Args:
-        target: Of a preset.
+        target: The target of a preset.
         found: The plan.
         study: The fields.
-        line_of: Family of levels that the dense steps have, searched for each spectrum alone.
+        line_of: Family of levels for the dense steps, searched separately for each spectrum.
     """
     line = dense_line(study, line_of)
     shares: list[Sequence[float]] = []
@@ -65,7 +65,7 @@ def shares_of_limit(target: Target, found: Found, study: Study, line_of: Family 
 
 
 def candidates(target: Target, among: Sequence[Found], study: Study) -> list[Found]:
-    """Returns the plans that a target's cost allows and of which at least half of the steps are cheap."""
+    """Returns the plans within a target's cost with at least half of the steps cheap."""
     affordable = (found for found in among if cost_on_flux(found.plan, study.num_tokens) <= target.cost)
     return [found for found in affordable if is_just_in_time(found.plan)]
 

@@ -1,11 +1,11 @@
-// A stand-in for CUDA's header of this name: the .cu files compile with g++ against it, and their kernels run on the CPU.
+// A stand-in for CUDA's header of this name. With it, g++ compiles the .cu files, and their kernels run on the CPU.
 //
-// Blocks run one after the other; the threads of a block are fibers of one thread, switched at barriers and warp
-// operations. JITACCEL_EMULATOR_REVERSED=1 runs blocks and threads from the last to the first: a kernel that lacks a
-// barrier gives another result then. Shared memory that a launch asks for holds NaNs at first. A barrier that not all
-// threads reach, and a warp operation that a thread named in its mask has left out, is an error.
+// Blocks run one after the other. The threads of a block are fibers of one thread, which switch at barriers and warp
+// operations. JITACCEL_EMULATOR_REVERSED=1 runs blocks and threads from last to first, which changes the result of a
+// kernel that lacks a barrier. Dynamic shared memory is filled with NaNs. It is an error if some threads do not reach a
+// barrier, or if a thread named in the mask of a warp operation does not take part in it.
 //
-// It has what csrc/ uses, and no more. Operators are registered for the CPU, in the namespace jitaccel_emulated.
+// It contains only what csrc/ uses. Operators are registered for the CPU, in the namespace jitaccel_emulated.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

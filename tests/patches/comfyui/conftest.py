@@ -1,4 +1,4 @@
-"""What tests of ComfyUI share."""
+"""Fixtures for tests of ComfyUI."""
 
 from __future__ import annotations
 

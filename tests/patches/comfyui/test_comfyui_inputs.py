@@ -1,4 +1,4 @@
-"""ComfyUI: what a call brings beside the latent goes with its tokens, and masks place the anchors."""
+"""ComfyUI: further inputs of a call are cut together with its tokens, and masks decide the anchors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_residuals_that_are_none_stay_and_those_of_other_sizes_are_refused() -> 
         control["input"].reverse()
         assert sample(handle.target, start(model), conds=conds).isfinite().all()
         control["input"][0] = noise(9, 1, 7, WIDTH)
-        with pytest.raises(UnsupportedModelError, match="residuals must be of every image token, 144 or 144, got 7"):
+        with pytest.raises(UnsupportedModelError, match="residuals must cover every image token, 144 or 144, got 7"):
             sample(handle.target, start(model), conds=conds)
 
 
@@ -82,7 +82,7 @@ def test_attention_mask_between_text_and_tokens() -> None:
     conds = {"positive": [{**given, "attention_mask": mask[None]}]}
     with applied(model, SHORT) as handle:
         assert relative_error(sample(handle.target, start(model), conds=conds), expected) < 1e-5
-        with pytest.raises(UnsupportedModelError, match="attn_mask must be of 152 text and image tokens"):
+        with pytest.raises(UnsupportedModelError, match="attn_mask must be square over 152 text and image tokens"):
             sample(handle.target, start(model), conds={"positive": [{**given, "attention_mask": mask[None, :7, :7]}]})
 
 
@@ -90,7 +90,7 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
     model = flux1()
     mask, latents = torch.zeros(1, 1, *SIZE), noise(4, 1, 4, *SIZE)
     mask[..., 6:16, 4:12] = 1.0
-    mask[..., 6:8, 4:12] = 0.3  # soft: painted anew in part
+    mask[..., 6:8, 4:12] = 0.3  # soft: partly repainted
     seen: list[Tensor] = []
     model.inner.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with applied(model, SHORT) as handle:
@@ -108,7 +108,7 @@ def test_inpainting_mask_places_the_anchors_and_keeps_the_rest_of_the_picture() 
 
 
 def test_mask_of_a_fill_model_places_the_anchors() -> None:
-    """Beside the state it is shown a masked picture and 8 x 8 mask values of each latent; nobody keeps the rest."""
+    """The model also gets a masked picture and 8 x 8 mask values per latent; nothing else keeps the rest."""
     model = flux1(extra=5 * CHANNELS)
     shown = torch.cat([noise(4, 1, 4, *SIZE), torch.zeros(1, 16, *SIZE)], dim=1)
     shown[:, 4:, 6:16, 4:12] = 1.0

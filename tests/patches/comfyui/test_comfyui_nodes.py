@@ -1,4 +1,4 @@
-"""ComfyUI: the nodes, and clones of what they patch."""
+"""ComfyUI: the nodes, and clones of patched models."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_noise_levels_and_packed_execution_are_told_apart() -> None:
     patcher = ModelPatcher(BaseModel(flux1()))
     with pytest.raises(ConfigError, match="noise_levels must be left out for ComfyUI"):
         jitaccel.apply(patcher, "7x", noise_levels=[1.0, 0.0])
-    with pytest.raises(UnsupportedModelError, match="does not know ComfyUI's models"):
+    with pytest.raises(UnsupportedModelError, match="does not support ComfyUI's models"):
         jitaccel.apply(patcher, "7x", compile=True, strict=True)
 
 

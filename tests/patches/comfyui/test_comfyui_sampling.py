@@ -1,4 +1,4 @@
-"""ComfyUI: what is refused, what ends a sampling, and other patches of the same model."""
+"""ComfyUI: refused samplings, interrupted samplings, and other patches of the same model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_late_start_places_the_stages_on_the_steps_that_run() -> None:
         with pytest.raises(ConfigError, match="every stage at least one step, got 2"):
             sample(handle.target, start(model), levels[-3:], latent_image=noise(4, 1, 4, *SIZE))
         sample(handle.target, start(model), torch.linspace(1, 0, 9))
-        assert "sampler's 8 steps are followed" in handle.stats().notes[0]
+        assert "sampler takes 8 steps" in handle.stats().notes[0]
 
 
 class OtherGuider(CFGGuider):
@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "windows": ({"context_handler": object()}, "context_handler object"),
     "split levels": ({"levels": LEVELS[:-1]}, "sigmas must fall from a level"),
     "goes on": ({"x": torch.zeros(1, 4, *SIZE)}, "must start from new noise"),
-    "areas": ({"conds": {"positive": [{**condition(), "area": (8, 8, 0, 0)}]}}, "conditions must be of the whole"),
+    "areas": ({"conds": {"positive": [{**condition(), "area": (8, 8, 0, 0)}]}}, "conditions must apply to the whole"),
 }
 
 
@@ -117,11 +117,11 @@ def test_cache_that_answers_in_place_of_the_model_is_told() -> None:
     with applied(model, SHORT) as handle:
         cache = lambda executor, x, *rest, **more: torch.zeros_like(x)  # noqa: E731
         handle.target.wrappers["diffusion_model"] = {"cache": [cache], **handle.target.wrappers["diffusion_model"]}
-        with pytest.raises(RuntimeError, match="another node answers"):
+        with pytest.raises(RuntimeError, match="another node answered"):
             sample(handle.target, start(model))
         ours = handle.target.wrappers["diffusion_model"].pop("jitaccel")  # and a cache that was added after us
         handle.target.wrappers["diffusion_model"] = {"jitaccel": ours, "cache": [cache]}
-        with pytest.raises(RuntimeError, match="another node answers"):
+        with pytest.raises(RuntimeError, match="another node answered"):
             sample(handle.target, start(model))
         assert "forward_orig" not in vars(model)
 

@@ -1,4 +1,4 @@
-"""What tests of pipelines share."""
+"""Fixtures for tests of pipelines."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def nothing_global_changes() -> Iterator[None]:
 
 
 def _is_of_dynamo(name: str) -> bool:
-    """Whether torch's compiler has put this into a module; it goes when what was compiled earlier is collected."""
+    """Whether torch's compiler added this to a module; it disappears when earlier compiled code is collected."""
     return name.startswith(("__compiled_fn_", "__builtins_dict_", "__resume_at_"))

@@ -1,4 +1,4 @@
-"""A subclass of FluxPipeline that brings both branches of guidance as one batch, and steps once."""
+"""A subclass of FluxPipeline that passes both guidance branches as one batch and steps once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nothing_global_changes")
 
 
 class BatchedGuidance(FluxPipeline):  # type: ignore[misc]
-    """Writes a loop of its own, as custom pipelines do; `arrange` makes the batch of the latents."""
+    """Has its own loop, like custom pipelines; `arrange` makes the batch of the latents."""
 
     @staticmethod
     def arrange(latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Multistep schedulers that keep their own solver (`solver="caller"`): what a move of the state does to them."""
+"""Multistep schedulers that keep their own solver (`solver="caller"`), and the effect of moves of the state."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_moved_tokens_are_those_of_a_scheduler_that_begins_there(
 
 
 def first_order(make: Callable[..., Any]) -> Any:
-    """Returns a scheduler whose own step is Euler's."""
+    """Returns a scheduler that makes Euler steps."""
     further = {"disable_corrector": list(range(100))} if make is video.unipc else {}
     return make(solver_order=1, **further)
 

@@ -1,4 +1,4 @@
-"""`jitaccel.apply` on a diffusers FluxPipeline: what it computes."""
+"""`jitaccel.apply` on a diffusers FluxPipeline: the images."""
 
 from __future__ import annotations
 

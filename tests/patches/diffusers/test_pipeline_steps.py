@@ -33,7 +33,7 @@ def test_number_of_steps_is_the_configurations_or_the_callers(
         assert pipe.num_timesteps == steps
     notes = handle.stats().notes
     assert bool(notes) == (asked != steps)
-    assert all(f"decides on {steps} steps; the pipeline asked for {asked}" in note for note in notes)
+    assert all(f"sets {steps} steps; the pipeline asked for {asked}" in note for note in notes)
 
 
 def test_native_levels_are_the_schedulers_own_for_that_number_of_steps(pipe: Any) -> None:
@@ -99,4 +99,4 @@ def test_steps_asked_for_and_not_taken_are_logged(pipe: Any, caplog: pytest.LogC
         generate(pipe, num_inference_steps=6)
         generate(pipe, num_inference_steps=5)
     assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
-    assert "decides on 5 steps; the pipeline asked for 6" in caplog.text
+    assert "sets 5 steps; the pipeline asked for 6" in caplog.text

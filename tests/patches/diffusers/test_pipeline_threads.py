@@ -1,4 +1,4 @@
-"""Threads: what they may share works; what they may not is refused by its name, and the picture under way is right."""
+"""Threads: sharing works where allowed; other sharing is refused by name, and the running picture stays correct."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny import SHORT, generate
 
 
 def in_thread(call: Callable[[], Any]) -> list[Any]:
-    """Returns what a call in a thread returned or raised."""
+    """Returns the result or error of a call in a thread."""
     outcome: list[Any] = []
 
     def run() -> None:

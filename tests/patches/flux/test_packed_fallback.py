@@ -106,9 +106,9 @@ def test_strict_makes_a_fallback_an_error(pipe: Any, case: str) -> None:
 
 
 def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a forward, taking a further argument as PuLID's does, whose velocity is twice the given one's."""
+    """Returns a forward with a further argument, like PuLID's, that doubles the velocity."""
 
-    @functools.wraps(forward)  # whose name and module then look like diffusers'
+    @functools.wraps(forward)  # gives it the name and module of diffusers' forward
     def mine(*args: Any, identity: Any = None, **kwargs: Any) -> Any:
         return (2 * forward(*args, **kwargs)[0],)
 
@@ -161,7 +161,7 @@ def test_forward_replaced_before_apply_is_called(
 ) -> None:
     with jitaccel.apply(pipe, SHORT, execution="indexed"):
         plain = generate(pipe)
-    for parameter in pipe.transformer.proj_out.parameters():  # what twice the velocity comes to, by weights
+    for parameter in pipe.transformer.proj_out.parameters():  # doubles the velocity through the weights
         parameter.data.mul_(2)
     with jitaccel.apply(pipe, SHORT, execution="indexed"):
         expected = generate(pipe)

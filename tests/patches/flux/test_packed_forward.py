@@ -1,4 +1,4 @@
-"""A packed forward of FLUX.1 gives each segment what the model gives it alone."""
+"""A packed forward of FLUX.1 gives each segment the model's result for it alone."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_batch_runs_in_one_forward_a_branch(pipe: Any, call: dict[str, Any], bra
 
 
 def test_negative_prompt_that_is_written_between_steps_counts(pipe: Any) -> None:
-    """A callback that writes the negative prompt between two steps changes what the second call asks."""
+    """A callback that changes the negative prompt between two steps changes the input of the second call."""
 
     def edit(own: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if step == 1:

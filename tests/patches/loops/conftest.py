@@ -1,4 +1,4 @@
-"""What tests of custom loops share."""
+"""Fixtures for tests of custom loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients through a patched network in a custom loop are those of the pictures that it makes."""
+"""Gradients through a patched network in a custom loop are those of its pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bare transformer in a custom loop: levels that are given, predicted, or that nobody told."""
+"""A bare transformer in a custom loop: levels that are given, predicted, or rounded."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_step_is_fitted_to_no_state_that_guidance_or_an_edit_made(
     dtype: torch.dtype, order: str, edit: str, is_fitted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Loop(dtype)
-    # Branches so alike that what they get does not tell of guidance; the very same would be one call, made again.
+    # Branches so similar that their results do not reveal guidance; equal ones would be one repeated call.
     embeds, pooled, text_ids = loop.texts[0]
     loop.texts[1] = (embeds, pooled * 1.01, text_ids)
 

@@ -1,4 +1,4 @@
-"""A bare transformer in a custom loop: what the patch leaves."""
+"""A bare transformer in a custom loop: removal leaves no trace."""
 
 from __future__ import annotations
 

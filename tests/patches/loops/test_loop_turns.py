@@ -1,4 +1,4 @@
-"""A bare transformer in a custom loop that takes the steps of several images in turn."""
+"""A bare transformer in a custom loop that alternates between the steps of several images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of every model that is cut, on tiny random weights: data in patches/models, cases in tests/support."""
+"""Properties of every cut model, on tiny random weights; data is in patches/models, cases in tests/support."""
 
 from __future__ import annotations
 

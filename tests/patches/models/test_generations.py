@@ -1,4 +1,4 @@
-"""What holds of whole generations through every pipeline whose model is cut."""
+"""Properties of whole generations in every pipeline of a cut model."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_what_is_compiled_is_said(name: str, subject: Generation) -> None:
             jitaccel.apply(pipe, SHORT, compile=True, strict=True)
         with jitaccel.apply(pipe, SHORT, compile=True) as handle:
             assert subject.generate(pipe).isfinite().all()
-            assert handle.stats().compiled is None and f"not compiled, since {known.uncompiled}" in handle.stats().notes
+            stats = handle.stats()
+            assert stats.compiled is None and f"not compiled, because {known.uncompiled}" in stats.notes
         return
     with jitaccel.apply(pipe, SHORT):
         eager = subject.generate(pipe)

@@ -1,4 +1,4 @@
-"""HunyuanVideo and HunyuanVideo-1.5 through their pipelines: whole generations, also by hand."""
+"""HunyuanVideo and HunyuanVideo-1.5 in their pipelines: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 

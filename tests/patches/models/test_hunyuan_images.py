@@ -1,4 +1,4 @@
-"""HunyuanVideo and HunyuanVideo-1.5 from an image, through their pipelines: whole generations, also by hand."""
+"""HunyuanVideo and HunyuanVideo-1.5 from an image: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def patch_of(name: str) -> tuple[int, ...]:
 
 
 def by_hand(name: str, pipe: Any, config: JiTConfig, given: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """Returns the latents (1, C, T, H, W) that the method gives. given: what the network sees in the first step."""
+    """Returns the method's latents (1, C, T, H, W). `given` is the network's input in the first step."""
     patch = patch_of(name)
     start, condition = patchify(given[:, :CHANNELS], patch), patchify(given[:, CHANNELS:], patch)
     is_given = torch.arange(start.shape[1]) < (FRAME if name == REPLACED else 0)

@@ -1,4 +1,4 @@
-"""LTX-Video through its pipeline, guidance in one batch: whole generations, also by hand."""
+"""LTX-Video in its pipeline, with batched guidance: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 

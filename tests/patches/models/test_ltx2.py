@@ -1,4 +1,4 @@
-"""LTX-2 through its pipeline: video on the anchors, audio whole, guidance of four forwards; also by hand."""
+"""LTX-2 in its pipeline: sparse video, full audio, guidance with four forwards; also against the method by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def guided(model: Any, guidance: Guidance, *given: Any, **further: Any) -> list[
 
 
 def by_hand(pipe: Any, config: JiTConfig, guidance: Guidance, levels: tuple[float, ...]) -> Tensor:
-    """Returns what the method gives: the video on some of its tokens, the audio in Euler steps on the same levels."""
+    """Returns the method's result: a sparse video, and the audio after Euler steps on the same levels."""
     video, audio = start()
     after = dict(itertools.pairwise(levels))
 

@@ -1,4 +1,4 @@
-"""Pipelines of models that are cut, of pictures and Mochi: whole generations, also by hand."""
+"""Image pipelines of cut models, and Mochi: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_default_guider_of_hunyuan_image_runs() -> None:
 def test_unknown_guider_is_refused() -> None:
     subject = SUBJECTS["HunyuanImagePipeline"]
     pipe = hunyuan_image(diffusers.SkipLayerGuidance(guidance_scale=SCALE, skip_layer_guidance_layers=[0]))
-    with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match="guider that is not known"):
+    with jitaccel.apply(pipe, SHORT), pytest.raises(UnsupportedModelError, match="an unknown guider"):
         generate(subject, pipe)
 
 
@@ -218,7 +218,7 @@ def test_levels_of_mochi_are_its_own() -> None:
     assert jitaccel.apply(pipe, "few-steps").config == config.replace(schedule="native")
     levels = (*linear_quadratic_schedule(config.steps, 0.025), 0.0)
     expected = by_hand(subject, pipe, config, noise_of(subject), levels=levels)
-    for steps in (5, config.steps):  # what the pipeline asks for does not matter
+    for steps in (5, config.steps):  # the pipeline's own number does not matter
         assert relative_error(generate(subject, pipe, num_inference_steps=steps), expected) < 1e-5
     handle = jitaccel.apply(pipe, DENSE)
     generate(subject, pipe, num_inference_steps=4)

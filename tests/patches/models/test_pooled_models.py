@@ -1,4 +1,4 @@
-"""Pooled stages of models that are data: the model's own forward on a smaller picture or video, made by hand."""
+"""Pooled stages of cut models, against the model's own forward on a smaller picture or video made by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def end_of(model: Callable[[Tensor, float, bool], Tensor], latents: Tensor) -> T
 
 
 def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
-    """Returns what Wan's transformer says, guided."""
+    """Returns the guided output of Wan's transformer."""
     positive, negative = (
         pipe.transformer(hidden_states=shown, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
         for text in prompts().values()
@@ -61,7 +61,7 @@ def guided(pipe: Any, shown: Tensor, timestep: Tensor) -> Tensor:
     return negative + SCALE * (positive - negative)
 
 
-# Those whose latents are tokens already have tests of their own: below, in test_ltx.py and test_picture_pipelines.py.
+# Models whose latents are already tokens are tested separately: below, in test_ltx.py, test_picture_pipelines.py.
 # Those of HiDream that are not square are in test_hidream.py.
 ELSEWHERE = ("QwenImage", "LTX", "Bria", "HiDreamImageTransformer2DModel, not square")
 PATCHED = [name for name in CASES if not name.startswith(ELSEWHERE)]

@@ -1,4 +1,4 @@
-"""Qwen-Image through its pipelines: whole generations, against the unpatched pipeline and the method by hand."""
+"""Qwen-Image in its pipelines: whole generations, against the unpatched pipeline and the method by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers that cannot be cut are refused by name; unknown ones with the places that were found."""
+"""Transformers that cannot be cut are refused by name; for unknown ones the error lists possible places."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_unknown_transformer_is_refused_with_the_places_found() -> None:
             self.x_embedder, self.rope, self.proj_out = nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 2)
 
     words = (
-        r"Unheard has x_embedder \(makes tokens\), rope \(knows positions\), proj_out \(projects last\), so it may be "
-        r"possible to add it: see docs/adding-a-model.md"
+        r"Unheard has x_embedder \(makes tokens\), rope \(knows positions\), proj_out \(projects last\), so support "
+        r"can probably be added: see docs/adding-a-model.md"
     )
     with pytest.raises(UnsupportedModelError, match=words):
         jitaccel.apply(Unheard())

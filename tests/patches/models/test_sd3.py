@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 through its pipelines, guidance in one batch: whole generations, also by hand."""
+"""Stable Diffusion 3 in its pipelines, with batched guidance: whole generations, also against the method by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What JITACCEL_CONFIG asks an engine's plug-in for."""
+"""Settings of an engine plug-in in JITACCEL_CONFIG."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_other_values_are_refused() -> None:
 def test_refusal_goes_to_the_log_and_the_engine_runs_dense(caplog: pytest.LogCaptureFixture) -> None:
     pipe = tiny.pipeline(scheduler=tiny.scheduler(stochastic_sampling=True))
     accelerate(pipe, {"preset": "7x"}, "An engine")
-    assert "An engine runs dense, since" in caplog.text and handle_of(pipe) is None
+    assert "An engine runs dense, because" in caplog.text and handle_of(pipe) is None
     assert caplog.records[-1].levelno == logging.ERROR
     with pytest.raises(UnsupportedModelError):
         accelerate(pipe, {"preset": "7x", "strict": True}, "An engine")

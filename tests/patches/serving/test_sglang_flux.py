@@ -31,7 +31,7 @@ SETTINGS = (
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns what serves settings: it makes the engine's stage, with our hooks on its class."""
+    """Returns a function that makes the engine's stage for settings, with our hooks on its class."""
 
     def serve(settings: str, kind: type = sglang_native.DenoisingStage, **server: Any) -> Any:
         monkeypatch.setenv("JITACCEL_CONFIG", settings)
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 def _changed(name: str, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes of a stage what no argument of a request or server does."""
+    """Changes a stage in ways that no argument of a request or server can."""
     other = type("Other", (sglang_native.CFGPolicy,), {})
     if name == "a scheduler that draws noise":
         stage.scheduler.register_to_config(stochastic_sampling=True)
@@ -158,7 +158,7 @@ def test_refused_request_runs_dense_as_the_engine_would_and_the_log_says_why(
     stage, request, says = _refused(native, name, "false", monkeypatch)
     steps = request.num_inference_steps
     sglang_native.made(stage, request)
-    assert "jitaccel: SGLang runs this request dense, since " in caplog.text and says in caplog.text
+    assert "jitaccel: SGLang runs this request dense, because " in caplog.text and says in caplog.text
     assert caplog.records[-1].levelno == logging.ERROR
     assert [each["tokens"] for each in stage.passed] == [tiny.NUM_TOKENS] * steps
     assert all(each["gate"] is not None for each in stage.passed)  # the engine's own step
@@ -198,7 +198,7 @@ def test_another_pipeline_of_the_engine_runs_as_it_is(
     native: Any, dense: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = native(PAPER, pipeline_config=sglang_native.WanPipelineConfig())
-    assert "FLUX.1 alone is covered, got WanPipelineConfig" in caplog.text
+    assert "only FLUX.1 of its pipelines is supported, got WanPipelineConfig" in caplog.text
     assert torch.equal(sglang_native.made(stage, sglang_native.request_of()), dense)
 
 

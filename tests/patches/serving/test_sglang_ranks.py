@@ -1,4 +1,4 @@
-"""SGLang's own FLUX.1 on two processes: the same as one process, or the same refusal on every rank."""
+"""SGLang's own FLUX.1 on two processes: the result of one process, or the same refusal on every rank."""
 
 from __future__ import annotations
 
