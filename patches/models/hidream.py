@@ -5,8 +5,8 @@ does not depend, through the experts, on which other tokens are in the call. Att
 Each picture has its own position ids, so pictures can have different anchors in one forward. The pipeline passes both
 guidance branches as one batch, and negates the output.
 
-Pictures that are not square are padded to `max_resolution`, 4,096 tokens. The keys of the padding are zero, but attention
-does not mask it. A stage keeps its share of the padding (`fill.py`).
+Pictures that are not square are padded to `max_resolution`, 4,096 tokens. The keys of the padding are zero, but
+attention does not mask it. A stage keeps its share of the padding (`fill.py`).
 """
 
 from __future__ import annotations
