@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jitaccel import loading
 from jitaccel.cli import main
@@ -70,8 +72,11 @@ def test_pickled_weights_make_the_same_picture(folders: dict[str, Path], tmp_pat
     for name in ("safetensors", "pickled"):
         (tmp_path / name).mkdir()
         assert main([*_argv("generate", folders[name], tmp_path / name), "--pickle"]) == 0
-        pictures.append((tmp_path / name / "a.png").read_bytes())
-    assert pictures[0] == pictures[1]
+        with Image.open(tmp_path / name / "a.png") as picture:
+            pictures.append(np.asarray(picture, dtype=int))
+    # Weights mapped from a file lie at other addresses, and some products round differently there.
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert pictures[0].std() > 1
 
 
 class _Code:

@@ -111,7 +111,7 @@ def _attention_with_lse(
 
 
 def _prompts(count: int, what: str = "", tokens: int = 8) -> dict[str, Any]:
-    """Returns embedded prompts (`what` is "" or "negative_"), because each rank would train a different tokenizer."""
+    """Returns embedded prompts (`what` is "" or "negative_"), which need no text encoder on any rank."""
     from tests.support import tiny
 
     generator = torch.Generator().manual_seed(len(what))

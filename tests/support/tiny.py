@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -122,13 +121,12 @@ def _shared_parts() -> dict[str, Any]:
 
 
 def _tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    """Returns tokenizers of WORDS: CLIP's by letters, T5's by words. Training would number tokens anew each time."""
+    letters = sorted({*"".join(WORDS)})
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     merges: list[list[str]] = []
-    clip = CLIPTokenizer(vocab=bpe.get_vocab(), merges=merges, model_max_length=77)
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    clip = CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=77)
     pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
     pieces += [(f"▁{word}", -2.0) for word in WORDS] + [("▁", -9.0)]
     return clip, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
