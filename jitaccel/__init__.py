@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .generation.batch import Outcome, Request, generate_batch
     from .generation.handle import Handle
     from .generation.registry import handle_of, remove
+    from .generation.sound import Sound
     from .generation.stats import Stats
     from .method.config import JiTConfig
     from .method.presets import PRESETS
@@ -57,6 +58,7 @@ _HOMES = {
     "handle_of": "generation.registry",
     "remove": "generation.registry",
     "noise_levels": "method.schedule",
+    "Sound": "generation.sound",
     "Stats": "generation.stats",
     "__version__": "version",
 }
@@ -72,6 +74,7 @@ __all__ = [
     "NonFiniteVelocityError",
     "Outcome",
     "Request",
+    "Sound",
     "Stats",
     "UnsupportedModelError",
     "apply",

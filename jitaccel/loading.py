@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +39,44 @@ def picture_sizes(model: str | None) -> PictureSizes | None:
     Raises:
         CommandError: For a folder that is not a pipeline, and for a hub id that is gated, unknown or unreachable.
     """
-    require_diffusers()
-    source = _checked_source(model)
-    file = Path(source) / "vae" / "config.json" if Path(source).is_dir() else _from_hub(source, "vae/config.json")
-    if file is None or not file.is_file():
-        return None
-    config = json.loads(file.read_text())
+    config = _settings(model, "vae/config.json")
     if not {"block_out_channels", "sample_size"} <= config.keys():
         return None
     return PictureSizes(unit=2 ** len(config["block_out_channels"]), side=int(config["sample_size"]))
+
+
+def pipeline_class(model: str | None) -> type | None:
+    """Returns the class of diffusers that runs a model, from the model's index alone: no weights are loaded.
+
+    Args:
+        model: Folder, hub id, or None for the embedded pipeline.
+
+    Returns:
+        The class, or None if the index does not name a class of diffusers.
+
+    Raises:
+        CommandError: As `picture_sizes`.
+    """
+    name = _settings(model, "model_index.json").get("_class_name")
+    _quieten(progress_bars=False)
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) else None
+
+
+def _settings(model: str | None, name: str) -> Mapping[str, Any]:
+    """Returns the content of a small JSON file of a model, or {} if the model does not have it."""
+    require_diffusers()
+    source = _checked_source(model)
+    file = Path(source) / name if Path(source).is_dir() else _from_hub(source, name)
+    if file is None or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:  # loading it says what is wrong
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _from_hub(model: str, name: str) -> Path | None:
@@ -66,7 +94,7 @@ def _from_hub(model: str, name: str) -> Path | None:
 
 
 @contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
+def _hub_errors(model: str, option: str = "--model") -> Iterator[None]:
     """Turns errors of the hub (model gated, unknown or unreachable) into a CommandError that says what to do."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import logging
@@ -76,23 +104,30 @@ def _hub_errors(model: str) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise CommandError(
-            f"--model must be one that you may read, got {model}, which is gated; accept its licence at "
+            f"{option} must be one that you may read, got {model}, which is gated; accept its licence at "
             f"https://huggingface.co/{model}, then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise CommandError(
-            f"--model must be a model on the hub, got {model}, which is not there or not visible to you; check the "
+            f"{option} must be a model on the hub, got {model}, which is not there or not visible to you; check the "
             f"name, or log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise CommandError(
-            f"--model must be in the cache or reachable, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
+            f"{option} must be in the cache or reachable, got {model}: the hub does not answer or HF_HUB_OFFLINE is "
             f"set, and the cache does not have it; connect once, or give a folder"
         ) from error
 
 
 def load_pipeline(
-    model: str | None, dtype: str = "auto", device: str = "auto", offload: str = "none", *, pickle: bool = False
+    model: str | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload: str = "none",
+    *,
+    pickle: bool = False,
+    kind: type | None = None,
+    controlnet: str | None = None,
 ) -> Any:
     """Returns the diffusers pipeline of a folder or hub id, placed on its device.
 
@@ -103,6 +138,8 @@ def load_pipeline(
         offload: One of OFFLOADS: "none" puts the whole pipeline on the device, "model" one component at a time,
             "sequential" one layer at a time.
         pickle: Whether to accept weights in formats other than safetensors. Loading those runs code stored in them.
+        kind: Class of pipelines of diffusers; None for the one that the model names.
+        controlnet: Folder or hub id of a ControlNet for it.
 
     Raises:
         CommandError: For missing packages, folders and devices, and for a hub model that cannot be read.
@@ -115,22 +152,19 @@ def load_pipeline(
     import torch
 
     _quieten(progress_bars=model is None)
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoModel, DiffusionPipeline
 
     from .patches.diffusers_private import dtype_argument
 
     is_cuda = torch_device.type == "cuda"
     name = dtype if dtype != "auto" else "bfloat16" if is_cuda else "float32"
-    try:
-        settings = {dtype_argument(): getattr(torch, name), "use_safetensors": None if pickle else True}
-        with _hub_errors(source):
-            pipe = DiffusionPipeline.from_pretrained(source, **settings)
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        advice = "" if pickle else "; --pickle also loads weights in formats other than safetensors"
-        raise CommandError(
-            f"--model must be a diffusers pipeline that loads, got {source}: {lines[0]}{advice}"
-        ) from error
+    settings = {dtype_argument(): getattr(torch, name), "use_safetensors": None if pickle else True}
+    parts = {}
+    if controlnet is not None:
+        local = Path(controlnet).expanduser()
+        controlnet = str(local) if is_there(local) else controlnet
+        parts["controlnet"] = _loaded(AutoModel, controlnet, "--controlnet", "ControlNet", settings)
+    pipe = _loaded(kind or DiffusionPipeline, source, "--model", "pipeline", {**settings, **parts})
     if offload == "model":
         pipe.enable_model_cpu_offload(device=torch_device)
         return pipe
@@ -138,6 +172,21 @@ def load_pipeline(
         pipe.enable_sequential_cpu_offload(device=torch_device)
         return pipe
     return pipe.to(torch_device)
+
+
+def _loaded(kind: Any, source: str, option: str, what: str, settings: Mapping[str, Any]) -> Any:
+    """Returns a pipeline or model of diffusers. Raises CommandError, which names `option`, if it does not load."""
+    try:
+        with _hub_errors(source, option):
+            return kind.from_pretrained(source, **settings)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        advice = (
+            "; --pickle also loads weights in formats other than safetensors" if settings["use_safetensors"] else ""
+        )
+        raise CommandError(
+            f"{option} must be a diffusers {what} that loads, got {source}: {lines[0]}{advice}"
+        ) from error
 
 
 def _quieten(progress_bars: bool) -> None:
@@ -223,6 +272,8 @@ def size_unit(pipe: Any) -> int:
     return 2 * scale if model is None else model.layout(uncompiled(network).config).side * scale
 
 
-def makes_videos(pipe: Any) -> bool:
-    """Returns whether a pipeline makes videos, that is, whether its call takes a number of frames."""
-    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+def makes_videos(kind: type) -> bool:
+    """Returns whether pipelines of a class make videos, that is, whether their calls take a number of frames."""
+    from .patches.diffusers.asked import parameters_of
+
+    return "num_frames" in parameters_of(kind)

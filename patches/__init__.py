@@ -58,8 +58,12 @@ def is_instance_of(target: Any, package: str, *names: str) -> bool:
 
     Looks inside `torch.compile`'s wrapper. Imports no codebase.
     """
-    kinds = _type_inside(target).__mro__
-    return any(kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in kinds)
+    return is_subclass_of(_type_inside(target), package, *names)
+
+
+def is_subclass_of(kind: type, package: str, *names: str) -> bool:
+    """Returns whether a class, or one it derives from, has one of these names in this package."""
+    return any(each.__name__ in names and each.__module__.split(".")[0] == package for each in kind.__mro__)
 
 
 def is_bfl_flux(target: Any) -> bool:

@@ -9,16 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import CommandError
+from ..errors import CommandError, ConfigError
 from ..method.config import JiTConfig
 from ..method.presets import PRESETS, resolve
-from . import made, options
+from . import inputs, made, options
 from .limits import check_numbers
 from .progress import bar
 from .view import check_report
 
 _UNTOUCHED = "none"
 _AUTO = "auto"
+_UNASKED = ("ftfy",)  # packages that pipelines of diffusers call without a word where they are missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-ms", type=float, help=f"of --preset {_AUTO}: milliseconds of denoising; --true-cfg takes twice that"
     )
+    inputs.add_arguments(parser)
     made.add_arguments(parser)
     parser.add_argument("--steps", type=int, help="number of denoising steps; without it the preset's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of every other random choice")
     options.add_size_option(parser)
     parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline's call; without it its own")
     parser.add_argument("--true-cfg", type=float, help="true classifier-free guidance, above 1; costs twice as much")
-    parser.add_argument("--negative-prompt", help="what to avoid; needs --true-cfg")
+    parser.add_argument("--negative-prompt", help="what to avoid; FLUX needs --true-cfg with it")
     options.add_length_option(parser)
     parser.add_argument("--report", type=Path, help="page to write with a slider over the steps, FILE.html")
     parser.add_argument("--stats", action="store_true", help="print what every step cost, and what ran and why")
@@ -56,17 +58,26 @@ def run(arguments: argparse.Namespace) -> int:
     made.check(arguments)
     _check_report(arguments)
     guidance, text_tokens = _guidance(arguments), options.length_of(arguments)
+    given = inputs.read(arguments)
 
     import torch
 
     import jitaccel
 
-    size = options.size_of(arguments, config)
-    pipe = options.load(arguments)
-    made.check_pipeline(pipe, arguments)
+    from ..loading import pipeline_class
+
+    shape = inputs.shape_of(given)
+    size = options.size_of(arguments, config, shape)
+    kind = inputs.class_of(pipeline_class(arguments.model), arguments, given)
+    if kind is not None:  # before weights are loaded
+        made.check_class(kind, arguments)
+        inputs.check_call(kind, given)
+    pipe = options.load(arguments, kind)
+    made.check_class(type(pipe), arguments)
+    inputs.check_call(type(pipe), given)
     if arguments.model is None and (note := _of_unknown_words(f"{arguments.prompt} {arguments.negative_prompt or ''}")):
         print(f"jitaccel generate: {note}", file=sys.stderr)
-    size = made.size_of(pipe, size)
+    size = made.size_of(pipe, size, shape)
     if arguments.preset == _AUTO:
         with bar("timing steps") as progress:
             choice = jitaccel.auto_config(
@@ -74,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **_target(arguments),
                 size=size,
                 text_tokens=text_tokens,
-                call={} if arguments.frames is None else {"num_frames": arguments.frames},
+                call={**given, **({} if arguments.frames is None else {"num_frames": arguments.frames})},
                 progress=progress,
             )
         print(f"auto: {choice}")
@@ -95,14 +106,15 @@ def run(arguments: argparse.Namespace) -> int:
             "num_inference_steps": steps,
             "max_sequence_length": text_tokens if arguments.model is None else arguments.max_sequence_length,
             **guidance,
+            **given,
         },
     )
     generator = torch.Generator().manual_seed(arguments.seed)
     start = time.perf_counter()
-    result = pipe(arguments.prompt, generator=generator, **call)
+    result = _called(pipe, {"prompt": arguments.prompt, "generator": generator, **call}, arguments.option)
     seconds = time.perf_counter() - start
     stats = None if handle is None else handle.stats()
-    described = made.save(result, arguments, stats)
+    described = made.save(pipe, result, arguments, stats)
     print(f"{arguments.out}: {described}, preset {arguments.preset}, {seconds:.2f} s")
     if handle is not None and arguments.report is not None:
         report = handle.report(arguments.report, prompt=arguments.prompt)
@@ -110,6 +122,26 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stats:
         print("no statistics: the pipeline ran untouched" if stats is None else stats)
     return 0
+
+
+def _called(pipe: Any, call: dict[str, Any], options: list[str] | None) -> Any:
+    """Returns what a pipeline makes. Raises CommandError with what it says of a value that it does not take."""
+    try:
+        return pipe(**call)
+    except ConfigError:
+        raise
+    except NameError as error:
+        if error.name not in _UNASKED:
+            raise
+        raise CommandError(
+            f"{error.name} must be installed for {type(pipe).__name__}, got none; pip install {error.name}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not options:
+            raise
+        what = "--option" if options else "the command"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"{what} must be what {type(pipe).__name__} takes, got an error: {reason}") from error
 
 
 def _of_unknown_words(prompt: str) -> str | None:
@@ -169,5 +201,5 @@ def _guidance(arguments: argparse.Namespace) -> dict[str, Any]:
         call["true_cfg_scale"] = arguments.true_cfg
         call["negative_prompt"] = arguments.negative_prompt or ""
     elif arguments.negative_prompt is not None:
-        raise CommandError("--negative-prompt must come with --true-cfg above 1, got it alone; it would do nothing")
+        call["negative_prompt"] = arguments.negative_prompt
     return call

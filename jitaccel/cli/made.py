@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
 from ..loading import makes_videos
+from .options import size_like
 from .outputs import check_file, save_picture
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ _FPS = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of videos and token pictures."""
     parser.add_argument("--frames", type=int, help="of a video model: number of frames; without it the pipeline's own")
-    parser.add_argument("--fps", type=float, help=f"of a video model: frames a second of the clip; {_FPS} without it")
+    parser.add_argument(
+        "--fps", type=float, help=f"of a video model: frames a second; without it the pipeline's own, or {_FPS}"
+    )
     parser.add_argument(
         "--tokens",
         type=Path,
@@ -56,8 +58,13 @@ def _check_file(name: str, path: Path, overwrite: bool) -> None:
         require_encoder(path)
 
 
-def size_of(pipe: Any, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+def size_of(pipe: Any, asked: tuple[int, int] | None, picture: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """Returns (height, width) in pixels of a picture or video; None: the pipeline's own default is taken.
+
+    Args:
+        pipe: The pipeline.
+        asked: What is asked for, or None.
+        picture: (height, width) of the one that is given, which the default takes its shape from.
 
     Raises:
         CommandError: For sides that are not whole tokens.
@@ -65,17 +72,46 @@ def size_of(pipe: Any, asked: tuple[int, int] | None) -> tuple[int, int] | None:
     from ..loading import size_unit
 
     if asked is None:
-        side = getattr(pipe.vae.config, "sample_size", None)
-        return (side, side) if isinstance(side, int) and not makes_videos(pipe) else None
+        own = _own_size(pipe, from_picture=picture is not None)
+        return own if own is None or picture is None else size_like(picture, own[0] * own[1], size_unit(pipe))
     unit = size_unit(pipe)
     if any(side < unit or side % unit for side in asked):
         raise CommandError(f"--size must be multiples of {unit} pixels for this model, got {asked[0]}x{asked[1]}")
     return asked
 
 
-def check_pipeline(pipe: Any, arguments: argparse.Namespace) -> None:
-    """Raises CommandError if a pipeline cannot make the requested output, or does not accept an argument."""
-    kind, is_video = type(pipe).__name__, makes_videos(pipe)
+def _own_size(pipe: Any, *, from_picture: bool) -> tuple[int, int] | None:
+    """Returns the default (height, width) of a pipeline, or None if only its call knows.
+
+    from_picture: whether it is given a picture.
+    """
+    known = _parameters(type(pipe))
+    if not makes_videos(type(pipe)):
+        side = getattr(getattr(pipe.vae, "config", None), "sample_size", None)
+        if isinstance(side, int):
+            return side, side
+        if from_picture and "strength" in known:  # whose call would stretch the picture to a square
+            side = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
+            return (side, side) if side else None
+        return None
+    sides = [known[name].default if name in known else None for name in ("height", "width")]
+    height, width = (side if isinstance(side, int) else None for side in sides)
+    return (height, width) if from_picture and height is not None and width is not None else None
+
+
+def check_class(pipeline: type, arguments: argparse.Namespace) -> None:
+    """Raises CommandError if pipelines of a class cannot make the requested output, or do not accept an argument."""
+    from ..patches import is_subclass_of
+
+    kind, is_video, known = pipeline.__name__, makes_videos(pipeline), _parameters(pipeline)
+    if is_subclass_of(pipeline, "diffusers", "QwenImageLayeredPipeline"):
+        raise CommandError(
+            f"--model must make one picture or clip, got a {kind}, which makes layers; call it in Python"
+        )
+    from ..patches.diffusers.sound import makes_sound
+
+    if makes_sound(pipeline) and arguments.out.suffix.lower() == ".gif":
+        check_file(arguments.out.with_suffix(".wav"), "--out", (".wav",), overwrite=arguments.overwrite)
     is_clip = arguments.out.suffix.lower() in CLIPS
     if is_video and not is_clip:
         raise CommandError(f"--out must end in one of {', '.join(CLIPS)} for {kind}, got {str(arguments.out)!r}")
@@ -88,18 +124,30 @@ def check_pipeline(pipe: Any, arguments: argparse.Namespace) -> None:
                 raise CommandError(f"{name} must end in one of {', '.join(PICTURES)} for {kind}, got {str(path)!r}")
     for name, parameter in (("--true-cfg", "true_cfg_scale"), ("--guidance", "guidance_scale")):
         value = arguments.true_cfg if name == "--true-cfg" else arguments.guidance
-        if value is not None and parameter not in _parameters(pipe):
+        if value is not None and parameter not in known:
             raise CommandError(f"{name} must be left out for {kind}, whose calls have no {parameter}, got {value:g}")
+    if arguments.negative_prompt is not None and arguments.true_cfg is None and "true_cfg_scale" in known:
+        raise CommandError("--negative-prompt must come with --true-cfg above 1, got it alone; it would do nothing")
+    if arguments.negative_prompt is not None and "negative_prompt" not in known:
+        raise CommandError(f"--negative-prompt must be left out for {kind}, whose calls have none")
 
 
 def call_of(pipe: Any, arguments: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a pipeline's call: those of `given` that it accepts, and those of a video."""
-    video = {"num_frames": arguments.frames, "output_type": "np"} if makes_videos(pipe) else {}
-    known = _parameters(pipe)
+    known = _parameters(type(pipe))
+    video: dict[str, Any] = {}
+    if makes_videos(type(pipe)):
+        video = {"num_frames": arguments.frames, "frame_rate": arguments.fps, "output_type": "np"}
     return {name: value for name, value in {**given, **video}.items() if name in known and value is not None}
 
 
-def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
+def _fps(pipe: Any, arguments: argparse.Namespace) -> float:
+    """Returns the frames per second of a clip: the requested number, or the pipeline's default."""
+    rate = _parameters(type(pipe)).get("frame_rate")
+    return float(arguments.fps or (_FPS if rate is None else rate.default))
+
+
+def save(pipe: Any, made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
     """Writes the pipeline's output and, if requested, its tokens; returns its size in words."""
     from ..evaluation import clips
 
@@ -112,14 +160,20 @@ def save(made: Any, arguments: argparse.Namespace, stats: Stats | None) -> str:
         if stats is not None and arguments.tokens is not None:
             save_picture(_sheet(picture, stats), arguments.tokens, "--tokens")
         return f"{picture.width}x{picture.height}"
-    frames, fps = made.frames[0], arguments.fps or _FPS
-    clips.write_clip(frames, arguments.out, fps)
+    from ..patches.diffusers.sound import sound_of
+
+    frames, fps, sound = made.frames[0], _fps(pipe, arguments), sound_of(pipe, made)
+    heard = clips.write_clip(frames, arguments.out, fps, sound)
     if stats is not None and arguments.tokens is not None:
         if arguments.tokens.suffix.lower() in CLIPS:
             clips.write_clip(clips.token_frames(frames, stats), arguments.tokens, fps)
         else:
             save_picture(clips.token_sheet(frames, stats), arguments.tokens, "--tokens")
-    return f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
+    said = f"{frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames, {len(frames) / fps:.1f} s at {fps:g} fps"
+    if sound is None:
+        return said
+    where = "" if heard == arguments.out else f" in {heard}"
+    return f"{said}, sound of {sound.samples.shape[-1] / sound.rate:.1f} s at {sound.rate} Hz{where}"
 
 
 def _sheet(picture: Any, stats: Stats) -> Any:
@@ -134,5 +188,8 @@ def _sheet(picture: Any, stats: Stats) -> Any:
     return grid_picture([shown], stage_labels(stats), [""])
 
 
-def _parameters(pipe: Any) -> Mapping[str, Any]:
-    return inspect.signature(type(pipe).__call__).parameters
+def _parameters(kind: type) -> Mapping[str, Any]:
+    """Returns what calls of a class of pipelines take, by name."""
+    from ..patches.diffusers.asked import parameters_of  # here, because torch takes seconds to import
+
+    return parameters_of(kind)

@@ -12,6 +12,7 @@ from typing import Any
 _OPTIONS = {"text_tokens": "max_sequence_length", "folder": "out", "target": "model"}  # keyed by argument
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*: ", re.MULTILINE)
 _SETTING = re.compile(r'\b(\w+)=(?:"([\w-]+)"|([\d.]+))')
+_APPLY = re.compile(r"jitaccel\.apply\(\.\.\., (.*?)\)")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -35,7 +36,7 @@ def as_options(reason: str, options: Mapping[str, Any]) -> str:
     def words(match: re.Match[str]) -> str:
         return option(match[0]) or match[0]
 
-    lines = _SETTING.sub(setting, _FUNCTION.sub("", reason)).splitlines()
+    lines = _SETTING.sub(setting, _APPLY.sub(r"\1", _FUNCTION.sub("", reason))).splitlines()
     lines = [re.sub(r"^\w+(?= must\b)", words, line) for line in lines]
     return "\n".join(re.sub(r"(?<!-)\b[a-z]+(?:_[a-z]+)+\b", words, line) for line in lines)
 

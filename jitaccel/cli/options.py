@@ -83,12 +83,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def size_of(arguments: argparse.Namespace, config: JiTConfig | None) -> tuple[int, int] | None:
+def size_of(
+    arguments: argparse.Namespace, config: JiTConfig | None, picture: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
     """Returns the requested (height, width), or the model's default, before any weights are loaded.
 
     Args:
         arguments: Has `size` and `model`.
         config: Its stages must all get a token; None for a pipeline without acceleration.
+        picture: (height, width) of the input picture, if any; the default takes its shape.
 
     Returns:
         The size, or None if none is requested and the model's default is unknown.
@@ -105,9 +108,24 @@ def size_of(arguments: argparse.Namespace, config: JiTConfig | None) -> tuple[in
     sizes = picture_sizes(arguments.model)
     if sizes is None:
         return asked
-    size = asked or (sizes.side, sizes.side)
+    own = (sizes.side, sizes.side) if picture is None else size_like(picture, sizes.side**2, sizes.unit)
+    size = asked or own
     check_size(size, sizes, config)
     return size
+
+
+def size_like(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
+    """Returns the picture's own size, scaled down to `area` if it is larger, in whole units.
+
+    Args:
+        picture: (height, width) in pixels.
+        area: Largest number of pixels.
+        unit: Both sides of the result are multiples of it.
+    """
+    height, width = picture
+    shrink = min(1.0, (area / (height * width)) ** 0.5)
+    rows, columns = (max(1, round(side * shrink / unit)) for side in (height, width))
+    return rows * unit, columns * unit
 
 
 def check_size(size: tuple[int, int], sizes: PictureSizes, config: JiTConfig | None = None) -> None:
@@ -140,8 +158,11 @@ def _nearest(size: tuple[int, int], unit: int, config: JiTConfig | None) -> tupl
     return rows * unit, columns * unit
 
 
-def load(arguments: argparse.Namespace) -> Any:
-    """Returns the selected pipeline; warns on stderr about the memory its weights take on a CPU."""
+def load(arguments: argparse.Namespace, kind: type | None = None) -> Any:
+    """Returns the selected pipeline; warns on stderr about the memory its weights take on a CPU.
+
+    kind: Class of pipelines to load; None for the one that the model names.
+    """
     from ..loading import load_pipeline, pick_device
 
     offload = getattr(arguments, "offload", "none")
@@ -152,4 +173,7 @@ def load(arguments: argparse.Namespace) -> Any:
             f"--dtype bfloat16 takes half the memory",
             file=sys.stderr,
         )
-    return load_pipeline(arguments.model, arguments.dtype, arguments.device, offload, pickle=arguments.pickle)
+    given = {name: value for name in ("controlnet",) if (value := getattr(arguments, name, None)) is not None}
+    if kind is not None:
+        given["kind"] = kind
+    return load_pipeline(arguments.model, arguments.dtype, arguments.device, offload, pickle=arguments.pickle, **given)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from ..method.grid import num_tokens_of
 from .pictures import Pixels, grid_picture, show_active, show_pooled, to_bytes
 
 if TYPE_CHECKING:
+    from ..generation.sound import Sound
     from ..generation.stats import Stats
 
 ENCODED = (".mp4", ".mkv", ".mov", ".webm")
@@ -32,8 +35,17 @@ def require_encoder(path: Path) -> None:
         )
 
 
-def write_clip(frames: Iterable[Pixels], path: Path, fps: float) -> None:
-    """Writes frames (h, w, 3), floats in [0, 1] or uint8, as a clip: .gif with Pillow, others with ffmpeg.
+def write_clip(frames: Iterable[Pixels], path: Path, fps: float, sound: Sound | None = None) -> Path:
+    """Writes frames as a clip: .gif with Pillow, others with ffmpeg.
+
+    Args:
+        frames: (h, w, 3) each, floats in [0, 1] or uint8.
+        path: The file.
+        fps: Frames per second.
+        sound: Sound of the clip. For a .gif, which has none, it is written next to it as .wav.
+
+    Returns:
+        The file with the sound: `path`, or the .wav next to a .gif.
 
     Raises:
         CommandError: If ffmpeg is missing or fails.
@@ -44,26 +56,58 @@ def write_clip(frames: Iterable[Pixels], path: Path, fps: float) -> None:
         if path.suffix.lower() == ".gif":
             first, *others = (Image.fromarray(picture) for picture in pictures)
             first.save(partial, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
-        elif problem := _encode(pictures, partial, fps):
+        elif problem := _encode(pictures, partial, fps, sound):
             raise CommandError(f"{path} must be a clip that ffmpeg writes, got {problem}; write a .gif")
+    if path.suffix.lower() != ".gif" or sound is None:
+        return path
+    with whole(path.with_suffix(".wav")) as partial:
+        write_sound(sound, partial)
+    return path.with_suffix(".wav")
 
 
-def _encode(pictures: Sequence[Pixels], path: Path, fps: float) -> str:
+def write_sound(sound: Sound, path: Path) -> None:
+    """Writes sound as a .wav with 16 bits per sample."""
+    samples = np.asarray(sound.samples.detach().float().cpu() if hasattr(sound.samples, "detach") else sound.samples)
+    levels = (np.nan_to_num(samples).clip(-1.0, 1.0) * 32767.0).round().astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(levels))
+        file.setsampwidth(levels.itemsize)
+        file.setframerate(sound.rate)
+        file.writeframes(levels.T.tobytes())
+
+
+def _encode(pictures: Sequence[Pixels], path: Path, fps: float, sound: Sound | None) -> str:
     """Writes pictures with ffmpeg; returns why that failed, or "" if it succeeded."""
     import imageio_ffmpeg
 
     height, width = pictures[0].shape[:2]
-    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
     problem = ""
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"fps": fps, "macro_block_size": 2}
+        is_webm = path.suffix.lower() == ".webm"
+        if is_webm:  # which holds no H.264
+            settings |= {"codec": "libvpx-vp9", "quality": None, "output_params": ["-crf", "31", "-b:v", "0"]}
+        if sound is not None:
+            write_sound(sound, Path(folder) / "sound.wav")
+            settings |= {
+                "audio_path": str(Path(folder) / "sound.wav"),
+                "audio_codec": "libopus" if is_webm else "aac",
+            }
+        writer = imageio_ffmpeg.write_frames(str(path), (width, height), **settings)
+        try:
+            writer.send(None)
+            for picture in pictures:
+                writer.send(np.ascontiguousarray(picture))
+        except (OSError, RuntimeError, StopIteration) as error:
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        finally:
+            writer.close()
+    if problem or not path.is_file():
+        return problem or "no file"
     try:
-        writer.send(None)
-        for picture in pictures:
-            writer.send(np.ascontiguousarray(picture))
-    except (OSError, RuntimeError, StopIteration) as error:
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    finally:
-        writer.close()
-    return problem or ("" if path.is_file() and path.stat().st_size else "no file")
+        return "" if imageio_ffmpeg.count_frames_and_secs(str(path))[0] else "no frames"
+    except RuntimeError:
+        return "a file without frames"
 
 
 def _of_even_sides(picture: Pixels) -> Pixels:
@@ -115,9 +159,7 @@ def token_sheet(frames: Pixels, stats: Stats) -> Image.Image:
     count, latents = len(frames), stats.grid[0]
     spread = np.linspace(0, latents - 1, min(latents, _MOST_COLUMNS)).round().astype(int)
     shown = [(k, next(i for i in range(count) if latent_of(i, count, latents) == k)) for k in spread.tolist()]
-    rows = [
-        [show_frame(frames[i], stats, stage, latent) for latent, i in shown] for stage in range(len(stats.anchors))
-    ]
+    rows = [[show_frame(frames[i], stats, stage, latent) for latent, i in shown] for stage in range(len(stats.anchors))]
     return grid_picture(rows, [f"frame {i}" for _, i in shown], stage_labels(stats))
 
 

@@ -12,6 +12,7 @@ from ..limits import MOST_SIDE, MOST_TEXT_TOKENS
 from ..method.checks import is_finite_number
 from ..method.config import JiTConfig
 from ..method.presets import resolve
+from .sound import Sound
 
 OutputType = Literal["pil", "latent"]
 OnBatchStep = Callable[[int, int, int], None]
@@ -133,6 +134,7 @@ class Outcome:
     error: Exception | None = None
     token_steps: int = 0
     _image: Any = field(default=None, repr=False)
+    _sound: Sound | None = field(default=None, repr=False)
 
     @property
     def image(self) -> Any:
@@ -143,6 +145,13 @@ class Outcome:
         if self.error is not None:
             raise self.error
         return self._image
+
+    @property
+    def sound(self) -> Sound | None:
+        """The sound of a video, None of models that make none. Raises the request's error where it failed."""
+        if self.error is not None:
+            raise self.error
+        return self._sound
 
 
 def generate_batch(

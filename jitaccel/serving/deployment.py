@@ -113,7 +113,7 @@ def check_served(pipe: Any) -> None:
     """Raises CommandError for a pipeline that makes videos."""
     from ..loading import makes_videos
 
-    if makes_videos(pipe):
+    if makes_videos(type(pipe)):
         raise CommandError(
             f"--model must make pictures, got a {type(pipe).__name__}, which makes videos; make those with "
             f"`jitaccel generate`"

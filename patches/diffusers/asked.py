@@ -26,9 +26,14 @@ def evenly_spaced(steps: int) -> Sequence[float]:
 USUAL: tuple[Spacing, ...] = (evenly_spaced,)
 
 
+def parameters_of(kind: type) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of the calls of a class of pipelines, by name."""
+    return inspect.signature(kind.__call__).parameters
+
+
 def call_parameters(pipeline: Pipeline) -> Mapping[str, inspect.Parameter]:
     """Returns the parameters of a pipeline's call, by name."""
-    return inspect.signature(type(pipeline).__call__).parameters
+    return parameters_of(type(pipeline))
 
 
 def default_steps(pipeline: Pipeline) -> object:

@@ -19,6 +19,7 @@ from jitaccel.generation.handle import Handle
 from jitaccel.generation.route import Answer
 from jitaccel.method.run import Run
 
+from .. import is_instance_of
 from ..flux.arguments import grid_of_ids, one_image, single_level
 from ..flux.calls import FluxCalls
 from ..flux.indexed import calls_at_anchors
@@ -41,9 +42,8 @@ def apply_to_controlnet(pipeline: Pipeline, handle: Handle, route: SchedulerRout
 def check_controlnet(pipeline: Pipeline) -> None:
     """Raises UnsupportedModelError if a pipeline has no ControlNet, or one that reads the whole picture."""
     networks = _networks(pipeline)
-    kinds = [type(network).__name__ for network in networks]
-    names = [[base.__name__ for base in type(network).__mro__] for network in networks]
-    if any(CONTROLNET.model not in of for of in names):
+    if not all(is_instance_of(network, "diffusers", CONTROLNET.model) for network in networks):
+        kinds = [type(network).__name__ for network in networks]
         raise UnsupportedModelError(
             f"apply: controlnet='anchors' needs a pipeline with a {CONTROLNET.model}, got {', '.join(kinds)}; "
             f"leave it out"

@@ -20,6 +20,7 @@ from ..foreign import Arguments, Pipeline
 from .asked import call_parameters
 from .hook import hook_of
 from .outcomes import Outcomes, attempt
+from .sound import sound_of
 
 Asked = Mapping[int, tuple[Request, JiTConfig]]
 """Requests with their configurations, by their index in the batch."""
@@ -143,7 +144,7 @@ def _outcome(
 ) -> Outcome:
     with _patched(pipeline, config, how) as handle:
         made = pipeline(**_call(pipeline, index, request, config, output_type, on_step))
-        return Outcome(request, None, handle.stats().token_steps, made[0][0])
+        return Outcome(request, None, handle.stats().token_steps, made[0][0], sound_of(pipeline, made))
 
 
 def _call(
@@ -158,7 +159,7 @@ def _call(
     known = call_parameters(pipeline)
     given = {name: getattr(request, name) for name in _FIELDS}
     call: dict[str, Any] = {name: value for name, value in given.items() if name in known and value is not None}
-    call |= {"output_type": output_type, "return_dict": False, **request.options}
+    call |= {"output_type": output_type, **request.options}
     call["generator"] = torch.Generator("cpu").manual_seed(request.seed)
     if config.steps != "caller":
         call["num_inference_steps"] = config.steps

@@ -33,8 +33,9 @@ from .controlnet import apply_to_controlnet, check_controlnet
 from .decoding import decode_tokens
 from .hook import Route, SharedHook, hook_of, install, named_arguments
 from .refused import refuse_arguments
-from .scheduler import SchedulerRoute, check_scheduler, scheduler_handle
+from .scheduler import SchedulerRoute, check_scheduler
 from .warm import generate_once
+from .wrapped import scheduler_handle
 
 _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask values of each of its four pixels
 
@@ -159,8 +160,7 @@ class _Hook(SharedHook[FluxCalls]):
 
 def check_pipeline(pipeline: Pipeline) -> None:
     """Raises UnsupportedModelError with every reason why a pipeline cannot be accelerated correctly."""
-    names = [kind.__name__ for kind in type(pipeline).__mro__]
-    models = [model for model, pipelines in PIPELINES.items() if any(name in pipelines for name in names)]
+    models = [model for model, names in PIPELINES.items() if is_instance_of(pipeline, "diffusers", *names)]
     if not models:
         kinds = (*PIPELINES.values(), *(model.pipelines for model in CUT))
         known = ", ".join(name for pipelines in kinds for name in pipelines)
@@ -185,7 +185,7 @@ def check_text_to_image(pipeline: Pipeline, *, has_transformer: bool = True) -> 
 
     has_transformer: whether the pipeline's own transformer is called.
     """
-    if not any(kind.__name__ == "FluxPipeline" for kind in type(pipeline).__mro__):
+    if not is_instance_of(pipeline, "diffusers", "FluxPipeline"):
         problems = [f"pipeline must be a FluxPipeline (text to image), got {type(pipeline).__name__}"]
     elif has_transformer:
         check_pipeline(pipeline)

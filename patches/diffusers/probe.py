@@ -19,6 +19,7 @@ from jitaccel.method.run import Run
 from jitaccel.method.steps import Step
 from jitaccel.speed.cost import Probe
 
+from .. import is_instance_of
 from ..diffusers_private import accelerate_hook, execution_device, offloads_whole_models
 from ..flux.calls import FluxCalls
 from ..flux.kinds import channels_of, kind_of, token_multiple
@@ -51,13 +52,13 @@ def probe_pipeline(
 ) -> Probe:
     """Returns forwards of a pipeline's transformer for pictures of a size in pixels; None is the default size."""
     check_pipeline(pipeline)
-    _refuse_call(pipeline, call)
-    if all(kind.__name__ not in _MEASURED for kind in type(pipeline).__mro__):
+    if not is_instance_of(pipeline, "diffusers", *_MEASURED):
         raise UnsupportedModelError(
             f"auto_config: target must be one of {', '.join(_MEASURED)}, got {type(pipeline).__name__}, whose calls "
             f"need inputs that cannot be measured beforehand (a mask, a picture, a ControlNet); "
             f'give a preset ("4x", "7x") instead'
         )
+    _refuse_call(pipeline, call)
     scale = pipeline.vae_scale_factor
     side = pipeline.default_sample_size * scale
     made_for = getattr(getattr(pipeline.vae, "config", None), "sample_size", side)

@@ -6,7 +6,6 @@ The network returns its velocity at the anchors and zeros elsewhere. The pipelin
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import threading
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from jitaccel.errors import ConfigError, UnsupportedModelError
-from jitaccel.generation.handle import HANDLE, MISSING, Handle, Patched, restore_attributes
+from jitaccel.generation.handle import MISSING, Handle, restore_attributes
 from jitaccel.generation.route import Answer, Generation, History
 from jitaccel.generation.stats import Stats
 from jitaccel.method.config import JiTConfig
@@ -35,6 +34,7 @@ from ..split import Branches
 from .asked import USUAL, default_steps, enough_steps, refuse_custom_levels, requested_steps, with_steps
 from .branches import copies_of, note_of, repeated
 from .caller import argument_of_call, calling_pipeline, is_called_elsewhere
+from .wrapped import wrap
 
 _log = logging.getLogger(__name__)
 SCHEDULE = ("sigmas", "timesteps", "num_inference_steps")
@@ -84,10 +84,10 @@ class SchedulerRoute(Generic[Calls]):
         handle.on_remove(self._restore_progress, {**schedule, **scheduler_place(self._scheduler, MISSING)})
         for name, wrapper in (("set_timesteps", self._set_timesteps), ("step", self._step)):
             original = getattr(self._scheduler, name)
-            handle.set_attribute(self._scheduler, name, _wrap(original, wrapper, handle))
+            handle.set_attribute(self._scheduler, name, wrap(original, wrapper, handle))
         pipeline = self._pipeline()
         if pipeline is not None and hasattr(pipeline, "prepare_mask_latents"):
-            wrapped = _wrap(pipeline.prepare_mask_latents, self._prepare_mask_latents, handle)
+            wrapped = wrap(pipeline.prepare_mask_latents, self._prepare_mask_latents, handle)
             handle.set_attribute(pipeline, "prepare_mask_latents", wrapped)
 
     def _restore_progress(self, before: Mapping[str, object]) -> None:
@@ -375,23 +375,6 @@ def check_scheduler(scheduler: Scheduler, is_inverted: bool = False) -> list[str
         for name, wanted in (("stochastic_sampling", False), ("invert_sigmas", is_inverted))
         if bool(scheduler.config.get(name, False)) != wanted
     ]
-
-
-def scheduler_handle(scheduler: object) -> Handle | None:
-    """Returns the handle whose patch a scheduler carries, or None."""
-    return getattr(vars(scheduler).get("set_timesteps"), HANDLE, None)
-
-
-def _wrap(original: Forward, wrapper: Forward, handle: Handle) -> Patched:
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        if not handle.is_active:
-            return original(*args, **kwargs)
-        return wrapper(original, *args, **kwargs)
-
-    patched = Patched(method)
-    setattr(patched, HANDLE, handle)
-    return patched
 
 
 def with_state(output: Any, state: Tensor) -> Any:

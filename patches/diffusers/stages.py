@@ -35,8 +35,9 @@ from .batch import levels_of
 from .decoding import decode_tokens
 from .hook import hook_of
 from .pipelines import check_text_to_image
-from .scheduler import SchedulerRoute, scheduler_handle
+from .scheduler import SchedulerRoute
 from .warm import generate_once
+from .wrapped import scheduler_handle
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel

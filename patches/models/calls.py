@@ -31,6 +31,7 @@ from ..network import ModelCall, cache_problem, refuse_controlnet
 from ..ranks import check_divided, ranks_multiple, ranks_of
 from ..split import Branches
 from .blocks import compiled_blocks
+from .fill import places_of_smaller, share_of, with_share
 from .flops import OperationCounter, shapes_of
 from .model import Config, Model, Words
 
@@ -77,6 +78,11 @@ class Given:
     def num_tokens(self) -> int:
         """N, the number of tokens in the grid."""
         return num_tokens_of(self.grid)
+
+    @property
+    def fill(self) -> int:
+        """Number of tokens that the model adds to those of the grid."""
+        return self.model.fill(self.config, self.grid)
 
     def with_state(self, state: Tensor) -> dict[str, Any]:
         """Returns the arguments with the generated latents replaced by a state (B, N, D)."""
@@ -288,7 +294,10 @@ class CutCalls:
     def _cost(self, module: nn.Module, given: Given) -> Cost:
         """Returns a function from numbers of tokens to the operations of one forward for one image; holds no tensor."""
         if self.model.cost is not None:
-            return functools.partial(self.model.cost, uncompiled(module).config)
+            cost, num_tokens, fill = functools.partial(self.model.cost, given.config), given.num_tokens, given.fill
+            return lambda image_tokens, text_tokens: cost(
+                image_tokens + share_of(fill, image_tokens, num_tokens), text_tokens
+            )
         counter, shapes, num_tokens = self._counters[module], shapes_of(given.arguments), given.num_tokens
         batch = given.latents.shape[0]
         return lambda image_tokens, text_tokens: counter.count(shapes, num_tokens, image_tokens) // batch
@@ -296,8 +305,8 @@ class CutCalls:
     def _evaluate(self, module: nn.Module, original: Forward, given: Given, run: Run, state: Tensor) -> Answer:
         """Returns the network's velocity at the run's anchors of a state (B, N, D)."""
         cut = self._cuts[module]
-        if isinstance(run.plan, PooledPlan):  # a smaller picture, which is not cut
-            with cut.at(None):
+        if isinstance(run.plan, PooledPlan):  # a smaller picture, of which only a model's fill is cut
+            with cut.at(places_of_smaller(given.latents, run.plan.small_grid, given.fill, given.num_tokens)):
                 output, *given.further[:] = self._forward(module, original, given.smaller(run, run.plan, state), None)
             return Answer(given.velocity(output)[:, : run.num_active])
         arguments = given.with_state(state)
@@ -307,7 +316,7 @@ class CutCalls:
             return Answer(given.velocity(output))
         outputs = []
         for places, own in self._parts(run, arguments, given.branches):
-            with cut.at(places):
+            with cut.at(with_share(places, given.fill, given.num_tokens)):
                 outputs.append(self._forward(module, original, cut.arguments(own, places), places))
         output, *given.further[:] = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
         return Answer(Branches(run, given.branches).gather(given.velocity(output)))

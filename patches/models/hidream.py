@@ -1,19 +1,21 @@
-"""HiDream-I1 of diffusers: square pictures, and a mixture of experts in every block.
+"""HiDream-I1 of diffusers, with a mixture of experts in every block.
 
 Experts are chosen for each token separately, with no limit on the tokens per expert. The result for an anchor therefore
 does not depend, through the experts, on which other tokens are in the call. Attention is joint over picture and text.
 Each picture has its own position ids, so pictures can have different anchors in one forward. The pipeline passes both
 guidance branches as one batch, and negates the output.
 
-Pictures that are not square are padded to 4,096 tokens, which attention does not mask. They are refused.
+Pictures that are not square are padded to `max_resolution`, 4,096 tokens. The keys of the padding are zero, but
+attention does not mask it. A stage keeps its share of the padding (`fill.py`).
 """
 
 from __future__ import annotations
 
-from jitaccel.errors import UnsupportedModelError
+import math
 
-from ..cutting import Adapter, put, rows
+from ..cutting import Adapter, put
 from ..layout import PatchLayout
+from .fill import embedded, with_fill
 from .model import Arguments, Config, Model, Words, channels_out
 
 _MULTIPLE = 256  # the width inside an expert is a multiple of this
@@ -25,13 +27,14 @@ def _layout(config: Config) -> PatchLayout:
 
 
 def _grid(config: Config, arguments: Arguments) -> tuple[int, ...]:
-    grid = _layout(config).grid(arguments["hidden_states"].shape)
-    if grid[0] != grid[1]:
-        raise UnsupportedModelError(
-            f"jitaccel: pictures of HiDream must be square, got {grid[0]} x {grid[1]} tokens; others are padded with "
-            f"tokens that attention does not mask: use a square size, or remove() the handle for this call"
-        )
-    return grid
+    return _layout(config).grid(arguments["hidden_states"].shape)
+
+
+def _fill(config: Config, grid: tuple[int, ...]) -> int:
+    """Returns the number of tokens that the model adds to those of a grid."""
+    if grid[0] == grid[1]:
+        return 0
+    return math.prod(config["max_resolution"]) // config["patch_size"] ** 2 - math.prod(grid)
 
 
 def _renamed(arguments: Arguments, old: str, new: str) -> Arguments:
@@ -68,7 +71,10 @@ def _problem(config: Config) -> str | None:
 HIDREAM = Model(
     name="HiDreamImageTransformer2DModel",
     pipelines=("HiDreamImagePipeline",),
-    adapter=Adapter(outputs={"x_embedder": rows(1), "pe_embedder": rows(1), "final_layer": put}),
+    adapter=Adapter(
+        outputs={"x_embedder": embedded, "pe_embedder": with_fill, "final_layer": put},
+        blocks={name: {"hidden_states_masks": with_fill} for name in ("double_stream_blocks", "single_stream_blocks")},
+    ),
     words=Words(
         read=lambda arguments: _renamed(arguments, "timesteps", "timestep"),
         write=lambda arguments: _renamed(arguments, "timestep", "timesteps"),
@@ -82,6 +88,7 @@ HIDREAM = Model(
     schedule="beta",
     refused={"hidden_states_masks": "packed latents (hidden_states_masks)", "img_ids": "packed latents (img_ids)"},
     cost=_flops,
+    fill=_fill,
     uncompiled="its experts read how many tokens they have",
     problem=_problem,
 )

@@ -30,6 +30,11 @@ def nothing_resized(arguments: Arguments, grid: tuple[int, ...]) -> Arguments:
     return {}
 
 
+def no_fill(config: Config, grid: tuple[int, ...]) -> int:
+    """Returns 0: the tokens of a grid are all that the model looks at."""
+    return 0
+
+
 def no_problem(config: Config) -> str | None:
     """Returns None: every configuration can be accelerated."""
     return None
@@ -93,6 +98,7 @@ class Model:
         refused: Arguments that cannot be accelerated, with a description for messages.
         cost: Operations of one forward for one image, from configuration, image and text tokens. None counts them on a
             copy without data (`flops.py`), which is not possible for a model that reads values.
+        fill: Number of tokens that the model adds to those of a grid, from configuration and grid.
         blocks: Lists of blocks that `compile` compiles one by one because the whole forward cannot be traced. If empty,
             the whole forward is one graph.
         uncompiled: Why no part of it is compiled; None if its blocks or its whole forward are.
@@ -126,6 +132,7 @@ class Model:
     resized: Callable[[Arguments, tuple[int, ...]], Arguments] = nothing_resized
     refused: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[Config, int, int], int] | None = None
+    fill: Callable[[Config, tuple[int, ...]], int] = no_fill
     blocks: tuple[str, ...] = ()
     uncompiled: str | None = None
     captures: bool = True

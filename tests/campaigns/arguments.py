@@ -142,7 +142,7 @@ FUNCTIONS: dict[str, Callable[[random.Random, Any], None]] = {
     "generate_batch": _generate_batch, "Request": _generate_batch, "JiTConfig": _config,
     "noise_levels": _noise_levels, "handle_of": _handles, "remove": _handles, "Handle": _warmup, "PRESETS": _methods,
 }  # fmt: skip
-_NO_ARGUMENTS = {"Choice", "Outcome", "Stats", "Exported", "embedded_model"}  # returned to callers, never made by them
+_NO_ARGUMENTS = {"Choice", "Outcome", "Sound", "Stats", "Exported", "embedded_model"}  # what is returned
 
 
 def check_all_are_known() -> None:

@@ -41,8 +41,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise _LoadedError
 
-    for name in ("jitaccel.loading.load_pipeline", "jitaccel.evaluation.study.load_pipeline"):
+    # The study first: it imports its own name for the loader, which is to be the real one.
+    for name in ("jitaccel.evaluation.study.load_pipeline", "jitaccel.loading.load_pipeline"):
         monkeypatch.setattr(name, load)
+    monkeypatch.setattr("jitaccel.loading.pipeline_class", lambda _: None)
 
 
 def _argv(command: str, tmp_path: Path, *more: object) -> list[str]:

@@ -77,6 +77,7 @@ def test_generate_says_which_words_the_embedded_model_does_not_know(
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: tiny.pipeline())
     monkeypatch.setattr(loading, "picture_sizes", lambda _: None)
+    monkeypatch.setattr(loading, "pipeline_class", lambda _: None)
     call = ("generate", "--preset", "none", "--steps", 2, "--size", 32, "--max-sequence-length", 8, "--out")
 
     def notes(name: str, *more: object) -> list[str]:

@@ -33,6 +33,7 @@ ARGUMENTS = {"preset": "7x", "target_ms": None, "target_speedup": 8.0, "max_sequ
         ("Auto.check: text_tokens must be above 0", "--max-sequence-length must be above 0"),
         ('apply: noise_levels must fall; use preset="dense"', "noise_levels must fall; use --preset dense"),
         ("export: size must be of 16\nexport: preset must be one", "--size must be of 16\n--preset must be one"),
+        ("strength is low; use jitaccel.apply(..., preset='x'), or more", "strength is low; use preset='x', or more"),
         ("no function, and size and preset in a sentence", "no function, and size and preset in a sentence"),
     ],
 )

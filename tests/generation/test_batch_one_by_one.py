@@ -13,7 +13,7 @@ from torch import Tensor
 
 import jitaccel
 from jitaccel import PRESETS, ConfigError, JiTConfig, Request, UnsupportedModelError, generate_batch
-from tests.support import qwen, tiny, video
+from tests.support import ltx2, qwen, tiny, video
 from tests.support.every_model import wan_transformer
 from tests.support.tiny import SHORT, TEXT_TOKENS
 
@@ -155,3 +155,25 @@ def test_what_is_none_is_the_default_of_the_pipeline(field: str) -> None:
     left, given = (asked(steps=3, **{field: value}) for value in (None, defaults[field]))
     first, second = (outcome.image for outcome in generate_batch(pipe, [left, given], output_type="latent"))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_sound_of_a_video_is_kept(output_type: Any) -> None:
+    pipe = ltx2.sounding_pipeline()
+    options = {**ltx2.UNGUIDED, "num_frames": 9}
+    scale = options.pop("guidance_scale")
+    settings: dict[str, Any] = {"prompt": "waves", "height": 64, "width": 96, "guidance_scale": scale}
+    request = Request(**settings, seed=1, preset="dense", steps=2, options=options)
+    (outcome,) = generate_batch(pipe, [request], output_type=output_type)
+    call = {**settings, "num_inference_steps": 2, "output_type": output_type}
+    with jitaccel.apply(pipe, "dense", steps=2):
+        made = pipe(**call, **options, generator=torch.Generator().manual_seed(1))
+    assert outcome.sound is not None
+    assert torch.equal(outcome.sound.samples, made.audio[0]) and outcome.sound.rate == ltx2.RATE
+    assert len(outcome.image) == len(made.frames[0])
+
+
+def test_picture_has_no_sound_and_a_failed_request_raises_its_error() -> None:
+    assert generate_batch(tiny.pipeline(), [asked()], output_type="latent")[0].sound is None
+    with pytest.raises(RuntimeError, match="broken"):
+        jitaccel.Outcome(asked(), RuntimeError("broken")).sound  # noqa: B018

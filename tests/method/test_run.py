@@ -1,19 +1,14 @@
-"""One generation without model code, with an artificial network and with the recorded one of the golden vectors."""
+"""One generation without model code, with an artificial network."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from jitaccel import PRESETS, ConfigError, JiTConfig, NonFiniteVelocityError, noise_levels
@@ -22,55 +17,11 @@ from jitaccel.method.lift import lift
 from jitaccel.method.run import Run, image_generators, state_seeds
 from jitaccel.method.steps import KnownLevels
 from jitaccel.tokens import gather_tokens
+from tests.support.made_up import GRID, NUM_TOKENS, Network, drive, network, noise
 from tests.support.reference import clean_estimate, target_state
 
-GRID = (12, 10)
-NUM_TOKENS = GRID[0] * GRID[1]
-COPY = Path(__file__).parents[1] / "golden"
-SHARED = Path(__file__).parents[3] / "shared" / "golden"
-GOLDEN = SHARED if SHARED.is_dir() else COPY
 SEVEN = PRESETS["7x-paper"]
 
-Network = Callable[[Tensor, Tensor, float], Tensor]
-
-
-def noise(batch: int = 1, seed: int = 0) -> Tensor:
-    images = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
-    return torch.stack([torch.randn(NUM_TOKENS, 3, generator=image) for image in images])
-
-
-def network(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
-    """A velocity of each token's own value and place."""
-    places = torch.stack([anchors // GRID[1], anchors % GRID[1], anchors], dim=-1)
-    return tokens.tanh() * level + torch.sin(places * 0.7)
-
-
-def drive(
-    config: JiTConfig,
-    state: Tensor,
-    network: Network = network,
-    visit: Callable[[Run, int, Tensor, Tensor, Tensor], None] = lambda *_: None,
-    grid: tuple[int, int] = GRID,
-    **given: Any,
-) -> list[Tensor]:
-    """Returns the state after each step, before the move that follows.
-
-    `visit` sees run, step, state, values and velocity.
-    """
-    levels = noise_levels(config)
-    clock = KnownLevels(config, levels)
-    run = Run(config, grid, clock.step(0), state, **given)
-    states = []
-    for i in range(clock.num_steps):
-        state = run.enter(clock.step(i), state)
-        values = network(run.gather(state), run.anchors, levels[i])
-        velocity = run.leave(clock.step(i), state, values)
-        assert run.noise_level == levels[i]
-        visit(run, i, state, values, velocity)
-        state = state + (levels[i + 1] - levels[i]) * velocity
-        states.append(state)
-    run.check_finite()
-    return states
 
 
 def at_boundary(config: JiTConfig, state: Tensor, **given: Any) -> tuple[Run, KnownLevels, int, Tensor, Tensor, Tensor]:
@@ -354,56 +305,6 @@ def test_generators_are_of_the_cpu_and_of_each_image() -> None:
     generators = image_generators(noise(2))
     assert [generator.device.type for generator in generators] == ["cpu", "cpu"]
     assert [generator.initial_seed() for generator in generators] == state_seeds(noise(2))
-
-
-@pytest.fixture(scope="module")
-def golden_model() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    config = json.loads((GOLDEN / "tiny_flux_config.json").read_text())
-    transformer = diffusers.FluxTransformer2DModel(**config)
-    transformer.load_state_dict(load_file(GOLDEN / "tiny_flux_weights.safetensors"))
-    return transformer.eval()
-
-
-@pytest.mark.parametrize("name", ["4x_384x640", "4x_512x512", "7x_384x640", "7x_512x512"])
-def test_run_reproduces_the_released_trajectory(name: str, golden_model: Any) -> None:
-    path = GOLDEN / f"trajectory_{name}.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    recorded = load_file(path)
-    grid = (int(metadata["height_tokens"]), int(metadata["width_tokens"]))
-
-    def run_model(tokens: Tensor, anchors: Tensor, level: float) -> Tensor:
-        rows, columns = anchors[0] // grid[1], anchors[0] % grid[1]
-        velocity: Tensor = golden_model(
-            hidden_states=tokens,
-            encoder_hidden_states=recorded["prompt_embeds"],
-            pooled_projections=recorded["pooled"],
-            timestep=torch.tensor([level]),
-            guidance=torch.tensor([3.5]),
-            txt_ids=torch.zeros(recorded["prompt_embeds"].shape[1], 3),
-            img_ids=torch.stack([torch.zeros_like(rows), rows, columns], dim=1).float(),
-            return_dict=False,
-        )[0]
-        return velocity
-
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        states = drive(
-            PRESETS[f"{name[:2]}-paper"],
-            recorded["initial"],
-            run_model,
-            visit=lambda run, *_: seen.append(run.anchors[0]),
-            grid=grid,
-            anchors=recorded["anchors0"][None],
-            noise=recorded["fresh_noise"],
-        )
-    ends = PRESETS[f"{name[:2]}-paper"].stage_ends(len(states))
-    assert torch.equal(seen[ends[0]], recorded["anchors1"])
-    assert torch.equal(seen[ends[1]], recorded["anchors2"])
-    assert len(states) == len(recorded["steps"])
-    for actual, released in zip(states, recorded["steps"], strict=True):
-        assert float((actual[0] - released).abs().max() / released.abs().max()) < 1e-4
 
 
 def test_importance_that_is_not_finite_names_the_step() -> None:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.support.ltx_models import crop_tokens, ltx2_call, ltx2_transformer, ltx23_call, ltx_call, ltx_transformer
 from tests.support.models import TEXT as TEXT
 from tests.support.models import VIDEO as VIDEO
 from tests.support.models import noise, randomised
@@ -24,6 +25,8 @@ from tests.support.more_models import (
     fibo_transformer,
     hidream_call,
     hidream_transformer,
+    hunyuan_image_call,
+    hunyuan_image_transformer,
     lumina2_call,
     lumina2_transformer,
     mochi_call,
@@ -220,60 +223,6 @@ def _crop_centre(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, 
     return {**call, "hidden_states": call["hidden_states"][(..., *region)]}
 
 
-def ltx_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
-        "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16, "qk_norm": "rms_norm_across_heads",
-    }  # fmt: skip
-    return randomised(diffusers.LTXVideoTransformer3DModel(**{**settings, **overrides}))
-
-
-def _ltx_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(1, batch, torch.Size(grid).numel(), 4),
-        "encoder_hidden_states": noise(2, batch, TEXT, 16),
-        "encoder_attention_mask": _text_mask(batch, TEXT),
-        "timestep": torch.full((batch,), 700.0),
-        **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
-    }
-
-
-def _crop_tokens(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
-    frames, height, width = small
-    kept = call["hidden_states"].unflatten(1, grid)[:, :frames, :height, :width].flatten(1, 3)
-    return {**call, "hidden_states": kept, "num_frames": frames, "height": height, "width": width}
-
-
-def ltx2_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
-        "cross_attention_dim": 16, "audio_in_channels": 6, "audio_out_channels": 6, "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": 2, "caption_channels": 16,
-    }  # fmt: skip
-    return randomised(diffusers.LTX2VideoTransformer3DModel(**{**settings, **overrides}))
-
-
-def _ltx2_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    call = _ltx_call(grid, batch)
-    return {
-        **call,
-        "audio_hidden_states": noise(3, batch, 5, 6),
-        "audio_encoder_hidden_states": noise(4, batch, TEXT, 16),
-        "audio_encoder_attention_mask": call["encoder_attention_mask"],
-        "audio_num_frames": 5,
-    }
-
-
-def _ltx23_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    return {
-        **_ltx2_call(grid, batch),
-        "encoder_hidden_states": noise(2, batch, TEXT, 16),
-        "audio_encoder_hidden_states": noise(4, batch, TEXT, 8),
-        "sigma": torch.full((batch,), 700.0),
-        "use_cross_timestep": True,
-    }
-
-
 def auraflow_transformer(**overrides: Any) -> Any:
     settings: dict[str, Any] = {
         "sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1,
@@ -305,33 +254,15 @@ def _z_image_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
     }
 
 
-def hunyuan_image_transformer(**overrides: Any) -> Any:
-    settings: dict[str, Any] = {
-        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
-        "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": (1, 1), "text_embed_dim": 16,
-        "text_embed_2_dim": 8, "rope_axes_dim": (4, 4),
-    }  # fmt: skip
-    return randomised(diffusers.HunyuanImageTransformer2DModel(**{**settings, **overrides}))
-
-
-def _hunyuan_image_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(1, batch, 4, *grid),
-        "timestep": torch.full((batch,), 700.0),
-        "encoder_hidden_states": noise(2, batch, TEXT, 16),
-        "encoder_attention_mask": _text_mask(batch, TEXT),
-        "encoder_hidden_states_2": noise(3, batch, 4, 8),
-        "encoder_attention_mask_2": _text_mask(batch, 4),
-    }
-
-
 def _crop_corner(call: dict[str, Any], grid: tuple[int, ...], small: tuple[int, ...]) -> dict[str, Any]:
     return {**call, "hidden_states": call["hidden_states"][:, :, : 2 * small[0], : 2 * small[1]]}
 
 
 CASES: dict[str, Case] = {
     "BriaFiboTransformer2DModel": Case(fibo_transformer, (10, 14), fibo_call, (6, 8), crop_fibo),
-    # Square, because its pictures must be square.
+    "HiDreamImageTransformer2DModel, not square": Case(
+        hidream_transformer, (10, 14), hidream_call, None, _no_crop, is_one_graph=False
+    ),
     "HiDreamImageTransformer2DModel": Case(
         hidream_transformer, (10, 10), hidream_call, (6, 6), _crop_corner, is_one_graph=False
     ),
@@ -348,18 +279,18 @@ CASES: dict[str, Case] = {
         z_image_transformer, (8, 12), _z_image_call, (4, 8), _crop_corner, is_one_graph=False
     ),
     "HunyuanImageTransformer2DModel": Case(
-        hunyuan_image_transformer, (10, 14), _hunyuan_image_call, (6, 8), _crop_plain, is_one_graph=False
+        hunyuan_image_transformer, (10, 14), hunyuan_image_call, (6, 8), _crop_plain, is_one_graph=False
     ),
-    "LTXVideoTransformer3DModel": Case(ltx_transformer, VIDEO, _ltx_call, (2, 3, 4), _crop_tokens),
-    "LTX2VideoTransformer3DModel": Case(ltx2_transformer, VIDEO, _ltx2_call, (2, 3, 4), _crop_tokens),
+    "LTXVideoTransformer3DModel": Case(ltx_transformer, VIDEO, ltx_call, (2, 3, 4), crop_tokens),
+    "LTX2VideoTransformer3DModel": Case(ltx2_transformer, VIDEO, ltx2_call, (2, 3, 4), crop_tokens),
     "LTX2VideoTransformer3DModel, tables for each head and a level of its own for prompts": Case(
         lambda: ltx2_transformer(
             rope_type="split", cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False
         ),
         VIDEO,
-        _ltx23_call,
+        ltx23_call,
         (2, 3, 4),
-        _crop_tokens,
+        crop_tokens,
     ),
     "WanVACETransformer3DModel": Case(vace_transformer, VIDEO, _vace_call, (2, 3, 4), _crop_vace),
     "SD3Transformer2DModel": Case(sd3_transformer, (10, 14), _sd3_call, (6, 8), _crop_centre, is_centred=True),

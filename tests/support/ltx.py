@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.support import tiny
-from tests.support.every_model import TEXT, ltx_transformer
-from tests.support.models import noise
+from tests.support.ltx_models import ltx_transformer
+from tests.support.models import TEXT, noise
 from tests.support.video import GRID
 
 FRAME_RATE = 25

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import tiny
-from tests.support.every_model import TEXT, ltx2_transformer
-from tests.support.models import noise
+from tests.support.ltx_models import ltx2_transformer
+from tests.support.models import TEXT, noise
 from tests.support.video import GRID
 
 AUDIO = 18
@@ -59,6 +59,42 @@ def pipeline(**transformer: Any) -> Any:
         transformer=ltx2_transformer(perturbed_attn=True, **transformer),
         vocoder=None,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class _Encoded(diffusers.LTX2Pipeline):  # type: ignore[misc]
+    """Knows one prompt."""
+
+    def encode_prompt(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (positive, negative), mask = prompts(), torch.ones(1, TEXT)
+        return positive, mask, negative, mask
+
+
+RATE = 8000
+"""Of the sound of `sounding_pipeline`, in hertz."""
+
+
+def sounding_pipeline() -> Any:
+    """Returns an LTX2Pipeline that decodes frames and sound; whatever the prompt, it is the same."""
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    silent = pipeline()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        frames = diffusers.AutoencoderKLLTX2Video(
+            latent_channels=4, block_out_channels=(8, 16, 32, 64), decoder_block_out_channels=(8, 16, 32),
+            layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        )  # fmt: skip
+        mel = diffusers.AutoencoderKLLTX2Audio(base_channels=6, num_res_blocks=1, latent_channels=2, mel_bins=12)
+        vocoder = LTX2Vocoder(
+            in_channels=24, hidden_channels=8, upsample_kernel_sizes=[16, 20], upsample_factors=[8, 10],
+            output_sampling_rate=RATE,
+        )  # fmt: skip
+    decoders = {"vae": frames.eval(), "audio_vae": mel.eval(), "vocoder": vocoder.eval()}
+    parts = {name: getattr(silent, name) for name in ("scheduler", "text_encoder", "tokenizer", "connectors")}
+    pipe = _Encoded(transformer=silent.transformer, **parts, **decoders)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,4 +1,4 @@
-"""Lumina2, Mochi, Bria and HiDream, tiny and random, with one call of each; `every_model` has the others."""
+"""Lumina2, Mochi, Bria, HiDream and HunyuanImage, tiny and random, with one call; `every_model` has the others."""
 
 from __future__ import annotations
 
@@ -116,4 +116,24 @@ def hidream_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
         "encoder_hidden_states_t5": noise(2, batch, TEXT, 16),
         "encoder_hidden_states_llama3": noise(3, 2, batch, TEXT, 16),
         "pooled_embeds": noise(4, batch, 8),
+    }
+
+
+def hunyuan_image_transformer(**overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
+        "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": (1, 1), "text_embed_dim": 16,
+        "text_embed_2_dim": 8, "rope_axes_dim": (4, 4),
+    }  # fmt: skip
+    return randomised(diffusers.HunyuanImageTransformer2DModel(**{**settings, **overrides}))
+
+
+def hunyuan_image_call(grid: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, batch, 4, *grid),
+        "timestep": torch.full((batch,), 700.0),
+        "encoder_hidden_states": noise(2, batch, TEXT, 16),
+        "encoder_attention_mask": text_mask(batch, TEXT),
+        "encoder_hidden_states_2": noise(3, batch, 4, 8),
+        "encoder_attention_mask_2": text_mask(batch, 4),
     }

@@ -239,6 +239,8 @@ def test_groups_may_be_offloaded(subject: Subject, when: str) -> None:
 def test_formula_counts_what_torch_counts_between_numbers_of_tokens(subject: Subject) -> None:
     if subject.model.cost is None:
         pytest.skip("torch counts the model's operations itself")
+    if subject.model.fill(subject.module.config, subject.case.grid):
+        pytest.skip("the model fills every picture up to as many tokens; test_hidream.py counts them")
     *frames, height, width = subject.case.grid
     grids, counted, expected = [subject.case.grid, (*frames, height // 2, width // 2)], [], []
     for grid in grids:

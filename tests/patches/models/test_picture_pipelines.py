@@ -19,8 +19,7 @@ from jitaccel.patches.diffusers.asked import evenly_spaced, refuse_custom_levels
 from jitaccel.patches.layout import patchify, unpatchify
 from jitaccel.patches.models import model_of
 from tests.support import video
-from tests.support.models import noise
-from tests.support.more_models import hidream_call, hidream_transformer, raster_ids
+from tests.support.more_models import raster_ids
 from tests.support.picture_pipelines import GRID, SCALE, SUBJECTS, Subject, by_hand, generate, hunyuan_image, noise_of
 from tests.support.pooled import POOLED, denoise_pooled
 from tests.support.tiny import DENSE, SHORT, relative_error
@@ -149,28 +148,6 @@ def test_residuals_of_bria_are_refused() -> None:
     call = {**subject.text(subject.prompts(20, 1)), "hidden_states": noise_of(subject), "timestep": torch.ones(1)}
     with torch.no_grad(), jitaccel.apply(model, SHORT), pytest.raises(UnsupportedModelError, match="ControlNet resid"):
         model(**call, controlnet_block_samples=[torch.zeros(1, 140, 16)])
-
-
-def test_experts_of_hidream_do_not_look_at_other_tokens() -> None:
-    experts = hidream_transformer().double_stream_blocks[0].block.ff_i
-    tokens, some = noise(1, 1, 40, 16), torch.arange(3, 40, 5)
-    with torch.no_grad():
-        assert relative_error(experts(tokens[:, some]), experts(tokens)[:, some]) < 1e-6
-
-
-def test_pictures_of_hidream_have_to_be_square() -> None:
-    model, call = hidream_transformer(), hidream_call((10, 14), 1)
-    given = {"timesteps" if name == "timestep" else name: value for name, value in call.items()}
-    with torch.no_grad(), jitaccel.apply(model, SHORT):
-        with pytest.raises(UnsupportedModelError, match="must be square, got 10 x 14 tokens"):
-            model(**given)
-        with pytest.raises(UnsupportedModelError, match="packed latents"):
-            model(**given, hidden_states_masks=torch.ones(1, 140))
-
-
-def test_hidream_without_experts_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="transformer must have experts"):
-        jitaccel.apply(hidream_transformer(num_routed_experts=0), SHORT)
 
 
 def test_half_precision_runs(subject: Subject) -> None:
