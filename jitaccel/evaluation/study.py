@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .. import loading
 from ..api import embedded_model
 from ..artefacts.manifest import file_digest
 from ..errors import CommandError
 from ..files import whole
-from ..loading import EMBEDDED_TEXT_TOKENS, load_pipeline, picture_side
 from .judging import judge_folder, load_judge
 from .quality.rows import Row, settings_as_now
 
@@ -66,7 +66,7 @@ class Setting:
 
     def load(self) -> Any:
         """Returns the pipeline. Raises CommandError if it cannot be loaded or cannot make pictures of that size."""
-        pipe = load_pipeline(self.model, self.dtype, str(self.device), pickle=self.pickle)
+        pipe = loading.load_pipeline(self.model, self.dtype, str(self.device), pickle=self.pickle)
         pipe.set_progress_bar_config(disable=True)
         unit = 2 * getattr(pipe, "vae_scale_factor", 8)
         if self.size is not None and any(side % unit for side in self.size):
@@ -79,7 +79,7 @@ class Setting:
         call: dict[str, Any] = {"output_type": "np"}
         size = self.size
         if size is None and self.is_judged:
-            size = (picture_side(pipe),) * 2
+            size = (loading.picture_side(pipe),) * 2
         elif size is None and isinstance(getattr(pipe, "default_sample_size", None), int):
             size = (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
         if size is not None:
@@ -247,7 +247,7 @@ class Study:
 
 _ORIGIN = ("device", "torch", "weights", "judge")
 # Values of fields that rows lack if they were made before models could be chosen.
-_BEFORE_MODELS: Row = {"model": EMBEDDED, "guidance": None, "text_tokens": EMBEDDED_TEXT_TOKENS}
+_BEFORE_MODELS: Row = {"model": EMBEDDED, "guidance": None, "text_tokens": loading.EMBEDDED_TEXT_TOKENS}
 _SCORED_BEFORE = ("psnr_db", "ssim", "perceptual", "spectrum_db")  # scores that such rows hold themselves
 
 

@@ -239,10 +239,7 @@ def _command(rng: random.Random) -> None:
         argv = [name, *(f"{option}={value}" if value or option in changed else option
                         for option, value in {**options, **changed}.items())]  # fmt: skip
         error = io.StringIO()
-        from jitaccel.evaluation import study  # imported first, so that it keeps the real loader
-
         before, loading.load_pipeline = loading.load_pipeline, _loads_nothing
-        of_study, study.load_pipeline = study.load_pipeline, _loads_nothing
         try:
             with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
                 status = cli.main(argv)
@@ -251,7 +248,7 @@ def _command(rng: random.Random) -> None:
         except Exception as raw:
             raise Survivor(f"jitaccel {' '.join(argv)[:200]}: {type(raw).__name__}: {raw}"[:600]) from raw
         finally:
-            loading.load_pipeline, study.load_pipeline = before, of_study
+            loading.load_pipeline = before
     said = error.getvalue()
     if status not in (0, 2) or "Traceback" in said:
         raise Survivor(f"jitaccel {' '.join(argv)[:200]}: status {status}: {said[-300:]}")

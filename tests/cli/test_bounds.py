@@ -41,9 +41,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise _LoadedError
 
-    # The study first: it imports its own name for the loader, which is to be the real one.
-    for name in ("jitaccel.evaluation.study.load_pipeline", "jitaccel.loading.load_pipeline"):
-        monkeypatch.setattr(name, load)
+    monkeypatch.setattr("jitaccel.loading.load_pipeline", load)
     monkeypatch.setattr("jitaccel.loading.pipeline_class", lambda _: None)
 
 

@@ -44,7 +44,6 @@ def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture
 def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_pipeline", _no_model)
-    monkeypatch.setattr("jitaccel.evaluation.study.load_pipeline", _no_model)
 
 
 @pytest.mark.usefixtures("without_models")

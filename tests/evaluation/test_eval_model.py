@@ -100,7 +100,7 @@ def test_another_metric_asks_for_no_new_picture(
     def refuse(*_: Any) -> None:
         raise AssertionError("no pipeline is needed")
 
-    monkeypatch.setattr("jitaccel.evaluation.study.load_pipeline", refuse)
+    monkeypatch.setattr("jitaccel.loading.load_pipeline", refuse)
     for _ in range(2):
         assert evaluate("--metrics", f"ssim,{stub}:made", methods="dense:2,beta:2") == 0
     assert len(lines(in_folder / "asked.jsonl")) == 1  # the second run takes the numbers up
