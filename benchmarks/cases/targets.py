@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..registry import Case, Measurement, Options, percentiles
-from .kernels import KERNELS, Kernel, KernelInputs, kept_memory, make_inputs, seconds
+from .kernels import KERNELS, Kernel, KernelInputs, make_inputs, seconds
+from .memory import kept_memory
 
 GRIDS = {"targets": (21, 45, 80), "tiny": (2, 6, 8)}
 AIMS_US = {

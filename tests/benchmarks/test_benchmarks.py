@@ -151,7 +151,7 @@ def test_released_operations_compute_what_the_operators_do() -> None:
 def test_memory_of_outputs_is_kept_while_operators_are_measured() -> None:
     program = """
 import torch
-from benchmarks.cases.kernels import kept_memory, page_faults
+from benchmarks.cases.memory import kept_memory, page_faults
 
 def call():
     torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.models import PAGE, ROWS, Row, cost_line, counted, dense_steps, flux_line, model_line, page, size_line
+from benchmarks.model_rows import ROWS, Row
+from benchmarks.models import PAGE, cost_line, counted, dense_steps, flux_line, model_line, page, size_line
 from jitaccel.method.grid import num_tokens_of
 from jitaccel.patches.flux.kinds import KINDS
 from jitaccel.patches.models import MODELS
