@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageSequence
 
 import jitaccel
 from jitaccel.cli.outputs import save_picture
+from jitaccel.evaluation.clips import write_clip
 from jitaccel.evaluation.study import append_lines, read_lines
 from tests.campaigns import commands
 from tests.campaigns.campaign import Counts, Survivor
@@ -35,6 +38,30 @@ def _pictures(folder: Path) -> None:
 def _check_picture(folder: Path) -> None:
     if (folder / "a.png").exists():
         Image.open(folder / "a.png").load()
+
+
+_CLIPS = ("a.gif", *(("a.mp4",) if importlib.util.find_spec("imageio_ffmpeg") else ()))
+_FRAMES = 6
+
+
+def _clips(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (_FRAMES, 96, 96, 3), dtype=np.uint8)
+    for number in range(10**6):
+        side = 32 + number % 32 * 2
+        write_clip(noise[:, :side, :side], folder / _CLIPS[number % len(_CLIPS)], fps=8.0)
+
+
+def _check_clips(folder: Path) -> None:
+    for path in (folder / name for name in _CLIPS if (folder / name).exists()):
+        if path.suffix == ".gif":
+            with Image.open(path) as clip:
+                count = sum(1 for _ in ImageSequence.Iterator(clip))
+        else:
+            import imageio_ffmpeg
+
+            count = imageio_ffmpeg.count_frames_and_secs(str(path))[0]
+        if count != _FRAMES:
+            raise Survivor(f"{path.name} has {count} of {_FRAMES} frames")
 
 
 def _rows(folder: Path) -> None:
@@ -72,6 +99,7 @@ def _check_export(folder: Path) -> None:
 KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], float]] = {
     "picture": (_pictures, _check_picture, 0.2),
     "rows": (_rows, _check_rows, 0.2),
+    "clip": (_clips, _check_clips, 1.0),
     "export": (_export, _check_export, 6.0),
     **{
         f"jitaccel {name}": (functools.partial(commands.run, name), commands.check, longest_s)
