@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import jitaccel
 from jitaccel import ArtefactError, ConfigError
 from jitaccel.artefacts.manifest import VERSION, Manifest, manifest_tensors
+from jitaccel.limits import MOST_BATCH, MOST_TEXT_TOKENS
 from tests.support.exports import TWO_STAGES, export
 from tests.support.tiny import SHORT
 
@@ -87,6 +89,29 @@ def test_signed_manifest_with_a_field_of_another_kind_is_refused(folder: Path, n
     _signed(folder, {**content, name: value})
     with pytest.raises(ArtefactError, match=r"manifest\.json"):
         jitaccel.load_exported(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("batch", 0, rf"batch must be in 1\.\.{MOST_BATCH}, got 0"),
+        ("batch", MOST_BATCH + 1, rf"batch must be in 1\.\.{MOST_BATCH}, got {MOST_BATCH + 1}"),
+        ("text_tokens", 0, rf"text_tokens must be in 1\.\.{MOST_TEXT_TOKENS}, got 0"),
+        ("text_tokens", MOST_TEXT_TOKENS + 1, rf"text_tokens must be in 1\.\.{MOST_TEXT_TOKENS}"),
+        ("grid", [4, 0], r"two or three sides above 0, got \(4, 0\)"),
+        ("grid", [16], r"two or three sides above 0, got \(16,\)"),
+        ("grid", [2, 2, 2, 2], "two or three sides"),
+        ("dtype", "int8", "dtype must be one of .*, got 'int8'"),
+        ("levels", [1.0, 0.0], "levels must be one more than the 5 steps, got 2"),
+    ],
+)
+def test_manifest_checks_its_values(exported: Path, name: str, wrong: Any, said: str) -> None:
+    manifest = Manifest.read(exported)
+    for fine in {"batch": (1, MOST_BATCH), "text_tokens": (1, MOST_TEXT_TOKENS)}.get(name, ()):
+        replace(manifest, **{name: fine}).check_values()
+    value = tuple(wrong) if isinstance(wrong, list) else wrong
+    with pytest.raises(ValueError, match=said):
+        replace(manifest, **{name: value}).check_values()
 
 
 @pytest.mark.parametrize(
