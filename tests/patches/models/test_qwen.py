@@ -138,7 +138,7 @@ def test_what_is_not_covered_is_refused() -> None:
     with torch.no_grad(), jitaccel.apply(model, SHORT):
         with pytest.raises(UnsupportedModelError, match="got ControlNet residuals"):
             model(noise(5, 1, 140, 16), **given, controlnet_block_samples=[noise(6, 1, 140, 24)])
-        with pytest.raises(ValueError, match="img_shapes must be"):
+        with pytest.raises(ValueError, match="img_shapes must have the same"):
             model(noise(5, 2, 140, 16), **{**given, "img_shapes": [[(1, 10, 14)], [(1, 14, 10)]]})
 
 
