@@ -31,10 +31,8 @@ lint: setup docs ## ruff, mypy, the site's links, and actionlint where it is ins
 docs: setup ## the site, in build/site; fails on a link or a name that leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-# Processes of one thread each: threads of several processes on one core wait for each other. One more than cores, since
-# tests of several ranks mostly wait.
-WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+# A process a core, of one thread each: threads of several processes on one core wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
 
 test: lint operators $(OVERLAYS)/quantised ## lint, compile all operators, then pytest $(ARGS); without ARGS test-lowest, too
 	PYTHONPATH=$(OVERLAYS)/quantised $(PYTEST) $(ARGS)
