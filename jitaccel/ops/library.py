@@ -1,6 +1,6 @@
 """Loads the compiled operators, and defines and registers what they do not: schemas, references, fake kernels.
 
-A device without a compiled kernel runs the plain-torch reference, so no other module has to check what is compiled.
+A device without a compiled kernel runs the plain-torch reference. Other modules need no check.
 """
 
 from __future__ import annotations

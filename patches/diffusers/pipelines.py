@@ -43,7 +43,7 @@ _FILL_CHANNELS = 6  # in to out: the state, a masked picture, and 8 x 8 mask val
 def prepare_pipeline(
     pipeline: Pipeline, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
-    """Returns what is to be installed on a pipeline."""
+    """Returns the patch to install on a pipeline."""
     if levels is not None:
         raise ConfigError(
             "apply: noise_levels must be left out for a pipeline, whose scheduler is followed, got a list; "
@@ -77,9 +77,9 @@ def prepare_pipeline(
 
 
 def handles_of(pipeline: Pipeline, transformers: Sequence[nn.Module]) -> tuple[Handle, ...]:
-    """Returns what patched this pipeline before, and on the same parts one that is gone, for whom nobody can answer.
+    """Returns the handles of this pipeline, and those of a pipeline that is gone but shared its parts.
 
-    Found at the transformers or at the scheduler: either may have been replaced since.
+    They are found at the transformers or at the scheduler, because either may have been replaced since.
     """
     hooks = [hook for transformer in transformers if (hook := hook_of(transformer))]
     found = [handle for hook in hooks for handle in hook.handles.values()]
@@ -96,7 +96,7 @@ def handles_of(pipeline: Pipeline, transformers: Sequence[nn.Module]) -> tuple[H
 def prepare_transformer(
     transformer: nn.Module, config: JiTConfig, levels: tuple[float, ...] | None, execution: Execution
 ) -> Installation:
-    """Returns what is to be installed on a transformer that a custom loop calls."""
+    """Returns the patch to install on a transformer that a custom loop calls."""
     check_transformer(transformer)
     refuse_controlnet(execution)
     calls = FluxCalls(transformer, config, execution)
@@ -117,7 +117,7 @@ class _Hook(SharedHook[FluxCalls]):
         self._ids = SeenIds()
         self._totals: WeakKeyDictionary[Route[FluxCalls], int] = WeakKeyDictionary()  # image tokens of the last call
 
-    # A graph around the hook would be broken at each of its decisions, and take minutes to make.
+    # A graph traced around the hook would break at each of its decisions and take minutes to compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         original = self.original_of(module)
@@ -143,14 +143,14 @@ class _Hook(SharedHook[FluxCalls]):
         return Transformer2DModelOutput(sample=velocity) if arguments.get("return_dict", True) else (velocity,)
 
     def _split(self, module: nn.Module, route: Route[FluxCalls], arguments: Arguments) -> Split:
-        """Returns what of a call is generated."""
+        """Returns which part of a call is generated."""
         ids, hidden = arguments["img_ids"], arguments["hidden_states"]
         if ids.shape[-2] != hidden.shape[1]:
             raise ValueError(
                 f"jitaccel: img_ids must be the raster of the {hidden.shape[1]} tokens given, and of references after "
                 f"them, got {ids.shape[-2]} ids; build them as the pipelines do"
             )
-        # FLUX.2's pipelines make their ids anew each step: one wait a generation is enough to tell them apart.
+        # FLUX.2's pipelines create new ids in every step. Reading them waits for the device, so the count is kept.
         count = route.num_tokens if self._totals.get(route) == ids.shape[-2] else None
         if count is None:
             count = self._ids.num_generated(ids)
@@ -215,7 +215,7 @@ def explain(target: object, problems: list[str]) -> str:
 
 
 def refuse_shared_scheduler(pipeline: Pipeline, replaces: Sequence[Handle]) -> None:
-    """Raises ConfigError where another pipeline's patch is on the scheduler of this one."""
+    """Raises ConfigError if the scheduler of this pipeline carries the patch of another pipeline."""
     handle = scheduler_handle(pipeline.scheduler)
     if handle is not None and handle.is_active and handle not in replaces:
         raise ConfigError(
@@ -262,7 +262,7 @@ def _model_call(
 
 
 def _mask(split: Split, route: Route[FluxCalls]) -> Tensor | None:
-    """Returns the tokens (B, N) that are painted anew, where a Fill model or its pipeline has a mask."""
+    """Returns the tokens (B, N) that are repainted, or None if neither a Fill model nor its pipeline has a mask."""
     if split.extra is not None and split.hidden.shape[2] == _FILL_CHANNELS * split.channels:
         return (split.extra[..., split.channels :] > 0).any(dim=2)
     found: Tensor | None = route.inpainted_tokens(split.hidden.shape[0], split.num_tokens)
@@ -270,7 +270,7 @@ def _mask(split: Split, route: Route[FluxCalls]) -> Tensor | None:
 
 
 def _is_compiled_around(module: nn.Module, caller: object) -> bool:
-    """Whether `torch.compile` is outside the hook on a module, where it can compile nothing."""
+    """Returns whether `torch.compile` wraps the hook on a module, where it can compile nothing."""
     called = getattr(caller, "transformer", None)
     is_wrapped = called is not module and uncompiled(called) is module
     return is_wrapped or is_compiled_in_place(module)

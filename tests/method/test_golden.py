@@ -6,7 +6,6 @@ the next step.
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,10 +22,8 @@ from jitaccel.method.microflow import micro_flow
 from jitaccel.method.presets import PRESETS
 from jitaccel.method.schedule import noise_levels
 from jitaccel.tokens import gather_tokens
+from tests.support.golden import COPY, GOLDEN, SHARED, recorded_model
 
-COPY = Path(__file__).parents[1] / "golden"
-SHARED = Path(__file__).parents[3] / "shared" / "golden"
-GOLDEN = SHARED if SHARED.is_dir() else COPY
 NAMES = ("4x_384x640", "4x_512x512", "7x_384x640", "7x_512x512")
 
 
@@ -112,11 +109,7 @@ def _replay(run: Trajectory, model: Any) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    config = json.loads((GOLDEN / "tiny_flux_config.json").read_text())
-    transformer = diffusers.FluxTransformer2DModel(**config)
-    transformer.load_state_dict(load_file(GOLDEN / "tiny_flux_weights.safetensors"))
-    return transformer.eval()
+    return recorded_model()
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -157,9 +150,7 @@ def test_trajectory_levels_match(run: Trajectory) -> None:
 def test_trajectory_first_anchors_are_nested_with_ours(run: Trajectory) -> None:
     released = run.tensors["anchors0"].tolist()
     height, width = run.grid
-    border = [
-        t for t in range(height * width) if t // width in (0, height - 1) or t % width in (0, width - 1)
-    ]
+    border = [t for t in range(height * width) if t // width in (0, height - 1) or t % width in (0, width - 1)]
     inner = [t for t in range(height * width) if (t // width) % 2 == 0 and (t % width) % 2 == 0]
     regular = first_anchors(run.grid, len({*border, *inner})).tolist()
     assert len(released) == run.config.token_counts(height * width)[0]

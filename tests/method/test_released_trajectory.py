@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jitaccel import PRESETS
+from tests.support.golden import GOLDEN, recorded_model
 from tests.support.made_up import drive
-
-COPY = Path(__file__).parents[1] / "golden"
-SHARED = Path(__file__).parents[3] / "shared" / "golden"
-GOLDEN = SHARED if SHARED.is_dir() else COPY
 
 
 @pytest.fixture(scope="module")
 def golden_model() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    config = json.loads((GOLDEN / "tiny_flux_config.json").read_text())
-    transformer = diffusers.FluxTransformer2DModel(**config)
-    transformer.load_state_dict(load_file(GOLDEN / "tiny_flux_weights.safetensors"))
-    return transformer.eval()
+    return recorded_model()
 
 
 @pytest.mark.parametrize("name", ["4x_384x640", "4x_512x512", "7x_384x640", "7x_512x512"])
